@@ -125,7 +125,7 @@ def test_causal_attention_in_blocks(monkeypatch):
     expected, gradients = attend_plainly(q, k, v), []
 
     def objective(q, k, v):
-        out = transformer.attend_causal(q, k, v)
+        out = transformer.attend_causal(q, k, v, None)
         return jnp.sin(out).sum(), out
 
     for block in (512, 3, 5):
@@ -255,6 +255,24 @@ def test_score_tokens_in_chunks(monkeypatch):
     chunked, chunked_size = run()
     assert (whole_size, chunked_size) == (10 * 3 * 22, 4 * 3 * 22)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), chunked, whole)
+
+
+@pytest.mark.parametrize("block", [512, 4])
+def test_score_answers_equals_one_forward_an_answer(monkeypatch, block):
+    """Against a forward pass of its own for every beginning with the answer behind it; blocks of 4 queries do not divide the 10 + 3 x 5 tokens."""
+    monkeypatch.setattr(transformer, "ATTENTION_QUERY_BLOCK", block)
+    policy, rng = Policy(CONFIG), np.random.default_rng(5)
+    params = make_params(policy)
+    seen = np.array([[2, 5, 10], [1, 1, 9], [3, 7, 8]], np.int32)
+    answers, length, opening = rng.integers(0, 22, (3, 5)).astype(np.int32), np.array([5, 3, 2], np.int32), 2
+    got = jax.jit(functools.partial(scoring.score_answers, policy))(params, TOKENS, seen, answers, opening, length)
+    assert got[2].tolist() == [0, 0, 0]  # an opening tag and nothing behind it
+    for b in range(2):
+        for p in range(3):
+            alone = np.concatenate([TOKENS[b, : seen[b, p]], answers[b, : length[b]]])
+            full = np.asarray(jax.nn.log_softmax(full_logits(policy, params, alone[None])))[0]
+            scored = range(seen[b, p] + opening, len(alone))
+            np.testing.assert_allclose(got[b, p], np.mean([full[t - 1, alone[t]] for t in scored]), atol=1e-5)
 
 
 def test_score_values():

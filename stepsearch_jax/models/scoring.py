@@ -4,7 +4,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from stepsearch_jax.models.transformer import Policy, Value
+from stepsearch_jax.models.transformer import Branches, Policy, Value
 
 LOGITS_PER_CHUNK = 1 << 24  # float32 logits held at once per device-independent chunk: 64 MiB
 
@@ -19,9 +19,13 @@ def score_tokens(policy: Policy, params, tokens: jax.Array) -> tuple[jax.Array, 
 
     Logits exist for one chunk of positions at a time, forward and backward: never [B, T, V].
     """
-    B, T = tokens.shape
-    hidden = policy.apply(params, tokens)  # [B, T, D]
-    targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
+    logprobs, entropy = _score_hidden(policy, params, policy.apply(params, tokens), jnp.pad(tokens[:, 1:], ((0, 0), (0, 1))))
+    return shift_to_tokens(logprobs), shift_to_tokens(entropy)
+
+
+def _score_hidden(policy: Policy, params, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """hidden [B, T, D], targets [B, T] -> log-probability of each target, and the entropy, [B, T] each: indexed by the token read, not yet shifted."""
+    B, T = targets.shape
     width = max(1, min(T, LOGITS_PER_CHUNK // (B * policy.config.vocab_size)))
     chunks = -(-T // width)
 
@@ -41,7 +45,33 @@ def score_tokens(policy: Policy, params, tokens: jax.Array) -> tuple[jax.Array, 
         hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0))).reshape(B, chunks, width, -1).swapaxes(0, 1)
         targets = jnp.pad(targets, ((0, 0), (0, pad))).reshape(B, chunks, width).swapaxes(0, 1)
         logprobs, entropy = (x.swapaxes(0, 1).reshape(B, -1)[:, :T] for x in jax.lax.map(score_chunk, (hidden, targets)))
-    return shift_to_tokens(logprobs), shift_to_tokens(entropy)
+    return logprobs, entropy
+
+
+def score_answers(policy: Policy, params, tokens: jax.Array, seen: jax.Array, answers: jax.Array, opening: jax.Array, length: jax.Array) -> jax.Array:
+    """How likely the policy finds an answer after each of P beginnings of an episode -> [B, P] float32, mean log-probability per answer token.
+
+    tokens [B, T]; seen [B, P]: lengths of the beginnings; answers [B, A]: what is put behind each, right-padded; length [B]: its tokens;
+    opening []: how many of them, at its head, are given rather than scored (the opening tag). 0 where nothing is to be scored.
+
+    One forward pass over [B, T + P A]: every beginning has a copy of the answer behind the sequence, which sees that beginning and itself.
+    Source: the turn-level information gain of IGPO (arXiv 2510.14967), as a log-probability.
+    """
+    B, T = tokens.shape
+    P, A = seen.shape[1], answers.shape[1]
+    offset = jnp.tile(jnp.arange(A), P)  # [P A]: place within the copy
+    first = T + jnp.repeat(jnp.arange(P) * A, A)  # [P A]: where the copy begins
+    behind = jnp.repeat(seen, A, axis=1)  # [B, P A]
+    zeros = jnp.zeros((B, T), jnp.int32)
+    branches = Branches(
+        seen=jnp.concatenate([zeros, behind], axis=1), start=jnp.concatenate([zeros, jnp.broadcast_to(first, behind.shape)], axis=1),
+        positions=jnp.concatenate([zeros + jnp.arange(T), behind + offset], axis=1))
+    hidden = policy.apply(params, jnp.concatenate([tokens, jnp.tile(answers, (1, P))], axis=1), branches, method=Policy.branch)[:, T:]
+    targets = jnp.pad(answers[:, 1:], ((0, 0), (0, 1)))
+    logprobs = shift_to_tokens(_score_hidden(policy, params, hidden, jnp.tile(targets, (1, P)))[0]).reshape(B, P, A)
+    place = jnp.arange(A)
+    scored = ((place >= jnp.maximum(opening, 1)) & (place < length[:, None]))[:, None]  # token 0 of a copy is described by the beginning, not the copy
+    return jnp.where(scored, logprobs, 0).sum(-1) / jnp.maximum(scored.sum(-1), 1)
 
 
 def score_values(value: Value, params, tokens: jax.Array) -> jax.Array:

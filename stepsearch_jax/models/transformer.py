@@ -75,7 +75,19 @@ def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def attend_causal(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+@flax.struct.dataclass
+class Branches:
+    """Several continuations of one sequence, laid out behind it: each sees a beginning of the sequence and itself, none sees another.
+
+    Token s of row b sees token t <= s if t < seen[b, s] or t >= start[b, s]. Tokens of the sequence itself have seen = start = 0.
+    """
+
+    seen: jax.Array  # [B, S] int32: how many tokens of the sequence the branch continues
+    start: jax.Array  # [B, S] int32: where the token's own branch begins
+    positions: jax.Array  # [B, S] int32: for the rotary embedding; a branch counts on from where it leaves the sequence
+
+
+def attend_causal(q: jax.Array, k: jax.Array, v: jax.Array, branches: Branches | None) -> jax.Array:
     """Causal attention over whole right-padded sequences. q: [B, S, N, H]; k, v: [B, S, G, H] -> [B, S, N, H].
 
     Queries are taken in blocks whose scores are recomputed in the backward pass, so memory is linear in S.
@@ -92,7 +104,11 @@ def attend_causal(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     def attend_block(args):
         q_block, first = args  # [B, G, n * block, H], []
         scores = jnp.einsum("bgmh,bgth->bgmt", q_block, k, preferred_element_type=jnp.float32).reshape(B, G, n, block, S)
-        visible = jnp.arange(S) <= first + jnp.arange(block)[:, None]
+        key, query = jnp.arange(S), first + jnp.arange(block)[:, None]
+        visible = key <= query
+        if branches is not None:
+            seen, start = (jnp.take(x, query, axis=1, mode="fill", fill_value=0) for x in (branches.seen, branches.start))  # [B, block, 1]
+            visible = (visible & ((key < seen) | (key >= start)))[:, None, None]
         weights = jax.nn.softmax(jnp.where(visible, scores, -1e30), axis=-1).astype(v.dtype).reshape(B, G, n * block, S)
         return jnp.einsum("bgmt,bgth->bgmh", weights, v)
 
@@ -205,7 +221,7 @@ class Block(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, carry, layer, positions, rows):
+    def __call__(self, carry, layer, positions, rows, branches):
         """carry: (x [b, S, D], KVCache or None); layer: []; positions: [b, S]; rows: [b] or None -> (carry, None), as `nn.scan` wants it."""
         c = self.config
         x, cache = carry
@@ -217,7 +233,7 @@ class Block(nn.Module):
         v = Projection(c, (D,), (G, H), ("embed", "kv_heads", "head_dim"), bias=c.qkv_bias, name="v")(h)
         q, k = rotate(q, positions, c.rope_theta), rotate(k, positions, c.rope_theta)
         if cache is None:
-            attended = attend_causal(q, k, v)
+            attended = attend_causal(q, k, v, branches)
         else:
             index = (jnp.arange(cache.k.shape[1]) if rows is None else rows)[:, None]  # [b, 1]
             write = partial(_scatter, layer=layer, rows=index, positions=positions)
@@ -247,7 +263,7 @@ class Trunk(nn.Module):
         self.embedding = self.param("embedding", init, (c.vocab_size, c.embed_dim), jnp.float32)
         block = nn.remat(Block, prevent_cse=False) if c.remat else Block
         self.layers = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.num_layers,
-                              in_axes=(0, nn.broadcast, nn.broadcast), metadata_params={nn.PARTITION_NAME: "layers"})(c)
+                              in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast), metadata_params={nn.PARTITION_NAME: "layers"})(c)
         self.final_norm = RMSNorm(c)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
@@ -260,11 +276,11 @@ class Trunk(nn.Module):
         mine = (local >= 0) & (local < c.vocab_size)
         return _sum_slices(jnp.where(mine[..., None], table[jnp.clip(local, 0, c.vocab_size - 1)], 0), c)
 
-    def __call__(self, tokens, positions=None, cache=None, rows=None):
+    def __call__(self, tokens, positions=None, cache=None, rows=None, branches=None):
         """tokens [b, S] -> (hidden [b, S, D], cache). Without positions: whole sequences from position 0."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        (x, cache), _ = self.layers((self.embed(tokens), cache), jnp.arange(self.config.num_layers), positions, rows)
+        (x, cache), _ = self.layers((self.embed(tokens), cache), jnp.arange(self.config.num_layers), positions, rows, branches)
         return self.final_norm(x), cache
 
 
@@ -283,6 +299,10 @@ class Policy(nn.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Right-padded tokens [B, T] -> hidden [B, T, D]."""
         return self.trunk(tokens)[0]
+
+    def branch(self, tokens: jax.Array, branches: Branches) -> jax.Array:
+        """Sequences with continuations behind them [B, S], laid out as `branches` says -> hidden [B, S, D]."""
+        return self.trunk(tokens, branches.positions, branches=branches)[0]
 
     def extend(self, tokens: jax.Array, positions: jax.Array, cache: KVCache, rows: jax.Array | None) -> tuple[jax.Array, KVCache]:
         """Runs tokens [b, S] at positions [b, S] of cache rows `rows` (None: all rows in order) -> (hidden [b, S, D], cache).
