@@ -68,7 +68,7 @@ def run_with_fault(tmp_path, tmp_path_factory, mode: str, faulty: int, processes
 
 NAMED = {  # what the faulty process says, and its exit code
     "raises": ("the search failed for ", 1),
-    "hangs": ("the search has not returned for 3.", 70),
+    "hangs": ("the search has not returned for ", 70),
     "exits": ("came to a sudden end while the search was running", 9),
     "is killed": ("came to a sudden end while the search was running", -9),
 }
