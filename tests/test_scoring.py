@@ -1,100 +1,16 @@
-"""Rewards of episodes: each formula worked by hand, the gates case by case, laws over random episodes, and recorded scores of real transcripts."""
-import dataclasses
-import gzip
-import json
+"""Rewards of episodes: each formula worked by hand, the gates case by case."""
+import types
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+import running
+import tiny_config
+from text_episodes import NOTHING_SIMILAR, PAPER, TableSimilarity, answer, invalid, make_episode, make_question, search
 
-from stepsearch_jax.records import Document, Episode, Question, SubQuestion, Turn, TurnStatus
-from stepsearch_jax.rewards import text_metrics
+from configs import base
+from stepsearch_jax.records import Document
 from stepsearch_jax.rewards.scoring import key_reward, match_rendered, measure_episodes, passes_ending_gate, passes_strict_gate, score_episodes
-from stepsearch_jax.rewards.tfidf import CorpusTfidf
-
-PAPER = dict(
-    num_turns=4,
-    answer_gate="strict",
-    format_failure="zero_answer",
-    gamma_key=0.618,
-    key_match="max",
-    use_gain=True,
-    use_redundancy=True,
-    redundancy_scope="earlier_turns",
-    step_scale=1.0,
-    rendered_ids=None,
-)
-
-
-class TableSimilarity:
-    """Cosines from a table [gold id, doc id], so that a case can be worked by hand."""
-
-    def __init__(self, table):
-        self.table = np.array(table, float)
-
-    def similarity(self, gold_ids, doc_ids):
-        return self.table[np.ix_(gold_ids, doc_ids)]
-
-
-NOTHING_SIMILAR = TableSimilarity(np.zeros((20, 20)))
-
-
-def search(query, *doc_ids, ok=True, think="", observation=""):
-    return Turn(TurnStatus.SEARCH, f"{think}<search>{query}</search>", query, None, tuple(doc_ids), ok, observation)
-
-
-def answer(text, before="", after=""):
-    return Turn(TurnStatus.ANSWER, f"{before}<answer>{text}</answer>{after}", answer=text)
-
-
-def invalid(action, observation="<warning>…</warning>"):
-    return Turn(TurnStatus.INVALID, action, observation=observation)
-
-
-def make_question(gold=(), keys=((),), answers=("Paris",)):
-    """One sub-question per entry of `keys`; all gold documents belong to the first."""
-    subs = tuple(SubQuestion("?", "!", (), tuple(gold) if i == 0 else (), tuple(k)) for i, k in enumerate(keys))
-    return Question("q0", "Where?", answers[0], tuple(answers[1:]), subs)
-
-
-def make_episode(*turns, question=None, truncated=False):
-    finished = bool(turns) and turns[-1].status == TurnStatus.ANSWER
-    return Episode(question or make_question(), "prompt <search> <answer> </answer>", tuple(turns), finished, truncated)
-
-
-# Text metrics
-
-
-def test_f1_and_exact_match_by_hand():
-    # "The Eiffel-Tower, Paris" -> "eiffeltower paris"; "a tower in Paris!" -> "tower in paris": one shared word of 2 and 3: F1 = 2*1/(2+3).
-    assert text_metrics.f1("The Eiffel-Tower, Paris", "a tower in Paris!") == pytest.approx(2 / 5)
-    # Bags, not sets: "no no yes" against "no yes yes" share one "no" and one "yes": 2*2/(3+3).
-    assert text_metrics.f1("no no yes", "no yes yes") == pytest.approx(2 / 3)
-    assert text_metrics.exact_match("The  U.S.A.", "usa") == 1 and text_metrics.exact_match("USA 1", "usa") == 0
-    assert text_metrics.normalize("An apple, the Theory of A.") == "apple theory of"  # articles only as whole words, after punctuation
-    assert text_metrics.cover_match("it is New York City", "New York") == 1 and text_metrics.cover_match("newer yorks", "new york") == 0
-    assert text_metrics.cover_match("Yorks", "York") == 0
-
-
-def test_empty_texts_and_missing_answers():
-    assert text_metrics.f1("the", "") == 1 and text_metrics.exact_match("the", "") == 1  # both empty after normalisation: equal
-    assert text_metrics.f1("", "Paris") == text_metrics.f1("Paris", "") == 0
-    for metric in (text_metrics.best_f1, text_metrics.best_exact_match, text_metrics.best_cover_match):
-        assert metric(None, ["", "Paris"]) == 0 and metric("Paris", []) == 0
-    # The best alias counts: "city of light" shares city and of, 2*2/(3+3), more than "Paris" with 2*1/(3+1).
-    assert text_metrics.best_f1("city of Paris", ["London", "Paris", "the city of light"]) == pytest.approx(4 / 6)
-
-
-def test_f1_and_exact_match_agree_with_recorded_scores(shared_data):
-    """600 real transcripts of another system carry the scores it computed: all of them must agree."""
-    with gzip.open(shared_data / "transcripts" / "search_r1_eval_sample.jsonl.gz", "rt") as lines:
-        rows = [json.loads(line) for line in lines]
-    assert len(rows) == 600
-    for row in rows:
-        assert text_metrics.best_exact_match(row["pred"], row["golden_answers"]) == row["em"]
-        assert text_metrics.best_f1(row["pred"], row["golden_answers"]) == pytest.approx(row["f1"], abs=1e-6)
-
+from stepsearch_jax.system import System, build_system
 
 # Step rewards
 
@@ -125,6 +41,8 @@ def test_gain_and_redundancy_by_hand():
         "no redundancy": (dict(use_redundancy=False), [0.4, 0.25, 0, 0.2]),
         "neither": (dict(use_gain=False, use_redundancy=False), [0, 0, 0, 0]),
         "scale": (dict(step_scale=1.6), [0.64, -0.4, -1.6, 0.32]),
+        "cost": (dict(search_cost=0.125), [0.275, -0.375, -1.125, 0.075]),
+        "scale and cost": (dict(step_scale=2.0, search_cost=0.125), [0.675, -0.625, -2.125, 0.275]),  # the scale leaves the cost alone
     }
     for name, (change, expected) in changes.items():
         changed = score_episodes([episode], TableSimilarity(table), **PAPER | change)
@@ -148,6 +66,18 @@ def test_turns_without_documents_have_no_step_reward():
     np.testing.assert_allclose(scores.redundancy, [[0, 0, 0, 1]], atol=1e-7)
     failed_last = make_episode(search("a", 2), search("b", 2, ok=False), search("c", ok=True), question=question)
     np.testing.assert_allclose(score_episodes([failed_last], TableSimilarity(table), **PAPER).step_rewards, [[0.6, 0, 0, 0]], atol=1e-7)
+
+
+def test_search_cost_by_hand():
+    """A search that was answered costs, with documents or without; a failed one, an invalid turn and the answer do not. The outcome is not touched."""
+    turns = invalid("hm"), search("a", 2, ok=False), search("b"), search("c", 3), answer("Paris")
+    cost = PAPER | dict(search_cost=0.25, num_turns=5, answer_gate="ends_with_answer")
+    scores = score_episodes([make_episode(*turns), make_episode(answer("Paris")), make_episode()], NOTHING_SIMILAR, **cost)
+    np.testing.assert_allclose(scores.step_rewards, [[0, 0, -0.25, -0.25, 0], [0] * 5, [0] * 5])
+    np.testing.assert_allclose(scores.outcome_rewards, [1, 1, 0])
+    cut_off = make_episode(search("c", 3), invalid("hm"))
+    for failure, expected in (("zero_answer", -0.25), ("minus_one", 0)):  # minus_one is the whole reward
+        assert score_episodes([cut_off], NOTHING_SIMILAR, **cost | dict(format_failure=failure)).step_rewards[0, 0] == expected
 
 
 def test_without_gold_documents_the_penalty_still_counts():
@@ -223,6 +153,38 @@ def test_outcome_reward_by_hand():
     np.testing.assert_allclose(minus.measures.f1, [0.5, 0.5])  # what the episode was worth does not depend on what it earned
 
 
+DOCUMENTS = ["Bart owns art", "the city-of-light is Paris", "Oslo", "<answer>Paris</answer>", "Rome, Paris"]
+HELD = {  # name: (turns, answer's reward with a credit of 0.25)
+    "held": ((search("x", 0, 1), answer("Rome")), 0.25),
+    "an alias is held": ((search("x", 0), search("y", 2), answer("Rome")), 0.25),  # Oslo
+    "nothing is held": ((search("x", 0), answer("Rome")), 0),
+    "right, and held": ((search("x", 1), answer("Paris")), 1),
+    "half right, and held": ((search("x", 1), answer("Paris or so or")), 0.4),  # 2*1/(4+1)
+    "held by a failed search": ((search("x", 1, ok=False), search("y", 0), answer("Rome")), 0),
+    "held by the observation only": ((search("x", 0, observation="Paris"), answer("Rome", before="Paris")), 0),
+    "within a tag, one word": ((search("x", 3), answer("Rome")), 0),  # "answerparisanswer"
+    "no answer": ((search("x", 1), search("x", 1)), 0),
+    "malformed": ((search("x", 1), answer("Rome", after=".")), 0),
+}
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_retrieved_answer_credit_by_hand(name):
+    """Accepted: "Paris" and "Oslo". Documents count through their ids alone."""
+    turns, expected = HELD[name]
+    episode = make_episode(*turns, question=make_question(answers=("Paris", "Oslo")))
+    for credit in (0.25, 0.0):
+        scores = score_episodes([episode], NOTHING_SIMILAR, **PAPER | dict(retrieved_answer_credit=credit, texts=DOCUMENTS))
+        np.testing.assert_allclose(scores.outcome_rewards, [0 if expected == 0.25 and not credit else expected], rtol=1e-6)
+    minus = score_episodes([episode], NOTHING_SIMILAR, **PAPER | dict(retrieved_answer_credit=0.25, texts=DOCUMENTS, format_failure="minus_one"))
+    np.testing.assert_allclose(minus.outcome_rewards, [expected if minus.gate_passed[0] else -1], rtol=1e-6)
+
+
+def test_the_credit_needs_texts():
+    with pytest.raises(ValueError, match="retrieved_answer_credit is 0.1, which needs"):
+        score_episodes([make_episode()], NOTHING_SIMILAR, **PAPER | dict(retrieved_answer_credit=0.1))
+
+
 THINK = "<think>x</think>"
 GATES = {  # name: (turns, strict, ends with answer)
     "plain": ((search("a", think=THINK), answer("b", before=THINK)), True, True),
@@ -240,6 +202,7 @@ GATES = {  # name: (turns, strict, ends with answer)
     "invalid turn": ((search("a"), invalid("hm"), answer("b")), False, True),
     "open think": ((search("a", think="<think>x"), answer("b")), False, True),
     "closed think only": ((search("a"), answer("b", before="x</think>")), False, True),
+    "closed twice": ((search("a"), answer("b", before="</think></think>")), False, True),
     "think closed in the next turn": ((search("a", think="<think>"), answer("b", before="</think>")), False, True),
     "crossed": ((search("a", think="<think><plan></think></plan>"), answer("b")), False, True),
     "own information": ((search("a", think="<information>x</information>"), answer("b")), False, True),
@@ -296,76 +259,43 @@ def test_measures_by_hand():
     assert measures.gold_known.tolist() == [True, False] and measures.searches.tolist() == [3, 0]
 
 
-# Laws
-
-CORPUS = ["red fox runs", "blue fox sleeps", "red owl", "the elm and the oak", "fox and owl", "", "owl owl owl", "red fox runs"]
-SIMILARITY = CorpusTfidf(CORPUS)
-RENDERED = match_rendered([Document(i, "", text) for i, text in enumerate(CORPUS)])
-words = st.sampled_from(["red fox", "blue", "owl and elm", "", "the"])
-turns = st.builds(
-    lambda query, ids, ok: search(query, *(ids if ok else ()), ok=ok), words, st.lists(st.integers(0, 7), max_size=3), st.booleans()
-) | words.map(invalid)
-questions = st.builds(
-    lambda gold, keys: make_question(gold=gold, keys=keys, answers=("red fox", "owl")),
-    st.lists(st.integers(0, 7), max_size=3, unique=True), st.lists(st.lists(words, max_size=2), min_size=1, max_size=3),
-)
-episodes = st.builds(
-    lambda body, last, question: make_episode(*body, *last, question=question),
-    st.lists(turns, max_size=4), st.lists(words.map(answer), max_size=1), questions,
-)
-choices = st.fixed_dictionaries(
-    dict(
-        answer_gate=st.sampled_from(["strict", "ends_with_answer"]),
-        format_failure=st.sampled_from(["zero_answer", "minus_one"]),
-        key_match=st.sampled_from(["max", "overwrite"]),
-        redundancy_scope=st.sampled_from(["earlier_turns", "rendered"]),
-    )
-).map(lambda change: PAPER | change | dict(rendered_ids=RENDERED))
+# The config's keys
 
 
-@settings(max_examples=150, deadline=None)
-@given(st.lists(episodes, max_size=4), choices)
-def test_rewards_are_bounded_and_gains_telescope(batch, keywords):
-    scores = score_episodes(batch, SIMILARITY, **keywords)
-    assert (scores.gain >= 0).all() and (scores.gain.sum(1) <= 1 + 1e-6).all()
-    assert (scores.redundancy >= 0).all() and (scores.redundancy <= 1 + 1e-6).all()
-    assert (scores.outcome_rewards >= -1).all() and (scores.outcome_rewards <= 1.618 + 1e-6).all()
-    if keywords["redundancy_scope"] == "earlier_turns":
-        assert (scores.redundancy[:, 0] == 0).all()
-    for b, episode in enumerate(batch):
-        gold = episode.question.gold_ids
-        retrieved = [i for turn in episode.search_turns if turn.search_ok for i in turn.doc_ids]
-        reached = SIMILARITY.similarity(gold, retrieved).max(1).mean() if gold and retrieved else 0  # the gains telescope to this
-        assert scores.gain[b].sum() == pytest.approx(reached, abs=1e-5)
-        for t in range(4):
-            if t >= len(episode.turns) or episode.turns[t].status != TurnStatus.SEARCH or not episode.turns[t].search_ok:
-                assert scores.step_rewards[b, t] == 0
+KEYS = {  # another value than the default's, under which the episode below earns something else
+    "answer_gate": "ends_with_answer", "format_failure": "minus_one", "gamma_key": 0.5, "key_match": "overwrite", "use_gain": False, "use_redundancy": False,
+    "redundancy_scope": "rendered", "step_scale": 1.6, "search_cost": 0.25, "retrieved_answer_credit": 0.125,
+}
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.lists(episodes, min_size=1, max_size=4), choices, st.randoms())
-def test_episodes_are_scored_independently(batch, keywords, random):
-    order = list(range(len(batch)))
-    random.shuffle(order)
-    whole = score_episodes(batch, SIMILARITY, **keywords)
-    for shuffled, b in zip(order, range(len(batch))):
-        alone = score_episodes([batch[shuffled]], SIMILARITY, **keywords)
-        permuted = score_episodes([batch[i] for i in order], SIMILARITY, **keywords)
-        for name in ("step_rewards", "outcome_rewards", "gain", "redundancy", "key_rewards", "gate_passed"):
-            np.testing.assert_array_equal(getattr(alone, name)[0], getattr(whole, name)[shuffled])
-            np.testing.assert_array_equal(getattr(permuted, name)[b], getattr(whole, name)[shuffled])
+@pytest.mark.parametrize("name", KEYS)
+def test_every_key_reaches_the_scoring(name):
+    table = np.full((6, 6), 0.25)
+    question = make_question(gold=(0,), keys=(("red fox",), ("owl",)))
+    turns = search("red fox", 2, 2), search("red owl", 2, 4), search("fox", 5)
+    episodes = [make_episode(*turns, answer("Rome"), question=question), make_episode(*turns, invalid("hm"), answer("Paris"), question=question)]
+    config = base.get_config().reward
+    system = types.SimpleNamespace(config=types.SimpleNamespace(reward=config), settings=types.SimpleNamespace(turns=4), _similarity=TableSimilarity(table),
+                                   _rendered_ids=np.arange(6), _texts=["in Paris"] * 6)
+    before = System.score(system, episodes)
+    config[name] = KEYS[name]
+    after = System.score(system, episodes)
+    keys = PAPER | {name: KEYS[name]} | dict(rendered_ids=np.arange(6), texts=["in Paris"] * 6)
+    expected = score_episodes(episodes, system._similarity, **keys)
+    changed = False
+    for field in ("step_rewards", "outcome_rewards"):
+        np.testing.assert_array_equal(getattr(after, field), getattr(expected, field))
+        changed |= (getattr(after, field) != getattr(before, field)).any()
+    assert changed
 
 
-SPOOF = "<search>red fox</search></information><answer>Paris</answer><think></search></answer><warning>"
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(episodes, min_size=1, max_size=3), choices)
-def test_tags_in_documents_prompts_and_warnings_change_no_reward(batch, keywords):
-    def spoof(episode):
-        spoofed = tuple(dataclasses.replace(turn, observation=SPOOF) for turn in episode.turns)
-        return dataclasses.replace(episode, turns=spoofed, prompt=SPOOF)
-
-    plain, spoofed = (score_episodes(group, SIMILARITY, **keywords) for group in (batch, [spoof(e) for e in batch]))
-    for name in ("step_rewards", "outcome_rewards", "key_rewards", "gate_passed"):
-        np.testing.assert_array_equal(getattr(plain, name), getattr(spoofed, name))
+def test_a_system_knows_its_documents_by_id(tmp_path_factory):
+    """The credit reads titles and texts of the corpus; without the credit they are not kept."""
+    config = running.here(tiny_config.get_config(str(running.shared_cache(tmp_path_factory))))
+    assert build_system(config, ["train"])._texts is None
+    config.reward.retrieved_answer_credit = 0.25
+    system = build_system(config, ["train"])
+    title = system.source.documents[5].title
+    other = next(document.id for document in system.source.documents if title not in f"{document.title} {document.text}")
+    episodes = [make_episode(search("x", i), answer("nowhere"), question=make_question(answers=(title,))) for i in (5, other)]
+    np.testing.assert_allclose(system.score(episodes).outcome_rewards, [0.25, 0])

@@ -1,4 +1,4 @@
-"""tf-idf similarities: worked by hand, against scikit-learn on real passages, and against scikit-learn's recorded answers."""
+"""tf-idf similarities: worked by hand, against loops on random texts, scikit-learn on real passages, and scikit-learn's recorded answers."""
 import gzip
 import json
 import math
@@ -7,6 +7,9 @@ import random
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from loop_tfidf import loop_similarity
 
 from stepsearch_jax.rewards.tfidf import CorpusTfidf, PairTfidf, fit_similarity
 
@@ -21,7 +24,7 @@ def test_corpus_fit_by_hand():
     """
     r, s = math.log(4 / 3) + 1, math.log(2) + 1
     cosine = r**2 / math.sqrt((r**2 + s**2) * (r**2 + 4 * s**2))
-    similarity = CorpusTfidf(["Red fox, a", "red OWL owl", "elm"]).similarity([0, 2], [1, 0])
+    similarity = CorpusTfidf(["Red fox, a", "red OWL owl", "elm"]).similarity([[0, 2]], [[1, 0]])
     np.testing.assert_allclose(similarity, [[cosine, 1.0], [0.0, 0.0]], rtol=1e-12)
 
 
@@ -33,17 +36,21 @@ def test_pair_fit_by_hand():
     """
     pair = PairTfidf(["red fox", "red owl", "elm"])
     s, r, t = math.log(1.5) + 1, math.log(4 / 3) + 1, math.log(2) + 1
-    np.testing.assert_allclose(pair.similarity([0], [1]), [[1 / (1 + s**2)]], rtol=1e-12)
-    np.testing.assert_allclose(pair.similarity([0, 2], [1]), [[r**2 / (r**2 + t**2)], [0]], rtol=1e-12)
+    np.testing.assert_allclose(pair.similarity([[0]], [[1]]), [[1 / (1 + s**2)]], rtol=1e-12)
+    np.testing.assert_allclose(pair.similarity([[0, 2]], [[1]]), [[r**2 / (r**2 + t**2)], [0]], rtol=1e-12)
 
 
 @pytest.mark.parametrize("fit", ["corpus", "pair"])
 def test_empty_documents_and_empty_lists_are_defined(fit):
     similarity = fit_similarity(["", "a b", "red fox", "red"], tfidf_fit=fit)
-    block = similarity.similarity([0, 2], [1, 2, 3])
+    block = similarity.similarity([[0, 2]], [[1, 2, 3]])
     assert np.isfinite(block).all() and (block[0] == 0).all() and block[1, 0] == 0 and block[1, 1] == pytest.approx(1)
-    assert (similarity.similarity([0, 1], [2, 3]) == 0).all()
-    assert similarity.similarity([], [1, 2]).shape == (0, 2) and similarity.similarity([1], []).shape == (1, 0)
+    assert (similarity.similarity([[0, 1]], [[2, 3]]) == 0).all()
+    assert similarity.similarity([[]], [[1, 2]]).shape == (0, 2) and similarity.similarity([[1]], [[]]).shape == (1, 0)
+    assert similarity.similarity([[]], [[]]).shape == similarity.similarity([], []).shape == (0, 0)
+    np.testing.assert_array_equal(similarity.similarity([[], [2, 3], [3]], [[1, 2], [], [3]]), [[0, 0, 1], [0, 0, 0]])
+    only = fit_similarity(["", "a"], tfidf_fit=fit).similarity([[0], [1]], [[1], [0, 0]])  # not one word in the whole corpus
+    np.testing.assert_array_equal(only, np.zeros((1, 3)))
 
 
 @pytest.mark.parametrize("fit", ["corpus", "pair"])
@@ -51,7 +58,9 @@ def test_wrong_ids_are_refused(fit):
     similarity = fit_similarity(["red fox", "owl"], tfidf_fit=fit)
     for bad in (-1, 2):
         with pytest.raises(ValueError, match=f"document id {bad} is not in the corpus of 2"):
-            similarity.similarity([0], [bad])
+            similarity.similarity([[0]], [[bad]])
+        with pytest.raises(ValueError, match=f"document id {bad} is not in the corpus of 2"):
+            similarity.similarity([[1], [0, bad]], [[0], [1]])
     with pytest.raises(ValueError, match="tfidf_fit"):
         fit_similarity(["red"], tfidf_fit="both")
     with pytest.raises(ValueError, match="no documents"):
@@ -64,7 +73,7 @@ def test_pair_fit_equals_recorded_scikit_learn():
     pair = PairTfidf(golden["texts"])
     assert len(golden["cases"]) >= 20
     for case in golden["cases"]:
-        np.testing.assert_allclose(pair.similarity(case["gold"], case["docs"]), case["cosines"], atol=1e-6)
+        np.testing.assert_allclose(pair.similarity([case["gold"]], [case["docs"]]), case["cosines"], atol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -78,23 +87,25 @@ def musique(shared_data):
         questions = [json.loads(line) for line in lines]
     rng = random.Random(0)
     cases = []
-    for question in questions[:80]:
+    for question in rng.sample(questions, 80):
         gold = [place[p["title"], p["paragraph_text"]] for p in question["paragraphs"] if p["is_supporting"]]
         cases.append((gold, [*rng.sample(range(len(texts)), 3), rng.choice(gold)]))
     return texts, cases
 
 
 def test_pair_fit_equals_refitted_scikit_learn_on_real_passages(musique):
+    """All questions in one call: each document is compared with its own question's gold documents."""
     text_module = pytest.importorskip("sklearn.feature_extraction.text")
     texts, cases = musique
-    pair, pairs = PairTfidf(texts), 0
-    for gold, docs in cases:
-        expected = np.zeros((len(gold), len(docs)))
+    got, pairs = PairTfidf(texts).similarity(*zip(*cases)), 0
+    assert {len(gold) for gold, _ in cases} >= {2, 3, 4}
+    for b, (gold, docs) in enumerate(cases):
         for j, doc in enumerate(docs):
             matrix = text_module.TfidfVectorizer().fit_transform([texts[doc], *(texts[i] for i in gold)])
-            expected[:, j] = (matrix[1:] @ matrix[0].T).toarray()[:, 0]
-        np.testing.assert_allclose(pair.similarity(gold, docs), expected, atol=1e-6)
-        pairs += expected.size
+            expected = (matrix[1:] @ matrix[0].T).toarray()[:, 0]
+            np.testing.assert_allclose(got[: len(gold), 4 * b + j], expected, rtol=0, atol=1e-6)
+            assert (got[len(gold) :, 4 * b + j] == 0).all()
+            pairs += len(gold)
     assert pairs >= 500
 
 
@@ -107,16 +118,52 @@ def test_corpus_fit_equals_scikit_learn_on_real_passages(musique):
     rng = random.Random(1)
     for _ in range(60):
         gold, docs = rng.sample(range(len(texts)), 3), rng.sample(range(len(texts)), 12)
-        np.testing.assert_allclose(corpus.similarity(gold, docs), (matrix[gold] @ matrix[docs].T).toarray(), atol=1e-9)
+        np.testing.assert_allclose(corpus.similarity([gold], [docs]), (matrix[gold] @ matrix[docs].T).toarray(), atol=1e-9)
 
 
-def test_similarities_do_not_depend_on_what_was_asked_before(musique):
-    """To the last bit: a resumed run, which has asked for less, must score as the uninterrupted one."""
+# Laws
+
+TEXTS = st.lists(st.sampled_from(["red", "Red", "fox", "owl", "elm", "a", "x1", "naïve", "Ōta", "</search>", "<answer>owl</answer>"]), max_size=9).map(" ".join)
+CORPUS = st.lists(TEXTS, min_size=6, max_size=6)
+IDS = st.lists(st.integers(0, 5), max_size=4)
+BATCH = st.lists(st.tuples(IDS.map(lambda ids: list(dict.fromkeys(ids))), IDS), min_size=1, max_size=4)
+
+
+@pytest.mark.parametrize("fit", ["corpus", "pair"])
+@settings(max_examples=150, deadline=None)
+@given(texts=CORPUS, batch=BATCH)
+def test_similarities_equal_loops(fit, texts, batch):
+    got = fit_similarity(texts, tfidf_fit=fit).similarity(*zip(*batch))
+    assert got.shape == (max(len(gold) for gold, _ in batch), sum(len(docs) for _, docs in batch))
+    assert (got >= 0).all() and (got <= 1).all()
+    start = 0
+    for gold, docs in batch:
+        block = got[:, start : start + len(docs)]
+        np.testing.assert_allclose(block[: len(gold)], loop_similarity(texts, gold, docs, tfidf_fit=fit), rtol=0, atol=1e-12)
+        assert (block[len(gold) :] == 0).all()
+        start += len(docs)
+
+
+@pytest.mark.parametrize("fit", ["corpus", "pair"])
+@settings(max_examples=100, deadline=None)
+@given(texts=CORPUS, batch=BATCH, random=st.randoms(use_true_random=False))
+def test_similarities_do_not_depend_on_what_else_is_asked_for(fit, texts, batch, random):
+    """To the last bit: an episode's reward must not change with the batch that it is scored in."""
+    similarity = fit_similarity(texts, tfidf_fit=fit)
+    whole = similarity.similarity(*zip(*batch))
+    blocks = np.split(whole, np.cumsum([len(docs) for _, docs in batch])[:-1], axis=1)
+    shuffled = random.sample(range(len(batch)), len(batch))
+    np.testing.assert_array_equal(similarity.similarity(*zip(*[batch[b] for b in shuffled])), np.concatenate([blocks[b] for b in shuffled], axis=1))
+    for (gold, docs), block in zip(batch, blocks):
+        np.testing.assert_array_equal(similarity.similarity([gold], [docs]), block[: len(gold)])
+
+
+def test_real_similarities_do_not_depend_on_what_else_is_asked_for(musique):
     texts, cases = musique
-    texts = texts[:200]
     for make in (CorpusTfidf, PairTfidf):
-        used, fresh = make(texts), make(texts)
-        for i in range(0, 190, 5):
-            used.similarity([i + 4, i + 1], [i + 2, i])
-        np.testing.assert_array_equal(used.similarity([150, 3], [7, 150, 9]), fresh.similarity([150, 3], [7, 150, 9]))
-        np.testing.assert_allclose(used.similarity([150, 3], [7, 150, 9])[:, 1], used.similarity([150, 3], [150])[:, 0], rtol=1e-12)
+        similarity = make(texts[:200])
+        ids = [([i + 4, i + 1], [i + 2, i, i + 4]) for i in range(0, 190, 5)]
+        whole = similarity.similarity(*zip(*ids))
+        for b in (0, 17, len(ids) - 1):
+            np.testing.assert_array_equal(similarity.similarity([ids[b][0]], [ids[b][1]]), whole[:, 3 * b : 3 * b + 3])
+        np.testing.assert_allclose(np.diagonal(whole[:1, 2::3]), 1, rtol=1e-12)

@@ -1,7 +1,7 @@
 """What each episode earned, from its text records (host; StepSearch, arXiv 2505.15107: "the paper" below; its released code where a line says so).
 
     global reward   r_global = r_answer + gamma_key * r_key                             [B], belongs on the last action token
-    step reward     r_step^t = step_scale * (G^t - P^t)                                 [B, K], belongs on the token that closes turn t's search
+    step reward     r_step^t = step_scale * (G^t - P^t) - search_cost                   [B, K], belongs on the token that closes turn t's search
 
 Only `action`, `query`, `answer`, `doc_ids`, `status` and `search_ok` of a turn are read. Observations never are, so no document can earn or lose
 anything by the tags that it contains.
@@ -51,6 +51,7 @@ def score_episodes(
     episodes: Sequence[Episode],
     similarity: Similarity,
     *,
+    gain: np.ndarray | None,
     num_turns: int,
     answer_gate: str,
     format_failure: str,
@@ -60,12 +61,17 @@ def score_episodes(
     use_redundancy: bool,
     redundancy_scope: str,
     step_scale: float,
+    search_cost: float,
+    retrieved_answer_credit: float,
     rendered_ids: Sequence[int] | None,
+    texts: Sequence[str] | None,
 ) -> StepScores:
     """Rewards of B episodes -> `StepScores`.
 
-    similarity: tf-idf cosines by corpus id (`rewards.tfidf`). num_turns: K. The other keywords are the keys of `config.reward`; `rendered_ids[i]` is
-    the first corpus id whose rendered text equals that of document i (`match_rendered`), needed by redundancy_scope="rendered" only, else None.
+    similarity: tf-idf cosines by corpus id (`rewards.tfidf`). gain [B, K]: what each turn gained, if it is measured otherwise than by `information_gain`; on
+    turns without a successful search it must be 0. num_turns: K. The other keywords are the keys of `config.reward`; `rendered_ids[i]` is
+    the first corpus id whose rendered text equals that of document i (`match_rendered`), needed by redundancy_scope="rendered" only, else None; `texts[i]`
+    is document i, title and text, needed by a retrieved_answer_credit other than 0 only, else None.
 
     answer_gate     strict: the paper's format gate (`passes_strict_gate`); ends_with_answer.
     format_failure  zero_answer: r_answer = 0, the key reward and the step rewards stay; minus_one.
@@ -73,8 +79,13 @@ def score_episodes(
       reward -1: no key reward, no step rewards.
     Reference: step_scale is 1 in the paper; the released code means 0.6 and really adds 1.6 (it updates the row through a view of itself).
     Reference: gamma_key = 0.618 stands only in the released code.
+    search_cost     taken off for every search that was not a failed one, at its own turn; step_scale does not touch it.
+    retrieved_answer_credit  stands in for r_answer where the F1 is 0 and a retrieved document holds an accepted answer (`retrieved_answer`).
+      It passes through the gate as r_answer does: otherwise a malformed wrong answer would earn more than a malformed right one, and an episode without an
+      answer as much as one that tries.
+    Reference: the last two are ours, and 0 in the paper and its released code.
 
-    Raises ValueError if an unknown choice is asked for, or if an episode searches in a turn beyond K.
+    Raises ValueError if an unknown choice is asked for, if what a choice needs is missing, or if an episode searches in a turn beyond K.
     """
     _check_choice("answer_gate", answer_gate, _GATES)
     _check_choice("format_failure", format_failure, ("zero_answer", "minus_one"))
@@ -82,26 +93,30 @@ def score_episodes(
     _check_choice("redundancy_scope", redundancy_scope, ("earlier_turns", "rendered"))
     if redundancy_scope == "rendered" and rendered_ids is None:
         raise ValueError("reward.redundancy_scope is 'rendered', which needs rendered_ids; make them with match_rendered(documents)")
+    if retrieved_answer_credit and texts is None:
+        raise ValueError(f"reward.retrieved_answer_credit is {retrieved_answer_credit}, which needs the documents' texts")
 
     shape = len(episodes), num_turns
-    gain, redundancy = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-    key_rewards, gate_passed = np.zeros(shape[0], np.float32), np.zeros(shape[0], bool)
+    redundancy, served = np.zeros(shape, np.float32), np.zeros(shape, bool)
+    key_rewards, gate_passed, held = np.zeros(shape[0], np.float32), np.zeros(shape[0], bool), np.zeros(shape[0], bool)
     measures = measure_episodes(episodes)
     for b, episode in enumerate(episodes):
         if any(turn.status == TurnStatus.SEARCH for turn in episode.turns[num_turns:]):
             raise ValueError(f"episode {b} (question {episode.question.uid}) searches after turn {num_turns}, the last that rewards have room for")
         turns = episode.turns[:num_turns]
-        gold_ids = episode.question.gold_ids
-        gain[b, : len(turns)] = information_gain(turns, gold_ids, similarity)
         if redundancy_scope == "earlier_turns":
             redundancy[b, : len(turns)] = redundancy_by_id(turns)
-        elif gold_ids:
+        elif measures.gold_known[b]:
             redundancy[b, : len(turns)] = redundancy_by_rendering(turns, rendered_ids)
+        served[b, : len(turns)] = [turn.status == TurnStatus.SEARCH and turn.search_ok for turn in turns]
         key_rewards[b] = key_reward(episode.queries, episode.question, key_match=key_match)
         gate_passed[b] = _GATES[answer_gate](episode)
+        held[b] = retrieved_answer_credit and measures.f1[b] == 0 and retrieved_answer(episode, texts)
 
-    step_rewards = np.float32(step_scale) * (gain * use_gain - redundancy * use_redundancy)
-    outcome_rewards = np.where(gate_passed, measures.f1, 0) + np.float32(gamma_key) * key_rewards
+    gain = np.asarray(information_gain(episodes, similarity, num_turns=num_turns) if gain is None else gain, np.float32)
+    step_rewards = np.float32(step_scale) * (gain * use_gain - redundancy * use_redundancy) - np.float32(search_cost) * served
+    answer_rewards = np.where(gate_passed, np.where(held, np.float32(retrieved_answer_credit), measures.f1), 0)
+    outcome_rewards = answer_rewards + np.float32(gamma_key) * key_rewards
     if format_failure == "minus_one":
         step_rewards = np.where(gate_passed[:, None], step_rewards, 0)
         outcome_rewards = np.where(gate_passed, outcome_rewards, -1)
@@ -118,37 +133,37 @@ def score_episodes(
 
 def measure_episodes(episodes: Sequence[Episode]) -> EpisodeMeasures:
     """Answer and retrieval quality of B episodes -> `EpisodeMeasures`. No format gate, no similarity: what evaluation reports."""
-    answers = [(episode.answer, episode.question.answers) for episode in episodes]
+    answers = np.array([text_metrics.compare_answer(episode.answer, episode.question.answers) for episode in episodes], np.float32).reshape(-1, 3)
     gold = [set(episode.question.gold_ids) for episode in episodes]
     return EpisodeMeasures(
-        em=np.array([text_metrics.best_exact_match(*pair) for pair in answers], np.float32),
-        f1=np.array([text_metrics.best_f1(*pair) for pair in answers], np.float32),
-        cover_em=np.array([text_metrics.best_cover_match(*pair) for pair in answers], np.float32),
+        em=answers[:, 0],
+        f1=answers[:, 1],
+        cover_em=answers[:, 2],
         gold_recall=np.array([len(ids.intersection(episode.doc_ids)) / max(len(ids), 1) for ids, episode in zip(gold, episodes)], np.float32),
         gold_known=np.array([bool(ids) for ids in gold], bool),
         searches=np.array([len(episode.search_turns) for episode in episodes], np.int32),
     )
 
 
-def information_gain(turns: Sequence[Turn], gold_ids: Sequence[int], similarity: Similarity) -> np.ndarray:
-    """G [len(turns)] (paper, information gain): how much closer turn t brought the documents to the gold ones.
+def information_gain(episodes: Sequence[Episode], similarity: Similarity, *, num_turns: int) -> np.ndarray:
+    """G [B, K] float64 (paper, information gain): how much closer turn t brought the documents to the gold ones; all episodes in one pass.
 
-    c_i^t = max_j cos(gold_i, d_j^t);  m_i^0 = 0;  G^t = (1/n) Σ_i max(c_i^t - m_i^{t-1}, 0);  m_i^t = max(m_i^{t-1}, c_i^t).
+    c_i^t = max_j cos(gold_i, d_j^t);  m_i^0 = 0;  m_i^t = max(m_i^{t-1}, c_i^t);  G^t = (1/n) Σ_i max(c_i^t - m_i^{t-1}, 0) = (1/n) Σ_i (m_i^t - m_i^{t-1}).
     The sum over t telescopes to (1/n) Σ_i m_i <= 1. 0 without gold documents; a failed search has no gain and leaves no memory.
     """
-    gain = np.zeros(len(turns))
-    retrieved = list(dict.fromkeys(i for turn in turns if _retrieved(turn) for i in turn.doc_ids))
-    if not gold_ids or not retrieved:
-        return gain
-    cosines = similarity.similarity(gold_ids, retrieved)
-    column = {doc_id: j for j, doc_id in enumerate(retrieved)}
-    memory = np.zeros(len(gold_ids))
-    for t, turn in enumerate(turns):
-        if _retrieved(turn):
-            best = cosines[:, [column[i] for i in turn.doc_ids]].max(1)
-            gain[t] = np.maximum(best - memory, 0).mean()
-            memory = np.maximum(memory, best)
-    return gain
+    gold_ids = [episode.question.gold_ids for episode in episodes]
+    found = [[(t, turn.doc_ids) for t, turn in enumerate(e.turns[:num_turns]) if _retrieved(turn)] if ids else [] for e, ids in zip(episodes, gold_ids)]
+    rows = [(b, t, len(ids)) for b, turns in enumerate(found) for t, ids in turns]
+    if not rows:
+        return np.zeros((len(episodes), num_turns))
+    cosines = similarity.similarity(gold_ids, [[i for _, ids in turns for i in ids] for turns in found])  # [n, R]
+    b, t, documents = np.array(rows).T
+    best = np.zeros((len(cosines), len(episodes), num_turns))  # c; 0, which changes no memory, where nothing was retrieved
+    best[:, b, t] = np.maximum.reduceat(cosines, np.cumsum(documents) - documents, axis=1)
+    memory = np.maximum.accumulate(best, axis=2)
+    # Python's sum adds one gold document after the other: the last bit of an episode's gain does not depend on the batch around it.
+    reached = sum(memory) / np.maximum([len(ids) for ids in gold_ids], 1)[:, None]
+    return np.diff(reached, axis=1, prepend=0)
 
 
 def redundancy_by_id(turns: Sequence[Turn]) -> np.ndarray:
@@ -195,13 +210,20 @@ def key_reward(queries: Sequence[str], question: Question, *, key_match: str) ->
     groups = [sub.queries for sub in question.sub_questions if sub.queries]
     if not groups or not queries:
         return 0.0
-    matches = np.array([[text_metrics.best_f1(query, keys) for keys in groups] for query in queries])  # [t, i]
+    matches = text_metrics.match_queries(queries, groups)  # [t][i]
     if key_match == "max":
-        return float(matches.max(0).mean())
-    matched = np.zeros(len(groups))
+        return sum(map(max, zip(*matches))) / len(groups)
+    matched = [0.0] * len(groups)
     for row in matches:
-        matched[row.argmax()] = row.max()
-    return float(matched.mean())
+        best = max(row)
+        matched[row.index(best)] = best
+    return sum(matched) / len(groups)
+
+
+def retrieved_answer(episode: Episode, texts: Sequence[str]) -> bool:
+    """Whether a retrieved document holds an accepted answer as whole words, both normalised; document i reads `texts[i]`, whatever the episode shows."""
+    ids = {i for turn in episode.turns if _retrieved(turn) for i in turn.doc_ids}
+    return any(text_metrics.holds_answer(texts[i], episode.question.answers) for i in ids)
 
 
 def passes_strict_gate(episode: Episode) -> bool:
@@ -235,9 +257,7 @@ _GATES = {"strict": passes_strict_gate, "ends_with_answer": passes_ending_gate}
 
 def _is_flat(tags: Sequence[tuple[str, str]]) -> bool:
     """Tags, as ("" or "/", name), come in pairs: each opening one directly followed by its own closing one."""
-    return len(tags) % 2 == 0 and all(
-        (opening, closing) == ("", "/") and name == closed for (opening, name), (closing, closed) in zip(tags[::2], tags[1::2])
-    )
+    return len(tags) % 2 == 0 and [("/", name) for slash, name in tags[::2] if not slash] == tags[1::2]
 
 
 def _retrieved(turn: Turn) -> bool:

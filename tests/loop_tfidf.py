@@ -1,0 +1,46 @@
+"""tf-idf as plain loops over dictionaries: the oracle of the similarities and of the information gain."""
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def loop_cosine(a: str, b: str, collection: Sequence[str]) -> float:
+    """Cosine of two texts with scikit-learn's defaults, N and df counted over `collection`."""
+    count = lambda text: [word for word in re.findall(r"\b\w\w+\b", text.lower())]
+    sets = [set(count(text)) for text in collection]
+
+    def weigh(text: str) -> dict[str, float]:
+        words = count(text)
+        return {w: words.count(w) * (math.log((1 + len(sets)) / (1 + sum(w in words_ for words_ in sets))) + 1) for w in words}
+
+    x, y = weigh(a), weigh(b)
+    norms = math.sqrt(sum(v * v for v in x.values()) * sum(v * v for v in y.values()))
+    return sum(v * y.get(w, 0) for w, v in x.items()) / norms if norms else 0.0
+
+
+def loop_similarity(texts: Sequence[str], gold_ids: Sequence[int], doc_ids: Sequence[int], *, tfidf_fit: str) -> np.ndarray:
+    """[n, k] cosines of one question's gold documents with documents."""
+    table = np.zeros((len(gold_ids), len(doc_ids)))
+    for j, doc in enumerate(doc_ids):
+        collection = texts if tfidf_fit == "corpus" else [texts[doc], *(texts[i] for i in gold_ids)]
+        for i, gold in enumerate(gold_ids):
+            table[i, j] = loop_cosine(texts[gold], texts[doc], collection)
+    return table
+
+
+def loop_gain(texts: Sequence[str], gold_ids: Sequence[int], searches: Sequence[Sequence[int]], *, tfidf_fit: str) -> list[float]:
+    """G of every search, from the documents that each retrieved (none: the search failed)."""
+    memory, gain = [0.0] * len(gold_ids), []
+    for doc_ids in searches:
+        cosines = loop_similarity(texts, gold_ids, doc_ids, tfidf_fit=tfidf_fit)
+        risen = 0.0
+        for i in range(len(gold_ids)):
+            best = max(cosines[i], default=0.0)
+            risen += max(best - memory[i], 0)
+            memory[i] = max(memory[i], best)
+        gain.append(risen / len(gold_ids) if gold_ids else 0.0)
+    return gain

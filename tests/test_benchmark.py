@@ -1,0 +1,128 @@
+"""The benchmark command, and what the reward benchmark times: both sides score the same texts and agree."""
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from loop_tfidf import loop_gain
+
+from stepsearch_jax import benchmark
+from stepsearch_jax.benchmarks import reward
+from stepsearch_jax.rewards.scoring import passes_strict_gate
+from stepsearch_jax.rewards.tfidf import fit_similarity
+
+REPO = pathlib.Path(__file__).resolve().parents[1]
+SMALL = reward.Size(episodes=3, turns=2, documents=2, gold=2, words=30)
+
+
+def make_small(seed=0):
+    texts = reward.Texts(seed)
+    corpus, questions = texts.make_corpus(SMALL), texts.make_questions(SMALL)
+    return corpus, [texts.make_episodes(questions, SMALL) for _ in range(2)]
+
+
+def test_both_sides_compute_the_gain_of_the_same_episodes():
+    pytest.importorskip("sklearn")
+    corpus, (episodes, _) = make_small()
+    ours = reward.score(episodes, fit_similarity(corpus, tfidf_fit="pair"), SMALL.turns).gain
+    peer = reward.fit_and_gain(episodes, corpus, reward._import_vectorizer())
+    loops = [loop_gain(corpus, episode.question.gold_ids, [turn.doc_ids for turn in episode.search_turns], tfidf_fit="pair") for episode in episodes]
+    np.testing.assert_allclose(peer, loops, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(ours, loops, rtol=0, atol=1e-6)
+    assert (ours > 0).any() and len(np.unique(ours)) > 3
+
+
+def test_batches_are_of_the_size_that_is_claimed():
+    """Whole documents of made-up words; every search finds documents of its own that are nobody's gold; a later batch deals anew and asks anew."""
+    corpus, (episodes, later) = make_small()
+    assert len(corpus) == 3 * (2 + 2 * 2) and {len(text.split()) for text in corpus} == {30}
+    for batch in (episodes, later):
+        gold = [i for episode in batch for i in episode.question.gold_ids]
+        found = [i for episode in batch for i in episode.doc_ids]
+        assert sorted(gold + found) == list(range(len(corpus)))
+        for episode in batch:
+            assert [len(turn.doc_ids) for turn in episode.search_turns] == [2, 2] and len(episode.question.gold_ids) == 2
+            assert passes_strict_gate(episode) and all(len(sub.queries) == 3 for sub in episode.question.sub_questions)
+    assert [e.question for e in episodes] == [e.question for e in later] and [e.doc_ids for e in episodes] != [e.doc_ids for e in later]
+    assert not {query for e in episodes for query in e.queries} & {query for e in later for query in e.queries}
+    assert make_small()[0] == corpus and make_small(seed=1)[0] != corpus
+
+
+def test_figures_hang_together():
+    pytest.importorskip("sklearn")
+    figures = reward.measure(repeats=3, seed=0, size=SMALL)
+    assert figures["ratio"] == figures["peer_s"] / figures["ours_s"] == figures["pair"]["ratio"] and figures["largest_difference"] < 1e-6
+    assert figures["ours_s"] == figures["pair"]["batch_s"] == sorted(figures["runs_s"]["pair"])[1] > 0
+    assert [len(runs) for runs in figures["runs_s"].values()] == [3, 3, 3]
+    assert figures["corpus"]["first_ratio"] == figures["peer_s"] / figures["corpus"]["first_s"]
+    table = reward.render(figures).splitlines()
+    assert len(table) == 6 and "3 episodes x 2 turns x 2 documents of 30 words" in table[0]
+    assert f"{figures['ratio']:.0f}x" == table[2].split()[-1] and "ms" in table[4]
+
+
+def test_sides_that_disagree_end_the_run(monkeypatch):
+    pytest.importorskip("sklearn")
+    peer = reward.fit_and_gain
+    monkeypatch.setattr(reward, "fit_and_gain", lambda *arguments: peer(*arguments) + 2e-6)
+    with pytest.raises(ValueError, match="differ from scikit-learn's by 2.0e-06"):
+        reward.measure(repeats=1, seed=0, size=SMALL)
+    monkeypatch.setattr(reward, "fit_and_gain", lambda *arguments: peer(*arguments) * np.nan)
+    with pytest.raises(ValueError, match="differ"):
+        reward.measure(repeats=1, seed=0, size=SMALL)
+
+
+def test_the_command_prints_a_table_and_writes_figures(monkeypatch, capsys, tmp_path):
+    seen = {}
+
+    def measure(**options):
+        seen.update(options)
+        return {"ours_s": 1.0}
+
+    monkeypatch.setattr(reward, "measure", measure)
+    monkeypatch.setattr(reward, "render", lambda figures: f"table of {figures}")
+    benchmark.main(["reward", "--json", str(tmp_path / "f.json"), "--repeats", "2", "--seed", "5"])
+    assert capsys.readouterr().out == "table of {'ours_s': 1.0}\n" and seen == {"repeats": 2, "seed": 5}
+    assert json.loads((tmp_path / "f.json").read_text()) == {"ours_s": 1.0} and list(tmp_path.iterdir()) == [tmp_path / "f.json"]
+    benchmark.main(["reward"])
+    assert "table" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments,complaint", [
+    (["reward", "--json", "no/such/folder/f.json"], "no/such/folder"), (["reward", "--repeats", "0"], "0 is less than 1"), (["rewards"], "invalid choice"),
+    ([], "subject"), (["reward", "--turns", "3"], "--turns"),
+])
+def test_what_the_command_refuses(arguments, complaint, monkeypatch, capsys):
+    monkeypatch.setattr(reward, "measure", lambda **_: pytest.fail("refuse before work starts"))
+    with pytest.raises(SystemExit) as error:
+        benchmark.main(arguments)
+    assert complaint in f"{error.value} {capsys.readouterr().err}" and error.value.code != 0
+
+
+def test_without_scikit_learn_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.feature_extraction.text", None)
+    with pytest.raises(SystemExit, match="pip install -r requirements-bench.txt"):
+        benchmark.main(["reward"])
+    assert "scikit-learn" in (REPO / "requirements-bench.txt").read_text()
+
+
+@pytest.mark.parametrize("arguments,words", [
+    (["--help"], ("reward", "scikit-learn")), (["reward", "--help"], ("--json FILE", "--repeats N", "--seed S", "scikit-learn", "first batch")),
+])
+def test_the_command_explains_itself(arguments, words, capsys):
+    with pytest.raises(SystemExit) as done:
+        benchmark.main(arguments)
+    out = capsys.readouterr().out
+    assert done.value.code == 0 and all(word in out for word in words), out
+
+
+@pytest.mark.slow
+def test_the_command_writes_its_figures(tmp_path):
+    pytest.importorskip("sklearn")
+    command = [sys.executable, "-m", "stepsearch_jax.benchmark", "reward", "--json", str(tmp_path / "f.json"), "--repeats", "1"]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    figures = json.loads((tmp_path / "f.json").read_text())
+    assert figures["size"] == {"episodes": 64, "turns": 4, "documents": 3, "gold": 3, "words": 100}
+    assert figures["ratio"] == pytest.approx(figures["peer_s"] / figures["ours_s"]) and figures["ours_s"] > 0
