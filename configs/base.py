@@ -2,11 +2,36 @@
 
 Sections follow the way of one question: data, prompt, search, model, rollout, reward, rl, optimiser, imitation, evaluation, housekeeping.
 Names in brackets: [P] the paper's appendix B, [C] the released code, [O] our choice.
+
+Two presets, by the word after the colon (--config=configs/base.py:reference): "paper", which are the defaults, and "reference", which computes what the
+released code computes.
 """
 import ml_collections
 
+VARIANTS = ("paper", "reference")
+REFERENCE = {  # where the released code departs from the defaults; bugs that no one can want (positions that drift, tags in documents) are not in it
+    "reward.answer_gate": "ends_with_answer",
+    "reward.format_failure": "minus_one",
+    "reward.key_match": "overwrite",
+    "reward.redundancy_scope": "rendered",  # no gold documents: no penalty
+    "reward.tfidf_fit": "pair",
+    "reward.step_scale": 1.6,
+    "reward.outcome_overwrites": True,
+    "rl.over_observations": True,
+    "rl.entropy_coef": 1e-3,
+    "rollout.top_p": 0.95,
+    # The released script's numbers.
+    "iterations": 1120,  # at most
+    "rollout.questions": 128,
+    "policy.learning_rate": 5e-7,
+    "value.learning_rate": 5e-7,
+    "value.warmup": 0.05,
+}
 
-def get_config() -> ml_collections.ConfigDict:
+
+def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
+    if preset not in VARIANTS:
+        raise ValueError(f"configs/base.py:{preset} is not known; presets are {', '.join(VARIANTS)}")
     c = ml_collections.ConfigDict()
     c.seed = 0  # every random choice of a run follows from it
     c.iterations = 500  # one iteration = one rollout and its optimiser steps [P]
@@ -87,23 +112,36 @@ def get_config() -> ml_collections.ConfigDict:
     w.format_failure = "zero_answer"  # zero_answer: r_answer = 0 [P] | minus_one: the whole reward is -1, no step or key reward [C]
     w.gamma_key = 0.618  # weight of the search-key reward [C]
     w.key_match = "max"  # max [P] | overwrite: a later, worse query lowers it [C]
-    w.use_gain = True  # information gain G in the step reward
+    # What a search gained. gain: how much closer its documents are to the gold ones, G [P] | answer_logprob: the rise, by its turn, of the policy's own mean
+    # log-probability per token of the answer; needs no gold documents (arXiv 2510.14967).
+    w.step_reward = "gain"
+    w.use_gain = True  # what a search gained, in the step reward
     w.use_redundancy = True  # redundancy P in the step reward
     w.redundancy_scope = "earlier_turns"  # earlier_turns: by corpus id [P] | rendered: by rendered text, within the round too, none without gold [C]
     w.step_scale = 1.0  # weight of the step reward [P]; 1.6 is the released code's effective one
     w.tfidf_fit = "corpus"  # corpus: one idf for the corpus [O] | pair: refitted on document and gold [C]
+    w.search_cost = 0.0  # taken off at the token that closes each search, failed searches excepted; step_scale does not touch it [O]
+    w.retrieved_answer_credit = 0.0  # r_answer where the F1 is 0 but a retrieved document holds an accepted answer; the gate applies as ever [O]
     w.placement = "step"  # step: each reward at its turn's end | merged: the same total on the last action token
+    w.outcome_overwrites = False  # True: the global reward replaces a step reward on the last action token instead of adding to it [C]
     w.shuffle = False  # control: give every episode the rewards of another one
 
     c.rl = l = ml_collections.ConfigDict()
-    l.gamma = 1.0  # discount per action token [C]
-    l.gae_lambda = 1.0  # [C]
-    l.whiten_advantages = True  # over action tokens
-    l.clip_ratio = 0.2  # [P]
+    # gae: token GAE [P] | turn_gae: GAE with one state a turn | grpo, rloo: an episode against its group | turn_return: turns against their group's.
+    # The last three train no value model and need rollout.group_size > 1.
+    l.advantage = "gae"
+    l.gamma = 1.0  # discount, once an action token (gae) or once a turn (turn_gae, turn_return); grpo and rloo have none [C]
+    l.gae_lambda = 1.0  # of gae and turn_gae, as often as gamma [C]
+    l.over_observations = False  # True: gae, whitening and value loss over every token after the prompt, not over action tokens alone [C]
+    l.whiten_advantages = True  # of gae and turn_gae, over action tokens
+    l.clip_low = 0.2  # a ratio below 1 - clip_low is clipped [P]
+    l.clip_high = 0.2  # a ratio above 1 + clip_high is clipped [P]
+    l.aggregation = "token_mean"  # token_mean: every action token of a minibatch counts the same [P] | sequence_mean: every episode does
     l.value_clip = 0.5  # [C]
     l.entropy_coef = 0.0  # 1e-3 in the released code [C]
-    l.kl_coef = 1e-3  # beta, charged on action tokens in the reward [P]
-    l.kl_estimator = "k1"  # k1 | k2 | k3 | abs
+    l.kl_coef = 1e-3  # beta, charged on action tokens [P]
+    l.kl_placement = "reward"  # reward: of the sampling policy, a constant [P] | loss: of the current policy, differentiated, as GRPO has it
+    l.kl_estimator = "k1"  # k1 | k2 | k3 | abs; in the loss k1 has no gradient in expectation: take k2 or k3 there
     l.kl_target = 0.0  # adapt beta towards this mean KL per token; 0 = beta is fixed
     l.kl_horizon = 10000.0  # tokens over which the adaptive controller reacts
     l.minibatches = 4  # optimiser steps per epoch over a rollout [P]
@@ -156,4 +194,7 @@ def get_config() -> ml_collections.ConfigDict:
     n.processes = 1  # number of processes; 0 = as the platform announces
     n.process_id = 0  # number of this process, from 0
     n.heartbeat_s = 30  # a process silent for so long is given up, and the run ends
+
+    if preset == "reference":
+        c.update_from_flattened_dict(REFERENCE)
     return c

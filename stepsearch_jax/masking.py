@@ -34,3 +34,23 @@ def whiten(x: jax.Array, mask: jax.Array, *, shift_mean: bool = True, epsilon: f
     mean = masked_mean(x, mask)
     whitened = (jnp.where(mask, x, 0) - mean) * jax.lax.rsqrt(masked_var(x, mask) + epsilon)
     return jnp.where(mask, whitened if shift_mean else whitened + mean, 0)
+
+
+def standardize_in_groups(x: jax.Array, mask: jax.Array, group_ids: jax.Array, *, epsilon: float) -> jax.Array:
+    """x, mask [B, N], group_ids [B] -> [B, N]: (x - mean) / (standard deviation + epsilon) where `mask`, 0 elsewhere.
+
+    Both statistics are those of all kept entries, of whatever row, of the row's group: the rows with the same id, in any order and number. The deviation is the
+    population's. A group whose entries are all equal, or only one, becomes exactly 0: entries are measured from the group's least, so no rounding is left
+    for a small epsilon to blow up.
+    """
+    same = group_ids[:, None] == group_ids  # [B, B]
+
+    def sum_group(per_row):
+        return jnp.where(same, per_row, 0).sum(axis=1)
+
+    least = jnp.where(same, jnp.where(mask, x, jnp.inf).min(axis=1), jnp.inf).min(axis=1)
+    count = jnp.maximum(sum_group(mask.sum(axis=1)), 1)
+    x = jnp.where(mask, x - least[:, None], 0)
+    centred = jnp.where(mask, x - (sum_group(x.sum(axis=1)) / count)[:, None], 0)
+    deviation = jnp.sqrt(sum_group(jnp.square(centred).sum(axis=1)) / count)
+    return centred / (deviation[:, None] + epsilon)

@@ -23,8 +23,9 @@ from stepsearch_jax.prompting.tokenizers import Tokenizer, load_tokenizer
 from stepsearch_jax.records import Episode, Question
 from stepsearch_jax.rewards.scoring import StepScores, match_rendered, score_episodes
 from stepsearch_jax.rewards.tfidf import fit_similarity
+from stepsearch_jax.rl.advantages import CRITIC_ESTIMATORS, GROUP_ESTIMATORS
 from stepsearch_jax.rollout.episode import Environment, Prompts, RolloutSettings
-from stepsearch_jax.rollout.text import encode_prompts
+from stepsearch_jax.rollout.text import Answers, encode_answers, encode_prompts
 from stepsearch_jax.search.bm25 import build_index
 from stepsearch_jax.search.callback import SearchCallback, make_search_callback
 from stepsearch_jax.search.corpus_tokens import tokenize_corpus
@@ -36,6 +37,8 @@ CHOICES = {  # keys whose value is one of a few words, checked before anything e
     "rollout.search": ("callback", "host"), "rollout.dtype": ("float32", "bfloat16"), "model.dtype": ("float32", "bfloat16"),
     "reward.answer_gate": ("strict", "ends_with_answer"), "reward.format_failure": ("zero_answer", "minus_one"), "reward.key_match": ("max", "overwrite"),
     "reward.redundancy_scope": ("earlier_turns", "rendered"), "reward.tfidf_fit": ("corpus", "pair"), "reward.placement": ("step", "merged"),
+    "reward.step_reward": ("gain", "answer_logprob"),
+    "rl.advantage": (*CRITIC_ESTIMATORS, *GROUP_ESTIMATORS), "rl.aggregation": ("token_mean", "sequence_mean"), "rl.kl_placement": ("reward", "loss"),
     "rl.kl_estimator": ("k1", "k2", "k3", "abs"), "policy.optimizer": ("adamw", "sgd"), "value.optimizer": ("adamw", "sgd"),
     "imitation.optimizer": ("adamw", "muon"),
 }
@@ -48,6 +51,7 @@ class Split:
     questions: Sequence[Question]
     prompts: np.ndarray  # [n, P] int32
     prompt_length: np.ndarray  # [n] int32
+    answers: Answers | None = None  # where the step reward asks for them
 
     def take(self, rows: np.ndarray, episode_ids: np.ndarray) -> tuple[Prompts, list[Question]]:
         """Prompts and questions of `rows`; a row of -1 fills up the batch and runs nothing (its question is the first)."""
@@ -78,16 +82,18 @@ class System:
         found = self.search_documents([sub.question for sub in subs]) if subs else []
         return float(np.mean([bool(set(sub.gold_ids).intersection(ids.tolist())) for sub, ids in zip(subs, found)])) if subs else float("nan")
 
-    def score(self, episodes: Sequence[Episode]) -> StepScores:
-        """Rewards of episodes, by the config's reward section."""
+    def score(self, episodes: Sequence[Episode], gain: np.ndarray | None = None) -> StepScores:
+        """Rewards of episodes, by the config's reward section. gain [B, K]: stands in for the information gain of the retrieved documents."""
         w = self.config.reward
         return score_episodes(
-            episodes, self._similarity, num_turns=self.settings.turns, answer_gate=w.answer_gate, format_failure=w.format_failure, gamma_key=w.gamma_key,
-            key_match=w.key_match, use_gain=w.use_gain, use_redundancy=w.use_redundancy, redundancy_scope=w.redundancy_scope, step_scale=w.step_scale,
-            rendered_ids=self._rendered_ids)
+            episodes, self._similarity, gain=gain, num_turns=self.settings.turns, answer_gate=w.answer_gate, format_failure=w.format_failure,
+            gamma_key=w.gamma_key, key_match=w.key_match, use_gain=w.use_gain, use_redundancy=w.use_redundancy, redundancy_scope=w.redundancy_scope,
+            step_scale=w.step_scale, search_cost=w.search_cost, retrieved_answer_credit=w.retrieved_answer_credit, rendered_ids=self._rendered_ids,
+            texts=self._texts)
 
     _similarity: object = None
     _rendered_ids: np.ndarray | None = None
+    _texts: Sequence[str] | None = None
 
 
 def build_system(config: ml_collections.ConfigDict, splits: Sequence[str], search=None) -> System:
@@ -148,12 +154,14 @@ def build_system(config: ml_collections.ConfigDict, splits: Sequence[str], searc
             raise ValueError(f"the data set has no split {name!r}, only {', '.join(source.splits)}: change config.data or config.evaluation.split")
         questions = list(source.splits[name])
         rendered = [render_prompt(p.template, question.question) for question in questions]
-        prepared[name] = Split(questions, *encode_prompts(rendered, [question.uid for question in questions], tokenizer, p.max_prompt_tokens))
+        answers = encode_answers(questions, tokenizer) if config.reward.step_reward == "answer_logprob" else None
+        prepared[name] = Split(questions, *encode_prompts(rendered, [question.uid for question in questions], tokenizer, p.max_prompt_tokens), answers)
     plain = [f"{document.title} {document.text}" for document in source.documents]
     return System(
         config, mesh, source, tokenizer, settings, environment, callback, search_documents, learner_model, rollout_model, prepared,
         _similarity=fit_similarity(plain, tfidf_fit=config.reward.tfidf_fit),
-        _rendered_ids=match_rendered(source.documents) if config.reward.redundancy_scope == "rendered" else None)
+        _rendered_ids=match_rendered(source.documents) if config.reward.redundancy_scope == "rendered" else None,
+        _texts=plain if config.reward.retrieved_answer_credit else None)
 
 
 def check_config(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
@@ -170,6 +178,11 @@ def check_config(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
     if l.micro_rows and (episodes // l.minibatches) % l.micro_rows or l.micro_rows % shards:
         raise ValueError(f"rl.micro_rows={l.micro_rows} must be a multiple of the {shards} mesh shards and divide the {episodes // l.minibatches} rows "
                          "of a minibatch")
+    if l.advantage in GROUP_ESTIMATORS and r.group_size < 2:
+        raise ValueError(f"rl.advantage={l.advantage} compares the episodes of one question, but rollout.group_size is {r.group_size}: set it to 2 or more "
+                         f"(and lower rollout.questions by as much), or rl.advantage to {' or '.join(CRITIC_ESTIMATORS)}")
+    if l.over_observations and l.advantage != "gae":
+        raise ValueError(f"rl.over_observations=True widens token GAE, but rl.advantage is {l.advantage}: set it to gae, or rl.over_observations to False")
     for rows in ((*(phase[1] for phase in i.phases), i.held_out) if i.phases else ()):
         if rows % shards:
             raise ValueError(f"{rows} rows of imitation (imitation.phases, imitation.held_out) cannot be cut into {shards} mesh shards (mesh.data x mesh.fsdp)")

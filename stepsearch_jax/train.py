@@ -7,6 +7,7 @@ A DIR with a checkpoint is resumed: the result is the same, bit for bit, as with
 """
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import pathlib
@@ -23,7 +24,7 @@ from stepsearch_jax.metrics import MetricsWriter, progress
 from stepsearch_jax.rl import learner
 from stepsearch_jax.sharding import rows_to_mesh
 from stepsearch_jax.startup import begin_run, make_optimizers, make_sampler, run_command
-from stepsearch_jax.system import System, build_system
+from stepsearch_jax.system import Split, System, build_system
 from stepsearch_jax.types import Trajectory
 
 logger = logging.getLogger("stepsearch_jax")
@@ -37,11 +38,12 @@ def train(config, workdir: pathlib.Path, search=None) -> dict:
     system = build_system(config, list(dict.fromkeys((data_split, eval_split, *held_out))), search)
     split, mesh, r, l = system.splits[data_split], system.mesh, config.rollout, config.rl
     prepare_workdir(system, workdir)
-    settings = learner.LearnerSettings(placement=config.reward.placement, **{key: l[key] for key in (
-        "gamma", "gae_lambda", "whiten_advantages", "clip_ratio", "value_clip", "entropy_coef", "kl_estimator", "kl_target", "kl_horizon", "minibatches",
-        "epochs", "micro_rows")})
+    settings = learner.LearnerSettings(placement=config.reward.placement, outcome_overwrites=config.reward.outcome_overwrites, **{key: l[key] for key in (
+        "advantage", "gamma", "gae_lambda", "over_observations", "whiten_advantages", "clip_low", "clip_high", "aggregation", "value_clip", "entropy_coef",
+        "kl_placement", "kl_estimator", "kl_target", "kl_horizon", "minibatches", "epochs", "micro_rows")})
     build_batch = learner.make_build_batch(system.learner_model, settings)
     update = learner.make_update(system.learner_model, settings, *make_optimizers(config))
+    answer_gain = learner.make_answer_gain(system.learner_model, split.answers.opening, l.micro_rows) if split.answers else None
     sample_episodes, to_rollout_layout = make_sampler(system)
     state, reference_params, checkpoints, rollout_key = begin_run(system, workdir)
     start = int(state.iteration)
@@ -62,6 +64,8 @@ def train(config, workdir: pathlib.Path, search=None) -> dict:
             got = collect(rollout_params, split, rows, jax.random.fold_in(rollout_key, iteration), r.temperature, r.group_size)
             trajectory = cut_padding(got, l.length_multiple)
             clock.lap("rollout")
+            if answer_gain is not None:
+                got = score_by_answer(system, answer_gain, state.policy.params, got, trajectory, split)
             step_rewards, outcome_rewards = choose_rewards(config, got.scores, iteration)
             rewards = rows_to_mesh(mesh, (step_rewards, outcome_rewards))
             batch, batch_metrics = build_batch(state, reference_params, trajectory, *rewards)
@@ -95,6 +99,13 @@ def cut_padding(got: evaluate.Collected, multiple: int) -> Trajectory:
     width = -(-longest // multiple) * multiple
     per_token = ("tokens", "token_mask", "action_mask", "turn_ids", "sampler_logprobs")
     return got.trajectory.replace(**{name: getattr(got.trajectory, name)[:, :width] for name in per_token})
+
+
+def score_by_answer(system: System, answer_gain, policy_params, got: evaluate.Collected, trajectory: Trajectory, split: Split) -> evaluate.Collected:
+    """The rollout scored anew, by what its searches did for the policy's log-probability of the answer."""
+    rows = np.maximum(got.rows.question_ids, 0)
+    gain = answer_gain(policy_params, trajectory, *rows_to_mesh(system.mesh, (split.answers.tokens[rows], split.answers.length[rows])))
+    return dataclasses.replace(got, scores=system.score(got.episodes, gain=sharding.rows_from_mesh(gain)))
 
 
 def choose_rewards(config, scores, iteration: int) -> tuple[np.ndarray, np.ndarray]:

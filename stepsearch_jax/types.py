@@ -39,10 +39,12 @@ class Batch:
     tokens: jax.Array  # [B, T] int32
     token_mask: jax.Array  # [B, T] bool
     action_mask: jax.Array  # [B, T] bool
-    old_logprobs: jax.Array  # [B, T] float32
-    old_values: jax.Array  # [B, T] float32
+    value_mask: jax.Array  # [B, T] bool: the tokens whose value is learned, none without a value model
+    old_logprobs: jax.Array  # [B, T] float32: of the policy before the optimiser steps
+    ref_logprobs: jax.Array  # [B, T] float32: of the frozen reference
+    old_values: jax.Array  # [B, T] float32: before the optimiser steps, 0 without a value model
     advantages: jax.Array  # [B, T] float32
-    returns: jax.Array  # [B, T] float32
+    returns: jax.Array  # [B, T] float32: what the values should be, where value_mask
 
 
 @flax.struct.dataclass
@@ -58,7 +60,7 @@ class TrainState:
     """Everything a resumed run needs, apart from the frozen reference policy's parameters."""
 
     policy: ModelState
-    value: ModelState
+    value: ModelState | None  # None with an advantage estimator that needs no values
     iteration: jax.Array  # [] int32: finished iterations (one = one rollout and its optimiser steps)
     position: jax.Array  # [] int32: training questions taken so far, by all processes together
     kl_coef: jax.Array  # [] float32: beta, adapted when the controller is on

@@ -14,8 +14,8 @@ STEP = np.array([[0.5, 9.0, 9.0], [9.0, 9.0, 9.0], [0.25, 0.0, 0.0]], np.float32
 OUTCOME = np.array([2.0, 3.0, 4.0], np.float32)
 
 
-def place(**keywords):
-    return np.asarray(place_rewards(STEP, OUTCOME, END, MASK, **keywords))
+def place(placement, outcome_overwrites=False):
+    return np.asarray(place_rewards(STEP, OUTCOME, END, MASK, placement=placement, outcome_overwrites=outcome_overwrites))
 
 
 def test_step_by_hand():
@@ -44,7 +44,7 @@ def test_nan_on_turns_that_never_happened_does_no_harm():
     step = np.where(END < 0, np.nan, STEP)
     outcome = np.where(MASK.any(1), OUTCOME, np.nan)
     for placement in ("step", "merged"):
-        np.testing.assert_array_equal(place_rewards(step, outcome, END, MASK, placement=placement), place(placement=placement))
+        np.testing.assert_array_equal(place_rewards(step, outcome, END, MASK, placement=placement, outcome_overwrites=False), place(placement=placement))
 
 
 @st.composite
@@ -84,6 +84,6 @@ def test_equals_a_plain_loop(batch, overwrites):
 def test_padding_changes_nothing():
     wider = jnp.pad(jnp.asarray(MASK), ((0, 0), (0, 5)))
     for placement in ("step", "merged"):
-        padded = np.asarray(place_rewards(STEP, OUTCOME, END, wider, placement=placement))
+        padded = np.asarray(place_rewards(STEP, OUTCOME, END, wider, placement=placement, outcome_overwrites=False))
         np.testing.assert_array_equal(padded[:, :8], place(placement=placement))
         assert (padded[:, 8:] == 0).all()

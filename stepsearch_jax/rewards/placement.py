@@ -15,7 +15,7 @@ def place_rewards(
     action_mask: jax.Array,
     *,
     placement: str,
-    outcome_overwrites: bool = False,
+    outcome_overwrites: bool,
 ) -> jax.Array:
     """step_rewards [B, K], outcome_rewards [B], search_end [B, K], action_mask [B, T] -> token rewards [B, T] (arXiv 2505.15107).
 

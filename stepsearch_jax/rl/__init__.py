@@ -1,14 +1,22 @@
-"""The mathematics of StePPO as pure jitted functions: advantages and losses."""
-from stepsearch_jax.rl.advantages import adapt_kl_coef, gae, kl_penalty, stepwise_advantages
-from stepsearch_jax.rl.losses import entropy_bonus, policy_loss, stepwise_ppo_loss, value_loss
+"""The mathematics of StePPO as pure jitted functions: advantages and losses. docs/losses.md derives them and shows their use."""
+from stepsearch_jax.rl.advantages import adapt_kl_coef, estimate_advantages, gae, grpo, kl_penalty, rloo, stepwise_advantages, turn_gae, turn_return
+from stepsearch_jax.rl.losses import aggregate, entropy_bonus, kl_loss, loss_normalizer, policy_loss, stepwise_ppo_loss, value_loss
 
 __all__ = [
     "adapt_kl_coef",
+    "aggregate",
     "entropy_bonus",
+    "estimate_advantages",
     "gae",
+    "grpo",
+    "kl_loss",
     "kl_penalty",
+    "loss_normalizer",
     "policy_loss",
+    "rloo",
     "stepwise_advantages",
     "stepwise_ppo_loss",
+    "turn_gae",
+    "turn_return",
     "value_loss",
 ]

@@ -1,7 +1,7 @@
 """The learner: scoring a rollout, and the optimiser steps on it, as jitted functions on the mesh.
 
-Rows are only ever split by stride (row r belongs to part r mod n), which is local to every shard and the same on every mesh; losses are divided by the token
-count of the whole minibatch, so neither the mesh nor the micro-batch size changes an update.
+Rows are only ever split by stride (row r belongs to part r mod n), which is local to every shard and the same on every mesh; losses are divided by the count
+of the whole minibatch, so neither the mesh nor the micro-batch size changes an update.
 """
 from __future__ import annotations
 
@@ -15,23 +15,28 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from stepsearch_jax import sharding
-from stepsearch_jax.models.scoring import score_tokens, score_values
+from stepsearch_jax.models.scoring import score_answers, score_tokens, score_values
 from stepsearch_jax.models.transformer import ModelConfig, Policy, Value
-from stepsearch_jax.rl.advantages import adapt_kl_coef, stepwise_advantages
-from stepsearch_jax.rl.losses import entropy_bonus, policy_loss, value_loss
+from stepsearch_jax.rl.advantages import adapt_kl_coef, stepwise_advantages, uses_critic
+from stepsearch_jax.rl.losses import entropy_bonus, kl_loss, loss_normalizer, policy_loss, value_loss
 from stepsearch_jax.types import Batch, ModelState, TrainState, Trajectory
 
 
 @dataclasses.dataclass(frozen=True)
 class LearnerSettings:
-    """The static choices of an update; meanings in `configs/base.py` (rl, reward.placement)."""
+    """The static choices of an update; meanings in `configs/base.py` (rl, and of reward placement and outcome_overwrites)."""
 
+    advantage: str
     gamma: float
     gae_lambda: float
+    over_observations: bool
     whiten_advantages: bool
-    clip_ratio: float
+    clip_low: float
+    clip_high: float
+    aggregation: str
     value_clip: float
     entropy_coef: float
+    kl_placement: str
     kl_estimator: str
     kl_target: float
     kl_horizon: float
@@ -39,6 +44,7 @@ class LearnerSettings:
     epochs: int
     micro_rows: int
     placement: str
+    outcome_overwrites: bool
 
 
 def make_optimizer(name: str, learning_rate: float, *, warmup: float, iterations: int, steps_per_iteration: int, b1: float, b2: float,
@@ -102,62 +108,102 @@ def value_params_from_policy(value_params, policy_params):
 def make_build_batch(model: ModelConfig, settings: LearnerSettings):
     """-> build_batch(state, reference_params, trajectory, step_rewards [B, K], outcome_rewards [B]) -> (Batch, metrics).
 
-    One forward pass of policy, reference and value model; then rewards to tokens, advantages and returns.
+    One forward pass of policy, reference and value model, if there is one; then rewards to tokens, advantages and returns. The whole rollout is one batch
+    here, so that groups are whole, however it is split afterwards.
     """
-    policy, value = Policy(model), Value(model)
+    policy, value, critic = Policy(model), Value(model), uses_critic(settings.advantage)
 
     @jax.jit
     def build_batch(state: TrainState, reference_params, trajectory: Trajectory, step_rewards, outcome_rewards):
         def score(tokens):
             logprobs, entropy = score_tokens(policy, state.policy.params, tokens)
-            return logprobs, entropy, score_tokens(policy, reference_params, tokens)[0], score_values(value, state.value.params, tokens)
+            values = score_values(value, state.value.params, tokens) if critic else jnp.zeros_like(logprobs)
+            return logprobs, entropy, score_tokens(policy, reference_params, tokens)[0], values
 
         rows = trajectory.tokens.shape[0]
         parts = 1 if not settings.micro_rows else max(1, rows // settings.micro_rows)
         old_logprobs, entropy, ref_logprobs, old_values = join_rows(jax.lax.map(score, split_rows(trajectory.tokens, parts)))
         mask = trajectory.action_mask
-        advantages, returns, metrics = stepwise_advantages(
-            old_logprobs, ref_logprobs, old_values, mask, trajectory.search_end, step_rewards, outcome_rewards,
-            gamma=settings.gamma, gae_lambda=settings.gae_lambda, kl_coef=state.kl_coef, kl_estimator=settings.kl_estimator,
-            placement=settings.placement, whiten_advantages=settings.whiten_advantages)
-        count = jnp.maximum(mask.sum(), 1)
-        error = jnp.where(mask, old_values - returns, 0)
-        spread = jnp.where(mask, returns - jnp.where(mask, returns, 0).sum() / count, 0)
+        advantages, returns, value_mask, metrics = stepwise_advantages(
+            old_logprobs, ref_logprobs, old_values, trajectory.token_mask, mask, trajectory.turn_ids, trajectory.group_ids, trajectory.search_end,
+            step_rewards, outcome_rewards, advantage=settings.advantage, gamma=settings.gamma, gae_lambda=settings.gae_lambda, kl_coef=state.kl_coef,
+            kl_placement=settings.kl_placement, kl_estimator=settings.kl_estimator, placement=settings.placement,
+            outcome_overwrites=settings.outcome_overwrites, over_observations=settings.over_observations, whiten_advantages=settings.whiten_advantages)
         metrics |= {
-            "entropy": jnp.where(mask, entropy, 0).sum() / count,
+            "entropy": jnp.where(mask, entropy, 0).sum() / jnp.maximum(mask.sum(), 1),
             "sampler_mismatch": jnp.where(mask, jnp.abs(old_logprobs - trajectory.sampler_logprobs), 0).max(),
-            "value_explained": 1 - jnp.square(error).sum() / jnp.maximum(jnp.square(spread).sum(), 1e-8),
             "action_tokens": mask.sum(),
         }
-        return Batch(trajectory.tokens, trajectory.token_mask, mask, old_logprobs, old_values, advantages, returns), metrics
+        if critic:
+            count = jnp.maximum(value_mask.sum(), 1)
+            error = jnp.where(value_mask, old_values - returns, 0)
+            spread = jnp.where(value_mask, returns - jnp.where(value_mask, returns, 0).sum() / count, 0)
+            metrics["value_explained"] = 1 - jnp.square(error).sum() / jnp.maximum(jnp.square(spread).sum(), 1e-8)
+        return Batch(trajectory.tokens, trajectory.token_mask, mask, value_mask, old_logprobs, ref_logprobs, old_values, advantages, returns), metrics
 
     return build_batch
 
 
+def make_answer_gain(model: ModelConfig, opening: int, micro_rows: int):
+    """-> answer_gain(policy_params, trajectory, answers [B, A], answer_length [B]) -> [B, K]: what each search did for the answer's log-probability.
+
+    answers: right-padded tokens of which `opening` are given (`models.scoring.score_answers`). With L_0 the mean log-probability per scored token behind the
+    prompt, and L_k behind everything up to the end of turn k's observation, turn k gains L_k - L_{k-1}. 0 on turns without a successful search, whose
+    share goes to no one. micro_rows: rows of one forward pass; 0 = all.
+    Source: IGPO, arXiv 2510.14967, section 3, which takes the difference of probabilities; of log-probabilities the sum over turns telescopes as well, and
+      early searches, when the answer is still unlikely, are not lost beside later ones.
+    """
+    policy = Policy(model)
+
+    @jax.jit
+    def answer_gain(policy_params, trajectory: Trajectory, answers: jax.Array, answer_length: jax.Array) -> jax.Array:
+        B, K = trajectory.search_end.shape
+        until = trajectory.token_mask[:, None] & (trajectory.turn_ids[:, None] < jnp.arange(K + 1)[:, None])  # [B, K + 1, T]
+        score = lambda part: score_answers(policy, policy_params, *part[:3], jnp.int32(opening), part[3])
+        parts = max(1, B // micro_rows) if micro_rows else 1
+        found = join_rows(jax.lax.map(score, split_rows((trajectory.tokens, until.sum(-1), answers, answer_length), parts)))  # [B, K + 1]
+        return jnp.where((trajectory.search_end >= 0) & trajectory.search_ok, jnp.diff(found, axis=1), 0)
+
+    return answer_gain
+
+
 def make_gradients(model: ModelConfig, settings: LearnerSettings):
-    """-> gradients(policy_params, value_params, minibatch) -> (policy gradient, value gradient, metrics), accumulated over micro-batches."""
-    policy, value = Policy(model), Value(model)
+    """-> gradients(params, minibatch, kl_coef) -> (gradients, metrics), accumulated over micro-batches.
 
-    def policy_objective(params, part: Batch, num_tokens):
+    params, gradients: of "policy" and, with an estimator that reads values, of "value". kl_coef []: read with kl_placement "loss" only.
+    """
+    policy, value, aggregation = Policy(model), Value(model), settings.aggregation
+
+    def policy_objective(params, part: Batch, normalizer, kl_coef):
         logprobs, entropy = score_tokens(policy, params, part.tokens)
-        loss, metrics = policy_loss(logprobs, part.old_logprobs, part.advantages, part.action_mask, clip_ratio=settings.clip_ratio, num_tokens=num_tokens)
-        bonus, _ = entropy_bonus(entropy, part.action_mask, num_tokens=num_tokens)
-        return loss - settings.entropy_coef * bonus, metrics | {"policy_loss": loss}
+        over_actions = dict(aggregation=aggregation, normalizer=normalizer)
+        loss, metrics = policy_loss(
+            logprobs, part.old_logprobs, part.advantages, part.action_mask, clip_low=settings.clip_low, clip_high=settings.clip_high, **over_actions)
+        bonus, _ = entropy_bonus(entropy, part.action_mask, **over_actions)
+        objective, metrics = loss - settings.entropy_coef * bonus, metrics | {"policy_loss": loss}
+        if settings.kl_placement == "loss":
+            kl, kl_metrics = kl_loss(logprobs, part.ref_logprobs, part.action_mask, estimator=settings.kl_estimator, **over_actions)
+            objective, metrics = objective + kl_coef * kl, metrics | kl_metrics
+        return objective, metrics
 
-    def value_objective(params, part: Batch, num_tokens):
+    def value_objective(params, part: Batch, normalizer, _):
         values = score_values(value, params, part.tokens)
-        loss, metrics = value_loss(values, part.old_values, part.returns, part.action_mask, value_clip=settings.value_clip, num_tokens=num_tokens)
+        loss, metrics = value_loss(
+            values, part.old_values, part.returns, part.value_mask, value_clip=settings.value_clip, aggregation=aggregation, normalizer=normalizer)
         return loss, metrics | {"value_loss": loss}
 
-    def gradients(policy_params, value_params, minibatch: Batch):
-        num_tokens = minibatch.action_mask.sum()
+    def gradients(params: dict, minibatch: Batch, kl_coef):
         rows = minibatch.tokens.shape[0]
         parts = 1 if not settings.micro_rows else max(1, rows // settings.micro_rows)
+        terms = {"policy": (policy_objective, minibatch.action_mask), "value": (value_objective, minibatch.value_mask)}
+        normalizers = {name: loss_normalizer(terms[name][1], aggregation=aggregation) for name in params}
 
         def of_part(part):
-            policy_gradient, policy_metrics = jax.grad(policy_objective, has_aux=True)(policy_params, part, num_tokens)
-            value_gradient, value_metrics = jax.grad(value_objective, has_aux=True)(value_params, part, num_tokens)
-            return policy_gradient, value_gradient, policy_metrics | value_metrics
+            found, metrics = {}, {}
+            for name in params:
+                found[name], own = jax.grad(terms[name][0], has_aux=True)(params[name], part, normalizers[name], kl_coef)
+                metrics |= own
+            return found, metrics
 
         if parts == 1:
             return of_part(minibatch)
@@ -170,12 +216,14 @@ def make_gradients(model: ModelConfig, settings: LearnerSettings):
 
 
 def make_update(model: ModelConfig, settings: LearnerSettings, policy_optimizer: optax.GradientTransformation,
-                value_optimizer: optax.GradientTransformation):
+                value_optimizer: optax.GradientTransformation | None):
     """-> update(state, batch, mean_kl) -> (state, metrics): all optimiser steps of an iteration. The state is donated.
 
     A step whose gradient is not finite changes nothing and is counted in `state.skipped`. mean_kl []: drives the adaptive coefficient.
+    Without a value model state.value and value_optimizer are None.
     """
     gradients = make_gradients(model, settings)
+    optimizers = {"policy": policy_optimizer} | ({"value": value_optimizer} if uses_critic(settings.advantage) else {})
 
     def apply(optimizer, model_state: ModelState, gradient, finite):
         updates, opt_state = optimizer.update(gradient, model_state.opt_state, model_state.params)
@@ -183,12 +231,12 @@ def make_update(model: ModelConfig, settings: LearnerSettings, policy_optimizer:
         return jax.tree.map(partial(jnp.where, finite), new, model_state)
 
     def step(state: TrainState, minibatch: Batch):
-        policy_gradient, value_gradient, metrics = gradients(state.policy.params, state.value.params, minibatch)
-        norms = optax.global_norm(policy_gradient), optax.global_norm(value_gradient)
-        finite = jnp.isfinite(norms[0]) & jnp.isfinite(norms[1])
-        state = state.replace(policy=apply(policy_optimizer, state.policy, policy_gradient, finite),
-                              value=apply(value_optimizer, state.value, value_gradient, finite), skipped=state.skipped + ~finite)
-        return state, metrics | {"policy_grad_norm": norms[0], "value_grad_norm": norms[1]}
+        models = {name: getattr(state, name) for name in optimizers}
+        found, metrics = gradients({name: models[name].params for name in models}, minibatch, state.kl_coef)
+        norms = {name: optax.global_norm(found[name]) for name in models}
+        finite = jnp.isfinite(jnp.stack(list(norms.values()))).all()
+        new = {name: apply(optimizers[name], models[name], found[name], finite) for name in models}
+        return state.replace(**new, skipped=state.skipped + ~finite), metrics | {f"{name}_grad_norm": norm for name, norm in norms.items()}
 
     @partial(jax.jit, donate_argnums=0)
     def update(state: TrainState, batch: Batch, mean_kl: jax.Array):

@@ -1,8 +1,8 @@
 """The losses of PPO with step-wise rewards: pure jitted functions of arrays and keyword scalars (device).
 
-Every loss is a global token mean: the sum over action tokens divided by `num_tokens`, the number of action tokens in everything that one optimiser
-step sees. The parts of a minibatch, each divided by the whole's count, add up to the whole: loss, metrics and gradient. All arrays are [B, T],
-indexed by the token they describe; nothing outside `action_mask` reaches a result or a gradient. With num_tokens = 0 everything is 0.
+Every loss is an `aggregate` of what its tokens contribute, divided by `normalizer`, the `loss_normalizer` of everything that one optimiser step sees. The
+parts of a minibatch, whole rows each, divided by the whole's normalizer, add up to the whole: loss, metrics and gradient. All arrays are [B, T], indexed by
+the token they describe; nothing outside a loss's mask reaches its result or a gradient. Over an empty mask everything is 0.
 """
 from __future__ import annotations
 
@@ -11,136 +11,218 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from stepsearch_jax.masking import masked_sum
-from stepsearch_jax.rl.advantages import bounded_log_ratio, kl_penalty, stepwise_advantages
+from stepsearch_jax.masking import masked_mean, masked_sum
+from stepsearch_jax.rl.advantages import bounded_log_ratio, kl_penalty, stepwise_advantages, uses_critic
 
 Metrics = dict[str, jax.Array]
 
 
-def _token_mean(x: jax.Array, action_mask: jax.Array, num_tokens: jax.Array) -> jax.Array:
-    return masked_sum(x, action_mask) / jnp.maximum(num_tokens, 1)
+@functools.partial(jax.jit, static_argnames=("aggregation",))
+def aggregate(x: jax.Array, mask: jax.Array, *, aggregation: str, normalizer: jax.Array) -> jax.Array:
+    """x, mask [B, T] -> [], the mean of x where mask.
+
+        token_mean      Σ_bt x_bt / normalizer             every token counts the same, a long episode more
+        sequence_mean   Σ_b mean_t(x_bt) / normalizer      every episode counts the same, its tokens less the more they are
+
+    normalizer []: `loss_normalizer` of the whole minibatch, of which x may be a part.
+    Reference: the paper and its code take token means; GRPO (arXiv 2402.03300, eq. 3) takes sequence means.
+    Raises ValueError on an unknown aggregation.
+    """
+    _check_aggregation(aggregation)
+    total = masked_sum(x, mask) if aggregation == "token_mean" else masked_mean(x, mask, axis=1).sum()
+    return total / jnp.maximum(normalizer, 1)
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames=("aggregation",))
+def loss_normalizer(mask: jax.Array, *, aggregation: str) -> jax.Array:
+    """mask [B, T] -> []: its number of tokens (token_mean), or of rows that have any (sequence_mean). Raises ValueError on an unknown aggregation."""
+    _check_aggregation(aggregation)
+    return mask.sum() if aggregation == "token_mean" else mask.any(axis=1).sum()
+
+
+def _check_aggregation(aggregation: str) -> None:
+    if aggregation not in ("token_mean", "sequence_mean"):
+        raise ValueError(f"rl.aggregation is {aggregation!r}; it must be 'token_mean' or 'sequence_mean'")
+
+
+@functools.partial(jax.jit, static_argnames=("aggregation",))
 def policy_loss(
-    logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, action_mask: jax.Array, *, clip_ratio: float, num_tokens: jax.Array
+    logprobs: jax.Array,
+    old_logprobs: jax.Array,
+    advantages: jax.Array,
+    action_mask: jax.Array,
+    *,
+    clip_low: float,
+    clip_high: float,
+    aggregation: str,
+    normalizer: jax.Array,
 ) -> tuple[jax.Array, Metrics]:
     """logprobs, old_logprobs, advantages, action_mask [B, T] -> (loss [], metrics) (Schulman et al. 2017, eq. 7; minimised, hence the sign).
 
         rho = exp(logprobs - old_logprobs)
-        loss = -(1 / num_tokens) Σ min(rho A, clip(rho, 1 - clip_ratio, 1 + clip_ratio) A)
+        loss = -aggregate(min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A))
 
     Differentiable in logprobs; advantages and old_logprobs are constants. log rho is limited to ±20.
-    metrics: `clip_fraction`, share of tokens where the clipped term is the smaller; `approx_kl`, k3 estimate of KL(old || new) per token.
+    metrics: `clip_fraction`, share of tokens where the clipped term is the smaller; `approx_kl`, k3 estimate of KL(old || new) per token; both aggregated
+    as the loss is.
+    Reference: the paper and its code have one bound for both sides, 0.2; two are from DAPO (arXiv 2503.14476, 3.1).
     """
     old_logprobs, advantages = jax.lax.stop_gradient((old_logprobs, advantages))
     # Zeros stand in outside the mask before exp: whatever lies there (padding at -inf) must not poison the gradient.
     logprobs, old_logprobs = jnp.where(action_mask, logprobs, 0), jnp.where(action_mask, old_logprobs, 0)
     ratio = jnp.exp(bounded_log_ratio(logprobs, old_logprobs))
-    unclipped, clipped = ratio * advantages, jnp.clip(ratio, 1 - clip_ratio, 1 + clip_ratio) * advantages
-    loss = -_token_mean(jnp.minimum(unclipped, clipped), action_mask, num_tokens)
-    metrics = {
-        "clip_fraction": _token_mean(clipped < unclipped, action_mask, num_tokens),
-        "approx_kl": _token_mean(kl_penalty(old_logprobs, logprobs, estimator="k3"), action_mask, num_tokens),
-    }
+    unclipped, clipped = ratio * advantages, jnp.clip(ratio, 1 - clip_low, 1 + clip_high) * advantages
+    mean = functools.partial(aggregate, mask=action_mask, aggregation=aggregation, normalizer=normalizer)
+    loss = -mean(jnp.minimum(unclipped, clipped))
+    metrics = {"clip_fraction": mean(clipped < unclipped), "approx_kl": mean(kl_penalty(old_logprobs, logprobs, estimator="k3"))}
     return loss, jax.lax.stop_gradient(metrics)
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames=("aggregation",))
 def value_loss(
-    values: jax.Array, old_values: jax.Array, returns: jax.Array, action_mask: jax.Array, *, value_clip: float, num_tokens: jax.Array
+    values: jax.Array,
+    old_values: jax.Array,
+    returns: jax.Array,
+    value_mask: jax.Array,
+    *,
+    value_clip: float,
+    aggregation: str,
+    normalizer: jax.Array,
 ) -> tuple[jax.Array, Metrics]:
-    """values, old_values, returns, action_mask [B, T] -> (loss [], metrics).
+    """values, old_values, returns, value_mask [B, T] -> (loss [], metrics).
 
         v_clip = old_values + clip(values - old_values, -value_clip, value_clip)
-        loss = (1 / num_tokens) Σ max((values - returns)^2, (v_clip - returns)^2) / 2
+        loss = aggregate(max((values - returns)^2, (v_clip - returns)^2) / 2)
 
+    value_mask: the tokens whose values the advantages were made from (`estimate_advantages`); normalizer counts these.
     Differentiable in values; old_values and returns are constants.
     metrics: `value_clip_fraction`, share of tokens where the clipped term is the larger; `value_error`, mean squared error without clipping.
     """
     old_values, returns = jax.lax.stop_gradient((old_values, returns))
-    values, old_values, returns = (jnp.where(action_mask, x, 0) for x in (values, old_values, returns))
+    values, old_values, returns = (jnp.where(value_mask, x, 0) for x in (values, old_values, returns))
     clipped_values = old_values + jnp.clip(values - old_values, -value_clip, value_clip)
     unclipped, clipped = jnp.square(values - returns), jnp.square(clipped_values - returns)
-    loss = 0.5 * _token_mean(jnp.maximum(unclipped, clipped), action_mask, num_tokens)
-    metrics = {
-        "value_clip_fraction": _token_mean(clipped > unclipped, action_mask, num_tokens),
-        "value_error": _token_mean(unclipped, action_mask, num_tokens),
-    }
-    return loss, jax.lax.stop_gradient(metrics)
+    mean = functools.partial(aggregate, mask=value_mask, aggregation=aggregation, normalizer=normalizer)
+    loss = 0.5 * mean(jnp.maximum(unclipped, clipped))
+    return loss, jax.lax.stop_gradient({"value_clip_fraction": mean(clipped > unclipped), "value_error": mean(unclipped)})
 
 
-@jax.jit
-def entropy_bonus(entropy: jax.Array, action_mask: jax.Array, *, num_tokens: jax.Array) -> tuple[jax.Array, Metrics]:
-    """entropy, action_mask [B, T] -> (bonus [], metrics): the token mean of the policy's entropy, to be subtracted from a loss with its weight.
+@functools.partial(jax.jit, static_argnames=("aggregation",))
+def entropy_bonus(entropy: jax.Array, action_mask: jax.Array, *, aggregation: str, normalizer: jax.Array) -> tuple[jax.Array, Metrics]:
+    """entropy, action_mask [B, T] -> (bonus [], metrics): the mean of the policy's entropy, to be subtracted from a loss with its weight.
 
     Reference: only the released code has it (weight 1e-3); the paper does not.
     """
-    bonus = _token_mean(entropy, action_mask, num_tokens)
+    bonus = aggregate(entropy, action_mask, aggregation=aggregation, normalizer=normalizer)
     return bonus, {"entropy": jax.lax.stop_gradient(bonus)}
 
 
-@functools.partial(jax.jit, static_argnames=("kl_estimator", "placement", "whiten_advantages", "outcome_overwrites"))
+@functools.partial(jax.jit, static_argnames=("estimator", "aggregation"))
+def kl_loss(
+    logprobs: jax.Array, ref_logprobs: jax.Array, action_mask: jax.Array, *, estimator: str, aggregation: str, normalizer: jax.Array
+) -> tuple[jax.Array, Metrics]:
+    """logprobs, ref_logprobs, action_mask [B, T] -> (loss [], metrics): the mean of `kl_penalty`, to be added to a loss with its weight.
+
+    Differentiable in logprobs; ref_logprobs is a constant. Which divergence goes down depends on the estimator, because the tokens are the policy's own and
+    the gradient does not see that. In expectation over them it is, with x = logprobs - ref_logprobs,
+        k1    E[∇ log p] = 0: pure noise. Use it in the reward, not here.
+        k2    E[x ∇ log p] = ∇ KL(policy || reference)
+        k3    E[(1 - exp(-x)) ∇ log p] = ∇ KL(reference || policy), what GRPO charges (arXiv 2402.03300, eq. 4)
+        abs   E[sign(x) ∇ log p]
+    Reference: the paper and its code charge the KL in the reward; a loss term is GRPO's way.
+    """
+    # As in policy_loss: nothing outside the mask may reach the gradient.
+    logprobs, ref_logprobs = jnp.where(action_mask, logprobs, 0), jnp.where(action_mask, jax.lax.stop_gradient(ref_logprobs), 0)
+    loss = aggregate(kl_penalty(logprobs, ref_logprobs, estimator=estimator), action_mask, aggregation=aggregation, normalizer=normalizer)
+    return loss, {"kl_loss": jax.lax.stop_gradient(loss)}
+
+
+@functools.partial(jax.jit, static_argnames=(
+    "advantage", "aggregation", "kl_placement", "kl_estimator", "placement", "outcome_overwrites", "over_observations", "whiten_advantages"))
 def stepwise_ppo_loss(
     logprobs: jax.Array,
     old_logprobs: jax.Array,
     ref_logprobs: jax.Array,
-    values: jax.Array,
-    old_values: jax.Array,
+    values: jax.Array | None,
+    old_values: jax.Array | None,
     entropy: jax.Array,
+    token_mask: jax.Array,
     action_mask: jax.Array,
+    turn_ids: jax.Array,
+    group_ids: jax.Array,
     search_end: jax.Array,
     step_rewards: jax.Array,
     outcome_rewards: jax.Array,
     *,
+    advantage: str,
     gamma: float,
     gae_lambda: float,
-    clip_ratio: float,
+    whiten_advantages: bool,
+    clip_low: float,
+    clip_high: float,
+    aggregation: str,
     value_clip: float,
     value_coef: float,
     entropy_coef: float,
     kl_coef: float | jax.Array,
+    kl_placement: str,
     kl_estimator: str,
     placement: str,
-    whiten_advantages: bool,
-    outcome_overwrites: bool = False,
+    outcome_overwrites: bool,
+    over_observations: bool,
 ) -> tuple[jax.Array, Metrics]:
-    """StePPO's whole objective on one batch -> (loss [], metrics) (arXiv 2505.15107).
+    """StePPO's whole objective on one batch, with its baselines and variants -> (loss [], metrics) (arXiv 2505.15107).
 
     logprobs, old_logprobs, ref_logprobs: of the tokens under the current, the sampling and the frozen reference policy; values, old_values: of the
-    value model now and at sampling; entropy: of the current policy; action_mask: bool; all [B, T]. search_end [B, K] int (-1 = no search),
-    step_rewards [B, K], outcome_rewards [B].
+    value model now and at sampling; entropy: of the current policy; token_mask: bool, not padding; action_mask: bool, sampled by the policy; turn_ids: int, the
+    turn of the token, -1 in prompt and padding; all [B, T]. group_ids [B]: int, episodes of one question share it. search_end [B, K]: int, index of the token
+    that closes turn k's search, -1 = none; step_rewards [B, K]; outcome_rewards [B]. Keywords: the keys of config.rl, and of config.reward placement and
+    outcome_overwrites; value_coef is 1 in the learner, which has an optimiser for each model.
 
-        loss = policy_loss + value_coef * value_loss - entropy_coef * entropy_bonus
+        loss = policy_loss + value_coef * value_loss - entropy_coef * entropy_bonus [+ kl_coef * kl_loss]
 
-    on the advantages and returns of `stepwise_advantages`: step rewards at their turn's search_end, the outcome at the last action token
-    (`place_rewards`), minus kl_coef * KL(old || reference), GAE over action tokens, whitening. Differentiable in logprobs, values and entropy;
+    on the advantages, returns and value_mask of `stepwise_advantages`: step rewards at their turn's search_end, the outcome at the last action token
+    (`place_rewards`), minus kl_coef * KL(old || reference) unless kl_placement is "loss", then one of the estimators of `estimate_advantages`. With one that
+    has no value model there is no value_loss; values and old_values are not read and may be None. Differentiable in logprobs, values and entropy;
     rewards, advantages and returns carry no gradient. All-masked rows, no searches, no action tokens at all: defined, they add nothing.
-
-    Reference: rewards and advantages count action tokens only; the released code also runs GAE, whitening and the value loss over observations.
+    Raises ValueError on an unknown word.
     """
-    advantages, returns, metrics = jax.lax.stop_gradient(
+    advantages, returns, value_mask, metrics = jax.lax.stop_gradient(
         stepwise_advantages(
             old_logprobs,
             ref_logprobs,
             old_values,
+            token_mask,
             action_mask,
+            turn_ids,
+            group_ids,
             search_end,
             step_rewards,
             outcome_rewards,
+            advantage=advantage,
             gamma=gamma,
             gae_lambda=gae_lambda,
             kl_coef=kl_coef,
+            kl_placement=kl_placement,
             kl_estimator=kl_estimator,
             placement=placement,
-            whiten_advantages=whiten_advantages,
             outcome_overwrites=outcome_overwrites,
+            over_observations=over_observations,
+            whiten_advantages=whiten_advantages,
         )
     )
-    num_tokens = action_mask.sum()
-    policy, policy_metrics = policy_loss(logprobs, old_logprobs, advantages, action_mask, clip_ratio=clip_ratio, num_tokens=num_tokens)
-    value, value_metrics = value_loss(values, old_values, returns, action_mask, value_clip=value_clip, num_tokens=num_tokens)
-    bonus, entropy_metrics = entropy_bonus(entropy, action_mask, num_tokens=num_tokens)
-    loss = policy + value_coef * value - entropy_coef * bonus
-    metrics |= {"policy_loss": policy, "value_loss": value} | policy_metrics | value_metrics | entropy_metrics
+    over_actions = dict(aggregation=aggregation, normalizer=loss_normalizer(action_mask, aggregation=aggregation))
+    policy, policy_metrics = policy_loss(logprobs, old_logprobs, advantages, action_mask, clip_low=clip_low, clip_high=clip_high, **over_actions)
+    bonus, entropy_metrics = entropy_bonus(entropy, action_mask, **over_actions)
+    loss = policy - entropy_coef * bonus
+    metrics |= {"policy_loss": policy} | policy_metrics | entropy_metrics
+    if uses_critic(advantage):
+        normalizer = loss_normalizer(value_mask, aggregation=aggregation)
+        value, value_metrics = value_loss(values, old_values, returns, value_mask, value_clip=value_clip, aggregation=aggregation, normalizer=normalizer)
+        loss += value_coef * value
+        metrics |= {"value_loss": value} | value_metrics
+    if kl_placement == "loss":
+        kl, kl_metrics = kl_loss(logprobs, ref_logprobs, action_mask, estimator=kl_estimator, **over_actions)
+        loss += kl_coef * kl
+        metrics |= kl_metrics
     return loss, jax.lax.stop_gradient(metrics)

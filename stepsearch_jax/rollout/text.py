@@ -1,6 +1,7 @@
 """From recorded arrays to records of text. Only action tokens are ever parsed; positions and statuses come from the device, not from the text."""
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -35,6 +36,25 @@ def _to_episode(trajectory: Trajectory, b: int, question: Question, tokenizer: T
         ))
     prompt = tokenizer.decode(tokens[: int(trajectory.prompt_length[b])])
     return Episode(question, prompt, tuple(turns), finished=bool(trajectory.finished[b]), truncated=bool(trajectory.truncated[b]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """The first accepted answers of n questions, each as the policy would write it: "<answer> …</answer>"."""
+
+    tokens: np.ndarray  # [n, A] int32, right padded to the longest
+    length: np.ndarray  # [n] int32
+    opening: int  # how many tokens, the same in all, are the opening tag
+
+
+def encode_answers(questions: Sequence[Question], tokenizer: Tokenizer) -> Answers:
+    """The answers in tokens."""
+    opening = tokenizer.encode("<answer>")  # apart from the rest: what it is scored on begins at a token's boundary
+    encoded = [[*opening, *ids] for ids in tokenizer.encode_batch([f" {question.answer}</answer>" for question in questions])]
+    tokens, length = np.zeros((len(encoded), max(map(len, encoded))), np.int32), np.array([len(ids) for ids in encoded], np.int32)
+    for row, ids in enumerate(encoded):
+        tokens[row, : len(ids)] = ids
+    return Answers(tokens, length, len(opening))
 
 
 def encode_prompts(prompts: Sequence[str], uids: Sequence[str], tokenizer: Tokenizer, max_prompt_tokens: int) -> tuple[np.ndarray, np.ndarray]:
