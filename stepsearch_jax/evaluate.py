@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from stepsearch_jax.metrics import progress
+from stepsearch_jax.metrics import progress, write_json
 from stepsearch_jax.records import Episode
 from stepsearch_jax.report import write_report
 from stepsearch_jax.rewards.scoring import StepScores
@@ -126,13 +126,6 @@ def dump_episode(system: System, episode: Episode, scores: StepScores, b: int) -
         "em": float(scores.measures.em[b]), "f1": float(scores.measures.f1[b]), "finished": episode.finished, "truncated": episode.truncated,
         "outcome_reward": float(scores.outcome_rewards[b]), "key_reward": float(scores.key_rewards[b]), "turns": turns,
     }
-
-
-def write_json(path: pathlib.Path, value) -> None:
-    """Writes JSON, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    temporary.replace(path)
 
 
 def write_transcripts(workdir: pathlib.Path, dumps: dict[str, list[dict]]) -> None:

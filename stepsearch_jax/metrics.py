@@ -1,4 +1,4 @@
-"""What a run reports about itself while it runs: `metrics.jsonl`, TensorBoard events and progress bars.
+"""What a run reports about itself while it runs: `metrics.jsonl`, TensorBoard events and progress bars; and how its JSON files are read and written.
 
 `metrics.jsonl` is the record that everything else reads: one JSON object a line, `{"stage": "rl", "iteration": 12, "f1": 0.41, …}`. It holds no clock
 and no host name, so the file of a run that was killed and resumed equals the file of a run that was not.
@@ -13,12 +13,33 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, TextIO
 
+import numpy as np
 import tensorboardX
 import tqdm
 
 METRICS_FILE = "metrics.jsonl"
 _LINE_SECONDS = 30.0  # between two progress lines where nobody watches a terminal
 _TENSORBOARD_SECONDS = 10  # at most so much of the TensorBoard curves is lost to a kill
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any] | None:
+    """The object of a JSON file, None when there is no such file. Raises ValueError when it holds anything else."""
+    if not path.is_file():
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); delete it or write it again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}; delete it or write it again")
+    return value
+
+
+def write_json(path: pathlib.Path, value) -> None:
+    """Writes JSON, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    temporary.replace(path)
 
 
 def read_json_lines(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -56,6 +77,14 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
         if not isinstance(row.get("stage"), str) or type(row.get("iteration")) is not int:
             raise ValueError(f'{path}, entry {number}: "stage" (text) or "iteration" (whole number) is missing; repair or delete the line')
     return rows
+
+
+def moving_average(y: np.ndarray, window: int) -> np.ndarray:
+    """Centred mean over `window` <= n neighbours, fewer at the ends; NaN counts for nothing. y: [n] -> [n]."""
+    kernel, finite = np.ones(window), np.isfinite(y)
+    total = np.convolve(np.where(finite, y, 0.0), kernel, mode="same")
+    count = np.convolve(finite.astype(float), kernel, mode="same")
+    return np.where(count > 0.5, total / np.maximum(count, 1.0), np.nan)
 
 
 class MetricsWriter:

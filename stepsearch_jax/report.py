@@ -26,7 +26,7 @@ import matplotlib.ticker
 import numpy as np
 from matplotlib.figure import Figure
 
-from stepsearch_jax.metrics import METRICS_FILE, read_json_lines, read_metrics
+from stepsearch_jax.metrics import METRICS_FILE, moving_average, read_json, read_json_lines, read_metrics
 
 REPORT_FILE = "report.html"
 _SHOWN_EPISODES = 60  # transcripts on the page; the file may hold thousands
@@ -101,14 +101,6 @@ def _series(rows: Iterable[Mapping[str, Any]], curve: Curve) -> dict[str, tuple[
     return {name: (x, y) for name, (x, y) in arrays.items() if np.isfinite(y).any()}
 
 
-def _moving_average(y: np.ndarray, window: int) -> np.ndarray:
-    """Centred mean over `window` neighbours, fewer at the ends; NaN counts for nothing. y: [n] -> [n]."""
-    kernel, finite = np.ones(window), np.isfinite(y)
-    total = np.convolve(np.where(finite, y, 0.0), kernel, mode="same")
-    count = np.convolve(finite.astype(float), kernel, mode="same")
-    return np.where(count > 0.5, total / np.maximum(count, 1.0), np.nan)
-
-
 def _draw(curve: Curve, series: Mapping[str, tuple[np.ndarray, np.ndarray]], identity: str) -> str:
     """The chart as an <svg> element; the same series give the same text. `identity` keeps its ids apart from other charts' on the page."""
     settings = {"svg.fonttype": "none", "svg.hashsalt": identity, "font.size": 10, "path.simplify": True, "axes.unicode_minus": True}
@@ -121,7 +113,7 @@ def _draw(curve: Curve, series: Mapping[str, tuple[np.ndarray, np.ndarray]], ide
             axes.plot(x, y, color=color, linewidth=1.0 if smooth else 1.8, alpha=0.35 if smooth else 1.0, marker="o" if lone else None, markersize=4,
                       label=None if smooth else name)
             if smooth:
-                axes.plot(x, _moving_average(y, max(3, len(y) // 15)), color=color, linewidth=2.0, label=name)
+                axes.plot(x, moving_average(y, max(3, len(y) // 15)), color=color, linewidth=2.0, label=name)
         if len(series) > 1:
             axes.legend(frameon=False, labelcolor=_INK, fontsize=10)
         axes.set_xlabel("iteration", color=_INK, fontsize=10, loc="right", labelpad=1)
@@ -276,24 +268,14 @@ def select(episodes: Iterable[dict[str, Any]]) -> tuple[dict[str, list[_Pair]], 
 # The page -------------------------------------------------------------------------------------------------------------------------------------------
 
 
-def _number(value: float | None, digits: int = 3) -> str:
+def format_number(value: float | None, digits: int = 3) -> str:
+    """0.1234 -> "0.123"; None, for what was not measured -> "–"."""
     return "–" if value is None else f"{value:.{digits}f}".replace("-", "−")
 
 
-def _signed(value: float | None, digits: int = 3) -> str:
+def format_signed(value: float | None, digits: int = 3) -> str:
+    """As `format_number`, with + or −."""
     return "–" if value is None else ("+" if value >= 0 else "−") + f"{abs(value):.{digits}f}"
-
-
-def _read_json(path: pathlib.Path) -> Any:
-    if not path.is_file():
-        return None
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); delete it or write it again") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}; delete it or write it again")
-    return value
 
 
 def write_report(workdir: str | os.PathLike) -> pathlib.Path:
@@ -311,8 +293,8 @@ def write_report(workdir: str | os.PathLike) -> pathlib.Path:
     rows = read_metrics(workdir)
     if not rows:
         raise ValueError(f"{workdir / METRICS_FILE} holds no line yet: wait until the run has finished an iteration")
-    config = _read_json(workdir / "config.json")
-    evaluation = _read_json(workdir / "evaluation.json")
+    config = read_json(workdir / "config.json")
+    evaluation = read_json(workdir / "evaluation.json")
     transcripts = workdir / "transcripts.jsonl"
     episodes = _read_transcripts(transcripts) if transcripts.is_file() else []
 
@@ -326,7 +308,7 @@ def write_report(workdir: str | os.PathLike) -> pathlib.Path:
         loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=_number, signed=_signed)
+    environment.filters.update(number=format_number, signed=format_signed)
     page = environment.get_template("report.html.j2").render(
         name=workdir.resolve().name,
         last_iterations=last_iterations,

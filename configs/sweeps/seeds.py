@@ -1,0 +1,11 @@
+"""How far StePPO's result depends on the seed, that is on which questions come when and on what is sampled.
+
+    python launch/sweep.py --sweep=configs/sweeps/seeds.py --config=configs/atlas_sweep.py --workdir=runs/sweep --jobs=2
+
+10 runs; at four minutes a run on one CPU core, 20 minutes on two cores; 12 minutes beside configs/sweeps/baselines.py, which has five of them.
+"""
+from configs.sweeps.baselines import LEARNING_RATES, METHODS, set_learning_rate
+
+
+def sweep(add):
+    add("StePPO", set_learning_rate(METHODS["StePPO"], LEARNING_RATES["StePPO"]), range(10))

@@ -1,0 +1,167 @@
+"""From sweep files to points: the training runs that a comparison consists of, each with the config that it will have.
+
+A sweep file defines `sweep(add)` and calls `add(method, overrides, seeds)` for every row of its table: what the row is called, the keys of the config
+that it changes, and the seeds of its runs.
+"""
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import pathlib
+import re
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One training run. `name`: its folder's; `flags`: what stands behind --config and --workdir; `config`: what its config.json will hold."""
+
+    name: str
+    flags: tuple[str, ...]
+    config: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One row of a table. `points`: seed -> run; methods with equal settings share their runs."""
+
+    name: str
+    overrides: Mapping[str, Any]
+    points: Mapping[int, Point]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """One table: the methods of a sweep file, in its order. `name`: the file's, without suffix."""
+
+    name: str
+    methods: tuple[Method, ...]
+
+
+def load_sweeps(files: Sequence[str], config_file: str, common: Sequence[str]) -> list[Sweep]:
+    """The sweeps of `files` over the config `config_file` (a path, with an argument after a colon where the file takes one).
+
+    common: flags "--config.key=value" for all points. Two methods, of one file or of two, whose configs are equal are one point, under its first name.
+    Raises FileNotFoundError or ValueError, with file and method, for a file that cannot be read, a key that the config does not have or that is
+    set twice, a value of the wrong type, and two different settings under one name.
+    """
+    by_name: dict[str, Point] = {}
+    by_config: dict[str, Point] = {}
+    keys = _list_keys(_parse_config(config_file, ()))
+    common_keys = [flag.removeprefix("--config.").partition("=")[0] for flag in common]
+    _check_keys(common_keys, keys, "the command line", config_file)
+
+    def make_point(method: str, overrides: Mapping[str, Any], seed: int, where: str) -> Point:
+        name = f"{re.sub('[^a-z0-9]+', '-', method.lower()).strip('-')}-{seed}"
+        point_flags = (*common, *(f"--config.{key}={value}" for key, value in overrides.items()), f"--config.seed={seed}")
+        try:
+            config = json.loads(_parse_config(config_file, point_flags).to_json_best_effort())
+        except flags.Error as error:
+            raise ValueError(f"{where}: {' '.join(str(error).split())}") from error
+        point = by_config.setdefault(json.dumps(config, sort_keys=True), Point(name, point_flags, config))
+        if by_name.setdefault(name, point) is not point:
+            difference = describe_difference(by_name[name].config, config)
+            raise ValueError(f"{where}: another point is called {name} and has another config ({difference}): rename one")
+        return point
+
+    def load(file: str) -> Sweep:
+        methods: list[Method] = []
+
+        def add(method: str, overrides: Mapping[str, Any], seeds: Iterable[int]) -> None:
+            where = f"{file}, {method!r}"
+            if not isinstance(method, str) or not re.search("[a-zA-Z0-9]", method) or re.search(r"[|\n]", method):
+                raise ValueError(f"{where}: a method's name is one line of text, with letters or digits and without |")
+            seeds = list(seeds)
+            if not seeds or any(type(seed) is not int for seed in seeds) or len(set(seeds)) < len(seeds):
+                raise ValueError(f"{where}: seeds are different whole numbers, at least one, not {seeds}")
+            if method in [known.name for known in methods]:
+                raise ValueError(f"{where}: added twice; name all its seeds at once")
+            _check_keys(overrides, keys, where, config_file)
+            if twice := {*common_keys, "seed"} & set(overrides) | {"seed"} & set(common_keys):
+                raise ValueError(f"{where}: {sorted(twice)[0]} is set twice: seeds are an argument of add(), and a key of the command line cannot be swept")
+            methods.append(Method(method, dict(overrides), {seed: make_point(method, overrides, seed, where) for seed in seeds}))
+
+        _call_sweep(file, add)
+        if not methods:
+            raise ValueError(f"{file}: its sweep(add) adds nothing")
+        return Sweep(pathlib.Path(file).stem, tuple(methods))
+
+    sweeps = [load(file) for file in files]
+    if len({sweep.name for sweep in sweeps}) < len(sweeps):
+        raise ValueError(f"two sweep files have one name ({', '.join(files)}): rename one, or name it once")
+    return sweeps
+
+
+def list_points(sweeps: Sequence[Sweep]) -> list[Point]:
+    """Every different point, once, seed by seed: what is interrupted has something of every method. In a seed, in the order of the files."""
+    found: dict[str, tuple[int, Point]] = {}
+    for sweep in sweeps:
+        for method in sweep.methods:
+            for n, point in enumerate(method.points.values()):
+                found.setdefault(point.name, (n, point))
+    return [point for _, point in sorted(found.values(), key=lambda pair: pair[0])]
+
+
+def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """The first keys in which two configs differ, as "rl.gamma: 1.0, now 0.9"."""
+    before, after = _flatten(old), _flatten(new)
+    differing = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
+    told = [f"{key}: {before.get(key, 'nothing')}, now {after.get(key, 'nothing')}" for key in differing[:3]]
+    return "; ".join(told + [f"and {len(differing) - 3} more"] * (len(differing) > 3))
+
+
+def _call_sweep(file: str, add) -> None:
+    path = pathlib.Path(file)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no sweep file {file}")
+    spec = importlib.util.spec_from_file_location(f"sweep_{path.stem}", path)
+    try:
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        module.sweep(add)
+    except Exception as error:  # whatever a file of the user's raises
+        if isinstance(error, ValueError) and str(error).startswith(file):
+            raise
+        lines = [f", line {frame.lineno}" for frame in traceback.extract_tb(error.__traceback__) if pathlib.Path(frame.filename).resolve() == path.resolve()]
+        raise ValueError(f"{file}{lines[-1] if lines else ''}: {type(error).__name__}: {error}; a sweep file defines sweep(add) and calls "
+                         "add(method, overrides, seeds)") from error
+
+
+def _parse_config(config_file: str, point_flags: Sequence[str]) -> ConfigDict:
+    """The config as the training command makes it of these flags. Raises flags.Error for a value of the wrong type."""
+    arguments = ["sweep", f"--config={config_file}", *point_flags]
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "the config", flag_values=values, lock_config=True, sys_argv=arguments)
+    try:
+        values(arguments)
+        values.config.keys()  # a config that could not be read says so when it is used
+    except OSError as error:
+        raise FileNotFoundError(f"--config={config_file} cannot be read: {' '.join(str(error).split())}") from error
+    except flags.Error as error:
+        if point_flags:
+            raise
+        raise ValueError(f"--config={config_file} cannot be loaded: {str(error).strip().splitlines()[-1]}") from error
+    return values.config
+
+
+def _check_keys(wanted: Iterable[str], keys: set[str], where: str, config_file: str) -> None:
+    for key in wanted:
+        if key not in keys:
+            raise ValueError(f"{where}: the config {config_file} has no key {key!r}; configs/base.py lists all of them")
+
+
+def _list_keys(config: ConfigDict) -> set[str]:
+    return set(_flatten(config.to_dict()))
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value, of the leaves."""
+    pairs = (_flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value} for key, value in config.items())
+    return functools.reduce(dict.__or__, pairs, {})

@@ -1,0 +1,146 @@
+"""Running the points of a sweep: which are finished already, and the others as processes of the training command, some at a time."""
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import os
+import pathlib
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+
+from stepsearch_jax.metrics import progress, read_json, write_json
+from stepsearch_jax.sweeps.points import Point, describe_difference
+
+POINTS = "points"  # WORKDIR/points/NAME is the folder of a run, WORKDIR/points/NAME.log what it said
+TIMES_FILE = "times.json"
+_GRACE_SECONDS = 10.0  # a process that is told to end is killed after so long; its checkpoints are whole at any time
+_POLL_SECONDS = 0.2
+
+
+def is_finished(point: Point, workdir: pathlib.Path) -> bool:
+    """Whether the point's run is complete. Raises ValueError if its folder holds a run with another config, or something unreadable."""
+    folder = workdir / POINTS / point.name
+    config = read_json(folder / "config.json")
+    if config is not None and config != point.config:
+        raise ValueError(f"{folder} holds a run with another config ({describe_difference(config, point.config)}): "
+                         f"remove {folder} to run it anew, or choose another --workdir")
+    return config is not None and read_json(folder / "evaluation.json") is not None
+
+
+def make_command(train: Sequence[str], config_file: str, point: Point, workdir: pathlib.Path) -> list[str]:
+    """The arguments of the process that runs, or resumes, a point. `train`: the training command, without flags."""
+    return [*train, f"--config={config_file}", f"--workdir={workdir / POINTS / point.name}", *point.flags]
+
+
+@contextlib.contextmanager
+def lock(workdir: pathlib.Path) -> Iterator[int]:
+    """Keeps a second sweep out of `workdir` -> the lock's file descriptor, to be passed to the runs: they hold it too, should this process be killed."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    with open(workdir / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another sweep, or a run that it left, is at work in {workdir}: wait for it, end it, or choose another --workdir") from None
+        yield file.fileno()
+
+
+@dataclasses.dataclass
+class _Run:
+    point: Point
+    process: subprocess.Popen
+    log: pathlib.Path
+    started: float
+
+
+def run_points(points: Sequence[Point], workdir: pathlib.Path, *, train: Sequence[str], config_file: str, jobs: int) -> dict[str, str]:
+    """Runs the points, `jobs` at a time -> name of each that failed -> why: its exit status and the last line of its log.
+
+    Their times are added to WORKDIR/times.json. Where the platform can pin processes, several jobs share out the cores evenly. However this ends, by
+    Ctrl-C for example, the processes that it started end with it; runs that are not finished are resumed the next time. Raises ValueError when another
+    sweep is at work in `workdir`.
+    """
+    waiting, running, failed = list(points), {}, {}
+    shares = _share_cores(jobs)
+    times = Times(workdir)
+    with lock(workdir) as held, progress(len(points), "sweep") as bar:
+        try:
+            while waiting or running:
+                for slot in [slot for slot in range(jobs) if slot not in running][:len(waiting)]:
+                    point = waiting.pop(0)
+                    running[slot] = _start(point, workdir, make_command(train, config_file, point, workdir), shares[slot], held)
+                time.sleep(_POLL_SECONDS)
+                for slot, run in [(slot, run) for slot, run in running.items() if run.process.poll() is not None]:
+                    del running[slot]
+                    times.add(run.point.name, time.monotonic() - run.started)
+                    if reason := _find_failure(run, workdir):
+                        failed[run.point.name] = reason
+                    left = len(waiting) + len(running)
+                    bar.set_postfix(dict(finished=len(points) - left - len(failed), failed=len(failed), left=left))
+                    bar.update(1)
+        finally:
+            _end([run.process for run in running.values()])
+            for run in running.values():
+                times.add(run.point.name, time.monotonic() - run.started)
+    return failed
+
+
+class Times:
+    """WORKDIR/times.json, in seconds: `sweep`, how long sweeps were at work here, and `points`, how long each run took, all attempts together."""
+
+    def __init__(self, workdir: pathlib.Path):
+        self._path, self._last = workdir / TIMES_FILE, time.monotonic()
+
+    def read(self) -> dict:
+        return read_json(self._path) or {"sweep": 0.0, "points": {}}
+
+    def add(self, name: str, seconds: float) -> None:
+        """Adds the time of a run, and to the sweep's the time since the last call."""
+        times, now = self.read(), time.monotonic()
+        times["points"][name] = round(times["points"].get(name, 0.0) + seconds, 1)
+        times["sweep"], self._last = round(times["sweep"] + now - self._last, 1), now
+        write_json(self._path, times)
+
+
+def _share_cores(jobs: int) -> list[set[int] | None]:
+    """The cores of each job; None: not pinned."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    return [set(cores[job::jobs]) if 1 < jobs <= len(cores) else None for job in range(jobs)]
+
+
+def _start(point: Point, workdir: pathlib.Path, command: list[str], cores: set[int] | None, held: int) -> _Run:
+    log = workdir / POINTS / f"{point.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as file:
+        # A session of its own: Ctrl-C reaches this process alone, which then ends the others in order.
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, pass_fds=(held,))
+    if cores:
+        with contextlib.suppress(ProcessLookupError):  # it may have ended already
+            os.sched_setaffinity(process.pid, cores)
+    return _Run(point, process, log, time.monotonic())
+
+
+def _end(processes: Sequence[subprocess.Popen]) -> None:
+    for process in processes:
+        process.terminate()
+    end = time.monotonic() + _GRACE_SECONDS
+    try:
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=max(end - time.monotonic(), 0.0))
+    finally:  # also when the user cannot wait
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def _find_failure(run: _Run, workdir: pathlib.Path) -> str | None:
+    """Why an ended run is not finished, None if it is."""
+    try:
+        if run.process.returncode == 0 and is_finished(run.point, workdir):
+            return None
+    except ValueError as error:
+        return str(error)
+    lines = [line.strip() for line in run.log.read_text(errors="replace").splitlines() if line.strip()]
+    return f"exit status {run.process.returncode}: {lines[-1] if lines else 'its log is empty'}"
