@@ -9,7 +9,7 @@ in common: GRPO takes 8 questions with 8 episodes each, where the others take th
 LEARNING_RATES = {
     "StePPO": 1e-3,
     "PPO, F1 only (Search-R1)": 1e-3,
-    "GRPO, F1 only": 1e-3,
+    "GRPO, F1 only": 3e-4,
     "StePPO, rewards merged": 1e-3,
 }
 SEEDS = {
