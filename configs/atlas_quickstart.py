@@ -8,13 +8,11 @@ It starts from the warm start in configs/warm_starts/atlas, a clone of a searche
     shuffled    control: RL with every episode's rewards given to another episode
     one_search  control: RL with a single search an episode
 """
-import pathlib
-
 import ml_collections
 
 from configs import base
 
-WARM_START = pathlib.Path(__file__).parent / "warm_starts" / "atlas"
+WARM_START = "configs/warm_starts/atlas"
 VARIANTS = ("", "anew", "continued", "shuffled", "one_search")
 
 
@@ -56,7 +54,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     i = c.imitation
     i.rename = True
     i.demonstrations = 12000
-    i.checkpoint = str(WARM_START)
+    i.checkpoint = WARM_START
     if variant == "anew":
         i.checkpoint = ""
         i.phases = ((400, 32, True, 0.0, 0.05), (500, 16, False, 0.0, 0.03), (300, 16, False, 0.3, 0.02), (200, 16, False, 1.0, 0.01))

@@ -113,7 +113,7 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     w.gamma_key = 0.618  # weight of the search-key reward [C]
     w.key_match = "max"  # max [P] | overwrite: a later, worse query lowers it [C]
     # What a search gained. gain: how much closer its documents are to the gold ones, G [P] | answer_logprob: the rise, by its turn, of the policy's own mean
-    # log-probability per token of the answer; needs no gold documents (arXiv 2510.14967).
+    # log-probability per token of "answer</answer>" behind "<answer>"; needs no gold documents (arXiv 2510.14967).
     w.step_reward = "gain"
     w.use_gain = True  # what a search gained, in the step reward
     w.use_redundancy = True  # redundancy P in the step reward
@@ -124,7 +124,7 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     w.retrieved_answer_credit = 0.0  # r_answer where the F1 is 0 but a retrieved document holds an accepted answer; the gate applies as ever [O]
     w.placement = "step"  # step: each reward at its turn's end | merged: the same total on the last action token
     w.outcome_overwrites = False  # True: the global reward replaces a step reward on the last action token instead of adding to it [C]
-    w.shuffle = False  # control: give every episode the rewards of another one
+    w.shuffle = False  # control: give every episode the rewards of another one (a step reward whose turn did not search is lost)
 
     c.rl = l = ml_collections.ConfigDict()
     # gae: token GAE [P] | turn_gae: GAE with one state a turn | grpo, rloo: an episode against its group | turn_return: turns against their group's.
@@ -145,7 +145,7 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     l.kl_target = 0.0  # adapt beta towards this mean KL per token; 0 = beta is fixed
     l.kl_horizon = 10000.0  # tokens over which the adaptive controller reacts
     l.minibatches = 4  # optimiser steps per epoch over a rollout [P]
-    l.epochs = 1  # passes over a rollout
+    l.epochs = 1  # passes over a rollout, in the same order each
     l.length_multiple = 128  # a rollout is cut to its longest episode, rounded up to this; one compiled program per length
     l.micro_rows = 0  # rows per forward and backward pass, gradients are accumulated; 0 = the whole minibatch
 
@@ -160,7 +160,8 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
         o.max_grad_norm = 1.0  # gradients are clipped to this global norm
 
     c.imitation = i = ml_collections.ConfigDict()
-    i.checkpoint = ""  # begin with these parameters (a folder that `train` wrote as WORKDIR/start); "" = random ones. Phases, if any, come on top
+    # Begin with these parameters: a folder that `train` wrote as WORKDIR/start, also relative to the repository; "" = random ones. Phases, if any, come on top.
+    i.checkpoint = ""
     i.optimizer = "muon"  # muon | adamw
     i.warmup_steps = 20  # at the beginning of each phase the rate rises so long
     i.final_share = 0.05  # then it decays linearly, to this share of itself at the phase's end

@@ -8,8 +8,8 @@
 # Interrupted, it goes on where it was.
 #
 #   VARIANT                 anew, continued, shuffled or one_search: see configs/atlas_quickstart.py
-#   --fresh                 remove DIR first and begin anew
-#   --config.seed=1         another seed; any key of configs/base.py can be set like this
+#   --fresh                 remove DIR first and begin anew; a DIR whose run has other settings is otherwise refused
+#   --config.seed=1         another seed, in another --workdir; any key of configs/base.py can be set like this
 #   PYTHON=python3.12       the Python that .venv is made with (3.11 or newer)
 #   DRY_RUN=1               print the commands instead
 set -euo pipefail
@@ -42,4 +42,4 @@ fi
 
 use_venv requirements.txt
 run .venv/bin/python -m stepsearch_jax.train --config="configs/atlas_quickstart.py${variant:+:$variant}" --workdir="$workdir" ${arguments[@]+"${arguments[@]}"}
-echo "took $((SECONDS / 60)) min $((SECONDS % 60)) s"
+if [[ ${DRY_RUN:-0} != 1 ]]; then echo "took $((SECONDS / 60)) min $((SECONDS % 60)) s"; fi

@@ -35,6 +35,8 @@ def main(arguments: Sequence[str], train: Sequence[str] = (sys.executable, *TRAI
         sweeps = load_sweeps(options.sweep.split(","), options.config, common)
         points = list_points(sweeps)
         todo = [point for point in points if not is_finished(point, workdir)]
+        if options.table_only and not workdir.is_dir():
+            raise FileNotFoundError(f"{workdir} holds no sweep of which to make a table")
         if options.print_commands:
             for point in todo:
                 prefix = options.command_prefix.replace("{name}", point.name)
@@ -45,7 +47,7 @@ def main(arguments: Sequence[str], train: Sequence[str] = (sys.executable, *TRAI
             print(f"{len(points)} points, {len(points) - len(todo)} of them finished; runs and logs: {workdir / POINTS}", file=sys.stderr, flush=True)
             failed = run_points(todo, workdir, train=train, config_file=options.config, jobs=options.jobs)
         write_comparison(sweeps, workdir, options.config)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"sweep: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from stepsearch_jax.benchmarks import reward
 from stepsearch_jax.metrics import write_json
@@ -24,13 +24,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options = subjects.add_parser(name, help=subject.__doc__.splitlines()[0], description=subject.__doc__,
                                       formatter_class=argparse.RawDescriptionHelpFormatter)
         options.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write the figures to FILE")
-        options.add_argument("--repeats", type=_positive, metavar="N", default=7, help="timed runs of each side, alternating (default: %(default)s)")
-        options.add_argument("--seed", type=int, metavar="S", default=0, help="made-up inputs follow from it (default: %(default)s)")
+        options.add_argument("--repeats", type=_count(1), metavar="N", default=7, help="timed runs of each side, alternating (default: %(default)s)")
+        options.add_argument("--seed", type=_count(0), metavar="S", default=0, help="made-up inputs follow from it (default: %(default)s)")
     options = parser.parse_args(arguments)
     subject = SUBJECTS[options.subject]
     try:
-        if options.json and not options.json.parent.is_dir():
-            raise FileNotFoundError(f"--json={options.json}: there is no folder {options.json.parent}; make it first")
+        if options.json and (options.json.is_dir() or not options.json.parent.is_dir()):
+            raise FileNotFoundError(f"--json={options.json}: name a file in a folder that is there")
         figures = subject.measure(repeats=options.repeats, seed=options.seed)
         print(subject.render(figures))
         if options.json:
@@ -39,11 +39,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(f"stepsearch_jax: {error}") from error
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is less than 1")
-    return value
+def _count(least: int) -> Callable[[str], int]:
+    """A whole number of at least `least`, as a type of argparse."""
+
+    def parse(text: str) -> int:
+        if not text.lstrip("-").isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {least}")
+        return int(text)
+
+    return parse
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python -m stepsearch_jax.evaluate --config=configs/X.py[:arg] --workdir=DIR [--config.evaluation.split=test …]
 
 measures the run in DIR before RL (its warm start) and after (its newest checkpoint) and writes DIR/evaluation.json, DIR/transcripts.jsonl and DIR/report.html.
-With --config.evaluation.controls=True also: the scripted searcher that the warm start imitated, a perfect one, and the trained policy with one search only.
+With --config.evaluation.controls=True also: the scripted searcher that the warm start imitated, and a perfect one.
 """
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import pathlib
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +25,9 @@ from stepsearch_jax.report import write_report
 from stepsearch_jax.rewards.scoring import StepScores
 from stepsearch_jax.rollout.scripted import PERFECT, run_script
 from stepsearch_jax.rollout.text import to_episodes
+from stepsearch_jax.run_folder import check_readable
 from stepsearch_jax.sharding import rows_from_mesh, rows_to_mesh
-from stepsearch_jax.startup import begin_run, make_sampler, run_command
+from stepsearch_jax.startup import begin_run, make_answer_gain, make_sampler, run_command
 from stepsearch_jax.system import Split, System, build_system, check_searches, process_rows
 from stepsearch_jax.types import Trajectory
 
@@ -47,8 +49,10 @@ class Collected:
 
 
 def collect(system: System, sample_episodes, params, split: Split, question_rows: np.ndarray, key: jax.Array, temperature: float,
-            group_size: int = 1) -> Collected:
+            group_size: int = 1, answer_gain=None) -> Collected:
     """Runs one episode (or `group_size`) for each of the global `question_rows` (-1: fills up the batch) and scores them.
+
+    answer_gain: `startup.make_answer_gain`, for searches that are paid by what they do for the answer; None: by their documents.
 
     The rows of the batch, their noise and their groups follow from their global place, so the number of processes changes nothing.
     Raises SystemExit when more searches failed, on all processes together, than config.search.max_failure_share allows.
@@ -61,10 +65,11 @@ def collect(system: System, sample_episodes, params, split: Split, question_rows
     rows = rows_from_mesh(trajectory)
     failed = check_searches(system)
     episodes = to_episodes(rows, questions, system.tokenizer)
-    return Collected(trajectory, rows, episodes, system.score(episodes), rows_from_mesh(counters), failed)
+    gain = None if answer_gain is None else answer_gain(params, trajectory, split, every[mine])
+    return Collected(trajectory, rows, episodes, system.score(episodes, gain), rows_from_mesh(counters), failed)
 
 
-def evaluate_policy(system: System, sample_episodes, params, split_name: str, description: str) -> tuple[dict[str, float], list[dict]]:
+def evaluate_policy(system: System, sample_episodes, params, split_name: str, description: str, answer_gain=None) -> tuple[dict[str, float], list[dict]]:
     """Greedy, every question of the split exactly once -> (means: em, f1, gold_recall, searches, invalid, truncated; one dump per question).
 
     On several processes the means are over all of them; the dumps are this process's.
@@ -72,18 +77,18 @@ def evaluate_policy(system: System, sample_episodes, params, split_name: str, de
     split, e = system.splits[split_name], system.config.evaluation
     total = min(len(split.questions), e.questions or len(split.questions))
     size = system.config.rollout.questions * system.config.rollout.group_size
-    sums, dumps = np.zeros(7), []
+    sums, dumps = np.zeros(len(MEANS) + 2), []
     for start in progress(range(0, total, size), description):
         rows = np.arange(start, start + size)
         rows[rows >= total] = -1
-        got = collect(system, sample_episodes, params, split, rows, jax.random.key(0), temperature=0.0)
+        got = collect(system, sample_episodes, params, split, rows, jax.random.key(0), temperature=0.0, answer_gain=answer_gain)
         valid = rows[process_rows(system.mesh, size)] >= 0
         sums += _sum_measures(got.episodes, got.scores, valid)
         dumps += [dump_episode(system, got.episodes[b], got.scores, b) for b in np.flatnonzero(valid)]
-    sums = multihost_utils.process_allgather(sums).reshape(-1, 7).sum(0)
+    sums = multihost_utils.process_allgather(sums).reshape(-1, len(sums)).sum(0)
     if sums[0] != total:
         raise RuntimeError(f"evaluation counted {int(sums[0])} questions instead of {total}")
-    means = dict(zip(MEANS, (sums[1:] / total).tolist()))
+    means = _divide(sums)
     logger.info("%s %d questions of %s, %d searches: %s", description, total, split_name, round(means["searches"] * total),
                 ", ".join(f"{name} {value:.3f}" for name, value in means.items()))
     return means, dumps
@@ -98,16 +103,22 @@ def evaluate_script(system: System, split_name: str, shares: dict[str, float]) -
                             system.settings, system.environment.last_turn_warning, shares, system.config.seed)
     check_searches(system)
     episodes = to_episodes(trajectory, questions, system.tokenizer)
-    sums = _sum_measures(episodes, system.score(episodes), np.ones(total, bool))
-    return dict(zip(MEANS, (sums[1:] / total).tolist()))
+    return _divide(_sum_measures(episodes, system.score(episodes), np.ones(total, bool)))
 
 
 def _sum_measures(episodes: list[Episode], scores: StepScores, valid: np.ndarray) -> np.ndarray:
+    """Of the valid episodes: their number, the sums of MEANS, and the number whose gold documents are known."""
     m = scores.measures
     invalid = [any(turn.status.name == "INVALID" for turn in episode.turns) for episode in episodes]
     truncated = [episode.truncated for episode in episodes]
-    columns = [np.ones(len(episodes)), m.em, m.f1, m.gold_recall, m.searches, invalid, truncated]
+    columns = [np.ones(len(episodes)), m.em, m.f1, m.gold_recall, m.searches, invalid, truncated, m.gold_known]
     return np.array([np.asarray(column, float)[valid].sum() for column in columns])
+
+
+def _divide(sums: np.ndarray) -> dict[str, float]:
+    """Means over questions; the gold recall over those whose gold documents are known, 0 if there are none."""
+    total, *sums, known = sums.tolist()
+    return {name: value / (max(known, 1) if name == "gold_recall" else total) for name, value in zip(MEANS, sums)}
 
 
 def dump_episode(system: System, episode: Episode, scores: StepScores, b: int) -> dict:
@@ -159,12 +170,14 @@ def evaluate_command(config, workdir: pathlib.Path) -> None:
     """The command: measures a run's first and newest policy."""
     if not (workdir / "start").is_dir():
         raise FileNotFoundError(f"{workdir} holds no run (no start/): train one with python -m stepsearch_jax.train --config=… --workdir={workdir}")
+    check_readable(workdir, config)
     split = config.evaluation.split
     system = build_system(config, [split])
     state, reference_params, _, _ = begin_run(system, workdir)
     sample_episodes, to_rollout_layout = make_sampler(system)
-    before, dumps = evaluate_policy(system, sample_episodes, to_rollout_layout(reference_params), split, "before RL:")
-    after, after_dumps = evaluate_policy(system, sample_episodes, to_rollout_layout(state.policy.params), split, "after RL:")
+    measure = partial(evaluate_policy, system, sample_episodes, split_name=split, answer_gain=make_answer_gain(system))
+    before, dumps = measure(to_rollout_layout(reference_params), description="before RL:")
+    after, after_dumps = measure(to_rollout_layout(state.policy.params), description="after RL:")
     write_results(system, workdir, before, after, {"before": dumps, "after": after_dumps})
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import app, flags
 from absl import logging as absl_logging
 from jax.experimental import multihost_utils
@@ -38,13 +39,15 @@ def run_command(command: Callable) -> None:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    """As absl does, with one line for a config that cannot be read, and for a key that it does not have."""
+    """As absl does, with one line for a config that cannot be read or refuses its argument, for a key that it does not have, and for unknown flags."""
     try:
-        rest = app.parse_flags_with_usage(argv)
+        rest = flags.FLAGS(argv)
         flags.FLAGS.config.keys()  # a config that could not be read says so when it is used
         return rest
     except OSError as error:
         raise SystemExit(f"stepsearch_jax: {' '.join(str(error).split())}") from error
+    except flags.Error as error:  # the config's own refusal stands at the end
+        raise SystemExit(f"stepsearch_jax: {str(error).strip().splitlines()[-1]}") from error
     except (AttributeError, KeyError) as error:  # ml_collections names the missing part of the key only
         missing = set(re.findall(r"\w+", str(error)))
         unknown = [argument for argument in argv if argument.lstrip("-").startswith("config.") and missing & set(argument.split("=")[0].split("."))]
@@ -106,6 +109,24 @@ def make_sampler(system: System):
     dtype = system.rollout_model.dtype
     to_rollout_layout = jax.jit(lambda params: jax.tree.map(lambda x: x.astype(dtype), params), out_shardings=sharding.shardings(mesh, specs))
     return lambda params, *arguments: rollout(params, environment, *arguments), to_rollout_layout
+
+
+def make_answer_gain(system: System):
+    """-> answer_gain(params, trajectory, split, rows) -> [b, K] float32, or None if config.reward.step_reward does not ask for it.
+
+    What each search of this process's rows did for the log-probability of the answer (`learner.make_answer_gain`), under the sampler's parameters. rows [b]:
+    of the questions in their split; -1 fills up the batch.
+    """
+    openings = {split.answers.opening for split in system.splits.values() if split.answers}
+    if not openings:
+        return None
+    gain = learner.make_answer_gain(system.learner_model, *openings, system.config.rl.micro_rows)
+
+    def answer_gain(params, trajectory, split, rows):
+        rows = np.maximum(rows, 0)
+        return sharding.rows_from_mesh(gain(params, trajectory, *sharding.rows_to_mesh(system.mesh, (split.answers.tokens[rows], split.answers.length[rows]))))
+
+    return answer_gain
 
 
 def make_optimizers(config):

@@ -26,6 +26,7 @@ from stepsearch_jax.rewards.tfidf import fit_similarity
 from stepsearch_jax.rl.advantages import CRITIC_ESTIMATORS, GROUP_ESTIMATORS
 from stepsearch_jax.rollout.episode import Environment, Prompts, RolloutSettings
 from stepsearch_jax.rollout.text import Answers, encode_answers, encode_prompts
+from stepsearch_jax.run_folder import flatten
 from stepsearch_jax.search.bm25 import build_index
 from stepsearch_jax.search.callback import SearchCallback, make_search_callback
 from stepsearch_jax.search.corpus_tokens import tokenize_corpus
@@ -41,6 +42,15 @@ CHOICES = {  # keys whose value is one of a few words, checked before anything e
     "rl.advantage": (*CRITIC_ESTIMATORS, *GROUP_ESTIMATORS), "rl.aggregation": ("token_mean", "sequence_mean"), "rl.kl_placement": ("reward", "loss"),
     "rl.kl_estimator": ("k1", "k2", "k3", "abs"), "policy.optimizer": ("adamw", "sgd"), "value.optimizer": ("adamw", "sgd"),
     "imitation.optimizer": ("adamw", "muon"),
+}
+
+MINIMA = {  # the least sensible value of keys that count something; NaN is below all of them
+    0: ("iterations", "rollout.temperature", "rollout.top_k", "rl.micro_rows", "rl.kl_coef", "rl.kl_target", "rl.clip_low", "rl.clip_high", "rl.value_clip",
+        "evaluation.every", "evaluation.questions", "data.train_questions", "policy.learning_rate", "value.learning_rate", "policy.warmup", "value.warmup"),
+    1: ("rollout.questions", "rollout.group_size", "rollout.max_turns", "rollout.max_turn_tokens", "rollout.prefill_rows", "rollout.attention_block",
+        "search.k", "rl.minibatches", "rl.epochs", "rl.length_multiple", "rl.kl_horizon", "checkpoint.every", "checkpoint.imitation_every", "checkpoint.keep",
+        "imitation.log_every", "imitation.held_out", "imitation.demonstrations", "model.num_layers", "model.embed_dim", "model.num_heads",
+        "model.num_kv_heads", "model.head_dim", "model.ffn_dim"),
 }
 
 
@@ -166,11 +176,20 @@ def build_system(config: ml_collections.ConfigDict, splits: Sequence[str], searc
 
 def check_config(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
     """Raises ValueError for words that mean nothing, and for numbers that do not fit together: mesh and batch, lengths, minibatches."""
-    r, l, p, s, i = config.rollout, config.rl, config.prompt, config.search, config.imitation
+    r, l, p, s, i, m = config.rollout, config.rl, config.prompt, config.search, config.imitation, config.model
+    values = flatten(config.to_dict())
     for key, choices in CHOICES.items():
-        section, name = key.split(".")
-        if config[section][name] not in choices:
-            raise ValueError(f"config.{key} is {config[section][name]!r}; it must be one of {', '.join(choices)}")
+        if values[key] not in choices:
+            raise ValueError(f"config.{key} is {values[key]!r}; it must be one of {', '.join(choices)}")
+    for least, keys in MINIMA.items():
+        for key in keys:
+            if not values[key] >= least:
+                raise ValueError(f"config.{key} is {values[key]}; it must be at least {least}")
+    if m.num_heads % m.num_kv_heads or m.head_dim % 2:
+        raise ValueError(f"model.num_heads={m.num_heads} must be a multiple of model.num_kv_heads={m.num_kv_heads}, and model.head_dim={m.head_dim} even")
+    for phase in i.phases:
+        if len(phase) != 5 or phase[0] < 1 or phase[1] < 1 or not 0 <= phase[3] <= 1 or not phase[4] >= 0:
+            raise ValueError(f"imitation.phases holds {tuple(phase)}; a phase is (steps, rows, single hops, share spoilt, learning rate)")
     episodes, shards = r.questions * r.group_size, sharding.row_shards(mesh)
     if episodes % (shards * l.minibatches):
         raise ValueError(f"{episodes} episodes an iteration (rollout.questions x rollout.group_size) cannot be cut into {shards} mesh shards "

@@ -7,8 +7,6 @@ A DIR with a checkpoint is resumed: the result is the same, bit for bit, as with
 """
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
 import pathlib
 import time
@@ -22,9 +20,10 @@ from stepsearch_jax import evaluate, sharding
 from stepsearch_jax.data.loading import question_rows
 from stepsearch_jax.metrics import MetricsWriter, progress
 from stepsearch_jax.rl import learner
+from stepsearch_jax.run_folder import check_resumable, remember_config
 from stepsearch_jax.sharding import rows_to_mesh
-from stepsearch_jax.startup import begin_run, make_optimizers, make_sampler, run_command
-from stepsearch_jax.system import Split, System, build_system
+from stepsearch_jax.startup import begin_run, make_answer_gain, make_optimizers, make_sampler, run_command
+from stepsearch_jax.system import System, build_system
 from stepsearch_jax.types import Trajectory
 
 logger = logging.getLogger("stepsearch_jax")
@@ -43,13 +42,13 @@ def train(config, workdir: pathlib.Path, search=None) -> dict:
         "kl_placement", "kl_estimator", "kl_target", "kl_horizon", "minibatches", "epochs", "micro_rows")})
     build_batch = learner.make_build_batch(system.learner_model, settings)
     update = learner.make_update(system.learner_model, settings, *make_optimizers(config))
-    answer_gain = learner.make_answer_gain(system.learner_model, split.answers.opening, l.micro_rows) if split.answers else None
     sample_episodes, to_rollout_layout = make_sampler(system)
     state, reference_params, checkpoints, rollout_key = begin_run(system, workdir)
     start = int(state.iteration)
 
-    collect = partial(evaluate.collect, system, sample_episodes)
-    measure = partial(evaluate.evaluate_policy, system, sample_episodes, split_name=eval_split)
+    answer_gain = make_answer_gain(system)
+    collect = partial(evaluate.collect, system, sample_episodes, answer_gain=answer_gain)
+    measure = partial(evaluate.evaluate_policy, system, sample_episodes, split_name=eval_split, answer_gain=answer_gain)
 
     before, dumps = measure(to_rollout_layout(reference_params), description="before RL:")
 
@@ -64,8 +63,6 @@ def train(config, workdir: pathlib.Path, search=None) -> dict:
             got = collect(rollout_params, split, rows, jax.random.fold_in(rollout_key, iteration), r.temperature, r.group_size)
             trajectory = cut_padding(got, l.length_multiple)
             clock.lap("rollout")
-            if answer_gain is not None:
-                got = score_by_answer(system, answer_gain, state.policy.params, got, trajectory, split)
             step_rewards, outcome_rewards = choose_rewards(config, got.scores, iteration)
             rewards = rows_to_mesh(mesh, (step_rewards, outcome_rewards))
             batch, batch_metrics = build_batch(state, reference_params, trajectory, *rewards)
@@ -101,34 +98,31 @@ def cut_padding(got: evaluate.Collected, multiple: int) -> Trajectory:
     return got.trajectory.replace(**{name: getattr(got.trajectory, name)[:, :width] for name in per_token})
 
 
-def score_by_answer(system: System, answer_gain, policy_params, got: evaluate.Collected, trajectory: Trajectory, split: Split) -> evaluate.Collected:
-    """The rollout scored anew, by what its searches did for the policy's log-probability of the answer."""
-    rows = np.maximum(got.rows.question_ids, 0)
-    gain = answer_gain(policy_params, trajectory, *rows_to_mesh(system.mesh, (split.answers.tokens[rows], split.answers.length[rows])))
-    return dataclasses.replace(got, scores=system.score(got.episodes, gain=sharding.rows_from_mesh(gain)))
-
-
 def choose_rewards(config, scores, iteration: int) -> tuple[np.ndarray, np.ndarray]:
     """This process's step rewards [b, K] and outcome rewards [b]; the shuffled control gives every episode those of another."""
     if not config.reward.shuffle:
         return scores.step_rewards, scores.outcome_rewards
     order = np.random.default_rng([config.seed, iteration]).permutation(len(scores.outcome_rewards))
-    return scores.step_rewards[order], scores.outcome_rewards[order]
+    other = np.empty_like(order)
+    other[order] = np.roll(order, 1)  # one cycle through all episodes: nobody keeps its own
+    return scores.step_rewards[other], scores.outcome_rewards[other]
 
 
 def rollout_metrics(got: evaluate.Collected) -> dict[str, float]:
-    """Means over the episodes of all processes."""
+    """Means over the episodes of all processes; the gold recall over those whose gold documents are known."""
     s, m = got.scores, got.scores.measures
-    known = m.gold_known.astype(bool)
     columns = {
-        "f1": m.f1, "em": m.em, "gold_recall": m.gold_recall * known, "searches": m.searches, "step_reward": s.step_rewards.sum(1),
+        "f1": m.f1, "em": m.em, "gold_recall": m.gold_recall, "searches": m.searches, "step_reward": s.step_rewards.sum(1),
         "outcome_reward": s.outcome_rewards, "gain": s.gain.sum(1), "redundancy": s.redundancy.sum(1), "key_reward": s.key_rewards,
         "format_ok": s.gate_passed, "finished": got.rows.finished, "truncated": got.rows.truncated, "length": got.rows.length,
+        "gold_known": m.gold_known,
     }
     means = multihost_utils.process_allgather(np.array([np.mean(column) for column in columns.values()])).reshape(-1, len(columns)).mean(0)
+    means = dict(zip(columns, means.tolist()))
+    means["gold_recall"] /= means.pop("gold_known") or 1
     decode_steps, flushes, prefilled = multihost_utils.process_allgather(got.counters.sum(0)).reshape(-1, 3).sum(0)
     counts = {"decode_steps": int(decode_steps), "flushes": int(flushes), "prefilled_tokens": int(prefilled), "failed_searches": got.failed_searches}
-    return dict(zip(columns, means.tolist())) | counts
+    return means | counts
 
 
 class Clock:
@@ -156,10 +150,10 @@ class _NoWriter:
 
 
 def prepare_workdir(system: System, workdir: pathlib.Path) -> None:
-    """Writes config.json and logs what the data holds."""
+    """Writes config.json, unless another config has begun a run here (ValueError), and logs what the data holds."""
+    check_resumable(workdir, system.config)
     if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        evaluate.write_json(workdir / "config.json", json.loads(system.config.to_json_best_effort()))
+        remember_config(workdir, system.config)
     for name, split in system.splits.items():
         recall = system.measure_retrieval(name)
         logger.info("%s: %d questions; %d passages; recall@%d of the gold passages for the gold sub-questions: %.3f", name, len(split.questions),

@@ -26,6 +26,7 @@ from stepsearch_jax.system import System, check_searches, process_rows
 
 logger = logging.getLogger("stepsearch_jax")
 
+REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 LENGTH_GROUPS = 3  # demonstrations are grouped by length, a step takes all its rows from one group and is cut to its longest
 LENGTH_MULTIPLE = 64  # rounded up to this, so that few programs are compiled
 
@@ -36,11 +37,17 @@ def warm_start(system: System, params, specs, workdir: pathlib.Path):
     if start.is_dir():
         return checkpoint.load_params(start, params)
     if i.checkpoint:
-        params = checkpoint.load_params(pathlib.Path(i.checkpoint), params)
+        params = checkpoint.load_params(find_checkpoint(i.checkpoint), params)
     if i.phases:
         params = imitate(system, params, specs, workdir)
     checkpoint.save_params(start, params)
     return params
+
+
+def find_checkpoint(folder: str) -> pathlib.Path:
+    """`folder` as it stands, or in the repository if the working directory does not have it: shipped policies are found from anywhere."""
+    path = pathlib.Path(folder)
+    return path if path.is_dir() else REPOSITORY / path
 
 
 @dataclasses.dataclass(frozen=True)

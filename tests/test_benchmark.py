@@ -90,7 +90,8 @@ def test_the_command_prints_a_table_and_writes_figures(monkeypatch, capsys, tmp_
 
 
 @pytest.mark.parametrize("arguments,complaint", [
-    (["reward", "--json", "no/such/folder/f.json"], "no/such/folder"), (["reward", "--repeats", "0"], "0 is less than 1"), (["rewards"], "invalid choice"),
+    (["reward", "--json", "no/such/folder/f.json"], "no/such/folder"), (["reward", "--repeats", "0"], "0 is not a whole number of at least 1"),
+    (["reward", "--seed", "-1"], "--seed"), (["reward", "--json", "."], "name a file"), (["rewards"], "invalid choice"),
     ([], "subject"), (["reward", "--turns", "3"], "--turns"),
 ])
 def test_what_the_command_refuses(arguments, complaint, monkeypatch, capsys):

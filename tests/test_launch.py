@@ -256,7 +256,7 @@ def test_differences_name_the_defaults():
         for key in re.findall(r"`([\w.]+)`", keys):
             section, _, name = key.rpartition(".")
             value = config[section][name] if section else config[name]
-            assert value in words if isinstance(value, str) else value in numbers, (key, value)
+            assert str(value) in words if isinstance(value, str | bool) else value in numbers, (key, value)
 
 
 def test_every_link_within_the_readme_leads_somewhere():

@@ -16,6 +16,7 @@ from stepsearch_jax.rl import learner
 from stepsearch_jax.rl.imitation import make_imitate, make_imitation_optimizer
 from stepsearch_jax.sharding import make_mesh
 from stepsearch_jax.system import build_system
+from stepsearch_jax.warm_start import find_checkpoint
 
 LOG = REPO / "configs" / "warm_starts" / "atlas.jsonl"
 
@@ -44,13 +45,13 @@ def held_out(tmp_path_factory):
 
 def test_shipped_policy_has_the_loss_that_its_log_ends_with(held_out):
     logged = json.loads(LOG.read_text().splitlines()[-1])
-    loss, exact = held_out(atlas_quickstart.WARM_START)
+    loss, exact = held_out(find_checkpoint(atlas_quickstart.WARM_START))
     assert loss == pytest.approx(logged["held_out_loss"], rel=1e-3)
     assert exact == pytest.approx(logged["held_out_exact"], abs=0.01)
 
 
 def test_shipped_policy_is_small():
-    assert sum(file.stat().st_size for file in atlas_quickstart.WARM_START.rglob("*")) < 8 * 2**20
+    assert sum(file.stat().st_size for file in find_checkpoint(atlas_quickstart.WARM_START).rglob("*")) < 8 * 2**20
 
 
 @pytest.mark.slow
@@ -61,6 +62,6 @@ def test_command_makes_the_shipped_policy(held_out, tmp_path):
         [sys.executable, "-m", "stepsearch_jax.train", "--config=configs/atlas_quickstart.py:anew", f"--workdir={tmp_path / 'run'}",
          f"--config.data.cache_dir={tmp_path / 'cache'}", "--config.iterations=0", "--config.evaluation.questions=64"],
         cwd=REPO, env=environment, check=True)
-    again, shipped = held_out(tmp_path / "run" / "start"), held_out(atlas_quickstart.WARM_START)
+    again, shipped = held_out(tmp_path / "run" / "start"), held_out(find_checkpoint(atlas_quickstart.WARM_START))
     assert again[0] == pytest.approx(shipped[0], rel=0.1)
     assert abs(again[1] - shipped[1]) < 0.1

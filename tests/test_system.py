@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from stepsearch_jax import sharding
 from stepsearch_jax.records import TurnStatus
 from stepsearch_jax.search.callback import SearchCounts
-from stepsearch_jax.system import WATCHED_QUERIES, System, build_system, check_searches, process_rows
+from stepsearch_jax.system import WATCHED_QUERIES, System, build_system, check_config, check_searches, process_rows
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +126,17 @@ def test_a_failing_first_process_does_not_wait(monkeypatch):
     monkeypatch.setattr(multihost_utils, "sync_global_devices", lambda name: pytest.fail("waited"))
     with contextlib.suppress(ValueError), sharding.first_process_first("data"):
         raise ValueError
+
+
+@pytest.mark.parametrize("changes,message", [
+    ({"rl.minibatches": 0}, "config.rl.minibatches is 0; it must be at least 1"), ({"rl.epochs": 0}, "rl.epochs"),
+    ({"checkpoint.every": 0}, "checkpoint.every"), ({"rollout.prefill_rows": 0}, "rollout.prefill_rows"),
+    ({"rollout.temperature": -1.0}, "config.rollout.temperature is -1.0; it must be at least 0"),
+    ({"rl.kl_coef": float("nan")}, "config.rl.kl_coef is nan"), ({"model.num_kv_heads": 3}, "must be a multiple of model.num_kv_heads=3"),
+    ({"model.head_dim": 7}, "model.head_dim=7 even"), ({"imitation.phases": ((10, 8, True, 0.0),)}, "a phase is .steps, rows"),
+])
+def test_numbers_that_make_no_sense(changes, message):
+    config = tiny_config.get_config("cache")
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(ValueError, match=message):
+        check_config(config, sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1]))

@@ -28,7 +28,7 @@ def test_shuffled_rewards_stay_together():
     assert train.choose_rewards(Config(Reward(False), 0), scores, 3) == (scores.step_rewards, scores.outcome_rewards)
     steps, outcomes = train.choose_rewards(Config(Reward(True), 0), scores, 3)
     assert sorted(outcomes) == scores.outcome_rewards.tolist() and (steps == (outcomes[:, None] - 0.5) * [1, 10]).all()
-    assert (outcomes != scores.outcome_rewards).any() and (outcomes != train.choose_rewards(Config(Reward(True), 0), scores, 4)[1]).any()
+    assert (outcomes != scores.outcome_rewards).all() and (outcomes != train.choose_rewards(Config(Reward(True), 0), scores, 4)[1]).any()
 
 
 def check_results(workdir: pathlib.Path, iterations: int) -> None:
@@ -117,3 +117,21 @@ def kill_when(reached, *arguments) -> None:
     finally:
         process.kill()
     assert process.wait() == -signal.SIGKILL
+
+
+@pytest.mark.slow
+def test_musique_runs_the_whole_way(shared_data, tmp_path):
+    """The command of configs/musique_tiny.py, shortened: one step of imitation, one iteration, eight questions."""
+    workdir = tmp_path / "run"
+    options = (f"--config.data.path={shared_data / 'musique'}", f"--config.prompt.tokenizer={shared_data / 'tokenizer_qwen2_5'}", "--config.iterations=1",
+               f"--config.data.cache_dir={tmp_path / 'cache'}", "--config.imitation.phases=((1,8,False,0.0,0.001),)", "--config.evaluation.questions=8",
+               "--config.imitation.demonstrations=16")
+    process = running.start(["-m", "stepsearch_jax.train", "--config=configs/musique_tiny.py", f"--workdir={workdir}", *options], log=tmp_path / "log")
+    try:
+        assert process.wait(timeout=1500) == 0, (tmp_path / "log").read_text()[-3000:]
+    finally:
+        process.kill()
+    log = (tmp_path / "log").read_text()
+    assert "validation: 200 questions; 13196 passages; recall@3 of the gold passages for the gold sub-questions: 0.7" in log
+    assert json.loads((workdir / "evaluation.json").read_text())["questions"] == 8
+    assert sum(row["stage"] == "rl" for row in read_metrics(workdir)) == 1

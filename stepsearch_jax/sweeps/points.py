@@ -6,7 +6,6 @@ that it changes, and the seeds of its runs.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib.util
 import json
 import pathlib
@@ -17,6 +16,8 @@ from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
+
+from stepsearch_jax.run_folder import describe_difference, flatten, to_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,7 @@ def load_sweeps(files: Sequence[str], config_file: str, common: Sequence[str]) -
         name = f"{re.sub('[^a-z0-9]+', '-', method.lower()).strip('-')}-{seed}"
         point_flags = (*common, *(f"--config.{key}={value}" for key, value in overrides.items()), f"--config.seed={seed}")
         try:
-            config = json.loads(_parse_config(config_file, point_flags).to_json_best_effort())
+            config = to_json(_parse_config(config_file, point_flags))
         except flags.Error as error:
             raise ValueError(f"{where}: {' '.join(str(error).split())}") from error
         point = by_config.setdefault(json.dumps(config, sort_keys=True), Point(name, point_flags, config))
@@ -109,14 +110,6 @@ def list_points(sweeps: Sequence[Sweep]) -> list[Point]:
     return [point for _, point in sorted(found.values(), key=lambda pair: pair[0])]
 
 
-def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """The first keys in which two configs differ, as "rl.gamma: 1.0, now 0.9"."""
-    before, after = _flatten(old), _flatten(new)
-    differing = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
-    told = [f"{key}: {before.get(key, 'nothing')}, now {after.get(key, 'nothing')}" for key in differing[:3]]
-    return "; ".join(told + [f"and {len(differing) - 3} more"] * (len(differing) > 3))
-
-
 def _call_sweep(file: str, add) -> None:
     path = pathlib.Path(file)
     if not path.is_file():
@@ -158,10 +151,4 @@ def _check_keys(wanted: Iterable[str], keys: set[str], where: str, config_file: 
 
 
 def _list_keys(config: ConfigDict) -> set[str]:
-    return set(_flatten(config.to_dict()))
-
-
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> value, of the leaves."""
-    pairs = (_flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value} for key, value in config.items())
-    return functools.reduce(dict.__or__, pairs, {})
+    return set(flatten(config.to_dict()))

@@ -11,7 +11,8 @@ import time
 from collections.abc import Iterator, Sequence
 
 from stepsearch_jax.metrics import progress, read_json, write_json
-from stepsearch_jax.sweeps.points import Point, describe_difference
+from stepsearch_jax.run_folder import CONFIG_FILE, describe_difference
+from stepsearch_jax.sweeps.points import Point
 
 POINTS = "points"  # WORKDIR/points/NAME is the folder of a run, WORKDIR/points/NAME.log what it said
 TIMES_FILE = "times.json"
@@ -22,7 +23,7 @@ _POLL_SECONDS = 0.2
 def is_finished(point: Point, workdir: pathlib.Path) -> bool:
     """Whether the point's run is complete. Raises ValueError if its folder holds a run with another config, or something unreadable."""
     folder = workdir / POINTS / point.name
-    config = read_json(folder / "config.json")
+    config = read_json(folder / CONFIG_FILE)
     if config is not None and config != point.config:
         raise ValueError(f"{folder} holds a run with another config ({describe_difference(config, point.config)}): "
                          f"remove {folder} to run it anew, or choose another --workdir")

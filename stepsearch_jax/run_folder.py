@@ -1,0 +1,65 @@
+"""What the folder of a run remembers of its config (config.json), and which other configs may go on with it."""
+from __future__ import annotations
+
+import functools
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from stepsearch_jax.metrics import read_json, write_json
+
+CONFIG_FILE = "config.json"
+_BEGUN = ("imitation", "start", "checkpoints")  # one of these stands in WORKDIR as soon as there is something to lose
+
+# What a resumed run may have otherwise than before: how long it goes on, what is measured and kept, and on which machines it computes the same.
+_RESUMABLE = ("iterations", "evaluation.", "checkpoint.", "distributed.", "mesh.", "data.cache_dir", "search.timeout_s", "search.max_failure_share",
+              "rollout.search", "rollout.flush_share", "rollout.prefill_rows", "rollout.attention_block", "rl.micro_rows", "model.remat", "imitation.log_every")
+# What a checkpoint cannot be read without.
+_STATE = ("model.num", "model.embed_dim", "model.head_dim", "model.ffn_dim", "model.qkv_bias", "model.tie_embeddings", "prompt.tokenizer", "rl.advantage",
+          "policy.optimizer", "value.optimizer")
+
+
+def remember_config(workdir: pathlib.Path, config: ConfigDict) -> None:
+    """Writes WORKDIR/config.json."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(workdir / CONFIG_FILE, to_json(config))
+
+
+def check_resumable(workdir: pathlib.Path, config: ConfigDict) -> None:
+    """Raises ValueError if WORKDIR holds a run that was begun with other settings: its results would bear the wrong names."""
+    if any((workdir / name).is_dir() for name in _BEGUN):
+        _check(workdir, config, lambda key: not key.startswith(_RESUMABLE), "choose another --workdir, or remove this one to begin anew")
+
+
+def check_readable(workdir: pathlib.Path, config: ConfigDict) -> None:
+    """Raises ValueError if the checkpoints of WORKDIR belong to another kind of model, tokenizer or optimiser."""
+    _check(workdir, config, lambda key: key.startswith(_STATE), "give the flags that the run was trained with")
+
+
+def _check(workdir: pathlib.Path, config: ConfigDict, matters: Callable[[str], bool], remedy: str) -> None:
+    old, new = (flatten(tree) for tree in (read_json(workdir / CONFIG_FILE) or {}, to_json(config)))
+    common = [key for key in old.keys() & new.keys() if matters(key)]  # a key that one of them lacks was not there yet, or is gone: another version's
+    if told := describe_difference({key: old[key] for key in common}, {key: new[key] for key in common}):
+        raise ValueError(f"{workdir} holds a run with another config ({told}): {remedy}")
+
+
+def to_json(config: ConfigDict) -> dict[str, Any]:
+    """The config as config.json holds it."""
+    return json.loads(config.to_json_best_effort())
+
+
+def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """The first keys in which two configs differ, as "rl.gamma: 1.0, now 0.9"; "" if they are equal."""
+    before, after = flatten(old), flatten(new)
+    differing = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
+    told = [f"{key}: {before.get(key, 'nothing')}, now {after.get(key, 'nothing')}" for key in differing[:3]]
+    return "; ".join(told + [f"and {len(differing) - 3} more"] * (len(differing) > 3))
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value, of the leaves."""
+    pairs = (flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value} for key, value in config.items())
+    return functools.reduce(dict.__or__, pairs, {})

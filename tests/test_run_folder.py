@@ -1,0 +1,65 @@
+"""A run's folder refuses configs under which its results would be something else."""
+import json
+
+import pytest
+import tiny_config
+
+from stepsearch_jax.run_folder import check_readable, check_resumable, describe_difference, remember_config
+
+
+@pytest.fixture
+def run(tmp_path):
+    """-> (folder of a run that has begun, a config like its own)."""
+    remember_config(tmp_path, tiny_config.get_config("cache"))
+    (tmp_path / "start").mkdir()
+    return tmp_path, tiny_config.get_config("cache")
+
+
+def test_the_same_config_goes_on(run):
+    check_resumable(*run)
+    check_readable(*run)
+
+
+@pytest.mark.parametrize("key,value", [("iterations", 9), ("evaluation.split", "test"), ("mesh.fsdp", 2), ("data.cache_dir", "elsewhere"),
+                                       ("checkpoint.keep", 7)])
+def test_what_may_change(run, key, value):
+    folder, config = run
+    config.update_from_flattened_dict({key: value})
+    check_resumable(folder, config)
+
+
+@pytest.mark.parametrize("key,value", [("seed", 1), ("reward.placement", "merged"), ("rl.advantage", "grpo"), ("model.num_layers", 3),
+                                       ("imitation.phases", ((1, 8, True, 0, 0.1),))])
+def test_what_may_not(run, key, value):
+    folder, config = run
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(ValueError, match=f"{folder} holds a run with another config .{key}: .*choose another --workdir, or remove this one"):
+        check_resumable(folder, config)
+    (folder / "start").rmdir()  # nothing has begun: nothing is lost
+    check_resumable(folder, config)
+
+
+@pytest.mark.parametrize("key,value,refused", [("rl.advantage", "grpo", True), ("model.num_layers", 3, True), ("policy.optimizer", "sgd", True),
+                                               ("rollout.max_turns", 1, False), ("seed", 1, False), ("model.dtype", "bfloat16", False)])
+def test_what_evaluation_needs(run, key, value, refused):
+    folder, config = run
+    config.update_from_flattened_dict({key: value})
+    if not refused:
+        return check_readable(folder, config)
+    with pytest.raises(ValueError, match=f"another config .{key}: .*give the flags that the run was trained with"):
+        check_readable(folder, config)
+
+
+def test_keys_of_another_version_do_not_count(run):
+    folder, config = run
+    old = json.loads((folder / "config.json").read_text())
+    old["rl"]["gone"] = old["rl"].pop("gamma")
+    (folder / "config.json").write_text(json.dumps(old))
+    check_resumable(folder, config)
+
+
+def test_difference_in_words():
+    old = {"seed": 0, "rl": {"gamma": 1.0, "gae_lambda": 1.0}, "a": 1, "b": 1}
+    assert describe_difference(old, old) == ""
+    assert describe_difference(old, old | {"rl": {"gamma": 0.9, "gae_lambda": 1.0}}) == "rl.gamma: 1.0, now 0.9"
+    assert describe_difference(old, {"c": 1}) == "a: 1, now nothing; b: 1, now nothing; c: nothing, now 1; and 3 more"
