@@ -29,7 +29,8 @@ def masked_var(x: jax.Array, mask: jax.Array, axis=None) -> jax.Array:
 def whiten(x: jax.Array, mask: jax.Array, *, shift_mean: bool = True, epsilon: float = 1e-8) -> jax.Array:
     """`x` scaled to variance 1 over `mask`, and shifted to mean 0 there if `shift_mean`; 0 outside.
 
-    x, mask: same shape. (x - mean) / sqrt(variance + epsilon): entries that are all equal, or only one, become 0 (or the mean, unshifted).
+    x, mask: same shape. (x - mean) / sqrt(variance + epsilon): entries that are all equal, or only one, become 0 up to rounding (or the mean,
+    unshifted).
     """
     mean = masked_mean(x, mask)
     whitened = (jnp.where(mask, x, 0) - mean) * jax.lax.rsqrt(masked_var(x, mask) + epsilon)

@@ -222,6 +222,7 @@ def estimate_advantages(
     returns: what the value model should say where value_mask, 0 elsewhere. The estimators without a value model read neither values, which may be None, nor
     gae_lambda, nor whiten_advantages: groups have normalised their advantages already. The other two are whitened over the tokens that they cover:
     credit_mask or action_mask. Rows without action tokens take part in no statistic.
+    Reference: the paper does not speak of whitening; its released code whitens token GAE.
     Raises ValueError on an unknown estimator.
     """
     if not uses_critic(estimator):

@@ -97,6 +97,7 @@ def value_loss(
     value_mask: the tokens whose values the advantages were made from (`estimate_advantages`); normalizer counts these.
     Differentiable in values; old_values and returns are constants.
     metrics: `value_clip_fraction`, share of tokens where the clipped term is the larger; `value_error`, mean squared error without clipping.
+    Reference: the paper does not speak of clipping values; its released code does, with 0.5.
     """
     old_values, returns = jax.lax.stop_gradient((old_values, returns))
     values, old_values, returns = (jnp.where(value_mask, x, 0) for x in (values, old_values, returns))

@@ -9,6 +9,7 @@ def restrict(logits: jax.Array, *, top_k: int, top_p: float) -> jax.Array:
     """Logits [b, V] with every token outside the k likeliest and outside the nucleus of mass top_p set to -inf (Holtzman et al. 2020).
 
     top_k = 0 and top_p = 1.0 keep everything. The likeliest token always stays; tokens tied with the last one kept stay too.
+    Reference: the released code samples with top_p = 0.95, which biases ratio and KL against the learner's full distribution; the default is 1.
     """
     V = logits.shape[-1]
     kept = top_k if 0 < top_k < V else V
