@@ -126,7 +126,7 @@ def build_system(config: ml_collections.ConfigDict, splits: Sequence[str], searc
         document_tokens = tokenize_corpus(texts, folder / f"tokens-{tokenizer.fingerprint[:16]}", tokenizer.encode_batch, tokenizer.fingerprint)
 
     # The environment as arrays, and the search behind the fixed-shape callback.
-    fixed = encode_environment(tokenizer, s.k)
+    fixed = encode_environment(tokenizer.encode, s.k)
     automaton = make_tag_automaton(tokenizer.token_bytes, tokenizer.eos_ids)
     vocabulary = -(-tokenizer.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     own = np.arange(len(automaton.next_state), dtype=automaton.next_state.dtype)

@@ -212,7 +212,7 @@ def test_with_a_real_index_and_tokenizer(tmp_path):
     rendered = [templates.render_document(d) for d in documents]
     document_tokens = tokenize_corpus(rendered, tmp_path / "tokens", tokenizer.encode_batch, tokenizer.fingerprint)
     index = build_index(documents, tmp_path / "index", 0.9, 0.4)
-    environment = templates.encode_environment(tokenizer, 2)
+    environment = templates.encode_environment(tokenizer.encode, 2)
     decode = functools.partial(decode_query, token_bytes=tokenizer.token_bytes)
     callback = make_search_callback(lambda queries: index.search(queries, 2)[0], decode, document_tokens, environment, 64, 2, WATCHDOG)
     ids = tokenizer.encode("<search> city of Rome</search>\n")

@@ -48,7 +48,7 @@ def test_the_paper_prompts_example_plays_by_the_rules():
 def test_environment_as_tokens_is_the_text(name, request):
     folder = name if name == "atlas" else str(request.getfixturevalue("shared_data") / "tokenizer_qwen2_5")
     tokenizer = load_tokenizer(folder, ["Rome"])
-    environment = templates.encode_environment(tokenizer, 2)
+    environment = templates.encode_environment(tokenizer.encode, 2)
     arrays = [*environment.ranks, *(getattr(environment, field.name) for field in dataclasses.fields(environment) if field.name != "ranks")]
     assert all(array.dtype == np.int32 and array.ndim == 1 for array in arrays)
     assert tokenizer.decode(environment.invalid_warning) == templates.INVALID_WARNING
@@ -69,7 +69,7 @@ def test_warnings_are_one_warning_element():
 def test_word_vocabulary_reads_the_environment_in_whole_words():
     """No letter of the environment's texts or the short prompt is spelt out in bytes."""
     tokenizer = load_tokenizer("atlas", ["Rome"])
-    environment = templates.encode_environment(tokenizer, templates.MAX_RANK)
+    environment = templates.encode_environment(tokenizer.encode, templates.MAX_RANK)
     ids = [*tokenizer.encode(templates.render_prompt("short", " Rome")), *tokenizer.encode(templates.render_document(Document(0, "Rome", "Rome")))]
     for field in dataclasses.fields(environment):
         value = getattr(environment, field.name)
@@ -80,4 +80,4 @@ def test_word_vocabulary_reads_the_environment_in_whole_words():
 
 def test_k_below_one_is_refused():
     with pytest.raises(ValueError, match="at least one document"):
-        templates.encode_environment(load_tokenizer("atlas", ["Rome"]), 0)
+        templates.encode_environment(load_tokenizer("atlas", ["Rome"]).encode, 0)

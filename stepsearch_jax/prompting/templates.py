@@ -6,16 +6,13 @@ encodings do not mind. Text and token ids never disagree: an observation is only
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import numpy as np
 
 from stepsearch_jax.prompting.tags import TAGS
 from stepsearch_jax.records import Document
 from stepsearch_jax.search.observations import EnvironmentTokens
-
-if TYPE_CHECKING:
-    from stepsearch_jax.prompting.tokenizers import Tokenizer
 
 ALL_TAGS = (*TAGS, "<think>", "</think>", "<information>", "</information>", "<warning>", "</warning>")
 
@@ -95,13 +92,13 @@ def render_document(document: Document) -> str:
     return DOCUMENT.format(title=document.title, text=document.text)
 
 
-def encode_environment(tokenizer: Tokenizer, k: int) -> EnvironmentTokens:
-    """The environment's texts as token ids, with prefixes for k ranks. Raises ValueError if k < 1."""
+def encode_environment(tokenize: Callable[[str], list[int]], k: int) -> EnvironmentTokens:
+    """The environment's texts as token ids, with prefixes for k ranks. tokenize: text -> token ids. Raises ValueError if k < 1."""
     if k < 1:
         raise ValueError(f"k = {k}: a search returns at least one document")
 
     def encode(text: str) -> np.ndarray:
-        return np.array(tokenizer.encode(text), np.int32)
+        return np.array(tokenize(text), np.int32)
 
     return EnvironmentTokens(
         head=encode(OBSERVATION_HEAD),
