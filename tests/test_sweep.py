@@ -163,8 +163,8 @@ def test_times_add_up(bench):
     bench.run()
     wall = bench.read_table()["wall_s"]
     seconds = {run["name"]: run["wall_s"] for row in bench.read_table()["sweeps"][0]["methods"] for run in row["runs"]}
-    assert set(seconds) == set(bench.plan) and all(second >= 0.1 for second in seconds.values())
-    assert wall == pytest.approx(sum(seconds.values()), abs=1.0)  # one at a time
+    assert set(seconds) == set(bench.plan) and all(second >= 0 for second in seconds.values())
+    assert wall >= sum(seconds.values()) - 0.1 * len(seconds)  # one at a time; times are rounded
     (bench.workdir / "points/full-0/evaluation.json").unlink()
     bench.write("sweep/times.json", json.dumps({"sweep": 2000.0, "points": seconds | {"full-0": 1000.0}}))
     bench.run()
