@@ -35,6 +35,7 @@ with (here / "started").open("a") as file:
     file.write(json.dumps([folder.name, sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None, sys.argv[1:]]) + "\\n")
 folder.mkdir(parents=True, exist_ok=True)
 (folder / "config.json").write_text(json.dumps(plan["config"]))
+time.sleep(plan.get("seconds", 0.0))
 if plan.get("hang"):
     (folder / "pid").write_text(str(os.getpid()))
     time.sleep(600)
