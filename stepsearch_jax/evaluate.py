@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import pathlib
 from functools import partial
 
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from stepsearch_jax.metrics import progress, write_json
+from stepsearch_jax.metrics import progress, write_json, write_text
 from stepsearch_jax.records import Episode
 from stepsearch_jax.report import write_report
 from stepsearch_jax.rewards.scoring import StepScores
@@ -27,7 +26,7 @@ from stepsearch_jax.rollout.scripted import PERFECT, run_script
 from stepsearch_jax.rollout.text import to_episodes
 from stepsearch_jax.run_folder import check_readable
 from stepsearch_jax.sharding import rows_from_mesh, rows_to_mesh
-from stepsearch_jax.startup import begin_run, make_answer_gain, make_sampler, run_command
+from stepsearch_jax.startup import begin_run, bind_answer_gain, make_sampler, run_command
 from stepsearch_jax.system import Split, System, build_system, check_searches, process_rows
 from stepsearch_jax.types import Trajectory
 
@@ -52,7 +51,7 @@ def collect(system: System, sample_episodes, params, split: Split, question_rows
             group_size: int = 1, answer_gain=None) -> Collected:
     """Runs one episode (or `group_size`) for each of the global `question_rows` (-1: fills up the batch) and scores them.
 
-    answer_gain: `startup.make_answer_gain`, for searches that are paid by what they do for the answer; None: by their documents.
+    answer_gain: `startup.bind_answer_gain`, for searches that are paid by what they do for the answer; None: by their documents.
 
     The rows of the batch, their noise and their groups follow from their global place, so the number of processes changes nothing.
     Raises SystemExit when more searches failed, on all processes together, than config.search.max_failure_share allows.
@@ -141,12 +140,8 @@ def dump_episode(system: System, episode: Episode, scores: StepScores, b: int) -
 
 def write_transcripts(workdir: pathlib.Path, dumps: dict[str, list[dict]]) -> None:
     """Writes transcripts.jsonl from {"before": […], "after": […]}."""
-    temporary = workdir / f".transcripts.{os.getpid()}"
-    with temporary.open("w") as file:
-        for when, episodes in dumps.items():
-            for episode in episodes:
-                file.write(json.dumps({"when": when} | episode) + "\n")
-    temporary.replace(workdir / "transcripts.jsonl")
+    lines = [json.dumps({"when": when} | episode) + "\n" for when, episodes in dumps.items() for episode in episodes]
+    write_text(workdir / "transcripts.jsonl", "".join(lines))
 
 
 def write_results(system: System, workdir: pathlib.Path, before: dict, after: dict, dumps: dict[str, list[dict]]) -> dict:
@@ -175,7 +170,7 @@ def evaluate_command(config, workdir: pathlib.Path) -> None:
     system = build_system(config, [split])
     state, reference_params, _, _ = begin_run(system, workdir)
     sample_episodes, to_rollout_layout = make_sampler(system)
-    measure = partial(evaluate_policy, system, sample_episodes, split_name=split, answer_gain=make_answer_gain(system))
+    measure = partial(evaluate_policy, system, sample_episodes, split_name=split, answer_gain=bind_answer_gain(system))
     before, dumps = measure(to_rollout_layout(reference_params), description="before RL:")
     after, after_dumps = measure(to_rollout_layout(state.policy.params), description="after RL:")
     write_results(system, workdir, before, after, {"before": dumps, "after": after_dumps})

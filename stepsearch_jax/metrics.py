@@ -35,11 +35,16 @@ def read_json(path: pathlib.Path) -> dict[str, Any] | None:
     return value
 
 
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a file, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
 def write_json(path: pathlib.Path, value) -> None:
     """Writes JSON, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    temporary.replace(path)
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def read_json_lines(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ import matplotlib.ticker
 import numpy as np
 from matplotlib.figure import Figure
 
-from stepsearch_jax.metrics import METRICS_FILE, moving_average, read_json, read_json_lines, read_metrics
+from stepsearch_jax.metrics import METRICS_FILE, moving_average, read_json, read_json_lines, read_metrics, write_text
 
 REPORT_FILE = "report.html"
 _SHOWN_EPISODES = 60  # transcripts on the page; the file may hold thousands
@@ -324,9 +324,7 @@ def write_report(workdir: str | os.PathLike) -> pathlib.Path:
         config=None if config is None else json.dumps(config, indent=2, ensure_ascii=False),
     )
     path = workdir / REPORT_FILE
-    temporary = path.with_name(f"{REPORT_FILE}.{os.getpid()}.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, page)
     return path
 
 

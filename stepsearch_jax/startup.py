@@ -111,7 +111,7 @@ def make_sampler(system: System):
     return lambda params, *arguments: rollout(params, environment, *arguments), to_rollout_layout
 
 
-def make_answer_gain(system: System):
+def bind_answer_gain(system: System):
     """-> answer_gain(params, trajectory, split, rows) -> [b, K] float32, or None if config.reward.step_reward does not ask for it.
 
     What each search of this process's rows did for the log-probability of the answer (`learner.make_answer_gain`), under the sampler's parameters. rows [b]:

@@ -22,7 +22,7 @@ from stepsearch_jax.metrics import MetricsWriter, progress
 from stepsearch_jax.rl import learner
 from stepsearch_jax.run_folder import check_resumable, remember_config
 from stepsearch_jax.sharding import rows_to_mesh
-from stepsearch_jax.startup import begin_run, make_answer_gain, make_optimizers, make_sampler, run_command
+from stepsearch_jax.startup import begin_run, bind_answer_gain, make_optimizers, make_sampler, run_command
 from stepsearch_jax.system import System, build_system
 from stepsearch_jax.types import Trajectory
 
@@ -46,7 +46,7 @@ def train(config, workdir: pathlib.Path, search=None) -> dict:
     state, reference_params, checkpoints, rollout_key = begin_run(system, workdir)
     start = int(state.iteration)
 
-    answer_gain = make_answer_gain(system)
+    answer_gain = bind_answer_gain(system)  # None, unless searches are paid by what they do for the answer
     collect = partial(evaluate.collect, system, sample_episodes, answer_gain=answer_gain)
     measure = partial(evaluate.evaluate_policy, system, sample_episodes, split_name=eval_split, answer_gain=answer_gain)
 
@@ -57,16 +57,20 @@ def train(config, workdir: pathlib.Path, search=None) -> dict:
         bar = progress(range(start, config.iterations), "training")
         for iteration in bar:
             clock = Clock()
+            # Questions, in an order that follows from the seed: the position alone says where a resumed run goes on.
             position = int(state.position)
             rows = question_rows(position, r.questions, len(split.questions), config.seed)
+            # Rollout: episodes on the device, with searches on the host; then their text, and what each search and each answer earned.
             rollout_params = to_rollout_layout(state.policy.params)
             got = collect(rollout_params, split, rows, jax.random.fold_in(rollout_key, iteration), r.temperature, r.group_size)
             trajectory = cut_padding(got, l.length_multiple)
             clock.lap("rollout")
+            # Rewards to their tokens, less the KL; advantages and returns. All this stays fixed during the optimiser steps.
             step_rewards, outcome_rewards = choose_rewards(config, got.scores, iteration)
             rewards = rows_to_mesh(mesh, (step_rewards, outcome_rewards))
             batch, batch_metrics = build_batch(state, reference_params, trajectory, *rewards)
             clock.lap("score")
+            # Optimiser steps, a minibatch each, on the policy's clipped loss and the value model's.
             skipped = int(state.skipped)
             state, update_metrics = update(state, batch, batch_metrics["kl"])
             state = state.replace(position=state.position + r.questions)

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import math
-import os
 import pathlib
 import statistics
 from collections.abc import Iterable, Sequence
@@ -10,7 +9,7 @@ from typing import Any
 
 from scipy.special import stdtrit
 
-from stepsearch_jax.metrics import read_json, write_json
+from stepsearch_jax.metrics import read_json, write_json, write_text
 from stepsearch_jax.report import MEASURES, format_number, format_signed
 from stepsearch_jax.sweeps.points import Method, Sweep
 from stepsearch_jax.sweeps.running import POINTS, Times, is_finished
@@ -98,9 +97,7 @@ def format_table(results: dict[str, Any]) -> str:
 def write_tables(results: dict[str, Any], workdir: pathlib.Path) -> None:
     """Writes table.json and table.md, each whole or not at all."""
     write_json(workdir / "table.json", results)
-    temporary = workdir / f".table.md.{os.getpid()}"
-    temporary.write_text(format_table(results), encoding="utf-8")
-    temporary.replace(workdir / "table.md")
+    write_text(workdir / "table.md", format_table(results))
 
 
 def format_duration(seconds: float) -> str:
