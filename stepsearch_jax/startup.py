@@ -87,7 +87,12 @@ def start_logging() -> None:
 
 
 def start_jax(config) -> None:
-    """What must happen before the first use of a device: asynchronous dispatch off on CPU (callbacks could deadlock), processes joined."""
+    """What must happen before the first use of a device, on CPU above all; and processes joined.
+
+    Asynchronous dispatch is off: callbacks could deadlock. Operations run in the program's order: the CPU runtime otherwise starts independent ones in an
+    order of each device's own, so that two collectives can wait for each other, which ends the process after 40 seconds.
+    """
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_enable_concurrency_optimized_scheduler=false"
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     d = config.distributed
     if d.processes != 1:

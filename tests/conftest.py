@@ -3,7 +3,8 @@ import os
 import pathlib
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+                           " --xla_cpu_enable_concurrency_optimized_scheduler=false")  # as `startup.start_jax` sets it
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
