@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import flax.linen as nn
 import jax
@@ -155,11 +156,24 @@ def keep_likeliest(logits: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnums=0)
 def next_logits(config, params, tokens, length, key, episode_id, temperature):
-    """Logits after `length` tokens of a padded buffer by a full forward pass, and the noise of the next token."""
+    """Logits after `length` tokens of a padded buffer by a full forward pass, and the noise of the next token: of its block, then within it."""
     policy = Policy(config)
     logits = policy.apply(params, policy.apply(params, tokens[None])[0, length - 1], method=Policy.unembed)
     noise_key = jax.random.fold_in(jax.random.fold_in(key, episode_id), length)
-    return logits, jax.random.gumbel(noise_key, logits.shape), jax.nn.log_softmax(logits)
+    blocks = math.gcd(config.vocab_size, 384)
+    return logits, jax.random.gumbel(noise_key, (blocks + config.vocab_size // blocks,)), jax.nn.log_softmax(logits)
+
+
+def choose(scores: np.ndarray, noise: np.ndarray) -> tuple[int, bool]:
+    """A block by its mass, then a token of it, each with the largest sum of score and noise -> (token, whether another was within 1e-4)."""
+    blocks = math.gcd(len(scores), 384)
+    table = scores.reshape(blocks, -1).astype(np.float64)
+    with np.errstate(divide="ignore"):
+        masses = np.log(np.exp(table - scores.max()).sum(1)) + noise[:blocks]
+    block = int(masses.argmax())
+    inner = table[block] + noise[blocks:]
+    gap = min((np.diff(np.sort(x)[-2:])[0] for x in (masses, inner) if len(x) > 1), default=np.inf)
+    return block * table.shape[1] + int(inner.argmax()), gap < 1e-4
 
 
 def oracle_rollout(config, params, prompt: np.ndarray, episode_id: int, key, temperature: float, settings=SETTINGS) -> OracleEpisode:
@@ -174,11 +188,11 @@ def oracle_rollout(config, params, prompt: np.ndarray, episode_id: int, key, tem
             buffer[: len(tokens)] = tokens
             scores, noise, logprobs = (np.asarray(x) for x in next_logits(config, params, buffer, len(tokens), key, episode_id, temperature))
             if temperature > 0:
-                scores = keep_likeliest(scores / temperature, settings.top_k, settings.top_p) + noise
-            best = np.sort(scores)[-2:]
-            if best[1] - best[0] < 1e-4:
+                token, tie = choose(keep_likeliest(scores / temperature, settings.top_k, settings.top_p), noise)
+            else:
+                token, tie = int(np.argmax(scores)), np.diff(np.sort(scores)[-2:])[0] < 1e-4
+            if tie:
                 e.ties.append(len(tokens))
-            token = int(np.argmax(scores))
             tokens.append(token)
             action.append(token)
             e.actions.append(True)

@@ -172,9 +172,8 @@ def decode_until_wait(policy: Policy, settings: RolloutSettings, params, environ
         current = s.tokens[rows, jnp.minimum(s.length - 1, settings.context - 1)]
         hidden, cache = policy.apply(params, current[:, None], position[:, None], s.cache, None, method=Policy.extend)
         logits = policy.apply(params, hidden[:, 0], method=Policy.unembed)
-        if policy.config.tensor_axis is not None:
-            logits = jax.lax.all_gather(logits, policy.config.tensor_axis, axis=1, tiled=True)
-        token, logprob = sample(logits, key, prompts.episode_ids, s.length, temperature, top_k=settings.top_k, top_p=settings.top_p)
+        token, logprob = sample(logits, key, prompts.episode_ids, s.length, temperature, top_k=settings.top_k, top_p=settings.top_p,
+                                axis=policy.config.tensor_axis)
 
         index = jnp.where(active, s.length, settings.context)  # where the new token goes; beyond the end: dropped
         length = s.length + active
