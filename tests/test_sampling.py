@@ -134,6 +134,13 @@ def test_restriction_holds_when_drawing():
     assert len(set(np.argsort(-np.asarray(logits), axis=1).argsort(axis=1)[np.arange(200), tokens].tolist())) > 1  # not merely the best each time
 
 
+def draw_everywhere(logits, axis, temperature, top_k, top_p):
+    """-> [b, 2]: token and log-probability, as one slice knows them."""
+    rows = jnp.arange(len(logits))
+    drawn = sample(logits, jax.random.key(9), rows, 0 * rows, jnp.float32(temperature), top_k=top_k, top_p=top_p, axis=axis)
+    return jnp.stack(drawn, axis=1)
+
+
 def in_slices(function, slices: int):
     """The function on logits cut into slices, one on each of so many devices -> what each device returns, side by side."""
     mesh = Mesh(np.array(jax.devices()[:slices]), "tensor")
@@ -150,28 +157,23 @@ def test_slices_of_the_vocabulary_change_nothing(slices, top_k, top_p):
     expected = restrict(logits, top_k=top_k, top_p=top_p)
     np.testing.assert_array_equal(kept, expected)
     for temperature in (0.0, 0.8):
-        def everywhere(logits, axis):
-            tokens, logprobs = sample(logits, jax.random.key(9), jnp.arange(30), jnp.arange(30), jnp.float32(temperature), top_k=top_k, top_p=top_p, axis=axis)
-            return jnp.stack([tokens.astype(jnp.float32), logprobs], axis=1)  # [30, 2]
-
-        tokens, logprobs = draw(logits, jax.random.key(9), temperature, index=jnp.arange(30), top_k=top_k, top_p=top_p)
-        got = np.asarray(in_slices(everywhere, slices)(logits)).reshape(30, slices, 2)
+        tokens, logprobs = draw(logits, jax.random.key(9), temperature, top_k=top_k, top_p=top_p)
+        got = np.asarray(in_slices(partial(draw_everywhere, temperature=temperature, top_k=top_k, top_p=top_p), slices)(logits)).reshape(30, slices, 2)
         np.testing.assert_array_equal(got[..., 0], np.repeat(np.asarray(tokens)[:, None], slices, axis=1))
         np.testing.assert_allclose(got[..., 1], np.repeat(np.asarray(logprobs)[:, None], slices, axis=1), rtol=1e-5, atol=1e-5)
 
 
 def test_ties_between_slices_go_to_the_lowest_token():
     logits = jnp.zeros((3, 768)).at[:, jnp.array([300, 500, 767])].set(4.0)
-    everywhere = lambda logits, axis: sample(logits, jax.random.key(0), jnp.arange(3), jnp.arange(3), jnp.float32(0.0), top_k=0, top_p=1.0, axis=axis)[0][:, None]
-    np.testing.assert_array_equal(in_slices(everywhere, 4)(logits), np.full((3, 4), 300))
+    everywhere = partial(draw_everywhere, temperature=0.0, top_k=0, top_p=1.0)
+    assert (np.asarray(in_slices(everywhere, 4)(logits))[:, ::2] == 300).all()
 
 
 @pytest.mark.parametrize("top_k,top_p", [(0, 1.0), (8, 0.9), (0, 0.9)])
 def test_slices_exchange_no_logits(top_k, top_p):
     """What crosses devices, in the optimised program: per row at most a number a block, never one a token."""
     vocab, rows = 8192, 3
-    everywhere = lambda logits, axis: sample(logits, jax.random.key(0), jnp.arange(rows), jnp.arange(rows), jnp.float32(1.0), top_k=top_k, top_p=top_p,
-                                             axis=axis)[0][:, None]
+    everywhere = partial(draw_everywhere, temperature=1.0, top_k=top_k, top_p=top_p)
     text = in_slices(everywhere, 4).lower(jnp.zeros((rows, vocab))).compile().as_text()
     crossing = [line for line in text.splitlines() if re.search(r" (all-gather|all-reduce|collective-permute|all-to-all)(-start)?\(", line)]
     sizes = [int(n) for line in crossing for n in re.findall(rf"\[{rows},(\d+)", line.split(" = ")[1].split("(")[0])]
@@ -179,6 +181,6 @@ def test_slices_exchange_no_logits(top_k, top_p):
 
 
 def test_slices_that_cut_a_block_are_refused():
-    everywhere = lambda logits, axis: sample(logits, jax.random.key(0), jnp.arange(3), jnp.arange(3), jnp.float32(1.0), top_k=0, top_p=1.0, axis=axis)[0][:, None]
+    everywhere = partial(draw_everywhere, temperature=1.0, top_k=0, top_p=1.0)
     with pytest.raises(ValueError, match="a vocabulary of 28 has 4 blocks for sampling, which 7 slices .mesh axis tensor. cannot share"):
         in_slices(everywhere, 7)(jnp.zeros((3, 28)))

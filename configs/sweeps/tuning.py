@@ -2,12 +2,12 @@
 
     python launch/sweep.py --sweep=configs/sweeps/tuning.py --config=configs/atlas_sweep.py --workdir=runs/tuning --jobs=2
 
-12 runs; at three minutes a run on one CPU core, 18 minutes on two cores. The rates chosen go into LEARNING_RATES of configs/sweeps/baselines.py. Neither
-the questions that choose nor the seed are those that the comparison reports.
+12 runs; at three and a half minutes a run on one CPU core, 21 minutes on two cores. The rates chosen go into LEARNING_RATES of configs/sweeps/baselines.py.
+Neither the questions that choose nor the seed are those that the comparison reports.
 """
 from configs.sweeps.baselines import METHODS, set_learning_rate
 
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (1e-4, 3e-4, 1e-3)
 SEEDS = (100,)
 SHORTER = {"iterations": 10, "evaluation.split": "validation"}
 
