@@ -102,8 +102,10 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     r.temperature = 1.0  # [P]
     r.top_k = 0  # keep only the k likeliest tokens; 0 = all
     r.top_p = 1.0  # keep the likeliest tokens up to this probability; train with 1.0
-    r.flush_share = 0.5  # search when this share of a shard's unfinished rows waits, or nobody can decode
-    r.prefill_rows = 64  # waiting rows prefilled at a time
+    r.slots = 0  # episodes that run at a time, each with its rows of the KV cache; one that ends makes room for the next; 0 = all of an iteration
+    r.flush_share = 0.5  # search, and fill free slots, when this share of a shard's busy slots waits, or nobody can decode
+    r.prefill_rows = 16  # waiting slots prefilled at a time
+    r.prefill_tokens = 128  # tokens prefilled of each at a time
     r.attention_block = 128  # cache positions read at a time; only blocks below the live length are read
     r.dtype = "float32"  # dtype of the rollout's copy of the policy; bfloat16 on accelerators
 

@@ -45,12 +45,13 @@ CHOICES = {  # keys whose value is one of a few words, checked before anything e
 }
 
 MINIMA = {  # the least sensible value of keys that count something; NaN is below all of them
-    0: ("iterations", "rollout.temperature", "rollout.top_k", "rl.micro_rows", "rl.kl_coef", "rl.kl_target", "rl.clip_low", "rl.clip_high", "rl.value_clip",
-        "evaluation.every", "evaluation.questions", "data.train_questions", "policy.learning_rate", "value.learning_rate", "policy.warmup", "value.warmup"),
-    1: ("rollout.questions", "rollout.group_size", "rollout.max_turns", "rollout.max_turn_tokens", "rollout.prefill_rows", "rollout.attention_block",
-        "search.k", "rl.minibatches", "rl.epochs", "rl.length_multiple", "rl.kl_horizon", "checkpoint.every", "checkpoint.imitation_every", "checkpoint.keep",
-        "imitation.log_every", "imitation.held_out", "imitation.demonstrations", "model.num_layers", "model.embed_dim", "model.num_heads",
-        "model.num_kv_heads", "model.head_dim", "model.ffn_dim"),
+    0: ("iterations", "rollout.temperature", "rollout.top_k", "rollout.slots", "rl.micro_rows", "rl.kl_coef", "rl.kl_target", "rl.clip_low", "rl.clip_high",
+        "rl.value_clip", "evaluation.every", "evaluation.questions", "data.train_questions", "policy.learning_rate", "value.learning_rate", "policy.warmup",
+        "value.warmup"),
+    1: ("rollout.questions", "rollout.group_size", "rollout.max_turns", "rollout.max_turn_tokens", "rollout.prefill_rows", "rollout.prefill_tokens",
+        "rollout.attention_block", "search.k", "rl.minibatches", "rl.epochs", "rl.length_multiple", "rl.kl_horizon", "checkpoint.every",
+        "checkpoint.imitation_every", "checkpoint.keep", "imitation.log_every", "imitation.held_out", "imitation.demonstrations", "model.num_layers",
+        "model.embed_dim", "model.num_heads", "model.num_kv_heads", "model.head_dim", "model.ffn_dim"),
 }
 
 
@@ -150,7 +151,8 @@ def build_system(config: ml_collections.ConfigDict, splits: Sequence[str], searc
 
     settings = RolloutSettings(
         max_turns=r.max_turns, max_turn_tokens=r.max_turn_tokens, context=r.context, max_prompt_tokens=p.max_prompt_tokens,
-        max_observation_tokens=s.max_observation_tokens, documents=s.k, top_k=r.top_k, top_p=r.top_p, flush_share=r.flush_share, prefill_rows=r.prefill_rows)
+        max_observation_tokens=s.max_observation_tokens, documents=s.k, top_k=r.top_k, top_p=r.top_p, slots=r.slots,
+        flush_share=r.flush_share, prefill_rows=r.prefill_rows, prefill_tokens=r.prefill_tokens)
     m = config.model
     learner_model = ModelConfig(
         vocab_size=vocabulary, num_layers=m.num_layers, embed_dim=m.embed_dim, num_heads=m.num_heads, num_kv_heads=m.num_kv_heads, head_dim=m.head_dim,
@@ -194,6 +196,9 @@ def check_config(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
     if episodes % (shards * l.minibatches):
         raise ValueError(f"{episodes} episodes an iteration (rollout.questions x rollout.group_size) cannot be cut into {shards} mesh shards "
                          f"(mesh.data x mesh.fsdp) times {l.minibatches} minibatches: make the product a divisor of the episodes")
+    if r.slots > episodes or r.slots % shards:
+        raise ValueError(f"rollout.slots={r.slots} must be 0 (all), or a multiple of the {shards} mesh shards (mesh.data x mesh.fsdp) up to the {episodes} "
+                         "episodes of an iteration")
     if l.micro_rows and (episodes // l.minibatches) % l.micro_rows or l.micro_rows % shards:
         raise ValueError(f"rl.micro_rows={l.micro_rows} must be a multiple of the {shards} mesh shards and divide the {episodes // l.minibatches} rows "
                          "of a minibatch")

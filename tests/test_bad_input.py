@@ -79,6 +79,8 @@ CASES = {
     "mesh and devices": (lambda f: {"mesh.data": 3}, "mesh data x fsdp x tensor = 3 x 1 x 2 does not use the 8 devices here"),
     "mesh and batch": (lambda f: {"rollout.questions": 10}, r"10 episodes .* cannot be cut into 4 mesh shards"),
     "micro-batch": (lambda f: {"rl.micro_rows": 3}, "rl.micro_rows=3 must be a multiple"),
+    "slots and mesh": (lambda f: {"rollout.slots": 6}, r"rollout.slots=6 must be 0 \(all\), or a multiple of the 4 mesh shards"),
+    "too many slots": (lambda f: {"rollout.slots": 400}, "rollout.slots=400 must be .* up to the [0-9]+ episodes of an iteration"),
     "imitation rows": (lambda f: {"imitation.phases": ((10, 6, False, 0.0, 0.02),)}, "6 rows .* cannot be cut into 4 mesh shards"),
     "short context": (lambda f: {"rollout.context": 100}, "rollout.context=100 has no room"),
     "small observation": (lambda f: {"search.max_observation_tokens": 5}, "more than max_observation_tokens=5"),

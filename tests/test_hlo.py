@@ -10,7 +10,6 @@ import pytest
 import tiny
 
 from stepsearch_jax.models import transformer
-from stepsearch_jax.rollout.programs import make_rollout
 
 # One layer's K cache, 8 x 2 x 512 x 32, has more elements than any other array of the program: whatever is as large holds a layer's keys or values.
 ROWS, CONTEXT = 8, 512
@@ -81,11 +80,8 @@ def find_copies(computations: dict[str, list[Instruction]], loop: Instruction) -
 
 def compile_rollout() -> tuple[dict[str, list[Instruction]], Instruction]:
     """-> (computations of the whole callback program, its decode loop): the innermost one that carries cache and action mask."""
-    mesh, param_shardings, _ = tiny.make_program("callback", (1, 1, 1), settings=SETTINGS, config=CONFIG)
-    specs = jax.tree.map(lambda sharding: sharding.spec, param_shardings)
-    rollout = make_rollout(CONFIG, SETTINGS, mesh, specs, tiny.fake_search, "callback")  # a fresh one: the tests below change what it calls
-    arguments = tiny.rollout_arguments(tiny.make_prompts(ROWS), jax.random.key(0), 1.0, mesh, param_shardings, tiny.make_params(CONFIG))
-    computations = parse(rollout.lower(*arguments).compile().as_text())
+    tiny.make_program.cache_clear()  # a fresh one: the tests below change what it calls
+    computations = parse(tiny.compile_rollout("callback", (1, 1, 1), tiny.make_prompts(ROWS), settings=SETTINGS, config=CONFIG).as_text())
     loop, = find_innermost_loops(computations, CACHE, ACTION_MASK)
     return computations, loop
 

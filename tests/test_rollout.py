@@ -74,6 +74,61 @@ def test_restricted_sampling_matches_oracle():
     compare(got, [expect(row, 0.7, settings) for row in range(16)], settings.context)
 
 
+LAYOUTS = {  # settings and meshes that must change no token
+    "fewer slots": ("callback", (1, 1, 1), dict(slots=4)),
+    "one slot": ("callback", (1, 1, 1), dict(slots=1)),
+    "fewer slots, host": ("host", (1, 1, 1), dict(slots=4)),
+    "fewer slots on a mesh": ("callback", (2, 1, 2), dict(slots=4)),
+    "flush at once": ("callback", (1, 1, 1), dict(flush_share=0.01)),
+    "flush when all wait": ("callback", (1, 1, 1), dict(flush_share=1.0, slots=8)),
+    "one row, one token at a time": ("callback", (1, 1, 1), dict(prefill_rows=1, prefill_tokens=1)),
+    "everything at once": ("callback", (1, 1, 1), dict(prefill_rows=64, prefill_tokens=64)),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_layout_changes_no_token(layout, temperature):
+    mode, shape, changes = layout
+    settings = dataclasses.replace(tiny.SETTINGS, **changes)
+    got, counters = tiny.run_rollout(mode, shape, prompts_of(16), KEY, temperature, settings=settings)
+    compare(got, [expect(row, temperature) for row in range(16)], settings.context)
+    observed = (got.token_mask & ~got.action_mask).sum()
+    assert counters[:, 2].sum() == observed - 16  # see test_prefill_counts_every_token_once
+
+
+@pytest.mark.parametrize("mode", ["callback", "host"])
+@pytest.mark.parametrize("slots", [0, 2])
+def test_rows_that_fill_up_the_batch_get_no_slot(mode, slots):
+    """They stay as they are, and the others have the tokens that they have without them."""
+    prompts = prompts_of(8)
+    idle = np.array([0, 3, 4, 7])
+    active = np.isin(np.arange(8), idle, invert=True)
+    got, _ = tiny.run_rollout(mode, (1, 1, 1), prompts.replace(active=active), KEY, 1.0, settings=dataclasses.replace(tiny.SETTINGS, slots=slots))
+    expected, _ = tiny.run_rollout("callback", (1, 1, 1), prompts, KEY, 1.0)
+    np.testing.assert_array_equal(got.tokens[active], expected.tokens[active])
+    np.testing.assert_array_equal(got.length[idle], prompts.length[idle])
+    assert not got.action_mask[idle].any() and not got.finished[idle].any() and expected.action_mask[idle].any()
+    nobody, _ = tiny.run_rollout(mode, (1, 1, 1), prompts.replace(active=np.zeros(8, bool)), KEY, 1.0)
+    assert not nobody.action_mask.any()
+
+
+def test_memory_follows_the_slots():
+    """The cache is the largest array of the program: a quarter of the slots, a quarter of it."""
+    settings = dataclasses.replace(tiny.SETTINGS, context=2048)
+    sizes = []
+    for slots in (0, 8):
+        memory = tiny.compile_rollout("callback", (1, 1, 1), prompts_of(32), settings=dataclasses.replace(settings, slots=slots)).memory_analysis()
+        sizes.append(memory.temp_size_in_bytes)
+    cache = 2 * tiny.CONFIG.num_layers * 32 * tiny.CONFIG.num_kv_heads * 2048 * tiny.CONFIG.head_dim * 4
+    assert sizes[0] - sizes[1] >= 0.75 * cache > 0.5 * sizes[0]
+
+
+def test_slots_that_cannot_be_shared_out():
+    with pytest.raises(ValueError, match="config.rollout.slots=6 cannot be shared out among 4 mesh shards"):
+        tiny.run_rollout("callback", (4, 1, 2), prompts_of(16), KEY, 1.0, settings=dataclasses.replace(tiny.SETTINGS, slots=6))
+
+
 def test_prefill_counts_every_token_once():
     got, counters = tiny.run_rollout("callback", (1, 1, 1), prompts_of(16), jax.random.key(1), 1.0)
     observed = (got.token_mask & ~got.action_mask).sum()

@@ -26,7 +26,7 @@ EOS = 0
 CONFIG = ModelConfig(vocab_size=40, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=48, rope_theta=1e4, norm_eps=1e-6,
                      qkv_bias=True, tie_embeddings=False, dtype=jnp.float32, remat=False, attention_block=16)
 SETTINGS = RolloutSettings(max_turns=3, max_turn_tokens=24, context=88, max_prompt_tokens=12, max_observation_tokens=14, documents=2, top_k=0, top_p=1.0,
-                           flush_share=0.5, prefill_rows=3)
+                           slots=0, flush_share=0.5, prefill_rows=3, prefill_tokens=8)
 ROLLOUT_RULES = dict(vocab="tensor", embed=None, heads="tensor", kv_heads="tensor", head_dim=None, ffn="tensor", norm=None, layers=None)
 INVALID_WARNING = np.array([21, 22, 23], np.int32)
 LAST_WARNING = np.array([24, 25], np.int32)
@@ -99,6 +99,13 @@ def rollout_arguments(prompts: Prompts, key, temperature: float, mesh, param_sha
     ids = np.arange(len(prompts.length), dtype=np.int32)
     environment, key = jax.device_put((make_environment(), key), sharding.replicated(mesh))
     return jax.device_put(params, param_shardings), environment, *sharding.rows_to_mesh(mesh, (prompts, ids, ids)), key, jnp.float32(temperature)
+
+
+def compile_rollout(mode: str, shape: tuple[int, int, int], prompts: Prompts, **program):
+    """The compiled callback program."""
+    mesh, param_shardings, rollout = make_program(mode, shape, **program)
+    params = make_params(program.get("config", CONFIG))
+    return rollout.lower(*rollout_arguments(prompts, jax.random.key(0), 1.0, mesh, param_shardings, params)).compile()
 
 
 def run_rollout(mode: str, shape: tuple[int, int, int], prompts: Prompts, key, temperature: float, **program):

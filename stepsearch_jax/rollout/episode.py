@@ -1,11 +1,13 @@
 """The two pure functions of an episode: `decode_until_wait` samples until documents are needed, `absorb` reads them into the same cache.
 
-Everything happens on the rows of one device's shard. A row (episode) is in one of three phases: DECODING, WAITING for an observation, DONE. Rows are
-independent: each has its own length, turn and automaton state, and its noise depends only on its episode id and token index, so neither the order of
-searches nor the neighbours change its tokens. No token is ever run through the model twice: the last token of a row is always still to be fed, by the next
-decode step or at the head of the next observation.
+Everything happens on one device's shard of the rows. Its episodes are many, its slots may be fewer: a slot is a row of the KV cache, and when its episode
+ends it takes the next prompt. A slot is in one of three phases: DECODING, WAITING for an observation, FREE. Slots are independent: each has its own length,
+turn and automaton state, and a token's noise depends only on its episode id and its index, so neither the order of searches nor the neighbours nor the slot
+change an episode's tokens. No token is ever run through the model twice: the last token of an episode is always still to be fed, by the next decode step
+or at the head of the next observation.
 
-Axis letters: B rows of the shard, T context, K turns (max_turns searches and a last one that may only answer), D documents, O observation tokens, V vocabulary.
+Axis letters: B episodes of the shard, S slots, T context, K turns (max_turns searches and a last one that may only answer), D documents, O observation
+tokens, V vocabulary.
 """
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from stepsearch_jax.models.transformer import KVCache, Policy, make_cache
 from stepsearch_jax.records import TurnStatus
 from stepsearch_jax.rollout.sampling import sample
 
-DECODING, WAITING, DONE = 0, 1, 2
+DECODING, WAITING, FREE = 0, 1, 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +36,10 @@ class RolloutSettings:
     documents: int
     top_k: int
     top_p: float
+    slots: int
     flush_share: float
     prefill_rows: int
+    prefill_tokens: int
 
     @property
     def turns(self) -> int:
@@ -65,26 +69,38 @@ class Prompts:
 
 
 @flax.struct.dataclass
-class EpisodeState:
-    """All rows of a shard in the middle of their episodes."""
+class Record:
+    """What is kept of every episode."""
 
-    cache: KVCache
     tokens: jax.Array  # [B, T] int32
     action_mask: jax.Array  # [B, T] bool
     turn_ids: jax.Array  # [B, T] int32
     sampler_logprobs: jax.Array  # [B, T] float32
-    length: jax.Array  # [B] int32; tokens[:, length - 1] is the one not yet in the cache
-    phase: jax.Array  # [B] int32
-    turn: jax.Array  # [B] int32
-    turn_start: jax.Array  # [B] int32: index of the turn's first action token
-    automaton: jax.Array  # [B] int32
+    length: jax.Array  # [B] int32
     turn_status: jax.Array  # [B, K] int32
     search_end: jax.Array  # [B, K] int32
     doc_ids: jax.Array  # [B, K, D] int32
     search_ok: jax.Array  # [B, K] bool
     finished: jax.Array  # [B] bool
     truncated: jax.Array  # [B] bool
-    counters: jax.Array  # [1, 3] int32 of this shard: decode steps, flushes, tokens prefilled
+
+
+@flax.struct.dataclass
+class EpisodeState:
+    """A shard in the middle of its episodes: the record of all, and the slots with those that run now."""
+
+    record: Record
+    cache: KVCache  # of S rows
+    episode: jax.Array  # [S] int32: row of the record
+    phase: jax.Array  # [S] int32
+    length: jax.Array  # [S] int32: tokens so far, the last of which is not yet in the cache
+    last_token: jax.Array  # [S] int32: that one
+    turn: jax.Array  # [S] int32
+    turn_start: jax.Array  # [S] int32: index of the turn's first action token
+    status: jax.Array  # [S] int32: how the turn ended, while WAITING
+    automaton: jax.Array  # [S] int32
+    begun: jax.Array  # [1] int32: episodes that have had a slot
+    counters: jax.Array  # [1, 3] int32: decode steps, flushes, tokens prefilled
 
 
 @flax.struct.dataclass
@@ -97,85 +113,111 @@ class Observations:
     ok: jax.Array  # [B] bool
 
 
-def start_episodes(policy: Policy, settings: RolloutSettings, params, environment: Environment, prompts: Prompts) -> EpisodeState:
-    """Prefills the prompts, all but their last token, and sets every active row DECODING."""
-    B, P = prompts.tokens.shape
-    T, K, D = settings.context, settings.turns, settings.documents
-    in_prompt = jnp.arange(P) < prompts.length[:, None]
+def start_episodes(policy: Policy, settings: RolloutSettings, slots: int, params, environment: Environment, prompts: Prompts) -> EpisodeState:
+    """The first episodes in their slots, their prompts prefilled but for the last token. slots: S, of this shard."""
+    B, T, K, D = prompts.tokens.shape[0], settings.context, settings.turns, settings.documents
+    none = jnp.zeros((slots,), jnp.int32)
     state = EpisodeState(
-        cache=make_cache(policy.config, B, T),
-        tokens=jnp.zeros((B, T), jnp.int32).at[:, :P].set(jnp.where(in_prompt, prompts.tokens, 0)),
-        action_mask=jnp.zeros((B, T), bool),
-        turn_ids=jnp.full((B, T), -1, jnp.int32),
-        sampler_logprobs=jnp.zeros((B, T), jnp.float32),
-        length=prompts.length,
-        phase=jnp.where(prompts.active, DECODING, DONE),
-        turn=jnp.zeros((B,), jnp.int32),
-        turn_start=prompts.length,
-        automaton=jnp.full((B,), environment.start, jnp.int32),
-        turn_status=jnp.full((B, K), int(TurnStatus.NONE), jnp.int32),
-        search_end=jnp.full((B, K), -1, jnp.int32),
-        doc_ids=jnp.full((B, K, D), -1, jnp.int32),
-        search_ok=jnp.zeros((B, K), bool),
-        finished=jnp.zeros((B,), bool),
-        truncated=jnp.zeros((B,), bool),
+        record=Record(
+            tokens=jnp.zeros((B, T), jnp.int32),
+            action_mask=jnp.zeros((B, T), bool),
+            turn_ids=jnp.full((B, T), -1, jnp.int32),
+            sampler_logprobs=jnp.zeros((B, T), jnp.float32),
+            length=prompts.length,
+            turn_status=jnp.full((B, K), int(TurnStatus.NONE), jnp.int32),
+            search_end=jnp.full((B, K), -1, jnp.int32),
+            doc_ids=jnp.full((B, K, D), -1, jnp.int32),
+            search_ok=jnp.zeros((B, K), bool),
+            finished=jnp.zeros((B,), bool),
+            truncated=jnp.zeros((B,), bool),
+        ),
+        cache=make_cache(policy.config, slots, T),
+        episode=none, phase=none + FREE, length=none + 1, last_token=none, turn=none, turn_start=none, status=none, automaton=none,
+        begun=jnp.zeros((1,), jnp.int32),
         counters=jnp.zeros((1, 3), jnp.int32),
     )
-    return prefill(policy, settings, params, state, prompts.active, jnp.zeros((B,), jnp.int32), prompts.length - 1, P)
+    in_prompt = jnp.arange(prompts.tokens.shape[1]) < prompts.length[:, None]
+    written = state.record.tokens.at[:, : prompts.tokens.shape[1]].set(jnp.where(in_prompt, prompts.tokens, 0))
+    state, admitted = _admit(environment, prompts, state.replace(record=state.record.replace(tokens=written)))
+    return _prefill(policy, settings, params, state, admitted, none, state.length - 1)
 
 
-def prefill(policy: Policy, settings: RolloutSettings, params, state: EpisodeState, wanted: jax.Array, first: jax.Array, count: jax.Array,
-            width: int) -> EpisodeState:
-    """Runs `count[b]` (at most `width`) recorded tokens from index `first[b]` of the wanted rows through the model into their cache rows.
+def count_left(prompts: Prompts, state: EpisodeState) -> jax.Array:
+    """[] int32: episodes of the shard that have had no slot yet."""
+    return prompts.active.sum() - state.begun[0]
 
-    Wanted rows are compacted: `prefill_rows` of them at a time, so that the cost follows the rows that wait, not the batch.
+
+def is_unfinished(prompts: Prompts, state: EpisodeState) -> jax.Array:
+    """[] bool: whether anything of the shard is left to do."""
+    return (state.phase != FREE).any() | (count_left(prompts, state) > 0)
+
+
+def _admit(environment: Environment, prompts: Prompts, state: EpisodeState) -> tuple[EpisodeState, jax.Array]:
+    """Gives free slots to the next episodes -> (state, which slots got one [S])."""
+    free = state.phase == FREE
+    place = jnp.cumsum(free) - 1  # of a free slot among the free ones
+    admitted = free & (place < count_left(prompts, state))
+    queue = jnp.argsort(~prompts.active, stable=True)
+    episode = queue.at[state.begun[0] + place].get(mode="clip")
+    length = prompts.length[episode]
+    choose = lambda new, old: jnp.where(admitted, new, old)
+    return state.replace(
+        episode=choose(episode, state.episode), phase=choose(DECODING, state.phase), length=choose(length, state.length),
+        last_token=choose(prompts.tokens[episode, length - 1], state.last_token), turn=choose(0, state.turn), turn_start=choose(length, state.turn_start),
+        automaton=choose(environment.start, state.automaton), begun=state.begun + admitted.sum()), admitted
+
+
+def _prefill(policy: Policy, settings: RolloutSettings, params, state: EpisodeState, wanted: jax.Array, first: jax.Array, count: jax.Array) -> EpisodeState:
+    """Runs `count` recorded tokens from index `first` of the wanted slots' episodes (all [S]) through the model, into the slots' cache rows.
+
+    Wanted slots are compacted, the longest first, `prefill_rows` of them at a time, and of each `prefill_tokens` at a time: the cost follows what there is to
+    read, not the number of slots or the longest observation there could be.
     """
-    B, T = state.tokens.shape
-    rows_at_once = min(settings.prefill_rows, B)
-    order = jnp.argsort(~wanted, stable=True)
-    number = wanted.sum()
-    padded_order = jnp.concatenate([order, jnp.full((rows_at_once,), B)])
-    offsets = jnp.arange(width)
+    S, T = state.phase.shape[0], settings.context
+    group, width = min(settings.prefill_rows, S), settings.prefill_tokens
+    count = jnp.where(wanted, count, 0)
+    order = jnp.concatenate([jnp.argsort(-count, stable=True), jnp.full((group,), S)])
+    number = (count > 0).sum()
+    beyond = state.cache.k.shape[3] + jnp.arange(width)  # distinct positions outside the cache: not written
 
     def step(carry):
-        done, cache = carry
-        rows = jax.lax.dynamic_slice(padded_order, (done,), (rows_at_once,))
-        rows = jnp.where(done + jnp.arange(rows_at_once) < number, rows, B)  # B: no such row, everything of it is dropped
-        index = first.at[rows].get(mode="clip")[:, None] + offsets  # [b, width]
-        valid = (offsets < count.at[rows].get(mode="clip")[:, None]) & (rows < B)[:, None]
-        chunk = state.tokens.at[rows[:, None], jnp.minimum(index, T - 1)].get(mode="clip")
-        beyond = cache.k.shape[3] + offsets  # distinct positions outside the cache: dropped
-        _, cache = policy.apply(params, chunk, jnp.where(valid, index, beyond), cache, rows, method=Policy.extend)
-        return done + rows_at_once, cache
+        done, offset, cache = carry
+        slots = jax.lax.dynamic_slice(order, (done,), (group,))
+        slots = jnp.where(done + jnp.arange(group) < number, slots, S)  # S: no such slot, everything of it is dropped
+        due = count.at[slots].get(mode="fill", fill_value=0)
+        offsets = offset + jnp.arange(width)
+        index = first.at[slots].get(mode="clip")[:, None] + offsets  # [group, width]
+        chunk = state.record.tokens.at[state.episode.at[slots].get(mode="clip")[:, None], jnp.minimum(index, T - 1)].get(mode="clip")
+        positions = jnp.where(offsets < due[:, None], index, beyond)
+        _, cache = policy.apply(params, chunk, positions, cache, slots, method=Policy.extend)
+        more = offset + width < due[0]  # the first of the group is its longest
+        return jnp.where(more, done, done + group), jnp.where(more, offset + width, 0), cache
 
-    _, cache = jax.lax.while_loop(lambda carry: carry[0] < number, step, (jnp.int32(0), state.cache))
-    fed = jnp.where(wanted, count, 0).sum()
-    return state.replace(cache=cache, counters=state.counters.at[0, 2].add(fed))
+    _, _, cache = jax.lax.while_loop(lambda carry: carry[0] < number, step, (jnp.int32(0), jnp.int32(0), state.cache))
+    return state.replace(cache=cache, counters=state.counters.at[0, 2].add(count.sum()))
 
 
 def decode_until_wait(policy: Policy, settings: RolloutSettings, params, environment: Environment, prompts: Prompts, key: jax.Array,
                       temperature: jax.Array, state: EpisodeState) -> EpisodeState:
-    """Samples one token per decoding row at a time, until a flush is due or nobody decodes any more.
+    """Samples one token per decoding slot at a time, until a flush is due or nobody decodes any more.
 
-    A flush is due when at least `flush_share` of the unfinished rows waits.
+    A flush is due when at least `flush_share` of the slots that have work wait: for an observation, or for the next prompt.
     """
-    rows = jnp.arange(state.tokens.shape[0])
-    last_turn = settings.turns - 1
+    B, last_turn = prompts.tokens.shape[0], settings.turns - 1
 
     def may_decode(s: EpisodeState) -> jax.Array:
-        decoding, waiting = (s.phase == DECODING).sum(), (s.phase == WAITING).sum()
+        decoding = (s.phase == DECODING).sum()
+        waiting = (s.phase == WAITING).sum() + jnp.minimum((s.phase == FREE).sum(), count_left(prompts, s))
         return (decoding > 0) & (waiting < settings.flush_share * (decoding + waiting))
 
     def decode(s: EpisodeState) -> EpisodeState:
         active = s.phase == DECODING
         position = jnp.where(active, s.length - 1, s.cache.k.shape[3])
-        current = s.tokens[rows, jnp.minimum(s.length - 1, settings.context - 1)]
-        hidden, cache = policy.apply(params, current[:, None], position[:, None], s.cache, None, method=Policy.extend)
+        hidden, cache = policy.apply(params, s.last_token[:, None], position[:, None], s.cache, None, method=Policy.extend)
         logits = policy.apply(params, hidden[:, 0], method=Policy.unembed)
-        token, logprob = sample(logits, key, prompts.episode_ids, s.length, temperature, top_k=settings.top_k, top_p=settings.top_p,
+        token, logprob = sample(logits, key, prompts.episode_ids[s.episode], s.length, temperature, top_k=settings.top_k, top_p=settings.top_p,
                                 axis=policy.config.tensor_axis)
 
-        index = jnp.where(active, s.length, settings.context)  # where the new token goes; beyond the end: dropped
         length = s.length + active
         automaton = jnp.where(active, environment.next_state[s.automaton, token].astype(jnp.int32), s.automaton)
         status = environment.event[automaton]
@@ -187,45 +229,46 @@ def decode_until_wait(policy: Policy, settings: RolloutSettings, params, environ
         searched = status == TurnStatus.SEARCH
         waits = searched | ((status == TurnStatus.INVALID) & (s.turn < last_turn) & ~out_of_context)
         ended = (status != TurnStatus.NONE) & ~waits
+
+        r, row = s.record, jnp.where(active, s.episode, B)  # B: dropped
         at_turn = jnp.where(status != TurnStatus.NONE, s.turn, settings.turns)
-        return s.replace(
-            cache=cache,
-            tokens=s.tokens.at[rows, index].set(token, mode="drop"),
-            action_mask=s.action_mask.at[rows, index].set(True, mode="drop"),
-            turn_ids=s.turn_ids.at[rows, index].set(s.turn, mode="drop"),
-            sampler_logprobs=s.sampler_logprobs.at[rows, index].set(logprob, mode="drop"),
-            length=length,
-            automaton=automaton,
-            phase=jnp.where(waits, WAITING, jnp.where(ended, DONE, s.phase)),
-            turn_status=s.turn_status.at[rows, at_turn].set(status, mode="drop"),
-            search_end=s.search_end.at[rows, jnp.where(searched, s.turn, settings.turns)].set(index, mode="drop"),
-            finished=s.finished | (status == TurnStatus.ANSWER),
-            truncated=s.truncated | out_of_context,
-            counters=s.counters.at[0, 0].add(1),
+        record = r.replace(
+            tokens=r.tokens.at[row, s.length].set(token, mode="drop"),
+            action_mask=r.action_mask.at[row, s.length].set(True, mode="drop"),
+            turn_ids=r.turn_ids.at[row, s.length].set(s.turn, mode="drop"),
+            sampler_logprobs=r.sampler_logprobs.at[row, s.length].set(logprob, mode="drop"),
+            length=r.length.at[row].set(length, mode="drop"),
+            turn_status=r.turn_status.at[row, at_turn].set(status, mode="drop"),
+            search_end=r.search_end.at[row, jnp.where(searched, s.turn, settings.turns)].set(s.length, mode="drop"),
+            finished=r.finished.at[row].max(status == TurnStatus.ANSWER, mode="drop"),
+            truncated=r.truncated.at[row].max(out_of_context, mode="drop"),
         )
+        return s.replace(
+            record=record, cache=cache, length=length, last_token=jnp.where(active, token, s.last_token), automaton=automaton,
+            status=jnp.where(active, status, s.status), phase=jnp.where(waits, WAITING, jnp.where(ended, FREE, s.phase)),
+            counters=s.counters.at[0, 0].add(1))
 
     return jax.lax.while_loop(may_decode, decode, state)
 
 
 def read_queries(settings: RolloutSettings, state: EpisodeState) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """-> (action tokens of the current turn [B, Q], their number [B], wanted [B]): the arguments of the search callback, Q = max_turn_tokens."""
+    """-> (action tokens of the current turn [S, Q], their number [S], wanted [S]): the arguments of the search callback, Q = max_turn_tokens."""
     index = state.turn_start[:, None] + jnp.arange(settings.max_turn_tokens)
-    tokens = jnp.take_along_axis(state.tokens, jnp.minimum(index, settings.context - 1), axis=1)
+    tokens = state.record.tokens[state.episode[:, None], jnp.minimum(index, settings.context - 1)]
     length = state.length - state.turn_start
-    status = jnp.take_along_axis(state.turn_status, state.turn[:, None], axis=1)[:, 0]
-    wanted = (state.phase == WAITING) & (status == TurnStatus.SEARCH)
+    wanted = (state.phase == WAITING) & (state.status == TurnStatus.SEARCH)
     return jnp.where(jnp.arange(settings.max_turn_tokens) < length[:, None], tokens, 0), length, wanted
 
 
-def absorb(policy: Policy, settings: RolloutSettings, params, environment: Environment, observations: Observations, state: EpisodeState) -> EpisodeState:
-    """Gives every waiting row its observation, the documents found or the warning for an invalid turn, and lets it decode its next turn.
+def absorb(policy: Policy, settings: RolloutSettings, params, environment: Environment, prompts: Prompts, observations: Observations,
+           state: EpisodeState) -> EpisodeState:
+    """Gives every waiting slot its observation, the documents found or the warning for an invalid turn, and every free one the next prompt.
 
-    A row whose observation does not fit into the context ends as truncated, without it.
+    An episode whose observation does not fit into the context ends as truncated, without it.
     """
-    B, T = state.tokens.shape
+    B, S, T = prompts.tokens.shape[0], state.phase.shape[0], settings.context
     waiting = state.phase == WAITING
-    status = jnp.take_along_axis(state.turn_status, state.turn[:, None], axis=1)[:, 0]
-    searched = waiting & (status == TurnStatus.SEARCH)
+    searched = waiting & (state.status == TurnStatus.SEARCH)
 
     # The observation: documents or warning, then the last-turn warning where the next turn is the last.
     warning, last_warning = environment.invalid_warning, environment.last_turn_warning
@@ -236,29 +279,36 @@ def absorb(policy: Policy, settings: RolloutSettings, params, environment: Envir
     length = jnp.where(searched, observations.length, warning.shape[0])
     before_last = waiting & (state.turn + 1 == settings.turns - 1)
     tail_at = jnp.where(before_last, length, total)[:, None] + jnp.arange(last_warning.shape[0])
-    tokens = tokens.at[jnp.arange(B)[:, None], tail_at].set(last_warning, mode="drop")
+    tokens = tokens.at[jnp.arange(S)[:, None], tail_at].set(last_warning, mode="drop")
     length = length + jnp.where(before_last, last_warning.shape[0], 0)
 
     fits = waiting & (state.length + length < T)  # at least one token must still be sampled
-    rows = jnp.arange(B)
     offsets = jnp.arange(total)
     index = jnp.where(fits[:, None] & (offsets < length[:, None]), state.length[:, None] + offsets, T)
+    new_length = state.length + jnp.where(fits, length, 0)
+    r, row = state.record, jnp.where(waiting, state.episode, B)  # B: dropped
     at_turn = jnp.where(searched, state.turn, settings.turns)
     state = state.replace(
-        tokens=state.tokens.at[rows[:, None], index].set(tokens, mode="drop"),
-        turn_ids=state.turn_ids.at[rows[:, None], index].set(state.turn[:, None], mode="drop"),
-        doc_ids=state.doc_ids.at[rows, at_turn].set(observations.doc_ids, mode="drop"),
-        search_ok=state.search_ok.at[rows, at_turn].set(observations.ok, mode="drop"),
+        record=r.replace(
+            tokens=r.tokens.at[row[:, None], index].set(tokens, mode="drop"),
+            turn_ids=r.turn_ids.at[row[:, None], index].set(state.turn[:, None], mode="drop"),
+            length=r.length.at[row].set(new_length, mode="drop"),
+            doc_ids=r.doc_ids.at[row, at_turn].set(observations.doc_ids, mode="drop"),
+            search_ok=r.search_ok.at[row, at_turn].set(observations.ok, mode="drop"),
+            truncated=r.truncated.at[row].max(waiting & ~fits, mode="drop"),
+        ),
         counters=state.counters.at[0, 1].add(1),
     )
-    # The last action token and all of the observation but its last token: `length` tokens.
-    state = prefill(policy, settings, params, state, fits, state.length - 1, length, total)
-    new_length = state.length + jnp.where(fits, length, 0)
-    return state.replace(
+    # To be read: the last action token and all of the observation but its last token, `length` tokens from there; or a prompt but for its last token.
+    first = state.length - 1
+    last_token = jnp.take_along_axis(tokens, jnp.maximum(length - 1, 0)[:, None], axis=1)[:, 0]
+    state = state.replace(
         length=new_length,
-        phase=jnp.where(waiting, jnp.where(fits, DECODING, DONE), state.phase),
-        truncated=state.truncated | (waiting & ~fits),
+        last_token=jnp.where(fits & (length > 0), last_token, state.last_token),
+        phase=jnp.where(waiting, jnp.where(fits, DECODING, FREE), state.phase),
         turn=state.turn + fits,
         turn_start=jnp.where(fits, new_length, state.turn_start),
         automaton=jnp.where(fits, environment.start, state.automaton),
     )
+    state, admitted = _admit(environment, prompts, state)
+    return _prefill(policy, settings, params, state, fits | admitted, jnp.where(admitted, 0, first), jnp.where(admitted, state.length - 1, length))

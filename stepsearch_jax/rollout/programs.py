@@ -19,8 +19,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from stepsearch_jax.models.transformer import KVCache, ModelConfig, Policy
 from stepsearch_jax.rollout import episode
-from stepsearch_jax.rollout.episode import DONE, EpisodeState, Observations, Prompts, RolloutSettings
-from stepsearch_jax.sharding import ROWS, rows_from_mesh, rows_to_mesh
+from stepsearch_jax.rollout.episode import EpisodeState, Observations, Prompts, Record, RolloutSettings
+from stepsearch_jax.sharding import ROWS, row_shards, rows_from_mesh, rows_to_mesh
 from stepsearch_jax.types import Trajectory
 
 Search = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]
@@ -31,12 +31,14 @@ def make_rollout(config: ModelConfig, settings: RolloutSettings, mesh: Mesh, par
 
     params: sharded by `param_specs` (the rollout layout: only over `tensor`); environment: replicated; prompts, group_ids, question_ids: rows over the mesh;
     temperature: 0 = greedy. Trajectory: rows over the mesh. counters: [shards, 3] int32, decode steps, flushes and prefilled tokens of each shard.
-    mode: "callback" or "host". Raises ValueError for a mesh that cuts a kv head, and for an unknown mode.
+    mode: "callback" or "host". Raises ValueError for a mesh that cuts a kv head or among which the slots cannot be shared out, and for an unknown mode.
     """
     shards = mesh.shape["tensor"]
     for name, size in (("num_kv_heads", config.num_kv_heads), ("num_heads", config.num_heads), ("ffn_dim", config.ffn_dim), ("vocab_size", config.vocab_size)):
         if size % shards:
             raise ValueError(f"mesh axis tensor={shards} does not divide the model's {name}={size}: choose config.mesh.tensor among its divisors")
+    if settings.slots % row_shards(mesh):
+        raise ValueError(f"config.rollout.slots={settings.slots} cannot be shared out among {row_shards(mesh)} mesh shards (mesh.data x mesh.fsdp)")
     policy = Policy(config.slice_for(shards, "tensor"))
     make = {"callback": _make_callback_rollout, "host": _make_host_rollout}
     if mode not in make:
@@ -46,8 +48,13 @@ def make_rollout(config: ModelConfig, settings: RolloutSettings, mesh: Mesh, par
 
 def _state_specs() -> EpisodeState:
     cache = PartitionSpec(None, ("data", "fsdp"), "tensor")
-    fields = {name: ROWS for name in EpisodeState.__dataclass_fields__}
-    return EpisodeState(**(fields | {"cache": KVCache(cache, cache)}))
+    rows = {name: ROWS for name in EpisodeState.__dataclass_fields__}
+    return EpisodeState(**(rows | {"cache": KVCache(cache, cache), "record": Record(*[ROWS] * len(Record.__dataclass_fields__))}))
+
+
+def _start(policy: Policy, settings: RolloutSettings, mesh: Mesh, params, environment, prompts: Prompts) -> EpisodeState:
+    slots = settings.slots // row_shards(mesh) or prompts.tokens.shape[0]
+    return episode.start_episodes(policy, settings, slots, params, environment, prompts)
 
 
 def _shard(mesh: Mesh, function, in_specs, out_specs):
@@ -69,42 +76,44 @@ def _make_callback_rollout(policy: Policy, settings: RolloutSettings, mesh: Mesh
         return Observations(*integers, ok > 0)
 
     def run_shard(params, environment, prompts, key, temperature) -> EpisodeState:
-        state = episode.start_episodes(policy, settings, params, environment, prompts)
+        state = _start(policy, settings, mesh, params, environment, prompts)
 
         def turn(state: EpisodeState) -> EpisodeState:
             state = episode.decode_until_wait(policy, settings, params, environment, prompts, key, temperature, state)
             # After the last flush nobody waits: one empty call per shard, which the host answers at once.
             observations = search_on_host(*episode.read_queries(settings, state))
-            return episode.absorb(policy, settings, params, environment, observations, state)
+            return episode.absorb(policy, settings, params, environment, prompts, observations, state)
 
-        return jax.lax.while_loop(lambda state: (state.phase != DONE).any(), turn, state)
+        return jax.lax.while_loop(partial(episode.is_unfinished, prompts), turn, state)
 
     sharded = _shard(mesh, run_shard, (param_specs, PartitionSpec(), ROWS, PartitionSpec(), PartitionSpec()), _state_specs())
 
     @jax.jit
     def rollout(params, environment, prompts, group_ids, question_ids, key, temperature):
         state = sharded(params, environment, prompts, key, temperature)
-        return to_trajectory(state, prompts, group_ids, question_ids), state.counters
+        return to_trajectory(state.record, prompts, group_ids, question_ids), state.counters
 
     return rollout
 
 
 def _make_host_rollout(policy: Policy, settings: RolloutSettings, mesh: Mesh, param_specs, search: Search):
     states, none = _state_specs(), PartitionSpec()
-    start_shards = _shard(mesh, partial(episode.start_episodes, policy, settings), (param_specs, none, ROWS), states)
+    start_shards = _shard(mesh, partial(_start, policy, settings, mesh), (param_specs, none, ROWS), states)
     decode_shards = _shard(mesh, partial(episode.decode_until_wait, policy, settings), (param_specs, none, ROWS, none, none, states), states)
-    absorb_shards = _shard(mesh, partial(episode.absorb, policy, settings), (param_specs, none, ROWS, states), states)
+    absorb_shards = _shard(mesh, partial(episode.absorb, policy, settings), (param_specs, none, ROWS, ROWS, states), states)
+    queries_of = _shard(mesh, partial(episode.read_queries, settings), (states,), ROWS)
+    unfinished_shards = _shard(mesh, lambda prompts, state: episode.is_unfinished(prompts, state)[None], (ROWS, states), ROWS)
     start = jax.jit(start_shards)
-    absorb = jax.jit(absorb_shards, donate_argnums=3)
+    absorb = jax.jit(absorb_shards, donate_argnums=4)
 
     @partial(jax.jit, donate_argnums=5)
     def decode(params, environment, prompts, key, temperature, state):
         state = decode_shards(params, environment, prompts, key, temperature, state)
-        return state, episode.read_queries(settings, state), (state.phase != DONE).any()
+        return state, queries_of(state), unfinished_shards(prompts, state).any()
 
     @partial(jax.jit, donate_argnums=0)
     def finish(state, prompts, group_ids, question_ids):
-        return to_trajectory(state, prompts, group_ids, question_ids), state.counters
+        return to_trajectory(state.record, prompts, group_ids, question_ids), state.counters
 
     def rollout(params, environment, prompts, group_ids, question_ids, key, temperature):
         state = start(params, environment, prompts)
@@ -113,7 +122,7 @@ def _make_host_rollout(policy: Policy, settings: RolloutSettings, mesh: Mesh, pa
             if not bool(unfinished):
                 return finish(state, prompts, group_ids, question_ids)
             found = search(*rows_from_mesh(queries))
-            state = absorb(params, environment, rows_to_mesh(mesh, Observations(*found)), state)
+            state = absorb(params, environment, prompts, rows_to_mesh(mesh, Observations(*found)), state)
 
     return rollout
 
@@ -122,9 +131,8 @@ def _on_numpy(search: Search):
     return lambda *arguments: search(*(np.asarray(x) for x in arguments))
 
 
-def to_trajectory(state: EpisodeState, prompts: Prompts, group_ids: jax.Array, question_ids: jax.Array) -> Trajectory:
+def to_trajectory(record: Record, prompts: Prompts, group_ids: jax.Array, question_ids: jax.Array) -> Trajectory:
     """The record of finished episodes."""
-    return Trajectory(
-        tokens=state.tokens, token_mask=jnp.arange(state.tokens.shape[1]) < state.length[:, None], action_mask=state.action_mask, turn_ids=state.turn_ids,
-        sampler_logprobs=state.sampler_logprobs, search_end=state.search_end, turn_status=state.turn_status, doc_ids=state.doc_ids, search_ok=state.search_ok,
-        length=state.length, prompt_length=prompts.length, finished=state.finished, truncated=state.truncated, question_ids=question_ids, group_ids=group_ids)
+    kept = {name: getattr(record, name) for name in Record.__dataclass_fields__}
+    return Trajectory(token_mask=jnp.arange(record.tokens.shape[1]) < record.length[:, None], prompt_length=prompts.length, question_ids=question_ids,
+                      group_ids=group_ids, **kept)
