@@ -85,8 +85,13 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     m.head_dim = 128  # width of a head
     m.ffn_dim = 11008  # hidden width of the SwiGLU layers
     m.rope_theta = 1e6  # base of the rotary positions' wavelengths
+    # Lower frequencies for longer contexts (models/transformer.py:RopeScaling). kind: none | linear | llama3 | yarn; slow, fast: its low_freq_factor and
+    # high_freq_factor (llama3), or beta_slow and beta_fast (yarn).
+    m.rope_scaling = ml_collections.ConfigDict(
+        dict(kind="none", factor=1.0, original_context=32768, slow=1.0, fast=32.0, attention_factor=1.0))
     m.norm_eps = 1e-6  # added to the mean square in RMSNorm
     m.qkv_bias = True  # biases on queries, keys and values
+    m.qk_norm = False  # RMSNorm over each head of queries and keys (Qwen3)
     m.tie_embeddings = True  # one table for embedding and output
     m.previous_token_peak = 0.0  # > 0: random policies start with heads that look at the tokens just before, with this peak logit (needs qkv_bias)
     m.dtype = "float32"  # dtype of the learner's computation: float32 | bfloat16; master weights are float32

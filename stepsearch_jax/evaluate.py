@@ -25,6 +25,7 @@ from stepsearch_jax.rewards.scoring import StepScores
 from stepsearch_jax.rollout.scripted import PERFECT, run_script
 from stepsearch_jax.rollout.text import to_episodes
 from stepsearch_jax.run_folder import check_readable
+from stepsearch_jax.search.callback import SearchCounts
 from stepsearch_jax.sharding import rows_from_mesh, rows_to_mesh
 from stepsearch_jax.startup import begin_run, bind_answer_gain, make_sampler, run_command
 from stepsearch_jax.system import Split, System, build_system, check_searches, process_rows
@@ -44,7 +45,7 @@ class Collected:
     episodes: list[Episode]
     scores: StepScores
     counters: np.ndarray  # [shards, 3]: decode steps, flushes, prefilled tokens
-    failed_searches: int  # on all processes together
+    searches: SearchCounts  # on all processes together
 
 
 def collect(system: System, sample_episodes, params, split: Split, question_rows: np.ndarray, key: jax.Array, temperature: float,
@@ -62,10 +63,10 @@ def collect(system: System, sample_episodes, params, split: Split, question_rows
     inputs = rows_to_mesh(system.mesh, (prompts, (mine // group_size).astype(np.int32), every[mine].astype(np.int32)))
     trajectory, counters = sample_episodes(params, *inputs, key, jnp.float32(temperature))
     rows = rows_from_mesh(trajectory)
-    failed = check_searches(system)
+    searches = check_searches(system)
     episodes = to_episodes(rows, questions, system.tokenizer)
     gain = None if answer_gain is None else answer_gain(params, trajectory, split, every[mine])
-    return Collected(trajectory, rows, episodes, system.score(episodes, gain), rows_from_mesh(counters), failed)
+    return Collected(trajectory, rows, episodes, system.score(episodes, gain), rows_from_mesh(counters), searches)
 
 
 def evaluate_policy(system: System, sample_episodes, params, split_name: str, description: str, answer_gain=None) -> tuple[dict[str, float], list[dict]]:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from stepsearch_jax import sharding
 from stepsearch_jax.data import atlas_grammar
 from stepsearch_jax.data.loading import Source, load_source
-from stepsearch_jax.models.transformer import ModelConfig
+from stepsearch_jax.models.transformer import ModelConfig, RopeScaling
 from stepsearch_jax.prompting.tags import decode_query, make_tag_automaton
 from stepsearch_jax.prompting.templates import encode_environment, render_document, render_prompt
 from stepsearch_jax.prompting.tokenizers import Tokenizer, load_tokenizer
@@ -28,7 +28,7 @@ from stepsearch_jax.rollout.episode import Environment, Prompts, RolloutSettings
 from stepsearch_jax.rollout.text import Answers, encode_answers, encode_prompts
 from stepsearch_jax.run_folder import flatten
 from stepsearch_jax.search.bm25 import build_index
-from stepsearch_jax.search.callback import SearchCallback, make_search_callback
+from stepsearch_jax.search.callback import SearchCallback, SearchCounts, make_search_callback
 from stepsearch_jax.search.corpus_tokens import tokenize_corpus
 from stepsearch_jax.search.watchdog import Watchdog
 
@@ -36,6 +36,7 @@ WATCHED_QUERIES = 64  # searched at a time outside episodes, each time under the
 VOCABULARY_MULTIPLE = 64  # the model's vocabulary is the tokenizer's, rounded up so that any sensible tensor axis divides it
 CHOICES = {  # keys whose value is one of a few words, checked before anything else
     "rollout.search": ("callback", "host"), "rollout.dtype": ("float32", "bfloat16"), "model.dtype": ("float32", "bfloat16"),
+    "model.rope_scaling.kind": ("none", "linear", "llama3", "yarn"),
     "reward.answer_gate": ("strict", "ends_with_answer"), "reward.format_failure": ("zero_answer", "minus_one"), "reward.key_match": ("max", "overwrite"),
     "reward.redundancy_scope": ("earlier_turns", "rendered"), "reward.tfidf_fit": ("corpus", "pair"), "reward.placement": ("step", "merged"),
     "reward.step_reward": ("gain", "answer_logprob"),
@@ -156,8 +157,9 @@ def build_system(config: ml_collections.ConfigDict, splits: Sequence[str], searc
     m = config.model
     learner_model = ModelConfig(
         vocab_size=vocabulary, num_layers=m.num_layers, embed_dim=m.embed_dim, num_heads=m.num_heads, num_kv_heads=m.num_kv_heads, head_dim=m.head_dim,
-        ffn_dim=m.ffn_dim, rope_theta=m.rope_theta, norm_eps=m.norm_eps, qkv_bias=m.qkv_bias, tie_embeddings=m.tie_embeddings, dtype=jnp.dtype(m.dtype),
-        remat=m.remat, attention_block=r.attention_block)
+        ffn_dim=m.ffn_dim, rope_theta=m.rope_theta, rope_scaling=None if m.rope_scaling.kind == "none" else RopeScaling(**dict(m.rope_scaling)),
+        norm_eps=m.norm_eps, qkv_bias=m.qkv_bias, qk_norm=m.qk_norm, tie_embeddings=m.tie_embeddings, dtype=jnp.dtype(m.dtype), remat=m.remat,
+        attention_block=r.attention_block)
     rollout_model = dataclasses.replace(learner_model, dtype=jnp.dtype(r.dtype), remat=False)
 
     prepared = {}
@@ -219,19 +221,21 @@ def check_config(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
             raise ValueError(f"{name}={value} must lie in (0, 1]")
 
 
-def check_searches(system: System) -> int:
-    """-> how many searches failed since the last check, on all processes together.
+def check_searches(system: System) -> SearchCounts:
+    """-> what was searched since the last check, on all processes together; `first_error` is this process's.
 
     Raises SystemExit, on every process, when their share exceeds config.search.max_failure_share; it names the first failure.
     """
     counts = system.search.take_counts()
-    searches, failed = (int(x) for x in np.sum(multihost_utils.process_allgather(np.array([counts.searches, counts.failed])).reshape(-1, 2), axis=0))
+    numbers = np.array([counts.calls, counts.searches, counts.failed, counts.seconds])
+    *whole, seconds = multihost_utils.process_allgather(numbers).reshape(-1, len(numbers)).sum(0).tolist()
+    calls, searches, failed = (round(number) for number in whole)
     limit = system.config.search.max_failure_share
     if failed > limit * searches:
         where = f" (process {jax.process_index()}: {counts.first_error})" if counts.first_error else ", on another process"
         raise SystemExit(f"stepsearch_jax: the search failed for {failed} of {searches} queries{where}; "
                          f"config.search.max_failure_share={limit} allows no more")
-    return failed
+    return SearchCounts(calls, searches, failed, seconds, counts.first_error)
 
 
 def process_rows(mesh: Mesh, total: int) -> np.ndarray:

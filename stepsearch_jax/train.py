@@ -53,6 +53,7 @@ def train(config, workdir: pathlib.Path, search=None) -> dict:
     before, dumps = measure(to_rollout_layout(reference_params), description="before RL:")
 
     # ---- The loop: data, rollout, rewards, advantages, update. -----------------------------------------------------------------------------------
+    compilations = Compilations()
     with MetricsWriter(workdir, start) if jax.process_index() == 0 else _NoWriter() as writer:
         bar = progress(range(start, config.iterations), "training")
         for iteration in bar:
@@ -79,7 +80,7 @@ def train(config, workdir: pathlib.Path, search=None) -> dict:
             clock.lap("update")
 
             metrics = rollout_metrics(got) | {name: float(x) for name, x in (batch_metrics | update_metrics).items()}
-            metrics |= {"kl_coef": float(state.kl_coef), "skipped": int(state.skipped)} | clock.seconds
+            metrics |= {"kl_coef": float(state.kl_coef), "skipped": int(state.skipped)} | clock.seconds | compilations.take(iteration, start)
             writer.write("rl", iteration, metrics)
             bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("f1", "step_reward", "gold_recall")})
             if config.evaluation.every and (iteration + 1) % config.evaluation.every == 0 and iteration + 1 < config.iterations:
@@ -125,7 +126,8 @@ def rollout_metrics(got: evaluate.Collected) -> dict[str, float]:
     means = dict(zip(columns, means.tolist()))
     means["gold_recall"] /= means.pop("gold_known") or 1
     decode_steps, flushes, prefilled = multihost_utils.process_allgather(got.counters.sum(0)).reshape(-1, 3).sum(0)
-    counts = {"decode_steps": int(decode_steps), "flushes": int(flushes), "prefilled_tokens": int(prefilled), "failed_searches": got.failed_searches}
+    counts = {"decode_steps": int(decode_steps), "flushes": int(flushes), "prefilled_tokens": int(prefilled), "failed_searches": got.searches.failed,
+              "seconds/search": got.searches.seconds}
     return means | counts
 
 
@@ -138,6 +140,25 @@ class Clock:
     def lap(self, name: str) -> None:
         now = time.perf_counter()
         self.seconds[f"seconds/{name}"], self._last = now - self._last, now
+
+
+class Compilations:
+    """Counts the programs that this process compiles. After a run's first iteration there should be none but for a rollout longer than any before."""
+
+    def __init__(self):
+        self._durations: list[float] = []
+        jax.monitoring.register_event_duration_secs_listener(self._hear)
+
+    def _hear(self, event: str, duration: float, **_) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            self._durations.append(duration)
+
+    def take(self, iteration: int, first: int) -> dict[str, float]:
+        """-> seconds spent and programs compiled since the last time; logged if the iteration is not the first."""
+        durations, self._durations = self._durations, []
+        if durations and iteration > first:
+            logger.info("iteration %d compiled %d programs in %.1f s", iteration, len(durations), sum(durations))
+        return {"seconds/compile": sum(durations), "compiled_programs": len(durations)}
 
 
 class _NoWriter:

@@ -13,8 +13,8 @@ import tiny
 from stepsearch_jax.models import scoring, transformer
 from stepsearch_jax.models.transformer import ModelConfig, Policy, Value, make_cache
 
-CONFIG = ModelConfig(vocab_size=22, num_layers=2, embed_dim=12, num_heads=6, num_kv_heads=2, head_dim=4, ffn_dim=20, rope_theta=1e4, norm_eps=1e-6,
-                     qkv_bias=True, tie_embeddings=False, dtype=jnp.float32, remat=False, attention_block=4)
+CONFIG = ModelConfig(vocab_size=22, num_layers=2, embed_dim=12, num_heads=6, num_kv_heads=2, head_dim=4, ffn_dim=20, rope_theta=1e4,
+                     rope_scaling=None, norm_eps=1e-6, qkv_bias=True, qk_norm=False, tie_embeddings=False, dtype=jnp.float32, remat=False, attention_block=4)
 TOKENS = np.random.default_rng(0).integers(0, 22, (3, 10)).astype(np.int32)
 
 

@@ -6,6 +6,7 @@ import pathlib
 import signal
 import time
 
+import jax
 import numpy as np
 import pytest
 import running
@@ -29,6 +30,20 @@ def test_shuffled_rewards_stay_together():
     steps, outcomes = train.choose_rewards(Config(Reward(True), 0), scores, 3)
     assert sorted(outcomes) == scores.outcome_rewards.tolist() and (steps == (outcomes[:, None] - 0.5) * [1, 10]).all()
     assert (outcomes != scores.outcome_rewards).all() and (outcomes != train.choose_rewards(Config(Reward(True), 0), scores, 4)[1]).any()
+
+
+def test_compiled_programs_are_counted(caplog):
+    compilations, double = train.Compilations(), jax.jit(lambda x: 2 * x)
+    compilations.take(0, 0)
+    counts = []
+    with caplog.at_level("INFO", logger="stepsearch_jax"):
+        for width in (3, 3, 4):
+            double(np.ones(width, np.float32)).block_until_ready()
+            found = compilations.take(5, 0)
+            counts.append(found["compiled_programs"])
+            assert (found["seconds/compile"] > 0) == (counts[-1] > 0)
+    assert counts == [1, 0, 1]
+    assert [record.getMessage().split(" in ")[0] for record in caplog.records] == ["iteration 5 compiled 1 programs"] * 2
 
 
 def check_results(workdir: pathlib.Path, iterations: int) -> None:
@@ -94,8 +109,8 @@ def test_kills_change_nothing(tmp_path, tmp_path_factory):
     for name, leaf in expected.items():
         np.testing.assert_array_equal(got[name], leaf, err_msg=name)
     assert (expected["['position']"], expected["['iteration']"]) == (40, 5) and expected["['kl_coef']"] != np.float32(1e-3)
-    figures = [[{name: value for name, value in row.items() if not name.startswith("seconds/")} for row in read_metrics(workdir)]
-               for workdir in (whole, killed)]
+    of_this_process = lambda name: name.startswith("seconds/") or name == "compiled_programs"
+    figures = [[{name: value for name, value in row.items() if not of_this_process(name)} for row in read_metrics(workdir)] for workdir in (whole, killed)]
     assert figures[0] == figures[1] and len(figures[0]) > 5
     for name in ("evaluation.json", "transcripts.jsonl"):
         assert (whole / name).read_text() == (killed / name).read_text()

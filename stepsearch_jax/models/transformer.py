@@ -1,4 +1,4 @@
-"""Decoder-only transformers of the Qwen2 family as pure Linen modules, for learning (whole sequences) and sampling (explicit KV cache).
+"""Decoder-only transformers of the Qwen2, Qwen3 and Llama families as pure Linen modules, for learning (whole sequences) and sampling (explicit KV cache).
 
 Axis letters: B batch, S tokens of this call, T cache positions, D embed, N query heads, G kv heads, n query heads of one kv head (N/G), H head dim, F ffn,
 V vocabulary, L layers.
@@ -10,6 +10,7 @@ Inside `shard_map`, which the sampling program needs, each device holds its slic
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import partial
 
 import flax.linen as nn
@@ -19,6 +20,23 @@ import jax.numpy as jnp
 
 EMBEDDING_STD = 0.02  # of fresh embeddings, as in the checkpoints of this family
 ATTENTION_QUERY_BLOCK = 512  # queries whose scores against all keys are held at once when learning
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies f are lowered to f / factor, so that a model reads texts longer than those it was first trained on.
+
+    kind: "linear" lowers all of them (Chen et al. 2023). "llama3" (Llama 3.1) and "yarn" (Peng et al. 2023) lower those that turn fewer than `slow` times in
+    `original_context` tokens, keep those that turn more than `fast` times, and mix in between: llama3 linearly in the number of turns, yarn linearly in the
+    index of the frequency, from the last whole index before to the first behind. Queries and keys are multiplied by `attention_factor`.
+    """
+
+    kind: str
+    factor: float
+    original_context: int
+    slow: float
+    fast: float
+    attention_factor: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +51,10 @@ class ModelConfig:
     head_dim: int
     ffn_dim: int
     rope_theta: float
+    rope_scaling: RopeScaling | None
     norm_eps: float
     qkv_bias: bool
+    qk_norm: bool  # RMSNorm over each head of queries and keys, before the rotation
     tie_embeddings: bool
     dtype: jnp.dtype
     remat: bool
@@ -65,12 +85,31 @@ def make_cache(config: ModelConfig, rows: int, context: int) -> KVCache:
     return KVCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
 
 
-def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding (Su et al. 2021), halves convention. x: [B, S, N, H]; positions: [B, S]."""
-    half = x.shape[-1] // 2
+def rotary_frequencies(config: ModelConfig) -> jax.Array:
+    """Radians a position by which each plane of a head turns, [H/2] float32, scaled as `config.rope_scaling` says."""
+    half, theta, scaling = config.head_dim // 2, config.rope_theta, config.rope_scaling
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies  # [B, S, 1, H/2]
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    if scaling.kind == "llama3":
+        turns = scaling.original_context / (2 * math.pi) * frequencies
+        kept = (turns - scaling.slow) / (scaling.fast - scaling.slow)
+    else:
+        fast, slow = (half * math.log(scaling.original_context / (2 * math.pi * turns)) / math.log(theta) for turns in (scaling.fast, scaling.slow))
+        first, last = max(math.floor(fast), 0), min(math.ceil(slow), 2 * half - 1)
+        kept = 1 - (jnp.arange(half) - first) / max(last - first, 1e-3)
+    kept = jnp.clip(kept, 0, 1)
+    return frequencies * kept + frequencies / scaling.factor * (1 - kept)
+
+
+def rotate(x: jax.Array, positions: jax.Array, config: ModelConfig) -> jax.Array:
+    """Rotary position embedding (Su et al. 2021), halves convention. x: [B, S, N, H]; positions: [B, S]."""
+    angles = positions[..., None, None].astype(jnp.float32) * rotary_frequencies(config)  # [B, S, 1, H/2]
     sin, cos = jnp.sin(angles), jnp.cos(angles)
+    if config.rope_scaling is not None:
+        sin, cos = sin * config.rope_scaling.attention_factor, cos * config.rope_scaling.attention_factor
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
@@ -163,8 +202,7 @@ def set_previous_token_heads(params, config: ModelConfig, peak: float):
     """
     layers = params["params"]["trunk"]["layers"]
     n, half = config.num_heads // config.num_kv_heads, config.head_dim // 2
-    frequencies = config.rope_theta ** (-jnp.arange(half) / half)
-    turned = -frequencies * jnp.arange(1, n + 1)[:, None]  # [n, H/2]
+    turned = -rotary_frequencies(config) * jnp.arange(1, n + 1)[:, None]  # [n, H/2]
     scale = (peak * config.head_dim**0.5 / half) ** 0.5
     query = scale * jnp.concatenate([jnp.cos(turned), jnp.sin(turned)], axis=-1)  # [n, H]
     key = scale * jnp.concatenate([jnp.ones(half), jnp.zeros(half)])
@@ -231,7 +269,9 @@ class Block(nn.Module):
         q = Projection(c, (D,), (N, H), ("embed", "heads", "head_dim"), bias=c.qkv_bias, name="q")(h)  # [b, S, N, H]
         k = Projection(c, (D,), (G, H), ("embed", "kv_heads", "head_dim"), bias=c.qkv_bias, name="k")(h)  # [b, S, G, H]
         v = Projection(c, (D,), (G, H), ("embed", "kv_heads", "head_dim"), bias=c.qkv_bias, name="v")(h)
-        q, k = rotate(q, positions, c.rope_theta), rotate(k, positions, c.rope_theta)
+        if c.qk_norm:
+            q, k = RMSNorm(c, name="q_norm")(q), RMSNorm(c, name="k_norm")(k)
+        q, k = rotate(q, positions, c), rotate(k, positions, c)
         if cache is None:
             attended = attend_causal(q, k, v, branches)
         else:
