@@ -7,10 +7,10 @@ in common: GRPO takes 8 questions with 8 episodes each, where the others take th
 """
 # Chosen by configs/sweeps/tuning.py, on other questions and another seed; for policy and value model alike.
 LEARNING_RATES = {
-    "StePPO": 1e-3,
-    "PPO, F1 only (Search-R1)": 1e-3,
+    "StePPO": 3e-4,
+    "PPO, F1 only (Search-R1)": 3e-4,
     "GRPO, F1 only": 3e-4,
-    "StePPO, rewards merged": 1e-3,
+    "StePPO, rewards merged": 3e-4,
 }
 SEEDS = {
     "StePPO": range(5),

@@ -242,7 +242,9 @@ class Projection(nn.Module):
         count, dtype = len(self.inputs), self.config.dtype
         init = nn.initializers.variance_scaling(self.scale, "fan_in", "normal", in_axis=tuple(range(count)), out_axis=tuple(range(count, len(self.axes))))
         kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), (*self.inputs, *self.outputs), jnp.float32).astype(dtype)
-        y = jnp.tensordot(x, kernel, axes=count)
+        # One matrix product: with more axes its gradient would go through transposed copies on CPU.
+        rows, size = x.shape[: x.ndim - count], math.prod(self.inputs)
+        y = (x.reshape(-1, size) @ kernel.reshape(size, -1)).reshape(*rows, *self.outputs)
         if self.bias:
             bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, self.axes[count:]), self.outputs, jnp.float32)
             y = y + bias.astype(dtype)
@@ -354,7 +356,9 @@ class Policy(nn.Module):
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] -> float32 logits [..., V] (the local slice of V under `tensor_axis`)."""
         table = self.trunk.embedding if self.config.tie_embeddings else self.lm_head
-        return jnp.einsum("...d,vd->...v", hidden, table.astype(self.config.dtype), preferred_element_type=jnp.float32)
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        logits = jnp.einsum("td,vd->tv", flat, table.astype(self.config.dtype), preferred_element_type=jnp.float32)
+        return logits.reshape(*hidden.shape[:-1], -1)
 
     def init_all(self, tokens: jax.Array) -> jax.Array:
         """Touches every parameter; the method to pass to `init`."""
