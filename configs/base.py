@@ -95,7 +95,7 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     m.tie_embeddings = True  # one table for embedding and output
     m.previous_token_peak = 0.0  # > 0: random policies start with heads that look at the tokens just before, with this peak logit (needs qkv_bias)
     m.dtype = "float32"  # dtype of the learner's computation: float32 | bfloat16; master weights are float32
-    m.remat = True  # recompute each layer in the backward pass
+    m.remat = "layers"  # computed again in the backward pass: none | dots: all but matrix products | layers: everything within a layer; the least memory
 
     c.rollout = r = ml_collections.ConfigDict()
     r.search = "callback"  # callback: one program with the search inside | host: Python alternates decoding and searching

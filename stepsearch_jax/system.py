@@ -36,7 +36,7 @@ WATCHED_QUERIES = 64  # searched at a time outside episodes, each time under the
 VOCABULARY_MULTIPLE = 64  # the model's vocabulary is the tokenizer's, rounded up so that any sensible tensor axis divides it
 CHOICES = {  # keys whose value is one of a few words, checked before anything else
     "rollout.search": ("callback", "host"), "rollout.dtype": ("float32", "bfloat16"), "model.dtype": ("float32", "bfloat16"),
-    "model.rope_scaling.kind": ("none", "linear", "llama3", "yarn"),
+    "model.remat": ("none", "dots", "layers"), "model.rope_scaling.kind": ("none", "linear", "llama3", "yarn"),
     "reward.answer_gate": ("strict", "ends_with_answer"), "reward.format_failure": ("zero_answer", "minus_one"), "reward.key_match": ("max", "overwrite"),
     "reward.redundancy_scope": ("earlier_turns", "rendered"), "reward.tfidf_fit": ("corpus", "pair"), "reward.placement": ("step", "merged"),
     "reward.step_reward": ("gain", "answer_logprob"),
@@ -160,7 +160,7 @@ def build_system(config: ml_collections.ConfigDict, splits: Sequence[str], searc
         ffn_dim=m.ffn_dim, rope_theta=m.rope_theta, rope_scaling=None if m.rope_scaling.kind == "none" else RopeScaling(**dict(m.rope_scaling)),
         norm_eps=m.norm_eps, qkv_bias=m.qkv_bias, qk_norm=m.qk_norm, tie_embeddings=m.tie_embeddings, dtype=jnp.dtype(m.dtype), remat=m.remat,
         attention_block=r.attention_block)
-    rollout_model = dataclasses.replace(learner_model, dtype=jnp.dtype(r.dtype), remat=False)
+    rollout_model = dataclasses.replace(learner_model, dtype=jnp.dtype(r.dtype), remat="none")
 
     prepared = {}
     for name in splits:

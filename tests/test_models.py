@@ -14,7 +14,7 @@ from stepsearch_jax.models import scoring, transformer
 from stepsearch_jax.models.transformer import ModelConfig, Policy, Value, make_cache
 
 CONFIG = ModelConfig(vocab_size=22, num_layers=2, embed_dim=12, num_heads=6, num_kv_heads=2, head_dim=4, ffn_dim=20, rope_theta=1e4,
-                     rope_scaling=None, norm_eps=1e-6, qkv_bias=True, qk_norm=False, tie_embeddings=False, dtype=jnp.float32, remat=False, attention_block=4)
+                     rope_scaling=None, norm_eps=1e-6, qkv_bias=True, qk_norm=False, tie_embeddings=False, dtype=jnp.float32, remat="none", attention_block=4)
 TOKENS = np.random.default_rng(0).integers(0, 22, (3, 10)).astype(np.int32)
 
 
@@ -289,9 +289,21 @@ def test_remat_changes_nothing():
         policy = Policy(dataclasses.replace(CONFIG, remat=remat))
         return jax.jit(jax.grad(lambda params: jnp.sin(scoring.score_tokens(policy, params, TOKENS)[0]).sum()))(make_params(Policy(CONFIG)))
 
-    plain, remade = gradient(False), gradient(True)
+    plain = gradient("none")
     assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(plain))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max())), remade, plain)
+    for remat in ("dots", "layers"):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max())), gradient(remat), plain)
+
+
+def test_remat_keeps_less():
+    """What the backward pass needs of the forward pass shrinks from "none" to "dots" to "layers"."""
+    def kept(remat):
+        config = dataclasses.replace(CONFIG, remat=remat, num_layers=8)
+        loss = lambda params: jnp.sin(Policy(config).apply(params, jnp.tile(TOKENS, (8, 4)))).sum()
+        return jax.jit(jax.grad(loss)).lower(make_params(Policy(config))).compile().memory_analysis().temp_size_in_bytes
+
+    none, dots, layers = map(kept, ("none", "dots", "layers"))
+    assert layers < 0.8 * dots < 0.8 * 0.8 * none
 
 
 def test_slices_of_a_model():

@@ -24,7 +24,7 @@ TOKEN_BYTES = [piece.encode() for piece in PIECES + WORDS]
 EOS = 0
 
 CONFIG = ModelConfig(vocab_size=40, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=48, rope_theta=1e4,
-                     rope_scaling=None, norm_eps=1e-6, qkv_bias=True, qk_norm=False, tie_embeddings=False, dtype=jnp.float32, remat=False, attention_block=16)
+                     rope_scaling=None, norm_eps=1e-6, qkv_bias=True, qk_norm=False, tie_embeddings=False, dtype=jnp.float32, remat="none", attention_block=16)
 SETTINGS = RolloutSettings(max_turns=3, max_turn_tokens=24, context=88, max_prompt_tokens=12, max_observation_tokens=14, documents=2, top_k=0, top_p=1.0,
                            slots=0, flush_share=0.5, prefill_rows=3, prefill_tokens=8)
 ROLLOUT_RULES = dict(vocab="tensor", embed=None, heads="tensor", kv_heads="tensor", head_dim=None, ffn="tensor", norm=None, layers=None)

@@ -25,7 +25,7 @@ def get_config(cache_dir: str) -> ml_collections.ConfigDict:
 
     m = c.model
     m.num_layers, m.embed_dim, m.num_heads, m.num_kv_heads, m.head_dim, m.ffn_dim = 2, 32, 4, 2, 8, 64
-    m.tie_embeddings, m.remat = False, False
+    m.tie_embeddings, m.remat = False, "none"
 
     r = c.rollout
     r.questions, r.max_turns, r.max_turn_tokens, r.context, r.attention_block = 8, 2, 24, 256, 64

@@ -19,6 +19,10 @@ import jax
 import jax.numpy as jnp
 
 EMBEDDING_STD = 0.02  # of fresh embeddings, as in the checkpoints of this family
+REMAT = {  # which intermediate results of a layer the backward pass finds again; "none" keeps all
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "layers": jax.checkpoint_policies.nothing_saveable,
+}
 ATTENTION_QUERY_BLOCK = 512  # queries whose scores against all keys are held at once when learning
 
 
@@ -57,7 +61,7 @@ class ModelConfig:
     qk_norm: bool  # RMSNorm over each head of queries and keys, before the rotation
     tie_embeddings: bool
     dtype: jnp.dtype
-    remat: bool
+    remat: str  # what the backward pass computes again: "none", or a key of REMAT
     attention_block: int  # cache positions read at a time when sampling
     tensor_axis: str | None = None
 
@@ -303,7 +307,7 @@ class Trunk(nn.Module):
         c = self.config
         init = nn.with_logical_partitioning(nn.initializers.normal(EMBEDDING_STD), ("vocab", "embed"))
         self.embedding = self.param("embedding", init, (c.vocab_size, c.embed_dim), jnp.float32)
-        block = nn.remat(Block, prevent_cse=False) if c.remat else Block
+        block = Block if c.remat == "none" else nn.remat(Block, prevent_cse=False, policy=REMAT[c.remat])
         self.layers = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.num_layers,
                               in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast), metadata_params={nn.PARTITION_NAME: "layers"})(c)
         self.final_norm = RMSNorm(c)
