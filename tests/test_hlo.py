@@ -8,8 +8,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 import tiny
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
 
+from stepsearch_jax import sharding
 from stepsearch_jax.models import transformer
+from stepsearch_jax.rollout.programs import make_rollout
 
 # One layer's K cache, 8 x 2 x 512 x 32, has more elements than any other array of the program: whatever is as large holds a layer's keys or values.
 ROWS, CONTEXT = 8, 512
@@ -18,6 +22,7 @@ SETTINGS = dataclasses.replace(tiny.SETTINGS, context=CONTEXT)
 CACHE = ("f32", (CONFIG.num_layers, ROWS, CONFIG.num_kv_heads, CONTEXT, CONFIG.head_dim))
 ACTION_MASK = ("pred", (ROWS, CONTEXT))
 LAYER = math.prod(CACHE[1][1:])
+TPU_ENVIRONMENT = dict(TPU_ACCELERATOR_TYPE="v5litepod-4", TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", TPU_WORKER_ID="0")
 # What may have a result of that size: names for something that exists already, and writes into it in place. XLA makes each copy that an in-place write
 # needs an instruction of its own, so those are seen.
 IN_PLACE = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "scatter", "dynamic-update-slice"}
@@ -67,15 +72,15 @@ def find_innermost_loops(computations: dict[str, list[Instruction]], *carried: t
     return [loop for loop in loops if not any(inner in loops for inner in reach(computations, loop))]
 
 
-def find_copies(computations: dict[str, list[Instruction]], loop: Instruction) -> list[Instruction]:
-    """Instructions within the loop with a result as large as a layer's keys that is not written in place."""
+def find_copies(computations: dict[str, list[Instruction]], loop: Instruction, layer: int = LAYER) -> list[Instruction]:
+    """Instructions within the loop with a result as large as a layer's keys (elements) that is not written in place."""
 
     def in_place(i: Instruction) -> bool:
         if i.opcode in ("fusion", "call"):  # what is inside is looked at as well: the result counts as its root does
             return all(in_place(inner) for name in i.calls for inner in computations[name] if inner.is_root)
         return i.opcode in IN_PLACE
 
-    return [i for i in reach(computations, loop) if any(math.prod(shape) >= LAYER for _, shape in i.shapes) and not in_place(i)]
+    return [i for i in reach(computations, loop) if any(math.prod(shape) >= layer for _, shape in i.shapes) and not in_place(i)]
 
 
 def compile_rollout() -> tuple[dict[str, list[Instruction]], Instruction]:
@@ -98,6 +103,31 @@ def test_decode_loop_copies_no_layer():
     # The loop around it, over turns, prefills the observations: no copy there either.
     outer, = (i for instructions in computations.values() for i in instructions if i.opcode == "while" and loop in reach(computations, i))
     assert find_copies(computations, outer) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("data,tensor", [(4, 1), (2, 2)])
+def test_decode_loop_copies_no_layer_on_tpus(monkeypatch, data, tensor):
+    """The same program compiled for four chips of a TPU v5e, in bfloat16, without a TPU."""
+    pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: pip install -r requirements-ci.txt")
+    for name, value in TPU_ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+    config = dataclasses.replace(CONFIG, dtype=jnp.bfloat16)
+    here, shardings, _ = tiny.make_program("callback", (data, 1, tensor), settings=SETTINGS, config=config)
+    arguments = tiny.rollout_arguments(tiny.make_prompts(ROWS * data), jax.random.key(0), 1.0, here, shardings, tiny.make_params(config))
+    there = sharding.make_mesh(data, 1, tensor, devices=chips)
+    rollout = make_rollout(config, SETTINGS, there, jax.tree.map(lambda s: s.spec, shardings), tiny.fake_search, "callback")
+
+    def describe(x):
+        spec = getattr(x.sharding, "spec", PartitionSpec())
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(there, spec))
+
+    computations = parse(rollout.lower(*jax.tree.map(describe, arguments)).compile().as_text())
+    cache = ("bf16", (*CACHE[1][:2], CONFIG.num_kv_heads // tensor, *CACHE[1][3:]))
+    loop, = find_innermost_loops(computations, cache, ACTION_MASK)
+    assert sum(i.opcode == "while" and i.carries(cache) for i in reach(computations, loop)) >= 2
+    assert find_copies(computations, loop, LAYER // tensor) == []
 
 
 def attend_whole_layer(q, cache, layer, rows, positions, block):

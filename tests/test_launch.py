@@ -42,7 +42,7 @@ class Clone:
         self.root.mkdir()
         shutil.copytree(REPO / "launch", self.root / "launch")
         shutil.copytree(REPO / ".ci", self.root / ".ci")
-        for name in ("requirements.txt", "requirements-test.txt"):
+        for name in ("requirements.txt", "requirements-test.txt", "requirements-ci.txt"):
             shutil.copy(REPO / name, self.root)
         self.python = folder / "python of ours"
         self.set_python(sys.executable)

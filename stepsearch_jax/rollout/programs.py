@@ -63,17 +63,16 @@ def _shard(mesh: Mesh, function, in_specs, out_specs):
 
 def _make_callback_rollout(policy: Policy, settings: RolloutSettings, mesh: Mesh, param_specs, search: Search):
     def search_on_host(tokens, length, wanted) -> Observations:
-        b, O, D = tokens.shape[0], settings.max_observation_tokens, settings.documents
-        shapes = (jax.ShapeDtypeStruct((b, O), jnp.int32), jax.ShapeDtypeStruct((b,), jnp.int32),
-                  jax.ShapeDtypeStruct((b, D), jnp.int32), jax.ShapeDtypeStruct((b,), jnp.bool_))
-        call = lambda *arguments: io_callback(_on_numpy(search), shapes, *arguments, ordered=False)
+        O, D = settings.max_observation_tokens, settings.documents
+        shape = jax.ShapeDtypeStruct((tokens.shape[0], O + D + 2), jnp.int32)
+        call = lambda question: io_callback(partial(_search_packed, search), shape, question, ordered=False)
+        question = jnp.concatenate([tokens, length[:, None], wanted[:, None].astype(jnp.int32)], axis=1)
         if policy.config.tensor_axis is None:
-            return Observations(*call(tokens, length, wanted))
-        # One call for each row shard: the other tensor slices of the shard receive the answer as a sum with zeros.
-        zeros = lambda *_: tuple(jnp.zeros(shape.shape, shape.dtype) for shape in shapes)
-        found = jax.lax.cond(jax.lax.axis_index(policy.config.tensor_axis) == 0, call, zeros, tokens, length, wanted)
-        *integers, ok = jax.lax.psum(tuple(x.astype(jnp.int32) for x in found), policy.config.tensor_axis)
-        return Observations(*integers, ok > 0)
+            found = call(question)
+        else:  # one call for each row shard: the other tensor slices of the shard receive the answer as a sum with zeros
+            first = jax.lax.axis_index(policy.config.tensor_axis) == 0
+            found = jax.lax.psum(jax.lax.cond(first, call, lambda _: jnp.zeros(shape.shape, shape.dtype), question), policy.config.tensor_axis)
+        return Observations(found[:, :O], found[:, O], found[:, O + 2 :], found[:, O + 1] > 0)
 
     def run_shard(params, environment, prompts, key, temperature) -> EpisodeState:
         state = _start(policy, settings, mesh, params, environment, prompts)
@@ -127,8 +126,11 @@ def _make_host_rollout(policy: Policy, settings: RolloutSettings, mesh: Mesh, pa
     return rollout
 
 
-def _on_numpy(search: Search):
-    return lambda *arguments: search(*(np.asarray(x) for x in arguments))
+def _search_packed(search: Search, question) -> np.ndarray:
+    """The search with one array in and one out: a callback with arrays of different ranks does not compile for TPUs under `shard_map` (jax 0.10)."""
+    question = np.asarray(question)
+    tokens, length, doc_ids, ok = search(question[:, :-2], question[:, -2], question[:, -1] > 0)
+    return np.concatenate([tokens, length[:, None], ok[:, None], doc_ids], axis=1, dtype=np.int32)
 
 
 def to_trajectory(record: Record, prompts: Prompts, group_ids: jax.Array, question_ids: jax.Array) -> Trajectory:
