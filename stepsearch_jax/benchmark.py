@@ -1,42 +1,85 @@
 """Measures parts of this package beside what others use for the same job, both in one run.
 
-    python -m stepsearch_jax.benchmark reward [--json FILE] [--repeats N] [--seed S]
+    python -m stepsearch_jax.benchmark {rollout,update,reward,all} [--peer NAME] [--json FILE] [--repeats N] [--seed S]
 
 Times depend on the machine and on what else runs on it; ratios within one run hardly do. Extra packages: requirements-bench.txt.
 """
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import pathlib
+import sys
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
-from stepsearch_jax.benchmarks import reward
+from stepsearch_jax.benchmarks import reward, rollout, update
 from stepsearch_jax.metrics import write_json
 
-SUBJECTS = {"reward": reward}  # each offers measure(repeats=, seed=) -> figures, render(figures) -> text, and a docstring that --help shows
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """One benchmark. module: offers measure(repeats=, seed=, and its flags) -> figures, render(figures) -> text, and a docstring that --help shows."""
+
+    module: ModuleType
+    repeats: int  # timed runs of each side, if --repeats does not say
+    flags: tuple[str, ...]
+    peers: tuple[str, ...]  # of --peer
+
+
+SUBJECTS = {
+    "rollout": Subject(rollout, 3, ("case", "peer", "peer_python"), rollout.PEERS),
+    "update": Subject(update, 5, ("peer", "peer_python"), update.PEERS),
+    "reward": Subject(reward, 7, (), ()),
+}
+ALL = "Every subject, one after another.\n\nA subject that does not know the peer is timed without it."
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs one benchmark, prints its table and, with --json, writes its figures. What a user can mend ends it with one line (SystemExit)."""
-    parser = argparse.ArgumentParser("python -m stepsearch_jax.benchmark", description=__doc__.splitlines()[0])
-    subjects = parser.add_subparsers(dest="subject", required=True)
-    for name, subject in SUBJECTS.items():
-        options = subjects.add_parser(name, help=subject.__doc__.splitlines()[0], description=subject.__doc__,
-                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-        options.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write the figures to FILE")
-        options.add_argument("--repeats", type=_count(1), metavar="N", default=7, help="timed runs of each side, alternating (default: %(default)s)")
-        options.add_argument("--seed", type=_count(0), metavar="S", default=0, help="made-up inputs follow from it (default: %(default)s)")
-    options = parser.parse_args(arguments)
-    subject = SUBJECTS[options.subject]
+    """Runs one benchmark or all, prints the tables and, with --json, writes the figures. What a user can mend ends it with one line (SystemExit)."""
+    options = _parse(arguments)
     try:
         if options.json and (options.json.is_dir() or not options.json.parent.is_dir()):
             raise FileNotFoundError(f"--json={options.json}: name a file in a folder that is there")
-        figures = subject.measure(repeats=options.repeats, seed=options.seed)
-        print(subject.render(figures))
+        if options.subject == "all":
+            figures = {name: _run(subject, options) for name, subject in SUBJECTS.items()}
+        else:
+            figures = _run(SUBJECTS[options.subject], options)
         if options.json:
             write_json(options.json, figures)
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"stepsearch_jax: {error}") from error
+
+
+def _run(subject: Subject, options: argparse.Namespace) -> dict:
+    """Measures a subject with the flags that it knows, and prints its table."""
+    flags = {name: getattr(options, name) for name in subject.flags}
+    if "peer" in flags and flags["peer"] not in subject.peers:
+        flags["peer"] = "none"
+    figures = subject.module.measure(repeats=options.repeats or subject.repeats, seed=options.seed, **flags)
+    print(subject.module.render(figures), flush=True)
+    return figures
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m stepsearch_jax.benchmark", description=__doc__.splitlines()[0])
+    subjects = parser.add_subparsers(dest="subject", required=True)
+    for name, subject in SUBJECTS.items():
+        _add_subject(subjects, name, subject.module.__doc__, f"{subject.repeats}", subject.flags, subject.peers)
+    _add_subject(subjects, "all", ALL, "each subject's own", SUBJECTS["rollout"].flags, SUBJECTS["rollout"].peers)
+    return parser.parse_args(arguments)
+
+
+def _add_subject(subjects, name: str, text: str, repeats: str, flags: Sequence[str], peers: Sequence[str]) -> None:
+    options = subjects.add_parser(name, help=text.splitlines()[0], description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write the figures to FILE")
+    options.add_argument("--repeats", type=_count(1), metavar="N", help=f"timed runs of each side, alternating (default: {repeats})")
+    options.add_argument("--seed", type=_count(0), metavar="S", default=0, help="made-up inputs follow from it (default: %(default)s)")
+    if "case" in flags:
+        options.add_argument("--case", nargs="+", choices=tuple(rollout.CASES), default=["short"], help="rollouts to time (default: short)")
+    if "peer" in flags:
+        options.add_argument("--peer", choices=("none", *peers), default="none", help="what to compare with (default: none); see requirements-bench.txt")
+        options.add_argument("--peer-python", metavar="PATH", default=sys.executable, help="interpreter that has the peer installed (default: this one)")
 
 
 def _count(least: int) -> Callable[[str], int]:

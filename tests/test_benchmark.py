@@ -9,7 +9,7 @@ import pytest
 from loop_tfidf import loop_gain
 
 from stepsearch_jax import benchmark
-from stepsearch_jax.benchmarks import reward
+from stepsearch_jax.benchmarks import reward, rollout, update
 from stepsearch_jax.rewards.scoring import passes_strict_gate
 from stepsearch_jax.rewards.tfidf import fit_similarity
 
@@ -86,16 +86,44 @@ def test_the_command_prints_a_table_and_writes_figures(monkeypatch, capsys, tmp_
     assert capsys.readouterr().out == "table of {'ours_s': 1.0}\n" and seen == {"repeats": 2, "seed": 5}
     assert json.loads((tmp_path / "f.json").read_text()) == {"ours_s": 1.0} and list(tmp_path.iterdir()) == [tmp_path / "f.json"]
     benchmark.main(["reward"])
-    assert "table" in capsys.readouterr().out
+    assert "table" in capsys.readouterr().out and seen == {"repeats": 7, "seed": 0}
+
+
+def test_all_runs_every_subject_with_the_flags_that_it_knows(monkeypatch, capsys, tmp_path):
+    seen = {}
+    for name, module in (("rollout", rollout), ("update", update), ("reward", reward)):
+        monkeypatch.setattr(module, "measure", lambda name=name, **options: seen.setdefault(name, options))
+        monkeypatch.setattr(module, "render", lambda figures, name=name: f"table of {name}")
+    benchmark.main(["all", "--case", "long", "slots", "--peer", "transformers", "--peer-python", "there", "--json", str(tmp_path / "f.json")])
+    assert seen == {
+        "rollout": dict(repeats=3, seed=0, case=["long", "slots"], peer="transformers", peer_python="there"),
+        "update": dict(repeats=5, seed=0, peer="none", peer_python="there"),  # which has no such peer
+        "reward": dict(repeats=7, seed=0),
+    }
+    assert json.loads((tmp_path / "f.json").read_text()) == seen
+    assert capsys.readouterr().out.split("\n")[:3] == ["table of rollout", "table of update", "table of reward"]
+
+
+@pytest.mark.parametrize("error", [ImportError, ChildProcessError, ValueError])
+def test_a_peer_that_does_not_work_ends_it_with_one_line(error, monkeypatch):
+    def measure(**_):
+        raise error("the peer is not well")
+
+    monkeypatch.setattr(update, "measure", measure)
+    with pytest.raises(SystemExit, match="stepsearch_jax: the peer is not well"):
+        benchmark.main(["update", "--peer", "tunix"])
 
 
 @pytest.mark.parametrize("arguments,complaint", [
     (["reward", "--json", "no/such/folder/f.json"], "no/such/folder"), (["reward", "--repeats", "0"], "0 is not a whole number of at least 1"),
     (["reward", "--seed", "-1"], "--seed"), (["reward", "--json", "."], "name a file"), (["rewards"], "invalid choice"),
-    ([], "subject"), (["reward", "--turns", "3"], "--turns"),
+    ([], "subject"), (["reward", "--turns", "3"], "--turns"), (["reward", "--peer", "tunix"], "--peer"),
+    (["update", "--peer", "transformers"], "invalid choice"),
+    (["rollout", "--peer", "vllm"], "invalid choice"), (["rollout", "--case", "wide"], "invalid choice"),
 ])
 def test_what_the_command_refuses(arguments, complaint, monkeypatch, capsys):
-    monkeypatch.setattr(reward, "measure", lambda **_: pytest.fail("refuse before work starts"))
+    for module in (reward, rollout, update):
+        monkeypatch.setattr(module, "measure", lambda **_: pytest.fail("refuse before work starts"))
     with pytest.raises(SystemExit) as error:
         benchmark.main(arguments)
     assert complaint in f"{error.value} {capsys.readouterr().err}" and error.value.code != 0
@@ -109,7 +137,10 @@ def test_without_scikit_learn_one_line_says_what_to_install(monkeypatch):
 
 
 @pytest.mark.parametrize("arguments,words", [
-    (["--help"], ("reward", "scikit-learn")), (["reward", "--help"], ("--json FILE", "--repeats N", "--seed S", "scikit-learn", "first batch")),
+    (["--help"], ("reward", "scikit-learn", "rollout", "update", "all")),
+    (["rollout", "--help"], ("--case", "--peer", "--peer-python", "prompt 512", "default: 3")),
+    (["update", "--help"], ("--peer", "AdamW", "151936")), (["all", "--help"], ("one after another", "--case")),
+    (["reward", "--help"], ("--json FILE", "--repeats N", "--seed S", "scikit-learn", "first batch")),
 ])
 def test_the_command_explains_itself(arguments, words, capsys):
     with pytest.raises(SystemExit) as done:

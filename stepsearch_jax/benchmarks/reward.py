@@ -11,13 +11,12 @@ before, documents dealt anew. The first batch, whose questions are new as well, 
 from __future__ import annotations
 
 import dataclasses
-import gc
 import platform
 import statistics
-import time
 
 import numpy as np
 
+from stepsearch_jax.benchmarks.timing import time_call
 from stepsearch_jax.records import Episode, Question, SubQuestion, Turn, TurnStatus
 from stepsearch_jax.rewards.scoring import StepScores, score_episodes
 from stepsearch_jax.rewards.tfidf import Similarity, fit_similarity
@@ -91,16 +90,16 @@ def measure(*, repeats: int, seed: int, size: Size = SIZE) -> dict:
     questions = {tfidf_fit: texts.make_questions(size) for tfidf_fit in ("pair", "corpus")}
     fit_seconds, fits = {}, {}
     for tfidf_fit in questions:
-        fit_seconds[tfidf_fit], fits[tfidf_fit] = _time(fit_similarity, corpus, tfidf_fit=tfidf_fit)
+        fit_seconds[tfidf_fit], fits[tfidf_fit] = time_call(fit_similarity, corpus, tfidf_fit=tfidf_fit)
     fit_and_gain(texts.make_episodes(questions["pair"], size)[:1], corpus, vectorizer)  # what scikit-learn does at its first use does not count
     seconds, differences = {"pair": [], "corpus": [], "peer": []}, []
     for _ in range(repeats + 1):
         episodes = {tfidf_fit: texts.make_episodes(questions[tfidf_fit], size) for tfidf_fit in questions}
         scores = {}
         for tfidf_fit, batch in episodes.items():
-            spent, scores[tfidf_fit] = _time(score, batch, fits[tfidf_fit], size.turns)
+            spent, scores[tfidf_fit] = time_call(score, batch, fits[tfidf_fit], size.turns)
             seconds[tfidf_fit].append(spent)
-        spent, gain = _time(fit_and_gain, episodes["pair"], corpus, vectorizer)
+        spent, gain = time_call(fit_and_gain, episodes["pair"], corpus, vectorizer)
         seconds["peer"].append(spent)
         differences.append(float(np.abs(scores["pair"].gain - gain).max()))
     if not max(differences) <= TOLERANCE:
@@ -165,15 +164,3 @@ def _import_vectorizer():
     except ImportError as error:
         raise ImportError("the peer of this benchmark is scikit-learn: pip install -r requirements-bench.txt") from error
     return TfidfVectorizer
-
-
-def _time(function, *arguments, **keywords):
-    """-> (seconds, result); as in timeit, the garbage collector waits."""
-    gc.collect()
-    gc.disable()
-    try:
-        start = time.perf_counter()
-        result = function(*arguments, **keywords)
-        return time.perf_counter() - start, result
-    finally:
-        gc.enable()

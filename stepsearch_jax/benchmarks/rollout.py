@@ -1,0 +1,295 @@
+"""Multi-turn rollouts against loops around other samplers, which read the whole context again each turn, and against lock step.
+
+Both sides have the same weights (4 layers of width 256, random), prompts, observations and token budgets, and sample at temperature 1 without top-k or top-p.
+A random policy writes no tags, so the searches are scripted over really sampled tokens: a turn ends after a given number of them, and every search finds the
+same made-up observation. The run ends with an error unless both sides' logits after the prompts agree to 1e-3 and every episode has the asked turns.
+
+Cases: short (16 episodes, prompt 128, 4 turns of 64 sampled tokens, 3 observations of 192), long (8 episodes, prompt 512, 6 turns of 128, 5 observations of
+600), turns (the short one with 1, 2, 4 and 8 turns) and slots (64 episodes of 64, 128, 256 or 512 tokens in 16 slots, which take the next prompt as soon as
+they are free, against groups of 16 that wait for their longest).
+Peers: transformers calls torch's `generate` once a turn; tunix calls its sampler once a turn, compiled for each turn's length. With the peer "none", which is
+the default, the other side of slots is still timed. "floor" is the least time that this machine needs for the arithmetic and the memory traffic, from
+rates measured here (benchmarks/roofline.py has the formula).
+"""
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import time
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from stepsearch_jax import sharding
+from stepsearch_jax.benchmarks import roofline, sample_model
+from stepsearch_jax.benchmarks.peers.process import Peer
+from stepsearch_jax.benchmarks.timing import alternate, time_call
+from stepsearch_jax.models.transformer import ModelConfig, Policy
+from stepsearch_jax.records import TurnStatus
+from stepsearch_jax.rollout.episode import Environment, Prompts, RolloutSettings
+from stepsearch_jax.rollout.programs import make_rollout
+from stepsearch_jax.startup import start_jax
+
+PEERS = ("transformers", "tunix")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What one rollout does. A turn's first token t asks for turn_tokens[t mod n] tokens in all."""
+
+    episodes: int
+    prompt: int
+    turns: int
+    turn_tokens: tuple[int, ...]
+    observation: int
+    slots: int  # episodes that run at a time; 0 = all
+    flush_share: float  # this and the rest: as in `configs/base.py`
+    prefill_rows: int
+    prefill_tokens: int
+
+    @property
+    def context(self) -> int:
+        """Tokens of the longest episode."""
+        return self.prompt + self.turns * max(self.turn_tokens) + (self.turns - 1) * self.observation
+
+    @property
+    def prefilled(self) -> int:
+        """Tokens that must be read but are not sampled, all but each prompt's last one, which the first decode step reads."""
+        return self.episodes * (self.prompt - 1 + (self.turns - 1) * self.observation)
+
+
+CONFIGURED = dict(flush_share=0.5, prefill_rows=16, prefill_tokens=128)  # what configs/base.py has
+SHORT = Case(episodes=16, prompt=128, turns=4, turn_tokens=(64,), observation=192, slots=0, **CONFIGURED)
+CASES = {
+    "short": (SHORT,),
+    "long": (Case(episodes=8, prompt=512, turns=6, turn_tokens=(128,), observation=600, slots=0, **CONFIGURED),),
+    "turns": tuple(dataclasses.replace(SHORT, turns=turns) for turns in (1, 2, 4, 8)),
+    "slots": (Case(episodes=64, prompt=128, turns=1, turn_tokens=(64, 128, 256, 512), observation=1, slots=16, flush_share=0.05, prefill_rows=2,
+                   prefill_tokens=128),),
+}
+
+
+def measure(*, repeats: int, seed: int, case: Sequence[str], peer: str, peer_python: str, cases: dict[str, tuple[Case, ...]] = CASES,
+            model: ModelConfig = sample_model.MODEL) -> dict:
+    """-> figures of the named cases: "ours_s", "peer_s" (medians), "ratio" = peer / ours, "floor_s"; at the top those of the first case.
+
+    peer: "none", "transformers" or "tunix"; peer_python: the interpreter that has it. Raises ImportError where it is not installed, ValueError where it
+    computes something else.
+    """
+    start()
+    rates = roofline.RateBook(model)
+    found = {}
+    for name in case:
+        if name == "slots":
+            found[name] = measure_slots(model, cases[name][0], repeats, seed)
+        else:
+            parts = [measure_case(model, part, repeats, seed, peer, peer_python, rates) for part in cases[name]]
+            found[name] = parts[0] if len(parts) == 1 else join_turns(parts)
+    first = found[case[0]]
+    return {name: first[name] for name in ("ours_s", "peer_s", "ratio")} | {
+        "peer": peer, "cases": found, "model": sample_model.describe(model), "repeats": repeats, "seed": seed, "jax": jax.__version__,
+        "device": str(jax.devices()[0])}
+
+
+def start() -> None:
+    """Sets up JAX as the commands do."""
+    start_jax(ml_collections.ConfigDict({"distributed": {"processes": 1}}))
+
+
+def measure_case(model: ModelConfig, case: Case, repeats: int, seed: int, peer: str, peer_python: str, rates: roofline.RateBook) -> dict:
+    """Times our rollout and the peer's loop in turn."""
+    inputs = Inputs.draw(model, case, seed)
+    with contextlib.ExitStack() as stack:
+        sides = {}
+        if peer != "none":
+            job = dict(seed=seed, model=sample_model.describe(model), turns=case.turns, turn_tokens=case.turn_tokens[0], length=case.context)
+            arrays = sample_model.name_arrays(inputs.params) | {"prompts": inputs.prompts, "observation": inputs.observation}
+            other = stack.enter_context(Peer(f"{peer}_rollout", peer_python, job, arrays))
+            difference = sample_model.check_logits(peer, find_logits(model, inputs), other.checks["logits"])
+            sides["peer"] = lambda: other.run("rollout")
+        rollout, clock = make_run(model, case, inputs, case.episodes)
+        trajectory, counters = rollout(slice(None))
+        check_episodes(case, trajectory, counters)
+        times = alternate({"ours": lambda: time_call(rollout, slice(None))[0]} | sides, repeats)
+        clock.flushes.clear()
+        spent, _ = time_call(rollout, slice(None))
+    floor = find_floor(model, case, rates)
+    ours = times["ours"]["median_s"]
+    figures = {"ours_s": ours, "peer_s": None, "ratio": None, "floor_s": floor, "ours_to_floor": ours / floor, "ours": times["ours"]}
+    if sides:
+        theirs = times["peer"]["median_s"]
+        figures |= {"peer_s": theirs, "ratio": theirs / ours, "peer": times["peer"] | other.versions, "largest_logit_difference": difference}
+    steps, flushes, prefilled = np.asarray(counters).sum(0).tolist()
+    return figures | {
+        "sampled_tokens": int(np.asarray(trajectory.action_mask).sum()), "prefilled_tokens": prefilled, "decode_steps": steps, "flushes": flushes,
+        "one_run": clock.describe(spent), "size": dataclasses.asdict(case)}
+
+
+def join_turns(parts: Sequence[dict]) -> dict:
+    """Cases that differ in their number of turns -> their figures, and how many times as long twice the turns took."""
+    last = {name: parts[-1][name] for name in ("ours_s", "peer_s", "ratio")}
+    return last | {"parts": list(parts), "doubling": [b["ours_s"] / a["ours_s"] for a, b in itertools.pairwise(parts)],
+                   "peer_doubling": [b["peer_s"] / a["peer_s"] for a, b in itertools.pairwise(parts) if a["peer_s"]]}
+
+
+def measure_slots(model: ModelConfig, case: Case, repeats: int, seed: int) -> dict:
+    """Times slots that are filled again against groups of as many episodes, which end together. Raises ValueError where their tokens differ."""
+    inputs = Inputs.draw(model, case, seed)
+    in_slots, _ = make_run(model, case, inputs, case.episodes)
+    one_group, _ = make_run(model, dataclasses.replace(case, slots=0, prefill_rows=case.slots), inputs, case.slots)
+    groups = [slice(first, first + case.slots) for first in range(0, case.episodes, case.slots)]
+    in_lock_step = lambda: [one_group(group) for group in groups]
+    trajectory, counters = in_slots(slice(None))
+    check_episodes(case, trajectory, counters)
+    other = np.concatenate([np.asarray(found.tokens) for found, _ in in_lock_step()])
+    if not np.array_equal(np.asarray(trajectory.tokens), other):
+        raise ValueError("episodes in slots and in groups have different tokens: one side is wrong")
+    times = alternate({"ours": lambda: time_call(in_slots, slice(None))[0], "peer": lambda: time_call(in_lock_step)[0]}, repeats)
+    ours, theirs = times["ours"]["median_s"], times["peer"]["median_s"]
+    lengths = np.asarray(trajectory.action_mask).sum(1)
+    waited = sum(int(lengths[group].max()) for group in groups)
+    return {"ours_s": ours, "peer_s": theirs, "ratio": theirs / ours, "ours": times["ours"], "peer": times["peer"], "sampled_tokens": int(lengths.sum()),
+            "decode_steps": int(np.asarray(counters)[:, 0].sum()), "peer_decode_steps": waited, "size": dataclasses.asdict(case)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What both sides read."""
+
+    params: dict
+    prompts: np.ndarray  # [B, P] int32
+    observation: np.ndarray  # [O] int32
+    key: jax.Array
+
+    @staticmethod
+    def draw(model: ModelConfig, case: Case, seed: int) -> Inputs:
+        rng = np.random.default_rng(seed)
+        draw = lambda *shape: rng.integers(0, model.vocab_size, shape).astype(np.int32)
+        return Inputs(sample_model.draw_params(Policy(model), seed), draw(case.episodes, case.prompt), draw(case.observation), jax.random.key(seed))
+
+
+def make_run(model: ModelConfig, case: Case, inputs: Inputs, rows: int):
+    """-> (run(slice of `rows` episodes[, other parameters]) -> (Trajectory, counters), the clock at its searches), on the first device."""
+    settings = RolloutSettings(
+        max_turns=case.turns - 1, max_turn_tokens=max(case.turn_tokens), context=case.context, max_prompt_tokens=case.prompt,
+        max_observation_tokens=case.observation, documents=1, top_k=0, top_p=1.0, slots=case.slots, flush_share=case.flush_share,
+        prefill_rows=case.prefill_rows, prefill_tokens=case.prefill_tokens)
+    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    specs = jax.tree.map(lambda _: jax.sharding.PartitionSpec(), inputs.params)
+    clock = Clock(inputs.observation)
+    rollout = make_rollout(model, settings, mesh, specs, clock, "callback")
+    everywhere = sharding.replicated(mesh)
+    params, environment, key = jax.device_put((inputs.params, make_environment(model.vocab_size, case.turn_tokens), inputs.key), everywhere)
+    ids = np.arange(case.episodes, dtype=np.int32)
+
+    def place(part: slice):
+        own = ids[part]
+        prompts = Prompts(inputs.prompts[part], np.full(rows, case.prompt, np.int32), own, np.ones(rows, bool))
+        return sharding.rows_to_mesh(mesh, (prompts, own, own))
+
+    def run(part: slice, own=params):
+        clock.start()
+        return jax.block_until_ready(rollout(own, environment, *place(part), key, jnp.float32(1)))
+
+    return run, clock
+
+
+class Clock:
+    """The search callback: every search finds the same observation. It notes when it is called and when it has answered."""
+
+    def __init__(self, observation: np.ndarray):
+        self._observation = observation
+        self._ready = 0.0
+        self.flushes: list[tuple[float, float]] = []  # seconds of device work before the search, seconds of the search
+
+    def start(self) -> None:
+        self._ready = time.perf_counter()
+
+    def __call__(self, query_tokens, query_length, wanted):
+        called = time.perf_counter()
+        tokens = np.where(wanted[:, None], self._observation, 0).astype(np.int32)
+        found = tokens, np.where(wanted, len(self._observation), 0).astype(np.int32), np.zeros((len(wanted), 1), np.int32), wanted
+        before, self._ready = self._ready, time.perf_counter()
+        self.flushes.append((called - before, self._ready - called))
+        return found
+
+    def describe(self, seconds: float) -> dict:
+        """Of the run that has just taken `seconds`: device time before each flush and after the last, and the time in which the device waited for the host."""
+        device, host = ([flush[i] for flush in self.flushes] for i in (0, 1))
+        return {"device_s": device, "search_s": host, "rest_s": seconds - sum(device) - sum(host)}
+
+
+def make_environment(vocab_size: int, turn_tokens: Sequence[int]) -> Environment:
+    """The scripted environment: an automaton that counts a turn's tokens down and then searches; in the last turn that ends the episode.
+
+    State r: r tokens are left; the state above them is the beginning of a turn, whose first token t chooses turn_tokens[t mod n].
+    """
+    start = max(turn_tokens)
+    left = np.maximum(np.arange(start) - 1, 0)
+    first = np.asarray(turn_tokens)[np.arange(vocab_size) % len(turn_tokens)] - 1
+    next_state = np.concatenate([np.broadcast_to(left[:, None], (start, vocab_size)), first[None]]).astype(np.int16)
+    event = np.full(start + 1, int(TurnStatus.NONE), np.int32)
+    event[0] = TurnStatus.SEARCH
+    nothing = np.zeros(0, np.int32)
+    return Environment(next_state, event, np.int32(start), nothing, nothing)
+
+
+def check_episodes(case: Case, trajectory, counters) -> None:
+    """Raises ValueError unless every episode has the turns, the lengths and the observations that the case asks for, and no token was prefilled twice."""
+    t = jax.tree.map(np.asarray, trajectory)
+    first = np.asarray(case.turn_tokens)[t.tokens[:, case.prompt] % len(case.turn_tokens)]
+    searches = (t.search_end >= 0).sum(1)
+    sampled = t.action_mask.sum(1)
+    asked = first if case.turns == 1 else np.full(len(first), case.turns * case.turn_tokens[0])
+    observed = (case.turns - 1) * case.observation
+    right = (searches == case.turns - 1) & (sampled == asked) & (t.length == case.prompt + asked + observed)
+    if not right.all() or int(np.asarray(counters)[:, 2].sum()) != case.prefilled:
+        raise ValueError(f"{(~right).sum()} of {len(right)} episodes do not have the asked turns and lengths, and {np.asarray(counters)[:, 2].sum()} tokens "
+                         f"were prefilled where {case.prefilled} were to be read")
+
+
+def find_logits(model: ModelConfig, inputs: Inputs) -> np.ndarray:
+    """Logits after the prompts [B, V], without cache."""
+    policy = Policy(model)
+    find = lambda params, tokens: policy.apply(params, policy.apply(params, tokens)[:, -1], method=Policy.unembed)
+    return np.asarray(jax.jit(find)(inputs.params, inputs.prompts))
+
+
+def list_work(model: ModelConfig, case: Case) -> tuple[list[roofline.Work], list[roofline.Work]]:
+    """-> (prefills, decode steps) of a case whose turns are all of one length and whose rows run together."""
+    prefills, steps, context = [], [], 0
+    for turn in range(case.turns):
+        read = case.observation if turn else case.prompt - 1  # the token sampled last is read with the observation, whose last is read by a decode step
+        prefills.append(roofline.prefill(model, case.episodes, read, context + read))
+        context += read
+        steps += [roofline.decode_step(model, case.episodes, context + 1 + i) for i in range(case.turn_tokens[0])]
+        context += case.turn_tokens[0]
+    return prefills, steps
+
+
+def find_floor(model: ModelConfig, case: Case, rates: roofline.RateBook) -> float:
+    """The least seconds for a case on this machine (benchmarks/roofline.py)."""
+    prefills, steps = list_work(model, case)
+    widest = case.episodes * max(case.prompt, case.observation)
+    return rates.at(steps[-1].bytes, widest, unembeds=False).floor_s(prefills) + rates.at(steps[-1].bytes, case.episodes, unembeds=True).floor_s(steps)
+
+
+def render(figures: dict) -> str:
+    """The figures as a table."""
+    rows = [("case", "ours", f"peer ({figures['peer']})", "peer / ours", "floor", "ours / floor", "prefilled")]
+    number = lambda value, unit: "" if value is None else f"{value:.2f}{unit}"
+    for name, found in figures["cases"].items():
+        for part in found.get("parts", [found]):
+            label = f"{name}, {part['size']['turns']} turns" if "parts" in found else name
+            rows.append((label, number(part["ours_s"], " s"), number(part["peer_s"], " s"), number(part["ratio"], "x"), number(part.get("floor_s"), " s"),
+                         number(part.get("ours_to_floor"), "x"), str(part.get("prefilled_tokens", ""))))
+    lines = ["".join(f"{cell:>20}" for cell in row) for row in rows]
+    if "turns" in figures["cases"]:
+        lines.append("twice the turns take " + ", ".join(f"{x:.2f}" for x in figures["cases"]["turns"]["doubling"]) + " times as long")
+    if "slots" in figures["cases"]:
+        lines.append("slots: the peer is lock step, groups of as many episodes as there are slots")
+    return "\n".join([f"medians of {figures['repeats']} alternating runs", *lines])

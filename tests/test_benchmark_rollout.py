@@ -1,0 +1,193 @@
+"""The rollout benchmark: what it scripts, counts, compares and refuses, at tiny sizes."""
+import dataclasses
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from stepsearch_jax.benchmarks import rollout, sample_model
+from stepsearch_jax.benchmarks.peers.process import Peer
+from stepsearch_jax.records import TurnStatus
+
+MODEL = dataclasses.replace(sample_model.MODEL, vocab_size=64, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=48,
+                            attention_block=16)
+SMALL = rollout.Case(episodes=3, prompt=5, turns=3, turn_tokens=(4,), observation=6, slots=0, **rollout.CONFIGURED)
+SPREAD = rollout.Case(episodes=8, prompt=5, turns=1, turn_tokens=(2, 5, 9), observation=1, slots=2, flush_share=0.5, prefill_rows=1,
+                      prefill_tokens=16)
+
+
+@pytest.mark.parametrize("turn_tokens", [(4,), (1,), (2, 5, 9), (1, 3)])
+def test_the_automaton_counts_the_tokens_of_a_turn(turn_tokens):
+    environment = rollout.make_environment(7, turn_tokens)
+    rng = np.random.default_rng(0)
+    for first in range(7):
+        state, taken = int(environment.start), 0
+        while environment.event[state] == TurnStatus.NONE:
+            state, taken = int(environment.next_state[state, first if taken == 0 else rng.integers(7)]), taken + 1
+        assert environment.event[state] == TurnStatus.SEARCH and taken == turn_tokens[first % len(turn_tokens)]
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A small case that has run: (inputs, trajectory as NumPy, counters, its clock)."""
+    inputs = rollout.Inputs.draw(MODEL, SMALL, seed=0)
+    run, clock = rollout.make_run(MODEL, SMALL, inputs, SMALL.episodes)
+    trajectory, counters = run(slice(None))
+    return inputs, jax.tree.map(np.asarray, trajectory), np.asarray(counters), clock
+
+
+def test_every_episode_has_the_asked_turns(small):
+    """5 prompt tokens, then three times 4 sampled ones with 6 observed ones between: 29 tokens."""
+    inputs, trajectory, counters, clock = small
+    sampled = np.array([0] * 5 + [1] * 4 + [0] * 6 + [1] * 4 + [0] * 6 + [1] * 4, bool)
+    assert (trajectory.action_mask == sampled).all() and trajectory.tokens.shape == (3, 29) and trajectory.token_mask.all()
+    assert (trajectory.tokens[:, :5] == inputs.prompts).all()
+    assert (trajectory.tokens[:, 9:15] == inputs.observation).all() and (trajectory.tokens[:, 19:25] == inputs.observation).all()
+    assert (trajectory.search_end == [8, 18, -1]).all()
+    assert len(np.unique(trajectory.tokens[:, sampled], axis=0)) == 3, "rows sample their own tokens"
+    # Read but not sampled: of the prompt 4 (a decode step reads the fifth), of each observation 6: the last sampled token and 5 of its own.
+    assert counters[:, 0].sum() == 12 and counters[:, 2].sum() == 3 * (4 + 6 + 6) == SMALL.prefilled
+    rollout.check_episodes(SMALL, trajectory, counters)
+    flushes = clock.describe(10.0)
+    assert len(flushes["search_s"]) == len(flushes["device_s"]) >= 2 and flushes["rest_s"] < 10
+
+
+@pytest.mark.parametrize("field", ["action_mask", "search_end", "length", "counters"])
+def test_episodes_that_are_not_as_asked_are_refused(field, small):
+    _, trajectory, counters, _ = small
+    if field == "counters":
+        counters = counters + 1
+    else:
+        changed = np.copy(getattr(trajectory, field))
+        changed[1] = 0 if field != "search_end" else -1
+        trajectory = trajectory.replace(**{field: changed})
+    with pytest.raises(ValueError, match="prefilled" if field == "counters" else "1 of 3 episodes"):
+        rollout.check_episodes(SMALL, trajectory, counters)
+
+
+def test_slots_and_lock_step_sample_the_same_tokens(monkeypatch):
+    """Eight episodes of 2, 5 or 9 tokens in two slots, against four pairs that wait for their longer one. Other noise in one of them is refused."""
+    figures = rollout.measure_slots(MODEL, SPREAD, repeats=1, seed=0)
+    inputs = rollout.Inputs.draw(MODEL, SPREAD, seed=0)
+    run, _ = rollout.make_run(MODEL, dataclasses.replace(SPREAD, slots=0), inputs, 8)
+    trajectory, _ = run(slice(None))
+    lengths = np.array([2, 5, 9])[np.asarray(trajectory.tokens)[:, 5] % 3]
+    assert (np.asarray(trajectory.action_mask).sum(1) == lengths).all() and len(set(lengths.tolist())) > 1
+    assert figures["sampled_tokens"] == lengths.sum() and figures["peer_decode_steps"] == lengths.reshape(4, 2).max(1).sum()
+    assert lengths.sum() / 2 <= figures["decode_steps"] <= figures["peer_decode_steps"]
+    assert figures["ratio"] == pytest.approx(figures["peer_s"] / figures["ours_s"])
+    make = rollout.make_run
+
+    def with_other_noise(model, case, inputs, rows):
+        return make(model, case, dataclasses.replace(inputs, key=jax.random.key(rows)), rows)
+
+    monkeypatch.setattr(rollout, "make_run", with_other_noise)
+    with pytest.raises(ValueError, match="different tokens"):
+        rollout.measure_slots(MODEL, SPREAD, repeats=1, seed=0)
+
+
+class FakePeer:
+    """A peer that has the right logits and takes 2 seconds."""
+
+    versions = {"fake": "1"}
+    error = 0.0
+
+    def __init__(self, name, python, job, arrays):
+        assert (name, python, job["turns"], job["turn_tokens"], job["length"]) == ("transformers_rollout", "there", 3, 4, 29)
+        inputs = rollout.Inputs.draw(MODEL, SMALL, seed=0)
+        self.checks = {"logits": rollout.find_logits(MODEL, inputs) + self.error}
+        assert (arrays["prompts"] == inputs.prompts).all() and "params/trunk/layers/q/kernel" in arrays
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def run(self, what):
+        return 2.0
+
+
+def test_the_figures(monkeypatch):
+    monkeypatch.setattr(rollout, "Peer", FakePeer)
+    found = rollout.measure(repeats=2, seed=0, case=["short"], peer="transformers", peer_python="there", cases={"short": (SMALL,)}, model=MODEL)
+    case = found["cases"]["short"]
+    assert found["ours_s"] == case["ours_s"] > 0 and found["peer_s"] == case["peer_s"] == 2.0 and found["ratio"] == pytest.approx(2 / found["ours_s"])
+    assert case["floor_s"] > 0 and case["ours_to_floor"] == pytest.approx(case["ours_s"] / case["floor_s"])
+    assert (case["sampled_tokens"], case["prefilled_tokens"], case["decode_steps"]) == (36, 48, 12) and len(case["ours"]["runs_s"]) == 2
+    assert case["largest_logit_difference"] == 0 and case["peer"]["fake"] == "1" and found["model"]["embed_dim"] == 32
+    table = rollout.render(found)
+    assert "transformers" in table and "short" in table and "2.00 s" in table
+
+
+@pytest.mark.parametrize("error", [2e-3, np.nan])
+def test_a_peer_with_other_weights_is_refused(error, monkeypatch):
+    monkeypatch.setattr(rollout, "Peer", FakePeer)
+    monkeypatch.setattr(FakePeer, "error", error)
+    monkeypatch.setattr(rollout, "make_run", lambda *_: pytest.fail("refuse before anything is timed"))
+    with pytest.raises(ValueError, match="runs another model"):
+        rollout.measure(repeats=1, seed=0, case=["short"], peer="transformers", peer_python="there", cases={"short": (SMALL,)}, model=MODEL)
+
+
+def test_twice_the_turns_are_set_beside_each_other():
+    parts = [{"ours_s": ours, "peer_s": theirs, "ratio": theirs / ours} for ours, theirs in ((1.0, 2.0), (2.0, 6.0), (3.0, 24.0))]
+    joined = rollout.join_turns(parts)
+    assert joined["doubling"] == [2.0, 1.5] and joined["peer_doubling"] == [3.0, 4.0] and joined["ratio"] == 8 and joined["parts"] == parts
+    assert rollout.join_turns([part | {"peer_s": None} for part in parts])["peer_doubling"] == []
+
+
+def write_interpreter(path, program: str):
+    """A stand-in for a peer's interpreter: runs `program` in place of the module it is told to run, which the program finds as `module`."""
+    script = path.with_suffix(".py")
+    script.write_text(f"import sys\nmodule = sys.argv.pop(2)\ndel sys.argv[1]\n{program}")
+    path.write_text(f'#!/bin/sh\nexec {sys.executable} {script} "$@"\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["transformers_rollout", "tunix_rollout", "tunix_update"])
+def test_a_missing_peer_is_named_with_what_to_install(name, tmp_path):
+    blocked = "import runpy\nsys.modules['torch'] = sys.modules['tunix'] = None\nrunpy.run_module(module, run_name='__main__', alter_sys=True)"
+    job = {"model": sample_model.describe(MODEL), "seed": 0, "turns": 1, "turn_tokens": 1, "length": 6, "tokens": 1}
+    with pytest.raises(ImportError, match="pip install -r requirements-bench.txt.*--peer-python"):
+        Peer(name, write_interpreter(tmp_path / "python", blocked), job, {"prompts": np.zeros((1, 5), np.int32), "observation": np.zeros(1, np.int32)})
+
+
+def test_an_interpreter_that_is_not_there_or_bare_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="--peer-python=no/such/python"):
+        Peer("transformers_rollout", "no/such/python", {}, {})
+    with pytest.raises(ImportError, match="numpy_that_is_not_there"):
+        Peer("transformers_rollout", write_interpreter(tmp_path / "python", "import numpy_that_is_not_there"), {}, {})
+
+
+def test_a_peer_answers_with_checks_and_seconds(tmp_path):
+    """What it prints goes to its log; a run that fails says why; its folder is gone afterwards."""
+    program = """
+from stepsearch_jax.benchmarks.peers.process import serve
+
+def make(job, arrays):
+    def good():
+        print("noise")
+    def bad():
+        raise RuntimeError("no more room")
+    print("more noise")
+    return {"peer": "7"}, {"twice": arrays["x"] * job["factor"]}, {"good": good, "bad": bad}
+
+serve(make)
+"""
+    with Peer("some", write_interpreter(tmp_path / "python", program), {"factor": 2}, {"x": np.arange(3)}) as peer:
+        assert peer.versions == {"peer": "7"} and peer.checks["twice"].tolist() == [0, 2, 4]
+        assert 0 <= peer.run("good") < 10 and 0 <= peer.run("good") < 10
+        with pytest.raises(ChildProcessError, match="no more room"):
+            peer.run("bad")
+        folder = peer._log.parent
+        assert "noise" in (folder / "log.txt").read_text()
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("peer,package", [("transformers", "torch"), ("tunix", "tunix")])
+def test_a_peer_that_is_installed_computes_the_same(peer, package):
+    pytest.importorskip(package)
+    found = rollout.measure(repeats=1, seed=0, case=["short"], peer=peer, peer_python=sys.executable, cases={"short": (SMALL,)}, model=MODEL)
+    assert found["peer_s"] > 0 and found["cases"]["short"]["largest_logit_difference"] < 1e-4

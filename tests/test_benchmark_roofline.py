@@ -1,0 +1,55 @@
+"""The roofline's formulas, worked by hand and against loops; the rates are only known to be positive."""
+import dataclasses
+
+import pytest
+
+from stepsearch_jax.benchmarks import rollout, roofline, sample_model
+
+# 2 layers of width 4: q 4 x 2 x 3, k and v 4 x 1 x 3 each, o 2 x 3 x 4, three of 4 x 5: 24 + 12 + 12 + 24 + 60 = 132 a layer. Output table 7 x 4 = 28.
+TINY = dataclasses.replace(sample_model.MODEL, vocab_size=7, num_layers=2, embed_dim=4, num_heads=2, num_kv_heads=1, head_dim=3, ffn_dim=5)
+
+
+def test_work_by_hand():
+    assert roofline.count_layer_parameters(TINY) == 264
+    # Three rows at context 10. FLOPs: 2 * 3 * (264 + 28) = 1752; attention, queries with keys and weights with values, 4 * 3 * 2 layers * 6 * 10 = 1440.
+    # Bytes: 4 each of 292 parameters and of keys and values of 2 layers * 3 rows * 10 positions * 3 = 180, twice.
+    assert roofline.decode_step(TINY, 3, 10) == roofline.Work(1752 + 1440, 4 * (292 + 360))
+    # Two rows read 3 tokens up to context 5. FLOPs: 2 * 2 * 3 * 264 = 3168; attention over 3 + 4 + 5 positions: 4 * 2 * 12 * 12 = 1152.
+    assert roofline.prefill(TINY, 2, 3, 5) == roofline.Work(3168 + 1152, 4 * (264 + 2 * 2 * 5 * 2 * 3))
+    # Two rows of 3 tokens: forward 2 * 6 * 292 = 3504 and attention over 1 + 2 + 3 positions, 4 * 2 * 12 * 6 = 576; backward twice as much.
+    assert roofline.update_flops(TINY, 2, 3, unembeds=True) == 3 * (3504 + 576)
+    assert roofline.update_flops(TINY, 2, 3, unembeds=False) == 3 * (2 * 6 * 264 + 576)
+
+
+def test_the_floor_adds_the_worse_of_arithmetic_and_memory():
+    rates = roofline.Rates(copy_bytes_s=10.0, matmul_flops_s=100.0)
+    assert rates.floor_s([roofline.Work(200, 10), roofline.Work(100, 50)]) == 2.0 + 5.0
+
+
+def test_a_case_works_through_every_token_once():
+    """Against a loop over the positions of an episode: all are fed but the very last token, each sees those before it and itself; logits at sampled ones."""
+    case = rollout.Case(episodes=3, prompt=5, turns=3, turn_tokens=(4,), observation=6, slots=0, **rollout.CONFIGURED)
+    prefills, steps = rollout.list_work(TINY, case)
+    assert len(prefills) == 3 and len(steps) == 12
+    flops = 0
+    for position in range(case.context - 1):
+        flops += 3 * (2 * 264 + 4 * 12 * (position + 1))
+    flops += 3 * 12 * 2 * 28
+    assert sum(work.flops for work in prefills + steps) == flops
+
+
+def test_rates_are_measured_once():
+    book = roofline.RateBook(TINY)
+    rates = book.at(4096.0, 6, unembeds=True)
+    assert rates.copy_bytes_s > 0 and rates.matmul_flops_s > 0 and book.at(4096.0, 6, unembeds=True) == rates
+
+
+def test_the_measured_matmuls_are_the_models_own(monkeypatch):
+    """A machine that needs one second for everything: the rate is then the number of FLOPs."""
+    monkeypatch.setattr(roofline, "_best_seconds", lambda *_: 1.0)
+    assert roofline.measure_matmuls(TINY, 6, unembeds=True) == 2 * 6 * 292 and roofline.measure_matmuls(TINY, 6, unembeds=False) == 2 * 6 * 264
+    assert roofline.measure_copy(4000.0) == 8000
+
+
+def test_infinite_rates_leave_nothing():
+    assert roofline.Rates(float("inf"), float("inf")).floor_s([roofline.Work(1, 1)]) == pytest.approx(0)
