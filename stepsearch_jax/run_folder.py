@@ -19,8 +19,8 @@ _RESUMABLE = ("iterations", "evaluation.", "checkpoint.", "distributed.", "mesh.
               "rollout.search", "rollout.flush_share", "rollout.slots", "rollout.prefill_rows", "rollout.prefill_tokens", "rollout.attention_block",
               "rl.micro_rows", "model.remat", "imitation.log_every")
 # What a checkpoint cannot be read without.
-_STATE = ("model.num", "model.embed_dim", "model.head_dim", "model.ffn_dim", "model.qkv_bias", "model.tie_embeddings", "prompt.tokenizer", "rl.advantage",
-          "policy.optimizer", "value.optimizer")
+_STATE = ("model.num", "model.embed_dim", "model.head_dim", "model.ffn_dim", "model.qkv_bias", "model.qk_norm", "model.tie_embeddings", "prompt.tokenizer",
+          "rl.advantage", "policy.optimizer", "value.optimizer")
 
 
 def remember_config(workdir: pathlib.Path, config: ConfigDict) -> None:

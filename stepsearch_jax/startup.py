@@ -89,13 +89,15 @@ def start_logging() -> None:
 def start_jax(config) -> None:
     """What must happen before the first use of a device, on CPU above all; and processes joined.
 
-    Asynchronous dispatch is off: callbacks could deadlock. Operations run in the program's order: the CPU runtime otherwise starts independent ones in an
-    order of each device's own, so that two collectives can wait for each other, which ends the process after 40 seconds.
+    Asynchronous dispatch is off: callbacks could deadlock. The devices of one process run their operations in the program's order: the CPU runtime otherwise
+    starts independent ones in an order of each device's own, so that two collectives can wait for each other, which ends the process after 40 seconds.
+    Between processes that order must not be asked for: their collectives (gloo) then mix up their data (jax 0.10.2).
     """
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_enable_concurrency_optimized_scheduler=false"
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     d = config.distributed
-    if d.processes != 1:
+    if d.processes == 1:
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_enable_concurrency_optimized_scheduler=false"
+    else:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         named = dict(coordinator_address=d.coordinator, num_processes=d.processes, process_id=d.process_id) if d.coordinator else {}
         jax.distributed.initialize(**named, heartbeat_timeout_seconds=d.heartbeat_s, shutdown_timeout_seconds=d.heartbeat_s)

@@ -143,7 +143,8 @@ class Clock:
 
 
 class Compilations:
-    """Counts the programs that this process compiles. After a run's first iteration there should be none but for a rollout longer than any before."""
+    """Counts the programs that this process compiles, or loads from jax's cache. After a run's first iteration there should be none but for a rollout whose
+    rounded length has not been seen before."""
 
     def __init__(self):
         self._durations: list[float] = []

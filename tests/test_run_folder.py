@@ -40,6 +40,7 @@ def test_what_may_not(run, key, value):
 
 
 @pytest.mark.parametrize("key,value,refused", [("rl.advantage", "grpo", True), ("model.num_layers", 3, True), ("policy.optimizer", "sgd", True),
+                                               ("model.qk_norm", True, True),
                                                ("rollout.max_turns", 1, False), ("seed", 1, False), ("model.dtype", "bfloat16", False)])
 def test_what_evaluation_needs(run, key, value, refused):
     folder, config = run

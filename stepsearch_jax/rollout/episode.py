@@ -178,7 +178,7 @@ def _prefill(policy: Policy, settings: RolloutSettings, params, state: EpisodeSt
     count = jnp.where(wanted, count, 0)
     order = jnp.concatenate([jnp.argsort(-count, stable=True), jnp.full((group,), S)])
     number = (count > 0).sum()
-    beyond = state.cache.k.shape[3] + jnp.arange(width)  # distinct positions outside the cache: not written
+    beyond = state.cache.k.shape[3] + jnp.arange(width)  # outside the cache: not written
 
     def step(carry):
         done, offset, cache = carry

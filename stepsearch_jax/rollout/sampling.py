@@ -1,7 +1,7 @@
 """Choosing the next token, reproducibly: the noise of a token depends only on the run's key, the episode and the token's index.
 
 Within `shard_map` every device holds a slice of the vocabulary (`axis` names the mesh axis); what crosses slices is one number per block of tokens, one
-block, and the few likeliest tokens where top_k asks for them. Logits are never gathered.
+block, the few likeliest tokens where top_k asks for them, and a few sums where top_p does. Logits are never gathered.
 """
 from __future__ import annotations
 
@@ -97,7 +97,8 @@ def sample(logits: jax.Array, key: jax.Array, episode_ids: jax.Array, token_inde
     slices, own = (1, 0) if axis is None else (jax.lax.axis_size(axis), jax.lax.axis_index(axis))
     blocks = count_blocks(width * slices)
     if blocks % slices:
-        raise ValueError(f"a vocabulary of {width * slices} has {blocks} blocks for sampling, which {slices} slices (mesh axis {axis}) cannot share")
+        raise ValueError(f"a vocabulary of {width * slices} has {blocks} blocks for sampling, which {slices} slices (mesh axis {axis}) cannot share: choose "
+                         f"config.mesh.{axis} among the divisors of {blocks}")
     size = width * slices // blocks
     keys = jax.vmap(lambda episode, index: jax.random.fold_in(jax.random.fold_in(key, episode), index))(episode_ids, token_index)
     noise = jax.vmap(lambda k: jax.random.gumbel(k, (blocks + size,), jnp.float32))(keys)  # [b, blocks + size]
