@@ -2,8 +2,8 @@
 
     python launch/sweep.py --sweep=configs/sweeps/baselines.py --config=configs/atlas_sweep.py --workdir=runs/sweep --jobs=2
 
-16 runs; with configs/sweeps/ablations.py 22, which took 64 minutes on two busy CPU cores. All methods have the warm start, the episodes and the optimiser
-steps of an iteration in common: GRPO takes 8 questions with 8 episodes each, where the others take the 64 questions of configs/atlas_sweep.py once.
+16 runs; with configs/sweeps/ablations.py 22, which took 64 minutes on two cores that had other work. All methods have the warm start, the episodes and the
+optimiser steps of an iteration in common: GRPO takes 8 questions with 8 episodes each, where the others take the 64 questions of configs/atlas_sweep.py once.
 """
 # Chosen by configs/sweeps/tuning.py, on other questions and another seed; for policy and value model alike.
 LEARNING_RATES = {

@@ -2,7 +2,7 @@
 
     python launch/sweep.py --sweep=configs/sweeps/seeds.py --config=configs/atlas_sweep.py --workdir=runs/sweep --jobs=2
 
-10 runs, about six minutes each on a busy CPU core; 5 runs beside configs/sweeps/baselines.py, which has five of them.
+10 runs, about 30 minutes on two cores that have other work; 5 of them beside configs/sweeps/baselines.py, which has the others.
 """
 from configs.sweeps.baselines import LEARNING_RATES, METHODS, set_learning_rate
 

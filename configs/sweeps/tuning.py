@@ -2,7 +2,7 @@
 
     python launch/sweep.py --sweep=configs/sweeps/tuning.py --config=configs/atlas_sweep.py --workdir=runs/tuning --jobs=2
 
-12 runs, 36 minutes on two busy CPU cores. The rates chosen go into LEARNING_RATES of configs/sweeps/baselines.py.
+12 runs, 36 minutes on two cores that had other work. The rates chosen go into LEARNING_RATES of configs/sweeps/baselines.py.
 Neither the questions that choose nor the seed are those that the comparison reports.
 """
 from configs.sweeps.baselines import METHODS, set_learning_rate
