@@ -81,7 +81,7 @@ def test_groups_are_episodes_of_one_question(system):
     got = evaluate.collect(system, rollout, None, system.splits["validation"], np.array([7, 2, 9, 4]), jnp.uint32(0), 1.0, group_size=2)
     assert rollout.asked[0][1].tolist() == [7, 7, 2, 2, 9, 9, 4, 4] and rollout.asked[0][2].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert [episode.question.uid for episode in got.episodes[::2]] == [f"validation-{n}" for n in (7, 2, 9, 4)]
-    assert got.failed_searches == 0 and got.scores.step_rewards.shape == (8, 4)
+    assert got.searches.failed == 0 and got.scores.step_rewards.shape == (8, 4)
 
 
 def test_transcripts_say_what_happened_and_make_a_report(system, tmp_path):
