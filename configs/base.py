@@ -54,7 +54,7 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
 
     c.prompt = p = ml_collections.ConfigDict()
     p.template = "paper"  # paper | reference | short (templates in prompting/)
-    p.tokenizer = "atlas"  # "atlas", or a folder with tokenizer.json (a gzipped tokenizer.json.gz does as well)
+    p.tokenizer = "atlas"  # "atlas", a folder with tokenizer.json (a gzipped tokenizer.json.gz does as well), or a .gguf file
     p.max_prompt_tokens = 2048  # a longer prompt is refused before work starts [C]
 
     c.search = s = ml_collections.ConfigDict()
@@ -68,7 +68,8 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     c.mesh = g = ml_collections.ConfigDict()
     g.data = -1  # copies of the model; -1 = all devices that the other axes leave
     g.fsdp = 1  # copies that share out parameters and optimiser state
-    g.tensor = 1  # slices of heads, ffn and vocabulary; must divide the kv heads
+    g.tensor = 1  # pieces of heads, ffn and vocabulary; must divide the kv heads, and all pieces of one copy lie within one host
+    g.slices = 1  # TPU slices that the data-centre network joins; must divide data, the only axis that crosses them
     # Logical axes of the parameters -> mesh axes (None: not cut). The learner cuts over fsdp and tensor; the rollout's copy over tensor only,
     # because every sampled token reads every parameter.
     g.train_rules = ml_collections.ConfigDict(
@@ -78,6 +79,10 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
         dict(vocab="tensor", embed=None, heads="tensor", kv_heads="tensor", head_dim=None, ffn="tensor", norm=None, layers=None))
 
     c.model = m = ml_collections.ConfigDict()
+    # Pretrained weights with which the policy begins: a Hugging Face folder of the Qwen2, Qwen3 or Llama family (config.json, *.safetensors) or a .gguf file.
+    # The sizes below must be theirs. "" = random parameters, or those of imitation.checkpoint.
+    m.checkpoint = ""
+    m.vocab_size = 0  # least rows of the embedding; 0 = the tokenizer's tokens or the checkpoint's rows, whichever are more. Rounded up to 64
     m.num_layers = 36  # Qwen2.5-3B
     m.embed_dim = 2048  # model width
     m.num_heads = 16  # query heads
@@ -111,7 +116,7 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     r.flush_share = 0.5  # search, and fill free slots, when this share of a shard's busy slots waits, or nobody can decode
     r.prefill_rows = 16  # waiting slots prefilled at a time
     r.prefill_tokens = 128  # tokens prefilled of each at a time
-    r.attention_block = 128  # cache positions read at a time; only blocks below the live length are read
+    r.attention_block = 256  # cache positions read at a time; only blocks below the live length are read
     r.dtype = "float32"  # dtype of the rollout's copy of the policy; bfloat16 on accelerators
 
     c.reward = w = ml_collections.ConfigDict()

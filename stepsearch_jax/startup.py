@@ -17,11 +17,11 @@ from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
 from stepsearch_jax import checkpoint, sharding
-from stepsearch_jax.models.transformer import Policy, Value, set_previous_token_heads
+from stepsearch_jax.models.transformer import Policy, Value
 from stepsearch_jax.rl import learner
-from stepsearch_jax.rl.advantages import uses_critic
 from stepsearch_jax.rollout.programs import make_rollout
 from stepsearch_jax.search.watchdog import EXIT_CODE
+from stepsearch_jax.settings import make_optimizers
 from stepsearch_jax.system import System
 from stepsearch_jax.types import TrainState
 from stepsearch_jax.warm_start import warm_start
@@ -35,10 +35,10 @@ def run_command(command: Callable) -> None:
     workdir_flag = flags.DEFINE_string("workdir", None, "Folder of the run; one that holds a checkpoint is resumed")
     flags.mark_flags_as_required(["config", "workdir"])
 
-    app.run(lambda _: run_guarded(command, config_flag.value, pathlib.Path(workdir_flag.value)), flags_parser=_parse_flags)
+    app.run(lambda _: run_guarded(command, config_flag.value, pathlib.Path(workdir_flag.value)), flags_parser=parse_flags)
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
+def parse_flags(argv: list[str]) -> list[str]:
     """As absl does, with one line for a config that cannot be read or refuses its argument, for a key that it does not have, and for unknown flags."""
     try:
         rest = flags.FLAGS(argv)
@@ -136,32 +136,21 @@ def bind_answer_gain(system: System):
     return answer_gain
 
 
-def make_optimizers(config):
-    """-> (policy optimiser, value optimiser, which is None with an advantage estimator that reads no values)."""
-    steps = config.rl.minibatches * config.rl.epochs
-    policy, value = (
-        learner.make_optimizer(o.optimizer, o.learning_rate, warmup=o.warmup, iterations=config.iterations, steps_per_iteration=steps, b1=o.b1, b2=o.b2,
-                               weight_decay=o.weight_decay, max_grad_norm=o.max_grad_norm) for o in (config.policy, config.value))
-    return policy, value if uses_critic(config.rl.advantage) else None
-
-
 def begin_run(system: System, workdir: pathlib.Path):
     """-> (state, reference_params, checkpoints, rollout_key): the state of the newest checkpoint in WORKDIR, or of a new run.
 
-    A new run starts from a random, a given or a warm-started policy; the value model, where rl.advantage needs one, is born from its trunk, and the frozen
+    A new run starts from a random, a pretrained or a warm-started policy; the value model, where rl.advantage needs one, is born from its trunk, and the frozen
     reference is a copy of it.
     """
     config, mesh, model, rules = system.config, system.mesh, system.learner_model, dict(system.config.mesh.train_rules)
     policy_key, value_key, rollout_key = jax.random.split(jax.random.key(config.seed), 3)
-    params, specs = learner.init_params(Policy(model), mesh, rules, policy_key)
-    if config.model.previous_token_peak:
-        params = set_previous_token_heads(params, model, config.model.previous_token_peak)
-    reference_params = warm_start(system, params, specs, workdir)
+    like, specs = learner.describe_params(Policy(model), mesh, rules)
+    reference_params = warm_start(system, like, specs, policy_key, workdir)
     policy_optimizer, value_optimizer = make_optimizers(config)
     value = None
     if value_optimizer is not None:
-        value_params, value_specs = learner.init_params(Value(model), mesh, rules, value_key)
-        value = learner.init_model_state(value_optimizer, mesh, learner.value_params_from_policy(value_params, reference_params), value_specs)
+        value_params, value_specs = learner.init_value_params(Value(model), mesh, rules, value_key, reference_params)
+        value = learner.init_model_state(value_optimizer, mesh, value_params, value_specs)
     scalars = dict(iteration=jnp.int32(0), position=jnp.int32(0), kl_coef=jnp.float32(config.rl.kl_coef), skipped=jnp.int32(0))
     state = TrainState(
         policy=learner.init_model_state(policy_optimizer, mesh, jax.tree.map(jnp.copy, reference_params), specs),

@@ -21,8 +21,9 @@ from stepsearch_jax.data.loading import question_rows
 from stepsearch_jax.metrics import MetricsWriter, progress
 from stepsearch_jax.rl import learner
 from stepsearch_jax.run_folder import check_resumable, remember_config
+from stepsearch_jax.settings import learner_settings, make_optimizers
 from stepsearch_jax.sharding import rows_to_mesh
-from stepsearch_jax.startup import begin_run, bind_answer_gain, make_optimizers, make_sampler, run_command
+from stepsearch_jax.startup import begin_run, bind_answer_gain, make_sampler, run_command
 from stepsearch_jax.system import System, build_system
 from stepsearch_jax.types import Trajectory
 
@@ -37,9 +38,7 @@ def train(config, workdir: pathlib.Path, search=None) -> dict:
     system = build_system(config, list(dict.fromkeys((data_split, eval_split, *held_out))), search)
     split, mesh, r, l = system.splits[data_split], system.mesh, config.rollout, config.rl
     prepare_workdir(system, workdir)
-    settings = learner.LearnerSettings(placement=config.reward.placement, outcome_overwrites=config.reward.outcome_overwrites, **{key: l[key] for key in (
-        "advantage", "gamma", "gae_lambda", "over_observations", "whiten_advantages", "clip_low", "clip_high", "aggregation", "value_clip", "entropy_coef",
-        "kl_placement", "kl_estimator", "kl_target", "kl_horizon", "minibatches", "epochs", "micro_rows")})
+    settings = learner_settings(config)
     build_batch = learner.make_build_batch(system.learner_model, settings)
     update = learner.make_update(system.learner_model, settings, *make_optimizers(config))
     sample_episodes, to_rollout_layout = make_sampler(system)

@@ -1,4 +1,4 @@
-"""Where the policy of a run comes from before RL: a checkpoint, imitation of the scripted searcher, or chance.
+"""Where the policy of a run comes from before RL: pretrained weights, an earlier run, or chance; and imitation of the scripted searcher on top.
 
 Imitation runs in phases (`config.imitation.phases`). A policy from scratch first learns to read: single hops, then whole questions. The last phases spoil
 only the searching, so that RL has something to improve. For a real model one phase without any spoiling is a cold start that teaches the format.
@@ -15,10 +15,12 @@ import numpy as np
 from stepsearch_jax import checkpoint
 from stepsearch_jax.data.atlas_grammar import name_groups
 from stepsearch_jax.metrics import MetricsWriter, progress
+from stepsearch_jax.models.stored import load_policy
+from stepsearch_jax.models.transformer import Policy, set_previous_token_heads
 from stepsearch_jax.prompting.templates import render_prompt
 from stepsearch_jax.records import Question
 from stepsearch_jax.rl.imitation import make_imitate, make_imitation_optimizer
-from stepsearch_jax.rl.learner import init_model_state
+from stepsearch_jax.rl.learner import init_model_state, init_params
 from stepsearch_jax.rollout.scripted import KINDS, PERFECT, run_script
 from stepsearch_jax.rollout.text import encode_prompts
 from stepsearch_jax.sharding import rows_to_mesh
@@ -31,13 +33,23 @@ LENGTH_GROUPS = 3  # demonstrations are grouped by length, a step takes all its 
 LENGTH_MULTIPLE = 64  # rounded up to this, so that few programs are compiled
 
 
-def warm_start(system: System, params, specs, workdir: pathlib.Path):
-    """-> the parameters with which RL starts, kept in WORKDIR/start. `params`: fresh ones, in their place on the mesh; `specs`: their PartitionSpecs."""
-    i, start = system.config.imitation, workdir / "start"
+def warm_start(system: System, like, specs, key: jax.Array, workdir: pathlib.Path):
+    """-> the parameters with which RL starts, kept in WORKDIR/start.
+
+    like, specs: what the parameters look like, and their PartitionSpecs (`learner.describe_params`). key: makes random ones, where nothing else is given.
+    """
+    i, start, model = system.config.imitation, workdir / "start", system.learner_model
     if start.is_dir():
-        return checkpoint.load_params(start, params)
+        return checkpoint.load_params(start, like)
     if i.checkpoint:
-        params = checkpoint.load_params(find_checkpoint(i.checkpoint), params)
+        params = checkpoint.load_params(find_checkpoint(i.checkpoint), like)
+    elif system.stored is not None:
+        logger.info("reading %s", system.stored.path)
+        params = load_policy(system.stored, model, like)
+    else:
+        params, _ = init_params(Policy(model), system.mesh, dict(system.config.mesh.train_rules), key)
+        if system.config.model.previous_token_peak:
+            params = set_previous_token_heads(params, model, system.config.model.previous_token_peak)
     if i.phases:
         params = imitate(system, params, specs, workdir)
     checkpoint.save_params(start, params)

@@ -10,7 +10,8 @@ import running
 import tiny_config
 
 from stepsearch_jax.prompting.tokenizers import NEEDED_BYTES
-from stepsearch_jax.system import CHOICES, build_system
+from stepsearch_jax.settings import CHOICES
+from stepsearch_jax.system import build_system
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 PARAGRAPH = {"idx": 0, "title": "Ann", "paragraph_text": "Ann is from Rome."}
@@ -77,6 +78,11 @@ CASES = {
     "missing tokenizer": (lambda f: {"prompt.tokenizer": str(f / "nothing")}, "tokenizer folder .*nothing does not exist"),
     "long prompt": (lambda f: {"prompt.max_prompt_tokens": 12}, r"prompt of question train-\d+ has \d+ tokens, more than config.prompt.max_prompt_tokens=12"),
     "mesh and devices": (lambda f: {"mesh.data": 3}, "mesh data x fsdp x tensor = 3 x 1 x 2 does not use the 8 devices here"),
+    "kv heads": (lambda f: {"mesh.data": 2, "mesh.tensor": 4}, "2 x 1 x 4 would split a kv head.*num_kv_heads=2: set config.mesh to one that works here: "),
+    "slices": (lambda f: {"mesh.slices": 2}, "config.mesh.slices is 2, but the 8 devices here belong to 1 slices"),
+    "no such mesh axis": (lambda f: {"mesh.train_rules.ffn": "model"}, "config.mesh.train_rules.ffn is 'model'; it must be data or fsdp or tensor or None"),
+    "rollout cut otherwise": (lambda f: {"mesh.rollout_rules.embed": "fsdp"}, "config.mesh.rollout_rules.embed is 'fsdp'; it must be None"),
+    "uneven cut": (lambda f: {"mesh.data": 1, "mesh.fsdp": 4, "model.embed_dim": 30}, "mesh.fsdp=4 does not divide the model.s embed axis of 30"),
     "mesh and batch": (lambda f: {"rollout.questions": 10}, r"10 episodes .* cannot be cut into 4 mesh shards"),
     "micro-batch": (lambda f: {"rl.micro_rows": 3}, "rl.micro_rows=3 must be a multiple"),
     "slots and mesh": (lambda f: {"rollout.slots": 6}, r"rollout.slots=6 must be 0 \(all\), or a multiple of the 4 mesh shards"),

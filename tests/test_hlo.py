@@ -13,13 +13,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from stepsearch_jax import sharding
 from stepsearch_jax.models import transformer
+from stepsearch_jax.models.transformer import KVCache
 from stepsearch_jax.rollout.programs import make_rollout
 
-# One layer's K cache, 8 x 2 x 512 x 32, has more elements than any other array of the program: whatever is as large holds a layer's keys or values.
+# One layer's K cache, 16 blocks x 8 x 2 x 32 x 32, has more elements than any other array of the program: whatever is as large holds a layer's keys or values.
 ROWS, CONTEXT = 8, 512
 CONFIG = dataclasses.replace(tiny.CONFIG, head_dim=32, attention_block=32)
 SETTINGS = dataclasses.replace(tiny.SETTINGS, context=CONTEXT)
-CACHE = ("f32", (CONFIG.num_layers, ROWS, CONFIG.num_kv_heads, CONTEXT, CONFIG.head_dim))
+CACHE = ("f32", (CONFIG.num_layers, CONTEXT // CONFIG.attention_block, ROWS, CONFIG.num_kv_heads, CONFIG.head_dim, CONFIG.attention_block))  # keys
 ACTION_MASK = ("pred", (ROWS, CONTEXT))
 LAYER = math.prod(CACHE[1][1:])
 TPU_ENVIRONMENT = dict(TPU_ACCELERATOR_TYPE="v5litepod-4", TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", TPU_WORKER_ID="0")
@@ -124,31 +125,34 @@ def test_decode_loop_copies_no_layer_on_tpus(monkeypatch, data, tensor):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(there, spec))
 
     computations = parse(rollout.lower(*jax.tree.map(describe, arguments)).compile().as_text())
-    cache = ("bf16", (*CACHE[1][:2], CONFIG.num_kv_heads // tensor, *CACHE[1][3:]))
+    cache = ("bf16", (*CACHE[1][:3], CONFIG.num_kv_heads // tensor, *CACHE[1][4:]))
     loop, = find_innermost_loops(computations, cache, ACTION_MASK)
     assert sum(i.opcode == "while" and i.carries(cache) for i in reach(computations, loop)) >= 2
     assert find_copies(computations, loop, LAYER // tensor) == []
 
 
-def attend_whole_layer(q, cache, layer, rows, positions, block):
+def attend_whole_layer(q, cache, layer, rows, positions):
     """Attention that reads all of the layer's cache at once."""
     b, S, N, H = q.shape
-    k, v = (array[layer] if rows is None else array[layer][rows] for array in (cache.k, cache.v))
+    by_position = (cache.k[layer].transpose(1, 2, 0, 4, 3), cache.v[layer].transpose(1, 2, 0, 3, 4))  # [B, G, J, t, H]
+    whole = (array.reshape(cache.rows, -1, cache.positions, H) for array in by_position)
+    k, v = (array if rows is None else array[rows] for array in whole)
     scores = jnp.einsum("bsgnh,bgth->bgnst", q.reshape(b, S, k.shape[1], -1, H), k)
     weights = jax.nn.softmax(jnp.where(jnp.arange(k.shape[2]) <= positions[:, None, None, :, None], scores, -1e30))
     return jnp.einsum("bgnst,bgth->bsgnh", weights, v).reshape(b, S, N, H)
 
 
-def scatter_by_mask(cache, new, *, layer, rows, positions):
+def write_by_mask(cache, k, v, layer, rows, positions):
     """A write that builds the whole cache anew."""
-    L, B, T = cache.shape[0], cache.shape[1], cache.shape[3]
-    here = (jnp.arange(B) == rows[..., None]) & (jnp.arange(T)[:, None, None, None] == positions[..., None])  # [T, b, S, B]
-    written = jnp.einsum("tbsB,bsgh->Bgth", here.astype(cache.dtype), new)
-    mask = (jnp.arange(L) == layer)[:, None, None, None, None] & here.any((1, 2)).T[None, :, None, :, None]
-    return jnp.where(mask, written[None], cache)
+    L, J, B, _, t, _ = cache.v.shape
+    here = (jnp.arange(B) == rows[..., None]) & (jnp.arange(J * t)[:, None, None, None] == positions[..., None])  # [J t, b, S, B]
+    here = here.reshape(J, t, *here.shape[1:])
+    mask = (jnp.arange(L) == layer)[:, None, None, None, None, None] & here.any((2, 3)).transpose(0, 2, 1)[None, :, :, None, :, None]
+    build = lambda array, new: jnp.where(mask, jnp.einsum("jtbsB,bsgh->jBgth", here.astype(array.dtype), new)[None], array)
+    return KVCache(build(cache.k.swapaxes(-1, -2), k).swapaxes(-1, -2), build(cache.v, v))
 
 
-@pytest.mark.parametrize("name,fault", [("attend_cached", attend_whole_layer), ("_scatter", scatter_by_mask)])
+@pytest.mark.parametrize("name,fault", [("attend_cached", attend_whole_layer), ("_write", write_by_mask)])
 def test_detector_sees_copies_in_the_program(monkeypatch, name, fault):
     monkeypatch.setattr(transformer, name, fault)
     computations, loop = compile_rollout()

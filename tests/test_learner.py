@@ -27,11 +27,6 @@ ROWS, LENGTH = 16, 12
 ONE = (1, 1, 1)
 
 
-@functools.cache
-def mesh_of(shape):
-    return sharding.make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
-
-
 def sgd(learning_rate=0.1, max_grad_norm=1.0):
     return learner.make_optimizer("sgd", learning_rate, warmup=0.0, iterations=1, steps_per_iteration=1, b1=0.9, b2=0.999, weight_decay=0.0,
                                   max_grad_norm=max_grad_norm)
@@ -56,29 +51,18 @@ def latest_params(state: TrainState):
 
 
 def make_model_state(model, optimizer, shape):
-    specs, mesh = sharding.partition_specs(tiny.make_boxes(model), RULES), mesh_of(shape)
+    specs, mesh = sharding.partition_specs(tiny.make_boxes(model), RULES), tiny.mesh_of(shape)
     return learner.init_model_state(optimizer, mesh, jax.device_put(tiny.draw_params(model, 1), sharding.shardings(mesh, specs)), specs)
 
 
 def make_state(shape=ONE, critic=True) -> TrainState:
     numbers = dict(iteration=jnp.int32(0), position=jnp.int32(0), kl_coef=jnp.float32(0.1), skipped=jnp.int32(0))
     policy, value = (make_model_state(model, recording_sgd(), shape) if model is POLICY or critic else None for model in (POLICY, VALUE))
-    return TrainState(policy, value, **jax.device_put(numbers, sharding.replicated(mesh_of(shape))))
+    return TrainState(policy, value, **jax.device_put(numbers, sharding.replicated(tiny.mesh_of(shape))))
 
 
-@functools.cache
 def make_batch() -> Batch:
-    """Ragged rows of prompt, actions and observations, one of them without actions; old log-probabilities near the current ones, so that some are clipped."""
-    rng = np.random.default_rng(2)
-    tokens = rng.integers(0, CONFIG.vocab_size, (ROWS, LENGTH)).astype(np.int32)
-    token_mask = np.arange(LENGTH) < rng.integers(6, LENGTH + 1, ROWS)[:, None]
-    action_mask = token_mask & (np.arange(LENGTH) > 1) & (rng.random((ROWS, LENGTH)) < 0.7)
-    action_mask[3] = False
-    noise = lambda scale: rng.normal(0, scale, (ROWS, LENGTH)).astype(np.float32)
-    logprobs, values = jax.jit(lambda p, v: (score_tokens(POLICY, p, tokens)[0], score_values(VALUE, v, tokens)))(
-        tiny.draw_params(POLICY, 1), tiny.draw_params(VALUE, 1))
-    old_logprobs, old_values, advantages, returns = np.asarray(logprobs) + noise(0.3), np.asarray(values) + noise(0.5), noise(1.0), noise(2.0)
-    return Batch(tokens, token_mask, action_mask, action_mask, old_logprobs, np.asarray(logprobs) + noise(0.2), old_values, advantages, returns)
+    return tiny.make_batch(CONFIG, ROWS, LENGTH)
 
 
 def split(batch: Batch, part: int) -> Batch:
@@ -123,7 +107,7 @@ def four_steps(micro_rows=0, critic=True):
 @functools.cache
 def run_four_steps(shape, micro_rows=0, critic=True):
     """-> (state, metrics) as NumPy."""
-    batch = sharding.rows_to_mesh(mesh_of(shape), make_batch())
+    batch = sharding.rows_to_mesh(tiny.mesh_of(shape), make_batch())
     return to_host(four_steps(micro_rows, critic)(make_state(shape, critic), batch, jnp.float32(0.02)))
 
 
@@ -147,11 +131,11 @@ def test_every_mesh_and_micro_batch_makes_the_same_update(shape, micro_rows, cri
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), pytest.param((2, 2, 2), marks=pytest.mark.slow), pytest.param((1, 4, 2), marks=pytest.mark.slow)], ids=str)
 def test_every_mesh_starts_alike(shape):
-    params, _ = learner.init_params(POLICY, mesh_of(ONE), RULES, jax.random.key(5))
-    placed, specs = learner.init_params(POLICY, mesh_of(shape), RULES, jax.random.key(5))
+    params, _ = learner.init_params(POLICY, tiny.mesh_of(ONE), RULES, jax.random.key(5))
+    placed, specs = learner.init_params(POLICY, tiny.mesh_of(shape), RULES, jax.random.key(5))
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), placed, params)
     jax.tree.map(lambda x, place: x.sharding.is_equivalent_to(place, x.ndim) or pytest.fail(str(x.sharding)), placed,
-                 sharding.shardings(mesh_of(shape), specs))
+                 sharding.shardings(tiny.mesh_of(shape), specs))
     assert np.std(np.asarray(params["params"]["trunk"]["layers"]["gate"]["kernel"])) > 0.1
 
 
@@ -275,7 +259,7 @@ def test_only_the_poisoned_minibatch_is_skipped():
     state = make_state()
     for _ in range(2):
         state, _ = one_step()(state, split(batch, 0), jnp.float32(0))
-    got, _ = four_steps()(make_state(), sharding.rows_to_mesh(mesh_of(ONE), batch.replace(advantages=advantages)), jnp.float32(0.02))
+    got, _ = four_steps()(make_state(), sharding.rows_to_mesh(tiny.mesh_of(ONE), batch.replace(advantages=advantages)), jnp.float32(0.02))
     assert int(got.skipped) == 2 and step_counts(got) == {2}
     close_to_leaf_maximum(latest_params(got), latest_params(state), 1e-5)
 
@@ -286,7 +270,7 @@ def test_adaptive_kl(mean_kl, error):
     batch = make_batch()
     tokens = int(batch.action_mask.sum())
     assert 50 < tokens < 200
-    got, _ = four_steps()(make_state(), sharding.rows_to_mesh(mesh_of(ONE), batch), jnp.float32(mean_kl))
+    got, _ = four_steps()(make_state(), sharding.rows_to_mesh(tiny.mesh_of(ONE), batch), jnp.float32(mean_kl))
     np.testing.assert_allclose(got.kl_coef, 0.1 * (1 + error * tokens / 1000), rtol=1e-5)
 
 
@@ -375,9 +359,8 @@ def test_batch_of_a_rollout(change):
 def test_value_model_is_born_from_the_policy():
     """With a head of zeros and the policy's trunk, copied, because updates donate it."""
     policy_params = jax.tree.map(jnp.asarray, tiny.draw_params(POLICY, 1))
-    value_params, _ = learner.init_params(VALUE, mesh_of(ONE), RULES, jax.random.key(2))
-    got = learner.value_params_from_policy(value_params, policy_params)
-    assert jax.tree.structure(got) == jax.tree.structure(value_params)
+    got, _ = learner.init_value_params(VALUE, tiny.mesh_of(ONE), RULES, jax.random.key(2), policy_params)
+    assert jax.tree.structure(got) == jax.tree.structure(tiny.draw_params(VALUE, 2))
     np.testing.assert_array_equal(got["params"]["head"], np.zeros(CONFIG.embed_dim))
     jax.tree.map(np.testing.assert_array_equal, got["params"]["trunk"], policy_params["params"]["trunk"])
     jax.tree.map(lambda x: x.delete(), got)

@@ -144,7 +144,7 @@ def decode_everything(config: ModelConfig, params, tokens: np.ndarray, lengths: 
     extend = jax.jit(lambda chunk, positions, cache, rows: policy.apply(params, chunk, positions, cache, rows, method=Policy.extend))
     unembed = jax.jit(lambda hidden: policy.apply(params, hidden, method=Policy.unembed))
     cache = make_cache(config, B, T)
-    beyond = cache.k.shape[3]
+    beyond = cache.positions
     logits = np.full((B, T, config.vocab_size), np.nan)
     done = [0] * B
 
@@ -193,11 +193,12 @@ def test_cached_equals_whole(block):
 def test_padding_leaves_the_cache_alone():
     policy = Policy(CONFIG)
     cache = make_cache(CONFIG, 3, 10)
-    assert cache.k.shape == (2, 3, 2, 12, 4)  # 10 positions are 3 blocks of 4
+    assert cache.v.shape == (2, 3, 3, 2, 4, 4) and cache.positions == 12  # 10 positions are 3 blocks of 4
     positions = np.array([[0, 1, 13, 14], [12, 13, 14, 15]], np.int32)
     _, cache = policy.apply(make_params(policy), TOKENS[:2, :4], positions, cache, np.array([1, 0]), method=Policy.extend)
-    written = np.asarray(cache.k != 0).any(axis=(0, 2, 4))
-    assert np.argwhere(written).tolist() == [[1, 0], [1, 1]]
+    for array, t in ((cache.k, 5), (cache.v, 4)):
+        written = np.moveaxis(np.asarray(array != 0), t, 5).any(axis=(0, 3, 4)).swapaxes(0, 1).reshape(3, 12)  # [B, J, t]
+        assert np.argwhere(written).tolist() == [[1, 0], [1, 1]]
 
 
 def test_bfloat16_is_close():

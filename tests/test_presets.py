@@ -10,7 +10,8 @@ from configs import base
 from stepsearch_jax import checkpoint, sharding, startup, train
 from stepsearch_jax.models.transformer import Policy
 from stepsearch_jax.rl import learner
-from stepsearch_jax.system import build_system, check_config
+from stepsearch_jax.settings import check_config, make_optimizers
+from stepsearch_jax.system import build_system
 
 # The closed list in which the released code differs from the paper, with the released script's numbers.
 REFERENCE = {
@@ -69,7 +70,7 @@ def test_without_a_critic_there_is_no_value_model(tmp_path, tmp_path_factory):
     states = []
     for change in ({}, {"rl.advantage": "rloo", **GROUPS}):
         config = make_config(tmp_path_factory, **change)
-        optimizers = startup.make_optimizers(config)
+        optimizers = make_optimizers(config)
         state, reference, checkpoints, _ = startup.begin_run(build_system(config, ["train"]), tmp_path / str(len(states)))
         checkpoints.close()
         assert (state.value is None) == (optimizers[1] is None) == bool(change)

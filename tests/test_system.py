@@ -1,5 +1,4 @@
 """The parts that a config becomes: rows of processes, padded batches, the vocabulary's unused ids, the measure of the retrieval, failed searches."""
-import contextlib
 import types
 
 import jax
@@ -7,12 +6,12 @@ import numpy as np
 import pytest
 import running
 import tiny_config
-from jax.experimental import multihost_utils
 
 from stepsearch_jax import sharding
 from stepsearch_jax.records import TurnStatus
 from stepsearch_jax.search.callback import SearchCounts
-from stepsearch_jax.system import WATCHED_QUERIES, System, build_system, check_config, check_searches, process_rows
+from stepsearch_jax.settings import check_config
+from stepsearch_jax.system import WATCHED_QUERIES, System, build_system, check_searches, process_rows
 
 
 @pytest.fixture(scope="module")
@@ -110,22 +109,6 @@ def test_failed_searches_stop_the_run_above_their_limit(limit, failed, stops):
         return
     with pytest.raises(SystemExit, match=rf"the search failed for {failed} of 20 queries \(process 0: TimeoutError: slow\).*max_failure_share={limit}"):
         check_searches(system)
-
-
-@pytest.mark.parametrize("process,expected", [(0, ["body", "wait for data"]), (1, ["wait for data", "body"])])
-def test_the_first_process_goes_first(process, expected, monkeypatch):
-    done = []
-    monkeypatch.setattr(jax, "process_index", lambda: process)
-    monkeypatch.setattr(multihost_utils, "sync_global_devices", lambda name: done.append(f"wait for {name}"))
-    with sharding.first_process_first("data"):
-        done.append("body")
-    assert done == expected
-
-
-def test_a_failing_first_process_does_not_wait(monkeypatch):
-    monkeypatch.setattr(multihost_utils, "sync_global_devices", lambda name: pytest.fail("waited"))
-    with contextlib.suppress(ValueError), sharding.first_process_first("data"):
-        raise ValueError
 
 
 @pytest.mark.parametrize("changes,message", [

@@ -1,14 +1,18 @@
 """The scripted searcher, the demonstrations made of it, the exchange of names in them, and where a run's first policy comes from."""
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 import running
 import tiny_config
 
-from stepsearch_jax import checkpoint, evaluate
+from stepsearch_jax import checkpoint, evaluate, startup
 from stepsearch_jax.data.atlas_grammar import KINDS, name_groups
+from stepsearch_jax.models.huggingface import export_policy
+from stepsearch_jax.models.transformer import Policy
 from stepsearch_jax.records import TurnStatus
+from stepsearch_jax.rl import learner
 from stepsearch_jax.rollout.scripted import PERFECT, run_script
 from stepsearch_jax.rollout.text import to_episodes
 from stepsearch_jax.system import System, build_system
@@ -197,13 +201,14 @@ def test_an_exchanged_name_stays_in_its_split(system):
 
 def test_the_start_is_given_kept_and_read_again(system, tmp_path):
     given = running.make_searching_params(system, seed=1)
-    fresh = running.make_searching_params(system, seed=2)
+    policy, key, rules = Policy(system.learner_model), jax.random.key(2), dict(system.config.mesh.train_rules)
+    like, specs = learner.describe_params(policy, system.mesh, rules)
 
     def start(checkpoint_folder):
         with system.config.unlocked():
             system.config.imitation.checkpoint = str(checkpoint_folder)
         try:
-            return warm_start(system, fresh, None, tmp_path / "run")
+            return warm_start(system, like, specs, key, tmp_path / "run")
         finally:
             system.config.imitation.checkpoint = ""
 
@@ -212,4 +217,33 @@ def test_the_start_is_given_kept_and_read_again(system, tmp_path):
     checkpoint.save_params(tmp_path / "given", given)
     for folder in (tmp_path / "given", "", tmp_path / "nothing"):  # once a run has a start, nothing else is looked at
         np.testing.assert_array_equal(start(folder)["params"]["lm_head"], given["params"]["lm_head"])
-    np.testing.assert_array_equal(warm_start(system, fresh, None, tmp_path / "other")["params"]["lm_head"], fresh["params"]["lm_head"])
+    fresh, _ = learner.init_params(policy, system.mesh, rules, key)
+    jax.tree.map(np.testing.assert_array_equal, warm_start(system, like, specs, key, tmp_path / "other"), fresh)
+
+
+def test_a_run_begins_with_pretrained_weights(config, system, tmp_path):
+    """Written with fewer rows than the tokenizer has tokens: the missing ones are the mean of the others, and the value model has the same trunk."""
+    given, rows = jax.tree.map(np.asarray, running.make_searching_params(system, seed=1)), 320
+    kept = {"params": given["params"] | {"lm_head": given["params"]["lm_head"][:rows],
+                                         "trunk": given["params"]["trunk"] | {"embedding": given["params"]["trunk"]["embedding"][:rows]}}}
+    export_policy(tmp_path / "model", kept, dataclasses.replace(system.learner_model, vocab_size=rows), dtype="float32", shard_bytes=1 << 20, context=384,
+                  end_ids=(0,), pad_id=0, tokenizer_files={})
+    config = config.copy_and_resolve_references()
+    config.model.checkpoint = str(tmp_path / "model")
+    pretrained = build_system(config, ["train", "validation"], lambda queries: np.full((len(queries), 1), -1, np.int32))
+    assert pretrained.learner_model == system.learner_model
+    state, reference, _, _ = startup.begin_run(pretrained, tmp_path / "run")
+    table = given["params"]["trunk"]["embedding"].copy()
+    table[rows:] = table[:rows].mean(0)
+    np.testing.assert_allclose(reference["params"]["trunk"]["embedding"], table, rtol=0, atol=1e-7)
+    for params in (reference, state.policy.params, state.value.params):
+        jax.tree.map(np.testing.assert_array_equal, params["params"]["trunk"]["layers"], given["params"]["trunk"]["layers"])
+
+    for change, error, message in [
+            (dict(num_layers=7), ValueError, "config.model.num_layers is 7, there it is"),
+            (dict(checkpoint="no/such"), FileNotFoundError, "there is no no/such/config.json"),
+            (dict(previous_token_peak=1.0), ValueError, "model.previous_token_peak 0")]:
+        bad = config.copy_and_resolve_references()
+        bad.model.update(change)
+        with pytest.raises(error, match=message):
+            build_system(bad, ["train"])

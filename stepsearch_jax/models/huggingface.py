@@ -1,13 +1,12 @@
 """Checkpoints of the Qwen2, Qwen3 and Llama families as Hugging Face folders (`config.json` and `*.safetensors`): opened, and written for others to load."""
 from __future__ import annotations
 
-import gzip
 import json
 import math
 import os
 import pathlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import flax.traverse_util
 import jax
@@ -25,7 +24,6 @@ ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llam
 SUPPORTED = "supported are qwen2 (Qwen2, Qwen2.5), qwen3 (Qwen3, dense) and llama (Llama, SmolLM2)"
 STORED_TYPES = {"F32", "F16", "BF16"}
 INDEX = "model.safetensors.index.json"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 
 
 def open_checkpoint(path: pathlib.Path) -> StoredModel:
@@ -129,12 +127,12 @@ def _read_tensor(file: pathlib.Path, name: str) -> np.ndarray:
 
 
 def export_policy(folder: pathlib.Path, params, config: ModelConfig, *, dtype: str, shard_bytes: int, context: int, end_ids: Sequence[int], pad_id: int,
-                  tokenizer_folder: pathlib.Path | None) -> None:
+                  tokenizer_files: Mapping[str, bytes]) -> None:
     """Writes a folder that transformers and vLLM load; an earlier one is replaced when the new one is complete. All processes call it, the first one writes.
 
     dtype: of the stored weights, "float32", "bfloat16" or "float16". shard_bytes: a larger model is written in several files with an index; the host holds
-    one of them. context: the longest text that the model is said to read. end_ids: tokens that end a text. tokenizer_folder: its tokenizer files are copied
-    (tokenizer.json.gz is unpacked); None: there are none. Raises ValueError for an architecture that no family has.
+    one of them. context: the longest text that the model is said to read. end_ids: tokens that end a text. tokenizer_files: name -> content of what
+    stands beside the weights (`prompting.tokenizers.list_tokenizer_files`). Raises ValueError for an architecture that no family has.
     """
     first = jax.process_index() == 0
     made, old = (folder.with_name(f".{folder.name}.{kind}.{os.getpid()}") for kind in ("made", "old"))
@@ -156,8 +154,8 @@ def export_policy(folder: pathlib.Path, params, config: ModelConfig, *, dtype: s
                 contents[INDEX] = index
             for file, content in contents.items():
                 (made / file).write_text(json.dumps(content, indent=2) + "\n")
-            if tokenizer_folder is not None:
-                _copy_tokenizer(tokenizer_folder, made)
+            for file, raw in tokenizer_files.items():
+                (made / file).write_bytes(raw)
             if folder.exists():
                 os.rename(folder, old)
             os.rename(made, folder)
@@ -214,11 +212,3 @@ def _fetch(place: Place, leaf, number: int | None, dtype: str) -> np.ndarray:
     array = jnp.asarray(leaf if number is None else leaf[number], dtype)
     array = array if array.is_fully_addressable else multihost_utils.process_allgather(array, tiled=True)
     return place.to_stored(np.asarray(array))
-
-
-def _copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> None:
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-        elif (source / f"{name}.gz").is_file():
-            (target / name).write_bytes(gzip.decompress((source / f"{name}.gz").read_bytes()))

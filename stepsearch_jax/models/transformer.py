@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from functools import partial
 
 import flax.linen as nn
 import flax.struct
@@ -76,17 +75,29 @@ class ModelConfig:
 
 @flax.struct.dataclass
 class KVCache:
-    """Keys and values of all layers, [L, B, G, T, H] each. Written by scatter at per-row positions, read in blocks; always passed and returned."""
+    """Keys and values of all layers, in J blocks of t positions of all rows, so that a block lies in one piece of memory, as its matmul reads it.
 
-    k: jax.Array
-    v: jax.Array
+    Written by scatter at per-row positions, read block by block; always passed and returned.
+    """
+
+    k: jax.Array  # [L, J, B, G, H, t]
+    v: jax.Array  # [L, J, B, G, t, H]
+
+    @property
+    def rows(self) -> int:
+        return self.k.shape[2]
+
+    @property
+    def positions(self) -> int:
+        """Of each row. A token at this position or a later one is not written."""
+        return self.v.shape[1] * self.v.shape[4]
 
 
 def make_cache(config: ModelConfig, rows: int, context: int) -> KVCache:
     """An empty cache for `rows` sequences of up to `context` tokens (rounded up to whole attention blocks)."""
-    positions = -(-context // config.attention_block) * config.attention_block
-    shape = (config.num_layers, rows, config.num_kv_heads, positions, config.head_dim)
-    return KVCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
+    block = config.attention_block
+    shape = (config.num_layers, -(-context // block), rows, config.num_kv_heads)
+    return KVCache(jnp.zeros((*shape, config.head_dim, block), config.dtype), jnp.zeros((*shape, block, config.head_dim), config.dtype))
 
 
 def rotary_frequencies(config: ModelConfig) -> jax.Array:
@@ -163,32 +174,31 @@ def attend_causal(q: jax.Array, k: jax.Array, v: jax.Array, branches: Branches |
     return out.reshape(B, blocks * block, N, H)[:, :S]
 
 
-def attend_cached(q: jax.Array, cache: KVCache, layer: jax.Array, rows: jax.Array | None, positions: jax.Array, block: int) -> jax.Array:
+def attend_cached(q: jax.Array, cache: KVCache, layer: jax.Array, rows: jax.Array | None, positions: jax.Array) -> jax.Array:
     """Attention of new tokens over the cache, reading only blocks below the longest live position (online softmax, Milakov & Gimelshein 2018).
 
     q: [b, S, N, H] already rotated; positions: [b, S], a query sees cache positions <= its own; rows: [b] cache rows, None for all in order.
     -> [b, S, N, H]. Rows whose positions lie beyond the cache (idle) give finite garbage and do not lengthen the loop.
     """
     b, S, N, H = q.shape
-    B, G, T = cache.k.shape[1:4]
+    G, block = cache.v.shape[3:5]
     n = N // G
     q = (q * H**-0.5).reshape(b, S, G, n, H).transpose(0, 2, 3, 1, 4).reshape(b, G, n * S, H)
-    live = jnp.max(jnp.where(positions < T, positions, 0)) + 1
+    live = jnp.max(jnp.where(positions < cache.positions, positions, 0)) + 1
 
-    def read(array: jax.Array, start: jax.Array) -> jax.Array:  # -> [b, G, block, H]
-        part = jax.lax.dynamic_slice(array, (layer, 0, 0, start, 0), (1, B, G, block, H))[0]
+    def read(array: jax.Array, j: jax.Array) -> jax.Array:  # -> [b, G, H, block] or [b, G, block, H]
+        part = jax.lax.dynamic_slice(array, (layer, j, 0, 0, 0, 0), (1, 1, *array.shape[2:]))[0, 0]
         return part if rows is None else part.at[rows].get(mode="clip")
 
     def step(j, carry):
         peak, total, out = carry  # [b, G, n, S], [b, G, n, S], [b, G, n, S, H]
-        start = j * block
-        scores = jnp.einsum("bgmh,bgth->bgmt", q, read(cache.k, start), preferred_element_type=jnp.float32).reshape(b, G, n, S, block)
-        visible = (start + jnp.arange(block))[None, None] <= positions[:, :, None]  # [b, S, block]
+        scores = jnp.einsum("bgmh,bght->bgmt", q, read(cache.k, j), preferred_element_type=jnp.float32).reshape(b, G, n, S, block)
+        visible = (j * block + jnp.arange(block))[None, None] <= positions[:, :, None]  # [b, S, block]
         scores = jnp.where(visible[:, None, None], scores, -1e30)
         new_peak = jnp.maximum(peak, scores.max(-1))
         weights = jnp.exp(scores - new_peak[..., None])
         decay = jnp.exp(peak - new_peak)
-        update = jnp.einsum("bgmt,bgth->bgmh", weights.reshape(b, G, n * S, block).astype(cache.v.dtype), read(cache.v, start),
+        update = jnp.einsum("bgmt,bgth->bgmh", weights.reshape(b, G, n * S, block).astype(cache.v.dtype), read(cache.v, j),
                             preferred_element_type=jnp.float32).reshape(b, G, n, S, H)
         return new_peak, total * decay + weights.sum(-1), out * decay[..., None] + update
 
@@ -281,10 +291,9 @@ class Block(nn.Module):
         if cache is None:
             attended = attend_causal(q, k, v, branches)
         else:
-            index = (jnp.arange(cache.k.shape[1]) if rows is None else rows)[:, None]  # [b, 1]
-            write = partial(_scatter, layer=layer, rows=index, positions=positions)
-            cache = KVCache(write(cache.k, k), write(cache.v, v))
-            attended = attend_cached(q, cache, layer, rows, positions, c.attention_block)
+            index = (jnp.arange(cache.rows) if rows is None else rows)[:, None]  # [b, 1]
+            cache = _write(cache, k, v, layer, index, positions)
+            attended = attend_cached(q, cache, layer, rows, positions)
         x = x + Projection(c, (N, H), (D,), ("heads", "head_dim", "embed"), partial_sum=True, scale=residual, name="o")(attended)
         h = RMSNorm(c, name="ffn_norm")(x)
         gate = Projection(c, (D,), (F,), ("embed", "ffn"), name="gate")(h)  # [b, S, F]
@@ -293,9 +302,13 @@ class Block(nn.Module):
         return (x, cache), None
 
 
-def _scatter(cache: jax.Array, new: jax.Array, *, layer: jax.Array, rows: jax.Array, positions: jax.Array) -> jax.Array:
-    """Writes new [b, S, G, H] into cache [L, B, G, T, H] at (layer, rows [b, 1], :, positions [b, S]); positions beyond the cache are dropped."""
-    return cache.at[layer, rows, :, positions].set(new.astype(cache.dtype), mode="drop", unique_indices=True)
+def _write(cache: KVCache, k: jax.Array, v: jax.Array, layer: jax.Array, rows: jax.Array, positions: jax.Array) -> KVCache:
+    """Writes k, v [b, S, G, H] at layer, rows [b, 1] and positions [b, S]; positions beyond the cache are dropped."""
+    block = cache.v.shape[4]
+    j, t = positions // block, positions % block
+    at_keys, at_values = cache.k.at[layer, j, rows, :, :, t], cache.v.at[layer, j, rows, :, t]
+    write = lambda at, new: at.set(new.astype(cache.k.dtype), mode="drop", unique_indices=True)
+    return KVCache(write(at_keys, k), write(at_values, v))
 
 
 class Trunk(nn.Module):

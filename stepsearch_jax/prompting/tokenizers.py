@@ -13,10 +13,13 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from stepsearch_jax.prompting import templates
+from stepsearch_jax.prompting.gguf_tokenizer import read_gguf_tokenizer
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 # Tokens with which checkpoints of the supported families end a text; a base model uses the first whatever its tokenizer_config names.
 END_TOKENS = (END, "<|im_end|>")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+                   "chat_template.jinja")  # what a folder may hold of a tokenizer
 NEEDED_BYTES = (*range(0x20, 0x7F), 0x0A)  # printable ASCII and newline: what tags, prompts and observations are written with
 
 
@@ -67,9 +70,17 @@ class Tokenizer:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD, control tokens and ids beyond the vocabulary (a model may have more) nothing."""
         return b"".join(self.token_bytes[i] for i in ids if i < self.vocab_size).decode("utf-8", errors="replace")
 
+    def name_token(self, i: int) -> str:
+        """Token i as its vocabulary writes it."""
+        return self._inner.id_to_token(i)
+
+    def to_json(self) -> str:
+        """The whole tokenizer as the content of a tokenizer.json."""
+        return self._inner.to_str()
+
     @functools.cached_property
     def fingerprint(self) -> str:
-        return hashlib.sha256(self._inner.to_str().encode()).hexdigest()
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
 
 
 def _list_token_bytes(inner: tokenizers.Tokenizer, ids: dict[str, int], size: int) -> list[bytes]:
@@ -90,14 +101,16 @@ def load_tokenizer(name_or_folder: str, words: Sequence[str]) -> Tokenizer:
     """The tokenizer of a run.
 
     name_or_folder: "atlas" makes a word-level tokenizer of `words` (the embedded data's vocabulary) and the words of the short template; anything
-    else is a folder with `tokenizer.json` or `tokenizer.json.gz`, and optionally `tokenizer_config.json`, whose end and padding tokens are used;
-    `words` is then unused. Raises FileNotFoundError for a missing folder or file, ValueError for one that cannot be read or used.
+    else is a .gguf file, or a folder with `tokenizer.json` or `tokenizer.json.gz`, and optionally `tokenizer_config.json`, whose end and padding tokens are
+    used; `words` is then unused. Raises FileNotFoundError for a missing folder or file, ValueError for one that cannot be read or used.
     """
     if name_or_folder == "atlas":
         return make_word_tokenizer([*words, *templates.list_short_words()])
     folder = pathlib.Path(name_or_folder)
+    if folder.suffix == ".gguf":
+        return _make_tokenizer(folder, *read_gguf_tokenizer(folder))
     if not folder.is_dir():
-        raise FileNotFoundError(f'tokenizer folder {folder} does not exist; name a folder with tokenizer.json, or "atlas"')
+        raise FileNotFoundError(f'tokenizer folder {folder} does not exist; name a folder with tokenizer.json, a .gguf file, or "atlas"')
     plain, zipped, settings = folder / "tokenizer.json", folder / "tokenizer.json.gz", folder / "tokenizer_config.json"
     if not plain.is_file() and not zipped.is_file():
         raise FileNotFoundError(f"{folder} holds neither tokenizer.json nor tokenizer.json.gz")
@@ -111,11 +124,25 @@ def load_tokenizer(name_or_folder: str, words: Sequence[str]) -> Tokenizer:
         config = json.loads(settings.read_text()) if settings.is_file() else {}
     except ValueError as error:
         raise ValueError(f"{settings} is not valid JSON: {error}") from error
-    end, pad = (_name_token(config.get(key)) for key in ("eos_token", "pad_token"))
+    return _make_tokenizer(path, inner, *(_name_token(config.get(key)) for key in ("eos_token", "pad_token")))
+
+
+def _make_tokenizer(path: pathlib.Path, inner: tokenizers.Tokenizer, end: str | None, pad: str | None) -> Tokenizer:
     try:
         return Tokenizer(inner, [token for token in (end, *END_TOKENS) if token], pad or END)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def list_tokenizer_files(name_or_folder: str, tokenizer: Tokenizer) -> dict[str, bytes]:
+    """Name -> content of the files with which others load what `load_tokenizer` gave for `name_or_folder`: a folder's own, unpacked, or new ones."""
+    folder = pathlib.Path(name_or_folder)
+    if not folder.is_dir():
+        ends = [tokenizer.name_token(i) for i in (tokenizer.eos_ids[0], tokenizer.pad_id)]
+        settings = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=ends[0], pad_token=ends[1], clean_up_tokenization_spaces=False)
+        return {"tokenizer.json": tokenizer.to_json().encode(), "tokenizer_config.json": json.dumps(settings, indent=2).encode()}
+    found = {path.name.removesuffix(".gz"): path for path in sorted(folder.iterdir(), reverse=True)}  # a plain file before its packed copy
+    return {name: gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes() for name, path in found.items() if name in TOKENIZER_FILES}
 
 
 def _name_token(entry: str | dict | None) -> str | None:

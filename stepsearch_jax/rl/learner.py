@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stepsearch_jax import sharding
 from stepsearch_jax.masking import masked_mean, masked_var
@@ -76,19 +76,29 @@ def join_rows(tree):
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
 
 
+def _init(model, key: jax.Array):
+    return model.init(key, jnp.zeros((1, 2), jnp.int32), method=Policy.init_all if isinstance(model, Policy) else None)
+
+
+def describe_params(model, mesh: Mesh, rules: dict):
+    """-> (like, specs): a model's parameters as ShapeDtypeStructs with their places on the mesh, and their PartitionSpecs."""
+    boxed = jax.eval_shape(partial(_init, model), jax.random.key(0))
+    specs = sharding.partition_specs(boxed, rules)
+    place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+    return jax.tree.map(place, nn.unbox(boxed), sharding.shardings(mesh, specs)), specs
+
+
 def init_params(model, mesh: Mesh, rules: dict, key: jax.Array):
     """-> (params, specs): fresh parameters, made in their place on the mesh, and their PartitionSpecs."""
-    method = Policy.init_all if isinstance(model, Policy) else None
-
-    def init(key):
-        return model.init(key, jnp.zeros((1, 2), jnp.int32), method=method)
-
-    specs = sharding.partition_specs(jax.eval_shape(init, key), rules)
-    return jax.jit(lambda key: nn.unbox(init(key)), out_shardings=sharding.shardings(mesh, specs))(key), specs
+    like, specs = describe_params(model, mesh, rules)
+    return jax.jit(lambda key: nn.unbox(_init(model, key)), out_shardings=jax.tree.map(lambda leaf: leaf.sharding, like))(key), specs
 
 
-def init_model_state(optimizer: optax.GradientTransformation, mesh: Mesh, params, specs) -> ModelState:
-    """Optimiser state beside parameters; whatever mirrors a parameter is sharded as it is, the rest is replicated."""
+def describe_model_state(optimizer: optax.GradientTransformation, mesh: Mesh, params, specs) -> ModelState:
+    """Parameters, or what they look like, and what the optimiser state beside them looks like, with its places on the mesh.
+
+    Whatever mirrors a parameter is sharded as it is, the rest is replicated.
+    """
     names = lambda path: tuple(entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey))
     is_spec = lambda x: isinstance(x, PartitionSpec)
     spec_of = {names(path): spec for path, spec in jax.tree_util.tree_leaves_with_path(specs, is_leaf=is_spec)}
@@ -99,13 +109,21 @@ def init_model_state(optimizer: optax.GradientTransformation, mesh: Mesh, params
         mirrored = [keys[n:] for n in range(len(keys)) if shape_of.get(keys[n:]) == leaf.shape]
         return spec_of[mirrored[0]] if mirrored else PartitionSpec()
 
-    opt_specs = jax.tree_util.tree_map_with_path(find_spec, jax.eval_shape(optimizer.init, params))
-    return ModelState(params, jax.jit(optimizer.init, out_shardings=sharding.shardings(mesh, opt_specs))(params))
+    place = lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, find_spec(path, leaf)))
+    return ModelState(params, jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, params)))
 
 
-def value_params_from_policy(value_params, policy_params):
-    """The value model starts from the policy's trunk; its own head (zeros) stays."""
-    return {"params": value_params["params"] | {"trunk": jax.tree.map(jnp.copy, policy_params["params"]["trunk"])}}
+def init_model_state(optimizer: optax.GradientTransformation, mesh: Mesh, params, specs) -> ModelState:
+    """Optimiser state beside parameters, made in its place (`describe_model_state`)."""
+    like = describe_model_state(optimizer, mesh, params, specs).opt_state
+    return ModelState(params, jax.jit(optimizer.init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, like))(params))
+
+
+def init_value_params(model: Value, mesh: Mesh, rules: dict, key: jax.Array, policy_params):
+    """-> (params, specs): the value model at its start, a copy of the policy's trunk under a fresh head. No other trunk is made on the way."""
+    like, specs = describe_params(model, mesh, rules)
+    head = jax.jit(lambda key: nn.unbox(_init(model, key))["params"]["head"], out_shardings=like["params"]["head"].sharding)(key)
+    return {"params": {"head": head, "trunk": jax.tree.map(jnp.copy, policy_params["params"]["trunk"])}}, specs
 
 
 def make_build_batch(model: ModelConfig, settings: LearnerSettings):

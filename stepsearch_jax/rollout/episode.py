@@ -178,7 +178,7 @@ def _prefill(policy: Policy, settings: RolloutSettings, params, state: EpisodeSt
     count = jnp.where(wanted, count, 0)
     order = jnp.concatenate([jnp.argsort(-count, stable=True), jnp.full((group,), S)])
     number = (count > 0).sum()
-    beyond = state.cache.k.shape[3] + jnp.arange(width)  # outside the cache: not written
+    beyond = state.cache.positions + jnp.arange(width)  # outside the cache: not written
 
     def step(carry):
         done, offset, cache = carry
@@ -212,7 +212,7 @@ def decode_until_wait(policy: Policy, settings: RolloutSettings, params, environ
 
     def decode(s: EpisodeState) -> EpisodeState:
         active = s.phase == DECODING
-        position = jnp.where(active, s.length - 1, s.cache.k.shape[3])
+        position = jnp.where(active, s.length - 1, s.cache.positions)
         hidden, cache = policy.apply(params, s.last_token[:, None], position[:, None], s.cache, None, method=Policy.extend)
         logits = policy.apply(params, hidden[:, 0], method=Policy.unembed)
         token, logprob = sample(logits, key, prompts.episode_ids[s.episode], s.length, temperature, top_k=settings.top_k, top_p=settings.top_p,

@@ -47,7 +47,7 @@ def make_rollout(config: ModelConfig, settings: RolloutSettings, mesh: Mesh, par
 
 
 def _state_specs() -> EpisodeState:
-    cache = PartitionSpec(None, ("data", "fsdp"), "tensor")
+    cache = PartitionSpec(None, None, ("data", "fsdp"), "tensor")
     rows = {name: ROWS for name in EpisodeState.__dataclass_fields__}
     return EpisodeState(**(rows | {"cache": KVCache(cache, cache), "record": Record(*[ROWS] * len(Record.__dataclass_fields__))}))
 

@@ -1,0 +1,143 @@
+"""From a config to the static choices of the jitted programs: model sizes, settings, optimisers. Reads no files; what is wrong with a config is found here."""
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+import ml_collections
+from jax.sharding import Mesh
+
+from stepsearch_jax import sharding
+from stepsearch_jax.models.transformer import ModelConfig, RopeScaling
+from stepsearch_jax.rl.advantages import CRITIC_ESTIMATORS, GROUP_ESTIMATORS, uses_critic
+from stepsearch_jax.rl.learner import LearnerSettings, make_optimizer
+from stepsearch_jax.rollout.episode import RolloutSettings
+from stepsearch_jax.run_folder import flatten
+
+VOCABULARY_MULTIPLE = 64  # a model's vocabulary is rounded up to it, so that any sensible tensor axis divides it
+CHOICES = {  # keys whose value is one of a few words, checked before anything else
+    "rollout.search": ("callback", "host"), "rollout.dtype": ("float32", "bfloat16"), "model.dtype": ("float32", "bfloat16"),
+    "model.remat": ("none", "dots", "layers"), "model.rope_scaling.kind": ("none", "linear", "llama3", "yarn"),
+    "reward.answer_gate": ("strict", "ends_with_answer"), "reward.format_failure": ("zero_answer", "minus_one"), "reward.key_match": ("max", "overwrite"),
+    "reward.redundancy_scope": ("earlier_turns", "rendered"), "reward.tfidf_fit": ("corpus", "pair"), "reward.placement": ("step", "merged"),
+    "reward.step_reward": ("gain", "answer_logprob"),
+    "rl.advantage": (*CRITIC_ESTIMATORS, *GROUP_ESTIMATORS), "rl.aggregation": ("token_mean", "sequence_mean"), "rl.kl_placement": ("reward", "loss"),
+    "rl.kl_estimator": ("k1", "k2", "k3", "abs"), "policy.optimizer": ("adamw", "sgd"), "value.optimizer": ("adamw", "sgd"),
+    "imitation.optimizer": ("adamw", "muon"),
+}
+
+MINIMA = {  # the least sensible value of keys that count something; NaN is below all of them
+    0: ("iterations", "model.vocab_size", "rollout.temperature", "rollout.top_k", "rollout.slots", "rl.micro_rows", "rl.kl_coef", "rl.kl_target", "rl.clip_low",
+        "rl.clip_high", "rl.value_clip", "evaluation.every", "evaluation.questions", "data.train_questions", "policy.learning_rate", "value.learning_rate",
+        "policy.warmup", "value.warmup"),
+    1: ("rollout.questions", "rollout.group_size", "rollout.max_turns", "rollout.max_turn_tokens", "rollout.prefill_rows", "rollout.prefill_tokens",
+        "rollout.attention_block", "search.k", "rl.minibatches", "rl.epochs", "rl.length_multiple", "rl.kl_horizon", "checkpoint.every",
+        "checkpoint.imitation_every", "checkpoint.keep", "imitation.log_every", "imitation.held_out", "imitation.demonstrations", "model.num_layers",
+        "model.embed_dim", "model.num_heads", "model.num_kv_heads", "model.head_dim", "model.ffn_dim"),
+}
+
+AXIS_SIZES = {  # logical axes of the parameters -> the sizes of a model that lie along them
+    "vocab": ("vocab_size",), "embed": ("embed_dim",), "heads": ("num_heads",), "kv_heads": ("num_kv_heads",), "head_dim": ("head_dim",),
+    "ffn": ("ffn_dim",), "norm": ("embed_dim", "head_dim"), "layers": ("num_layers",),
+}
+SUMMED = ("vocab", "heads", "kv_heads", "ffn")  # what the rollout's modules take as cut over tensor, the rest as whole
+
+
+def round_vocabulary(size: int) -> int:
+    """Rows of an embedding for a tokenizer of `size` tokens."""
+    return -(-size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+def describe_models(config: ml_collections.ConfigDict, vocab_size: int) -> tuple[ModelConfig, ModelConfig]:
+    """-> the model as the learner computes it, and as the rollout does."""
+    m, r = config.model, config.rollout
+    learner_model = ModelConfig(
+        vocab_size=vocab_size, num_layers=m.num_layers, embed_dim=m.embed_dim, num_heads=m.num_heads, num_kv_heads=m.num_kv_heads, head_dim=m.head_dim,
+        ffn_dim=m.ffn_dim, rope_theta=m.rope_theta, rope_scaling=None if m.rope_scaling.kind == "none" else RopeScaling(**dict(m.rope_scaling)),
+        norm_eps=m.norm_eps, qkv_bias=m.qkv_bias, qk_norm=m.qk_norm, tie_embeddings=m.tie_embeddings, dtype=jnp.dtype(m.dtype), remat=m.remat,
+        attention_block=r.attention_block)
+    return learner_model, dataclasses.replace(learner_model, dtype=jnp.dtype(r.dtype), remat="none")
+
+
+def check_cuts(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh) -> None:
+    """Raises ValueError where the tables mesh.train_rules and mesh.rollout_rules cut something of the model in a way that nothing is made for."""
+    g = config.mesh
+    for table, rules in (("train_rules", dict(g.train_rules)), ("rollout_rules", dict(g.rollout_rules))):
+        for name, axis in rules.items():
+            fixed = "tensor" if name in SUMMED else None
+            known = (fixed,) if table == "rollout_rules" else (*sharding.AXES, None)
+            if axis not in known:
+                raise ValueError(f"config.mesh.{table}.{name} is {axis!r}; it must be {' or '.join(map(str, known))}")
+            for size in (getattr(model, field) for field in (AXIS_SIZES[name] if axis else ())):
+                if size % mesh.shape[axis]:
+                    raise ValueError(f"mesh.{axis}={mesh.shape[axis]} does not divide the model's {name} axis of {size}, which mesh.{table} cuts over it: "
+                                     f"make it a divisor of {size}")
+
+
+def rollout_settings(config: ml_collections.ConfigDict) -> RolloutSettings:
+    """The rollout section, and the lengths that the prompt and search sections allow."""
+    r = config.rollout
+    return RolloutSettings(
+        max_prompt_tokens=config.prompt.max_prompt_tokens, max_observation_tokens=config.search.max_observation_tokens, documents=config.search.k,
+        **{key: r[key] for key in ("max_turns", "max_turn_tokens", "context", "top_k", "top_p", "slots", "flush_share", "prefill_rows", "prefill_tokens")})
+
+
+def learner_settings(config: ml_collections.ConfigDict) -> LearnerSettings:
+    """The rl section, and what the reward section says about places."""
+    return LearnerSettings(placement=config.reward.placement, outcome_overwrites=config.reward.outcome_overwrites, **{key: config.rl[key] for key in (
+        "advantage", "gamma", "gae_lambda", "over_observations", "whiten_advantages", "clip_low", "clip_high", "aggregation", "value_clip", "entropy_coef",
+        "kl_placement", "kl_estimator", "kl_target", "kl_horizon", "minibatches", "epochs", "micro_rows")})
+
+
+def make_optimizers(config):
+    """-> (policy optimiser, value optimiser, which is None with an advantage estimator that reads no values)."""
+    steps = config.rl.minibatches * config.rl.epochs
+    policy, value = (
+        make_optimizer(o.optimizer, o.learning_rate, warmup=o.warmup, iterations=config.iterations, steps_per_iteration=steps, b1=o.b1, b2=o.b2,
+                               weight_decay=o.weight_decay, max_grad_norm=o.max_grad_norm) for o in (config.policy, config.value))
+    return policy, value if uses_critic(config.rl.advantage) else None
+
+
+def check_config(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
+    """Raises ValueError for words that mean nothing, and for numbers that do not fit together: mesh and batch, lengths, minibatches."""
+    r, l, p, s, i, m = config.rollout, config.rl, config.prompt, config.search, config.imitation, config.model
+    values = flatten(config.to_dict())
+    for key, choices in CHOICES.items():
+        if values[key] not in choices:
+            raise ValueError(f"config.{key} is {values[key]!r}; it must be one of {', '.join(choices)}")
+    for least, keys in MINIMA.items():
+        for key in keys:
+            if not values[key] >= least:
+                raise ValueError(f"config.{key} is {values[key]}; it must be at least {least}")
+    if m.num_heads % m.num_kv_heads or m.head_dim % 2:
+        raise ValueError(f"model.num_heads={m.num_heads} must be a multiple of model.num_kv_heads={m.num_kv_heads}, and model.head_dim={m.head_dim} even")
+    if m.checkpoint and (i.checkpoint or m.previous_token_peak):
+        raise ValueError("config.model.checkpoint gives the policy its parameters; imitation.checkpoint must be empty, and model.previous_token_peak 0")
+    for phase in i.phases:
+        if len(phase) != 5 or phase[0] < 1 or phase[1] < 1 or not 0 <= phase[3] <= 1 or not phase[4] >= 0:
+            raise ValueError(f"imitation.phases holds {tuple(phase)}; a phase is (steps, rows, single hops, share spoilt, learning rate)")
+    episodes, shards = r.questions * r.group_size, sharding.row_shards(mesh)
+    if episodes % (shards * l.minibatches):
+        raise ValueError(f"{episodes} episodes an iteration (rollout.questions x rollout.group_size) cannot be cut into {shards} mesh shards "
+                         f"(mesh.data x mesh.fsdp) times {l.minibatches} minibatches: make the product a divisor of the episodes")
+    if r.slots > episodes or r.slots % shards:
+        raise ValueError(f"rollout.slots={r.slots} must be 0 (all), or a multiple of the {shards} mesh shards (mesh.data x mesh.fsdp) up to the {episodes} "
+                         "episodes of an iteration")
+    if l.micro_rows and (episodes // l.minibatches) % l.micro_rows or l.micro_rows % shards:
+        raise ValueError(f"rl.micro_rows={l.micro_rows} must be a multiple of the {shards} mesh shards and divide the {episodes // l.minibatches} rows "
+                         "of a minibatch")
+    if l.advantage in GROUP_ESTIMATORS and r.group_size < 2:
+        raise ValueError(f"rl.advantage={l.advantage} compares the episodes of one question, but rollout.group_size is {r.group_size}: set it to 2 or more "
+                         f"(and lower rollout.questions by as much), or rl.advantage to {' or '.join(CRITIC_ESTIMATORS)}")
+    if l.over_observations and l.advantage != "gae":
+        raise ValueError(f"rl.over_observations=True widens token GAE, but rl.advantage is {l.advantage}: set it to gae, or rl.over_observations to False")
+    for rows in ((*(phase[1] for phase in i.phases), i.held_out) if i.phases else ()):
+        if rows % shards:
+            raise ValueError(f"{rows} rows of imitation (imitation.phases, imitation.held_out) cannot be cut into {shards} mesh shards (mesh.data x mesh.fsdp)")
+    needed = p.max_prompt_tokens + r.max_turn_tokens + s.max_observation_tokens
+    if r.context < needed:
+        raise ValueError(f"rollout.context={r.context} has no room for one prompt, one turn and one observation ({needed} tokens): raise it, or lower "
+                         "prompt.max_prompt_tokens, rollout.max_turn_tokens or search.max_observation_tokens")
+    for name, value in (("rollout.flush_share", r.flush_share), ("rollout.top_p", r.top_p)):
+        if not 0 < value <= 1:
+            raise ValueError(f"{name}={value} must lie in (0, 1]")
