@@ -49,8 +49,9 @@ def test_every_episode_has_the_asked_turns(small):
     # Read but not sampled: of the prompt 4 (a decode step reads the fifth), of each observation 6: the last sampled token and 5 of its own.
     assert counters[:, 0].sum() == 12 and counters[:, 2].sum() == 3 * (4 + 6 + 6) == SMALL.prefilled
     rollout.check_episodes(SMALL, trajectory, counters)
-    flushes = clock.describe(10.0)
-    assert len(flushes["search_s"]) == len(flushes["device_s"]) >= 2 and flushes["rest_s"] < 10
+    spent = clock.describe(10.0)
+    (device,), (search,), (rest,) = spent["device_s"], spent["search_s"], spent["rest_s"]
+    assert len(search) == len(device) >= 2 and sum(device) + sum(search) + rest == pytest.approx(10) and min(device) > 0
 
 
 @pytest.mark.parametrize("field", ["action_mask", "search_end", "length", "counters"])
@@ -75,7 +76,7 @@ def test_slots_and_lock_step_sample_the_same_tokens(monkeypatch):
     lengths = np.array([2, 5, 9])[np.asarray(trajectory.tokens)[:, 5] % 3]
     assert (np.asarray(trajectory.action_mask).sum(1) == lengths).all() and len(set(lengths.tolist())) > 1
     assert figures["sampled_tokens"] == lengths.sum() and figures["peer_decode_steps"] == lengths.reshape(4, 2).max(1).sum()
-    assert lengths.sum() / 2 <= figures["decode_steps"] <= figures["peer_decode_steps"]
+    assert lengths.sum() / 2 <= figures["decode_steps"] <= lengths.sum()
     assert figures["ratio"] == pytest.approx(figures["peer_s"] / figures["ours_s"])
     make = rollout.make_run
 

@@ -16,6 +16,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import math
+import os
+import threading
 import time
 from collections.abc import Sequence
 
@@ -63,6 +66,7 @@ class Case:
 
 
 CONFIGURED = dict(flush_share=0.5, prefill_rows=16, prefill_tokens=128)  # what configs/base.py has
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 SHORT = Case(episodes=16, prompt=128, turns=4, turn_tokens=(64,), observation=192, slots=0, **CONFIGURED)
 CASES = {
     "short": (SHORT,),
@@ -96,8 +100,16 @@ def measure(*, repeats: int, seed: int, case: Sequence[str], peer: str, peer_pyt
 
 
 def start() -> None:
-    """Sets up JAX as the commands do."""
+    """Sets up JAX as the commands do; on CPU with a device a core."""
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={CORES}"
     start_jax(ml_collections.ConfigDict({"distributed": {"processes": 1}}))
+
+
+def make_mesh(rows: int, slots: int) -> jax.sharding.Mesh:
+    """The devices that share out the rows: all that there are, no more than cores on CPU, as far as they divide rows and slots."""
+    devices = min(len(jax.devices()), CORES) if jax.default_backend() == "cpu" else len(jax.devices())
+    shards = math.gcd(devices, rows, slots)
+    return sharding.make_mesh(shards, 1, 1, devices=jax.devices()[:shards])
 
 
 def measure_case(model: ModelConfig, case: Case, repeats: int, seed: int, peer: str, peer_python: str, rates: roofline.RateBook) -> dict:
@@ -115,7 +127,6 @@ def measure_case(model: ModelConfig, case: Case, repeats: int, seed: int, peer: 
         trajectory, counters = rollout(slice(None))
         check_episodes(case, trajectory, counters)
         times = alternate({"ours": lambda: time_call(rollout, slice(None))[0]} | sides, repeats)
-        clock.flushes.clear()
         spent, _ = time_call(rollout, slice(None))
     floor = find_floor(model, case, rates)
     ours = times["ours"]["median_s"]
@@ -123,10 +134,10 @@ def measure_case(model: ModelConfig, case: Case, repeats: int, seed: int, peer: 
     if sides:
         theirs = times["peer"]["median_s"]
         figures |= {"peer_s": theirs, "ratio": theirs / ours, "peer": times["peer"] | other.versions, "largest_logit_difference": difference}
-    steps, flushes, prefilled = np.asarray(counters).sum(0).tolist()
+    (steps, flushes, _), prefilled = np.asarray(counters).max(0).tolist(), int(np.asarray(counters)[:, 2].sum())  # of the busiest device; of all
     return figures | {
         "sampled_tokens": int(np.asarray(trajectory.action_mask).sum()), "prefilled_tokens": prefilled, "decode_steps": steps, "flushes": flushes,
-        "one_run": clock.describe(spent), "size": dataclasses.asdict(case)}
+        "one_run": clock.describe(spent), "devices": len(counters), "size": dataclasses.asdict(case)}
 
 
 def join_turns(parts: Sequence[dict]) -> dict:
@@ -145,15 +156,15 @@ def measure_slots(model: ModelConfig, case: Case, repeats: int, seed: int) -> di
     in_lock_step = lambda: [one_group(group) for group in groups]
     trajectory, counters = in_slots(slice(None))
     check_episodes(case, trajectory, counters)
-    other = np.concatenate([np.asarray(found.tokens) for found, _ in in_lock_step()])
-    if not np.array_equal(np.asarray(trajectory.tokens), other):
+    other, other_counters = zip(*((np.asarray(found.tokens), np.asarray(counted)) for found, counted in in_lock_step()))
+    if not np.array_equal(np.asarray(trajectory.tokens), np.concatenate(other)):
         raise ValueError("episodes in slots and in groups have different tokens: one side is wrong")
     times = alternate({"ours": lambda: time_call(in_slots, slice(None))[0], "peer": lambda: time_call(in_lock_step)[0]}, repeats)
     ours, theirs = times["ours"]["median_s"], times["peer"]["median_s"]
-    lengths = np.asarray(trajectory.action_mask).sum(1)
-    waited = sum(int(lengths[group].max()) for group in groups)
-    return {"ours_s": ours, "peer_s": theirs, "ratio": theirs / ours, "ours": times["ours"], "peer": times["peer"], "sampled_tokens": int(lengths.sum()),
-            "decode_steps": int(np.asarray(counters)[:, 0].sum()), "peer_decode_steps": waited, "size": dataclasses.asdict(case)}
+    steps, other_steps = (sum(int(part[:, 0].max()) for part in counted) for counted in ([np.asarray(counters)], other_counters))  # of the busiest device
+    return {"ours_s": ours, "peer_s": theirs, "ratio": theirs / ours, "ours": times["ours"], "peer": times["peer"],
+            "sampled_tokens": int(np.asarray(trajectory.action_mask).sum()), "decode_steps": steps, "peer_decode_steps": other_steps,
+            "devices": len(counters), "size": dataclasses.asdict(case)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,12 +184,12 @@ class Inputs:
 
 
 def make_run(model: ModelConfig, case: Case, inputs: Inputs, rows: int):
-    """-> (run(slice of `rows` episodes[, other parameters]) -> (Trajectory, counters), the clock at its searches), on the first device."""
+    """-> (run(slice of `rows` episodes[, other parameters]) -> (Trajectory, counters), the clock at its searches). Rows are spread over the devices."""
     settings = RolloutSettings(
         max_turns=case.turns - 1, max_turn_tokens=max(case.turn_tokens), context=case.context, max_prompt_tokens=case.prompt,
         max_observation_tokens=case.observation, documents=1, top_k=0, top_p=1.0, slots=case.slots, flush_share=case.flush_share,
         prefill_rows=case.prefill_rows, prefill_tokens=case.prefill_tokens)
-    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    mesh = make_mesh(rows, case.slots)
     specs = jax.tree.map(lambda _: jax.sharding.PartitionSpec(), inputs.params)
     clock = Clock(inputs.observation)
     rollout = make_rollout(model, settings, mesh, specs, clock, "callback")
@@ -199,28 +210,31 @@ def make_run(model: ModelConfig, case: Case, inputs: Inputs, rows: int):
 
 
 class Clock:
-    """The search callback: every search finds the same observation. It notes when it is called and when it has answered."""
+    """The search callback: every search finds the same observation. It notes when it is called and when it has answered, each device in its own thread."""
 
     def __init__(self, observation: np.ndarray):
         self._observation = observation
-        self._ready = 0.0
-        self.flushes: list[tuple[float, float]] = []  # seconds of device work before the search, seconds of the search
+        self.start()
 
     def start(self) -> None:
-        self._ready = time.perf_counter()
+        """Forgets the last run."""
+        self._begun, self._ready = time.perf_counter(), {}
+        self._flushes: dict[int, list[tuple[float, float]]] = {}  # by thread: seconds of device work before the search, seconds of the search
 
     def __call__(self, query_tokens, query_length, wanted):
         called = time.perf_counter()
         tokens = np.where(wanted[:, None], self._observation, 0).astype(np.int32)
         found = tokens, np.where(wanted, len(self._observation), 0).astype(np.int32), np.zeros((len(wanted), 1), np.int32), wanted
-        before, self._ready = self._ready, time.perf_counter()
-        self.flushes.append((called - before, self._ready - called))
+        thread, answered = threading.get_ident(), time.perf_counter()
+        self._flushes.setdefault(thread, []).append((called - self._ready.get(thread, self._begun), answered - called))
+        self._ready[thread] = answered
         return found
 
     def describe(self, seconds: float) -> dict:
-        """Of the run that has just taken `seconds`: device time before each flush and after the last, and the time in which the device waited for the host."""
-        device, host = ([flush[i] for flush in self.flushes] for i in (0, 1))
-        return {"device_s": device, "search_s": host, "rest_s": seconds - sum(device) - sum(host)}
+        """Of the run that has just taken `seconds`, for each device: its time before each flush and after the last, and how long it waited for the host."""
+        shards = [[list(column) for column in zip(*flushes)] for flushes in self._flushes.values()]
+        return {"device_s": [device for device, _ in shards], "search_s": [host for _, host in shards],
+                "rest_s": [seconds - sum(device) - sum(host) for device, host in shards]}
 
 
 def make_environment(vocab_size: int, turn_tokens: Sequence[int]) -> Environment:

@@ -10,7 +10,7 @@ With N matmul parameters of the layers, V D of the output table, L layers, N_q q
                     FLOPs = 3 (2 n (N + V D) + 4 n L N_q H (T + 1) / 2), without V D for a value model
 
 The matmul rate is that of the model's own matmuls at the step's own number of rows, one after another, with each layer's own weights; the bandwidth is that
-of copying as many bytes as a decode step reads, read and written bytes both counted. Norms, rotations, softmax, sampling, embedding and the host are free.
+of going over as many bytes as a decode step reads, read and written bytes both counted. Norms, rotations, softmax, sampling, embedding and the host are free.
 """
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from stepsearch_jax.models.transformer import ModelConfig
 
 MEASURE_SECONDS = 0.3  # how long each rate is measured
+COPIES = 32  # in one program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,10 +75,10 @@ def update_flops(c: ModelConfig, rows: int, length: int, *, unembeds: bool) -> f
 
 
 def measure_copy(nbytes: float) -> float:
-    """-> bytes per second, read and written, of copying an array of `nbytes` on the device."""
+    """-> bytes per second, read and written, of going over an array of `nbytes` on the device, within one program: fresh memory would cost page faults."""
     source = jnp.arange(max(1, int(nbytes) // 4), dtype=jnp.float32)
-    copy = jax.jit(lambda x: x + 1.0)
-    return 2 * source.nbytes / _best_seconds(copy, source)
+    copy = jax.jit(lambda x: jax.lax.fori_loop(0, COPIES, lambda _, x: x + 1.0, x))
+    return 2 * COPIES * source.nbytes / _best_seconds(copy, source)
 
 
 def measure_matmuls(c: ModelConfig, rows: int, *, unembeds: bool) -> float:

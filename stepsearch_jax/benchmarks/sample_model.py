@@ -11,7 +11,7 @@ import numpy as np
 from stepsearch_jax.models.transformer import ModelConfig, Policy
 
 MODEL = ModelConfig(vocab_size=8192, num_layers=4, embed_dim=256, num_heads=4, num_kv_heads=2, head_dim=64, ffn_dim=1024, rope_theta=1e6,
-                    rope_scaling=None, norm_eps=1e-6, qkv_bias=True, qk_norm=False, tie_embeddings=False, dtype=jnp.float32, remat="none", attention_block=128)
+                    rope_scaling=None, norm_eps=1e-6, qkv_bias=True, qk_norm=False, tie_embeddings=False, dtype=jnp.float32, remat="none", attention_block=256)
 LOGIT_TOLERANCE = 1e-3  # largest difference between our logits and a peer's, which spread by about 1
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from stepsearch_jax import sharding
 from stepsearch_jax.benchmarks import roofline, sample_model
 from stepsearch_jax.benchmarks.peers.process import Peer
-from stepsearch_jax.benchmarks.rollout import CONFIGURED, Case, Inputs, find_logits, make_run, start
+from stepsearch_jax.benchmarks.rollout import CONFIGURED, Case, Inputs, find_logits, make_mesh, make_run, start
 from stepsearch_jax.benchmarks.timing import alternate, time_call
 from stepsearch_jax.models.transformer import ModelConfig, Policy, Value
 from stepsearch_jax.rl import learner
@@ -89,13 +89,15 @@ def make_steps(model: ModelConfig, case: Case, inputs: Inputs, seed: int):
     """-> (a run of the whole step, a run of both updates on a batch that is ready), each going on from the parameters that the one before left."""
     value_params = sample_model.draw_params(Value(model), seed + 1)
     optimizers = make_optimizers()
-    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    mesh = make_mesh(case.episodes, case.slots)
     params, value_params, reference = jax.device_put((inputs.params, value_params, jax.tree.map(np.copy, inputs.params)), sharding.replicated(mesh))
     models = [ModelState(tree, jax.jit(optimizer.init)(tree)) for tree, optimizer in zip((params, value_params), optimizers)]
-    state = TrainState(*models, iteration=jnp.int32(0), position=jnp.int32(0), kl_coef=jnp.float32(RULES["kl_coef"]), skipped=jnp.int32(0))
+    scalars = dict(iteration=jnp.int32(0), position=jnp.int32(0), kl_coef=jnp.float32(RULES["kl_coef"]), skipped=jnp.int32(0))
+    state = TrainState(*models, **jax.device_put(scalars, sharding.replicated(mesh)))
     collect, _ = make_run(model, case, inputs, case.episodes)
     build_batch, update = learner.make_build_batch(model, SETTINGS), learner.make_update(model, SETTINGS, *optimizers)
-    step_rewards, outcome_rewards = jnp.zeros((case.episodes, case.turns)), jnp.linspace(0.0, 1.0, case.episodes)
+    step_rewards, outcome_rewards = sharding.rows_to_mesh(mesh, (np.zeros((case.episodes, case.turns), np.float32),
+                                                                 np.linspace(0.0, 1.0, case.episodes, dtype=np.float32)))
     held = {"state": state}  # the state is donated from one update to the next
 
     def build():
