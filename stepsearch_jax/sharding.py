@@ -1,38 +1,95 @@
 """Where arrays live: the device mesh, the table of logical axes, and the way of rows between processes and the mesh.
 
-The mesh has axes `data` (copies of the model), `fsdp` (copies that share out parameters and optimiser state) and `tensor` (slices of heads, ffn and
-vocabulary). Rows of a batch are spread over data and fsdp together.
+The mesh has axes `data` (copies of the model), `fsdp` (copies that share out parameters and optimiser state) and `tensor` (pieces of heads, ffn and
+vocabulary). Rows of a batch are spread over data and fsdp together. A tensor group lies within one host, so that every row belongs to one process; of several
+TPU slices each holds whole copies of the model.
 """
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import itertools
+import math
+import operator
 
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.experimental import mesh_utils, multihost_utils
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = PartitionSpec(("data", "fsdp"))
+TOLD = 6  # shapes that a refusal names
 
 
-def make_mesh(data: int, fsdp: int, tensor: int, devices=None) -> Mesh:
+def make_mesh(data: int, fsdp: int, tensor: int, slices: int = 1, kv_heads: int = 0, devices=None) -> Mesh:
     """A mesh with axes data, fsdp, tensor; one of the sizes may be -1: whatever is left of the devices.
 
-    Raises ValueError when the sizes do not multiply to the number of devices.
+    slices: TPU slices, which the data-centre network joins; of the axes only data crosses it. kv_heads: of the model that is to be cut; 0 = of none.
+    devices: None = all that there are; also those of a topology, to compile for.
+    Raises ValueError, with shapes that would do, when the sizes do not multiply to the number of devices, or tensor would split a kv head or let its groups
+    span hosts: they exchange activations in every layer, and one of them searches for all.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [data, fsdp, tensor]
-    if sizes.count(-1) == 1:
-        known = -int(np.prod(sizes))
-        sizes[sizes.index(-1)] = max(1, len(devices) // known)
-    if int(np.prod(sizes)) != len(devices):
-        raise ValueError(f"mesh data x fsdp x tensor = {data} x {fsdp} x {tensor} does not use the {len(devices)} devices here: set config.mesh so that it "
-                         "does")
-    grid = mesh_utils.create_device_mesh(sizes, devices=devices, allow_split_physical_axes=True)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+    found = len({_slice_of(device) for device in devices})
+    if found != slices:
+        raise ValueError(f"config.mesh.slices is {slices}, but the {len(devices)} devices here belong to {found} slices: set it to {found}")
+    asked = sizes = (data, fsdp, tensor)
+    if asked.count(-1) == 1:
+        left = len(devices) // max(1, -math.prod(asked))
+        sizes = tuple(left if size == -1 else size for size in asked)
+    if fault := _find_fault(sizes, slices, kv_heads, devices):
+        fitting = [shape for shape in _factor(len(devices), len(AXES)) if not _find_fault(shape, slices, kv_heads, devices)]
+        fitting.sort(key=lambda shape: -sum(map(operator.eq, shape, asked)))  # the most like what was asked first
+        told = ", ".join(_name(shape) for shape in fitting[:TOLD]) + f" and {len(fitting) - TOLD} more" * (len(fitting) > TOLD)
+        raise ValueError(f"mesh data x fsdp x tensor = {_name(asked)} {fault}: set config.mesh to one that works here: {told}")
+    return Mesh(_lay_out(sizes, slices, devices), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _find_fault(sizes: tuple[int, ...], slices: int, kv_heads: int, devices) -> str:
+    """What speaks against a mesh of these sizes, "" if nothing does."""
+    data, _, tensor = sizes
+    if min(sizes) < 1 or math.prod(sizes) != len(devices):
+        return f"does not use the {len(devices)} devices here"
+    if data % slices:
+        return f"does not cut data among the {slices} slices of config.mesh.slices"
+    if kv_heads % tensor:
+        return f"would split a kv head, as tensor does not divide model.num_kv_heads={kv_heads}"
+    if any(len(chips) % tensor for chips in _hosts(devices)):
+        return "would let a tensor group span hosts"
+    return ""
+
+
+def _lay_out(sizes: tuple[int, ...], slices: int, devices) -> np.ndarray:
+    """The devices as an array [data, fsdp, tensor]: neighbours along fsdp and tensor are near each other, and slices lie one after the other along data."""
+    data, fsdp, tensor = sizes
+    if tensor > 1:  # host by host, because the library would take a line of chips through several hosts where a tensor group could be one host's block
+        blocks = [mesh_utils.create_device_mesh((len(chips) // tensor, tensor), chips, allow_split_physical_axes=True) for chips in _hosts(devices)]
+        return np.concatenate(blocks).reshape(sizes)
+    if slices > 1:
+        return mesh_utils.create_hybrid_device_mesh((data // slices, fsdp, 1), (slices, 1, 1), devices, allow_split_physical_axes=True)
+    return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+
+
+def _hosts(devices) -> list[list]:
+    """The devices of each host, slice by slice."""
+    place = lambda device: (_slice_of(device), device.process_index)
+    return [list(chips) for _, chips in itertools.groupby(sorted(devices, key=place), place)]
+
+
+def _slice_of(device) -> int:
+    """TPU slice of a device; whatever is not a TPU counts as one slice."""
+    return getattr(device, "slice_index", 0) if device.platform == "tpu" else 0
+
+
+def _factor(number: int, parts: int) -> list[tuple[int, ...]]:
+    """All ordered products of `parts` positive numbers that make `number`."""
+    if parts == 1:
+        return [(number,)]
+    return [(first, *rest) for first in range(number, 0, -1) if number % first == 0 for rest in _factor(number // first, parts - 1)]
+
+
+def _name(sizes: tuple[int, ...]) -> str:
+    return " x ".join(map(str, sizes))
 
 
 def row_shards(mesh: Mesh) -> int:
@@ -71,13 +128,3 @@ def rows_from_mesh(tree):
         return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
 
     return jax.tree.map(fetch, tree)
-
-
-@contextlib.contextmanager
-def first_process_first(what: str) -> Iterator[None]:
-    """The other processes run the body after the first one, and find the files that it wrote. `what` names the body, the same on all."""
-    if jax.process_index() != 0:
-        multihost_utils.sync_global_devices(what)
-    yield
-    if jax.process_index() == 0:
-        multihost_utils.sync_global_devices(what)
