@@ -2,12 +2,13 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 MANIFEST = "manifest.json"
 
@@ -59,3 +60,18 @@ def prepare_folder(folder: pathlib.Path, manifest: dict, write: Callable[[pathli
                 shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(made, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def one_at_a_time(folder: pathlib.Path) -> Iterator[None]:
+    """Of the processes that share `folder`, one at a time runs the body: the first makes what is not there yet, the others find it.
+
+    Hosts with disks of their own do not wait for each other, and a process that ends gives way. Where the file system knows no locks nobody waits: the work
+    may be done several times, with the same result.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context((folder / ".lock").open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
