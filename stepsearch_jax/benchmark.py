@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
-from stepsearch_jax.benchmarks import reward, rollout, update
+from stepsearch_jax.benchmarks import figure, reward, rollout, update
 from stepsearch_jax.metrics import write_json
 
 
@@ -39,14 +39,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one benchmark or all, prints the tables and, with --json, writes the figures. What a user can mend ends it with one line (SystemExit)."""
     options = _parse(arguments)
     try:
-        if options.json and (options.json.is_dir() or not options.json.parent.is_dir()):
-            raise FileNotFoundError(f"--json={options.json}: name a file in a folder that is there")
+        for name in ("json", "figure"):
+            path = getattr(options, name, None)
+            if path and (path.is_dir() or not path.parent.is_dir()):
+                raise FileNotFoundError(f"--{name}={path}: name a file in a folder that is there")
+        figure_path = getattr(options, "figure", None)
+        if figure_path and "turns" not in options.case:
+            raise ValueError("--figure draws the case turns: add it to --case")
         if options.subject == "all":
             figures = {name: _run(subject, options) for name, subject in SUBJECTS.items()}
         else:
             figures = _run(SUBJECTS[options.subject], options)
         if options.json:
             write_json(options.json, figures)
+        if figure_path:
+            figure.write_figure(figure.draw_turns(figures.get("rollout", figures)), figure_path)
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"stepsearch_jax: {error}") from error
 
@@ -77,6 +84,7 @@ def _add_subject(subjects, name: str, text: str, repeats: str, flags: Sequence[s
     options.add_argument("--seed", type=_count(0), metavar="S", default=0, help="made-up inputs follow from it (default: %(default)s)")
     if "case" in flags:
         options.add_argument("--case", nargs="+", choices=tuple(rollout.CASES), default=["short"], help="rollouts to time (default: short)")
+        options.add_argument("--figure", type=pathlib.Path, metavar="FILE", help="draw seconds and prefilled tokens against turns (needs the case turns)")
     if "peer" in flags:
         options.add_argument("--peer", choices=("none", *peers), default="none", help="what to compare with (default: none); see requirements-bench.txt")
         options.add_argument("--peer-python", metavar="PATH", default=sys.executable, help="interpreter that has the peer installed (default: this one)")

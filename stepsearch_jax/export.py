@@ -20,24 +20,27 @@ from stepsearch_jax.system import build_system
 
 logger = logging.getLogger("stepsearch_jax")
 
-FOLDER = flags.DEFINE_string("folder", None, "Folder to write; an earlier one is replaced", required=True)
-DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16", "float16"], "Type of the written weights")
-SHARD_GIB = flags.DEFINE_float("shard_gib", 4.0, "A larger model is written in several files of at most this size", lower_bound=0.001)
 
-
-def export(config, workdir: pathlib.Path) -> None:
-    """The command. Raises FileNotFoundError where DIR holds no run."""
+def export(config, workdir: pathlib.Path, folder: pathlib.Path, dtype: str, shard_gib: float) -> None:
+    """Writes WORKDIR's newest policy to `folder`, in files of at most shard_gib GiB. Raises FileNotFoundError where WORKDIR holds no run."""
     if not (workdir / "start").is_dir():
         raise FileNotFoundError(f"{workdir} holds no run (no start/): train one with python -m stepsearch_jax.train --config=… --workdir={workdir}")
     check_readable(workdir, config)
     system = build_system(config, [])
     state, _, _, _ = begin_run(system, workdir)
     tokenizer = system.tokenizer
-    export_policy(pathlib.Path(FOLDER.value), state.policy.params, system.learner_model, dtype=DTYPE.value, shard_bytes=int(SHARD_GIB.value * 2**30),
-                  context=config.rollout.context, end_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id,
-                  tokenizer_files=list_tokenizer_files(config.prompt.tokenizer, tokenizer))
-    logger.info("wrote the policy after %d iterations to %s", int(state.iteration), FOLDER.value)
+    export_policy(folder, state.policy.params, system.learner_model, dtype=dtype, shard_bytes=int(shard_gib * 2**30), context=config.rollout.context,
+                  end_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id, tokenizer_files=list_tokenizer_files(config.prompt.tokenizer, tokenizer))
+    logger.info("wrote the policy after %d iterations to %s", int(state.iteration), folder)
+
+
+def main() -> None:
+    """The command."""
+    folder = flags.DEFINE_string("folder", None, "Folder to write; an earlier one is replaced", required=True)
+    dtype = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16", "float16"], "Type of the written weights")
+    shard_gib = flags.DEFINE_float("shard_gib", 4.0, "A larger model is written in several files of at most so many GiB", lower_bound=0.001)
+    run_command(lambda config, workdir: export(config, workdir, pathlib.Path(folder.value), dtype.value, shard_gib.value))
 
 
 if __name__ == "__main__":
-    run_command(export)
+    main()

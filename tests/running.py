@@ -14,13 +14,13 @@ import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
 import tiny_config
+from conftest import COMPILE_FAST
 
 from stepsearch_jax import checkpoint
 from stepsearch_jax.models.transformer import Policy
 from stepsearch_jax.system import System, build_system
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
-COMPILE_FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 def shared_cache(tmp_path_factory) -> pathlib.Path:
@@ -92,8 +92,14 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
+def read_tree(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """Every leaf of a saved tree by its path, whatever devices it was saved from."""
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        saved = checkpointer.metadata(folder.resolve()).item_metadata.tree
+        tree = checkpointer.restore(folder.resolve(), restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved))
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
 def final_state(workdir: pathlib.Path, iteration: int) -> dict[str, np.ndarray]:
     """Every leaf of a run's checkpoint by its path."""
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        tree = checkpointer.restore((workdir / "checkpoints" / str(iteration) / "default").resolve())
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return read_tree(workdir / "checkpoints" / str(iteration) / "default")

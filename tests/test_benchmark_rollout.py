@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from stepsearch_jax.benchmarks import rollout, sample_model
+from stepsearch_jax.benchmarks import figure, rollout, sample_model
 from stepsearch_jax.benchmarks.peers.process import Peer
 from stepsearch_jax.records import TurnStatus
 
@@ -136,6 +136,23 @@ def test_twice_the_turns_are_set_beside_each_other():
     joined = rollout.join_turns(parts)
     assert joined["doubling"] == [2.0, 1.5] and joined["peer_doubling"] == [3.0, 4.0] and joined["ratio"] == 8 and joined["parts"] == parts
     assert rollout.join_turns([part | {"peer_s": None} for part in parts])["peer_doubling"] == []
+
+
+@pytest.mark.parametrize("theirs", [7.0, None])
+def test_the_figure_of_turns(theirs, tmp_path):
+    """Two episodes, prompt 5, turns of 4 with observations of 6: read again, that is 5, then 15, then 25 tokens each."""
+    size = dataclasses.asdict(dataclasses.replace(SMALL, episodes=2, turns=3))
+    assert figure.count_read_again(size) == 2 * (5 + 15 + 25)
+    parts = [{"ours_s": 1.0 + turns, "peer_s": theirs, "prefilled_tokens": 10 * turns, "size": size | {"turns": turns}} for turns in (1, 2)]
+    drawn = figure.draw_turns({"peer": "transformers", "cases": {"turns": {"parts": parts}}})
+    lines = [[(line.get_label(), list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines] for axes in drawn.axes]
+    expected = [[("this package", [1, 2], [2.0, 3.0])], [("this package", [1, 2], [0.01, 0.02])]]
+    if theirs:
+        expected[0].append(("transformers", [1, 2], [7.0, 7.0]))
+        expected[1].append(("transformers", [1, 2], [0.01, 0.04]))
+    assert lines == expected
+    figure.write_figure(drawn, tmp_path / "turns.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["turns.png"] and (tmp_path / "turns.png").read_bytes()[1:4] == b"PNG"
 
 
 def write_interpreter(path, program: str):

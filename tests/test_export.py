@@ -1,0 +1,34 @@
+"""A run's policy as a folder that others load: the parameters of its newest checkpoint, and a tokenizer that cuts texts as ours does."""
+import jax
+import numpy as np
+import pytest
+import running
+import tiny_config
+from transformers import PreTrainedTokenizerFast
+
+from stepsearch_jax import export, startup
+from stepsearch_jax.models.huggingface import open_checkpoint
+from stepsearch_jax.models.stored import load_policy
+from stepsearch_jax.run_folder import remember_config
+from stepsearch_jax.system import build_system
+
+
+def test_a_run_is_exported(tmp_path, tmp_path_factory):
+    config = running.here(tiny_config.get_config(str(running.shared_cache(tmp_path_factory))))
+    with pytest.raises(FileNotFoundError, match="holds no run"):
+        export.export(config, tmp_path / "run", tmp_path / "model", "float32", 0.001)
+    system = build_system(config, [])
+    state, _, checkpoints, _ = startup.begin_run(system, tmp_path / "run")
+    remember_config(tmp_path / "run", config)
+    newer = state.replace(policy=state.policy.replace(params=jax.tree.map(lambda x: x + 0.5, state.policy.params)))
+    checkpoints.save(1, newer)
+    checkpoints.close()
+
+    export.export(config, tmp_path / "run", tmp_path / "model", "float32", 0.001)
+    again = load_policy(open_checkpoint(tmp_path / "model"), system.learner_model, newer.policy.params)
+    jax.tree.map(np.testing.assert_array_equal, again, newer.policy.params)
+    # For a config.json of qwen2, AutoTokenizer would cut texts as Qwen2 does, whatever tokenizer.json says.
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path / "model")
+    text = " Question: Who is the founder of the employer of Galine Farnby?\n<search> Galine Farnby employer</search>"
+    assert theirs(text).input_ids == system.tokenizer.encode(text) and theirs.decode(theirs(text).input_ids) == text
+    assert theirs.eos_token_id == system.tokenizer.eos_ids[0]
