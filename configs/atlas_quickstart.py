@@ -20,7 +20,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     if variant not in VARIANTS:
         raise ValueError(f"configs/atlas_quickstart.py:{variant} is not known; variants are {', '.join(VARIANTS[1:])}")
     c = base.get_config()
-    c.iterations = 60
+    c.iterations = 80
 
     c.data.kind = "atlas"
     a = c.data.atlas
@@ -48,7 +48,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     r.attention_block = 64
 
     c.rl.length_multiple = 64
-    c.policy.learning_rate, c.policy.warmup = 1e-3, 0.0
+    c.policy.learning_rate, c.policy.warmup = 5e-4, 0.0
     c.value.learning_rate, c.value.warmup = 1e-3, 0.0
 
     i = c.imitation

@@ -33,7 +33,7 @@ def get_config() -> ml_collections.ConfigDict:
     r = c.rollout
     r.questions = 64
     r.max_turns = 4
-    r.max_turn_tokens = 64
+    r.max_turn_tokens = 96
     r.context = 2048
 
     c.rl.micro_rows = 8
