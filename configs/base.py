@@ -199,6 +199,7 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
 
     c.checkpoint = k = ml_collections.ConfigDict()
     k.every = 10  # iterations of RL between checkpoints
+    k.minutes = 0.0  # also after the first iteration that ends so long after the last checkpoint; 0 = only every so many iterations
     k.imitation_every = 100  # steps of imitation between checkpoints
     k.keep = 2  # newest checkpoints that stay
 

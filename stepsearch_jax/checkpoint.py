@@ -1,30 +1,61 @@
-"""Checkpoints of the full training state, and of parameters alone (orbax). A checkpoint is there whole or not at all."""
+"""Checkpoints of the full training state, and of parameters alone (orbax). A checkpoint is there whole or not at all: on a disk it gets its name when it is
+complete, in a bucket (gs://…) a last file marks it as complete."""
 from __future__ import annotations
 
-import pathlib
+import os
+import time
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
 
 
 class Checkpoints:
     """The numbered checkpoints of one stage under `folder`: saved in the background, the newest `keep` stay."""
 
-    def __init__(self, folder: pathlib.Path, keep: int):
+    def __init__(self, folder: os.PathLike, keep: int):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
+        self._folder = _absolute(folder)
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        self._saved_at, self._is_clean = time.monotonic(), False
 
     def latest(self) -> int | None:
         """Number of the newest complete checkpoint, None if there is none."""
         return self._manager.latest_step()
 
     def save(self, number: int, state) -> None:
-        """Saves a pytree of arrays; returns as soon as it may be donated or changed."""
+        """Saves a pytree of arrays; returns as soon as it may be donated or changed. The one before must be complete first."""
+        if not self._is_clean and jax.process_index() == 0:  # what kills have left; orbax lets the other processes wait here
+            for path in self._folder.iterdir():
+                if path.is_dir() and ocp.utils.is_tmp_checkpoint(path):
+                    path.rmtree()
+        self._is_clean = True
         self._manager.save(number, args=ocp.args.StandardSave(state))
+        self._saved_at = time.monotonic()
+
+    def keep_pace(self, number: int, state, *, every: int, minutes: float, last: bool) -> bool:
+        """Saves the state if it is the last, if `every` divides its number, if `minutes` (0: never) have passed since the last time, or if the program is
+        to end -> whether it is to end. Call it with every number in turn.
+
+        A program of several processes is to end when one of them got a SIGTERM; all of them learn it after the same number. A program of one process ends at
+        the signal itself, with what it has saved.
+        """
+        ending = self._manager.reached_preemption(number)
+        if last or ending or number % every == 0 or self._is_late(minutes):
+            self.save(number, state)
+        return ending and not last
+
+    def _is_late(self, minutes: float) -> bool:
+        """The same on all processes: the first one's clock decides."""
+        return bool(minutes) and bool(multihost_utils.broadcast_one_to_all(np.bool_(time.monotonic() - self._saved_at >= 60.0 * minutes)))
 
     def restore(self, number: int, like):
         """The checkpoint, each leaf with shape, type and sharding of `like` (arrays or ShapeDtypeStructs)."""
-        return self._manager.restore(number, args=ocp.args.StandardRestore(_abstract(like)))
+        state = self._manager.restore(number, args=ocp.args.StandardRestore(_abstract(like)))
+        self._manager.reached_preemption(number)  # from where `keep_pace` counts on
+        return state
 
     def close(self) -> None:
         """Waits for saves in the background."""
@@ -32,18 +63,29 @@ class Checkpoints:
         self._manager.close()
 
 
-def save_params(folder: pathlib.Path, params) -> None:
+def save_params(folder: os.PathLike, params) -> None:
     """Writes parameters alone; an earlier copy is replaced when the new one is complete."""
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder.resolve(), params, force=True)
+        checkpointer.save(_absolute(folder), params, force=True)
 
 
-def load_params(folder: pathlib.Path, like):
+def has_params(folder: os.PathLike) -> bool:
+    """Whether `folder` holds parameters that `save_params` has written to the end."""
+    path = _absolute(folder)
+    return path.is_dir() and ocp.utils.is_checkpoint_finalized(path)
+
+
+def load_params(folder: os.PathLike, like):
     """Parameters saved by `save_params`, with shape, type and sharding of `like`. Raises FileNotFoundError, or ValueError on other shapes."""
-    if not folder.is_dir():
+    if not has_params(folder):
         raise FileNotFoundError(f"there is no checkpoint at {folder}")
     with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(folder.resolve(), _abstract(like))
+        return checkpointer.restore(_absolute(folder), _abstract(like))
+
+
+def _absolute(folder: os.PathLike) -> epath.Path:
+    path = epath.Path(folder)
+    return path if "://" in str(path) else path.resolve()
 
 
 def _abstract(tree):

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 import numpy as np
 import tensorboardX
 import tqdm
+from etils import epath
 
 METRICS_FILE = "metrics.jsonl"
 _LINE_SECONDS = 30.0  # between two progress lines where nobody watches a terminal
@@ -37,9 +38,17 @@ def read_json(path: pathlib.Path) -> dict[str, Any] | None:
 
 def write_text(path: pathlib.Path, text: str) -> None:
     """Writes a file, whole or not at all."""
+    if in_bucket(path):  # an object is there whole or not at all
+        path.write_text(text, encoding="utf-8")
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
+
+
+def in_bucket(path: os.PathLike) -> bool:
+    """Whether a path is a bucket's (gs://…), where files are written whole and never appended to."""
+    return "://" in str(path)
 
 
 def write_json(path: pathlib.Path, value) -> None:
@@ -76,7 +85,7 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
 
     Raises FileNotFoundError when the run has no metrics.jsonl and ValueError, with the line number, when a line is malformed.
     """
-    path = pathlib.Path(workdir) / METRICS_FILE
+    path = epath.Path(workdir) / METRICS_FILE
     rows = read_json_lines(path)
     for number, row in enumerate(rows, start=1):
         if not isinstance(row.get("stage"), str) or type(row.get("iteration")) is not int:
@@ -98,11 +107,11 @@ class MetricsWriter:
     `start_iteration`: the iteration at which this process starts or resumes its first stage; a checkpoint of s finished iterations resumes at s.
     Just before the first line of a stage is written, the lines of that stage that an earlier process wrote for `start_iteration` or later (or for the
     iteration of the line to be written, if that is earlier) are dropped, and so is a line that a kill cut off. Lines of other stages stay.
-    In a program of several processes, one writes.
+    In a program of several processes, one writes. In a bucket there are no TensorBoard events.
     """
 
     def __init__(self, workdir: str | os.PathLike, start_iteration: int):
-        self._workdir = pathlib.Path(workdir)
+        self._workdir = epath.Path(workdir)
         self._workdir.mkdir(parents=True, exist_ok=True)
         self._start_iteration = start_iteration
         self._events: dict[str, tensorboardX.SummaryWriter] = {}  # one TensorBoard run a stage, so that a stage is resumed by itself
@@ -124,8 +133,12 @@ class MetricsWriter:
             row[name] = number if math.isfinite(number) else None
         if stage not in self._events:
             self._open_stage(stage, min(self._start_iteration, row["iteration"]))
-        with open(self._workdir / METRICS_FILE, "a", encoding="utf-8") as file:  # closing flushes
-            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+        path, line = self._workdir / METRICS_FILE, json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+        if in_bucket(path):
+            write_text(path, (path.read_text() if path.exists() else "") + line)
+        else:
+            with path.open("a") as file:  # closing flushes
+                file.write(line)
         for name in values:
             if row[name] is not None:
                 self._events[stage].add_scalar(name, row[name], row["iteration"])
@@ -134,13 +147,12 @@ class MetricsWriter:
         path = self._workdir / METRICS_FILE
         if path.exists():
             kept = [row for row in read_metrics(self._workdir) if row["stage"] != stage or row["iteration"] < first_iteration]
-            temporary = path.with_name(f"{METRICS_FILE}.{os.getpid()}.tmp")
-            temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
-            os.replace(temporary, path)
+            write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
         self._events[stage] = tensorboardX.SummaryWriter(
             str(self._workdir / "tensorboard" / stage),
             purge_step=first_iteration,  # makes TensorBoard forget later points of earlier processes
             flush_secs=_TENSORBOARD_SECONDS,
+            write_to_disk=not in_bucket(self._workdir),
             filename_suffix=f".{os.getpid()}.{first_iteration}",  # two processes that start within one second keep their own files
         )
 

@@ -24,6 +24,7 @@ import jinja2
 import matplotlib
 import matplotlib.ticker
 import numpy as np
+from etils import epath
 from matplotlib.figure import Figure
 
 from stepsearch_jax.metrics import METRICS_FILE, moving_average, read_json, read_json_lines, read_metrics, write_text
@@ -285,7 +286,7 @@ def write_report(workdir: str | os.PathLike) -> pathlib.Path:
     same files give the same page. Raises FileNotFoundError for a missing folder or missing metrics, ValueError with file and line for a
     malformed file.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = epath.Path(workdir)
     if not workdir.is_dir():
         raise FileNotFoundError(f"{workdir} is not a folder: give the --workdir of a training run")
     if not (workdir / METRICS_FILE).is_file():

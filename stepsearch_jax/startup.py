@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from absl import logging as absl_logging
+from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
@@ -32,10 +33,10 @@ logger = logging.getLogger("stepsearch_jax")
 def run_command(command: Callable) -> None:
     """Parses --config and --workdir and calls command(config, workdir). Bad input ends it with one line instead of a traceback."""
     config_flag = config_flags.DEFINE_config_file("config", None, "configs/X.py, with an argument after a colon where the file takes one", lock_config=True)
-    workdir_flag = flags.DEFINE_string("workdir", None, "Folder of the run; one that holds a checkpoint is resumed")
+    workdir_flag = flags.DEFINE_string("workdir", None, "Folder of the run, also gs://…; one that holds a checkpoint is resumed")
     flags.mark_flags_as_required(["config", "workdir"])
 
-    app.run(lambda _: run_guarded(command, config_flag.value, pathlib.Path(workdir_flag.value)), flags_parser=parse_flags)
+    app.run(lambda _: run_guarded(command, config_flag.value, epath.Path(workdir_flag.value)), flags_parser=parse_flags)
 
 
 def parse_flags(argv: list[str]) -> list[str]:

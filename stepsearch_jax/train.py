@@ -36,7 +36,7 @@ def train(config, workdir: pathlib.Path, search=None) -> dict:
     data_split, eval_split = config.data.train_split, config.evaluation.split
     held_out = [config.imitation.held_out_split] if config.imitation.phases else []
     system = build_system(config, list(dict.fromkeys((data_split, eval_split, *held_out))), search)
-    split, mesh, r, l = system.splits[data_split], system.mesh, config.rollout, config.rl
+    split, mesh, r, l, k = system.splits[data_split], system.mesh, config.rollout, config.rl, config.checkpoint
     prepare_workdir(system, workdir)
     settings = learner_settings(config)
     build_batch = learner.make_build_batch(system.learner_model, settings)
@@ -85,8 +85,10 @@ def train(config, workdir: pathlib.Path, search=None) -> dict:
             if config.evaluation.every and (iteration + 1) % config.evaluation.every == 0 and iteration + 1 < config.iterations:
                 means, _ = measure(to_rollout_layout(state.policy.params), description=f"after {iteration + 1} iterations:")
                 writer.write("evaluation", iteration, means)
-            if (iteration + 1) % config.checkpoint.every == 0 or iteration + 1 == config.iterations:
-                checkpoints.save(iteration + 1, state)
+            # A checkpoint in the background, where one is due. An iteration is longer than a preemption's notice: what counts is the last checkpoint.
+            if checkpoints.keep_pace(iteration + 1, state, every=k.every, minutes=k.minutes, last=iteration + 1 == config.iterations):
+                checkpoints.close()
+                raise SystemExit(f"stepsearch_jax: told to end; iteration {iteration + 1} is saved, and the same command goes on from there")
     checkpoints.close()
 
     # ---- What came of it. --------------------------------------------------------------------------------------------------------------------------
@@ -188,7 +190,8 @@ def prepare_workdir(system: System, workdir: pathlib.Path) -> None:
 def dump_batch(workdir: pathlib.Path, iteration: int, batch) -> None:
     """Keeps this process's rows of a batch whose gradient was not finite."""
     arrays = sharding.rows_from_mesh(batch)
-    np.savez_compressed(workdir / f"skipped-{iteration}-{jax.process_index()}.npz", **{name: getattr(arrays, name) for name in batch.__dataclass_fields__})
+    with (workdir / f"skipped-{iteration}-{jax.process_index()}.npz").open("wb") as file:
+        np.savez_compressed(file, **{name: getattr(arrays, name) for name in batch.__dataclass_fields__})
     logger.warning("iteration %d: a gradient was not finite; the step was skipped and the batch kept in %s", iteration, workdir)
 
 

@@ -39,7 +39,7 @@ def warm_start(system: System, like, specs, key: jax.Array, workdir: pathlib.Pat
     like, specs: what the parameters look like, and their PartitionSpecs (`learner.describe_params`). key: makes random ones, where nothing else is given.
     """
     i, start, model = system.config.imitation, workdir / "start", system.learner_model
-    if start.is_dir():
+    if checkpoint.has_params(start):
         return checkpoint.load_params(start, like)
     if i.checkpoint:
         params = checkpoint.load_params(find_checkpoint(i.checkpoint), like)
@@ -126,6 +126,7 @@ def imitate(system: System, params, specs, workdir: pathlib.Path):
     done = checkpoints.latest() or 0
     if done:
         state = checkpoints.restore(done, state)
+        logger.info("resumed from imitation step %d", done)
     first = 0
     writer = MetricsWriter(workdir, done) if jax.process_index() == 0 else None
     bar = progress(total - done, "imitating")

@@ -1,0 +1,125 @@
+"""Runs a sweep on several TPUs, a point at a time on each; then one table and one figure of all.
+
+    PROJECT=… ZONE=… ACCELERATOR=… VERSION=… python launch/sweep_pod.py --pods=search-1,search-2 --storage=gs://my-bucket/sweep \\
+        --sweep=configs/sweeps/baselines.py --config=configs/atlas_sweep.py --workdir=runs/sweep [--copy=SOURCE=FOLDER …] [--config.key=value …]
+
+The TPUs have been created and set up (launch/pod/create.sh, launch/pod/setup.sh) and are the sweep's own: what trains there is ended first. Each point is run
+by launch/pod/train_pod.sh, which also replaces a TPU that was preempted. The runs lie in STORAGE/points; what the table needs of them is fetched to
+WORKDIR/points. Finished points are skipped, unfinished ones resumed: start the same command again to go on. DRY_RUN=1 prints the points' commands.
+"""
+from __future__ import annotations
+
+import argparse
+import fcntl
+import os
+import pathlib
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import IO
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "launch")]
+
+FILES = ("config.json", "evaluation.json", "metrics.jsonl")  # of a run: what table and figure read
+VARIABLES = ("PROJECT", "ZONE", "ACCELERATOR", "VERSION")
+EVERY_HOST = "--config.distributed.processes=0"  # as train_pod.sh sets it: the points' configs hold it, too
+POINT = "--on-a-free-pod"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command -> exit status, as that of launch/sweep.py."""
+    import sweep  # here, because the processes of the points need none of it
+
+    from stepsearch_jax.sweeps.points import list_points, load_sweeps
+    from stepsearch_jax.sweeps.running import is_finished, lock, make_command
+
+    parser = argparse.ArgumentParser(prog="python launch/sweep_pod.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False, epilog="Further arguments: python launch/sweep.py --help")
+    parser.add_argument("--pods", required=True, metavar="NAME[,NAME…]", help="the TPUs")
+    parser.add_argument("--storage", required=True, metavar="gs://…", help="the bucket's folder in which the runs are kept")
+    parser.add_argument("--copy", action="append", default=[], metavar="SOURCE=FOLDER", help="data that a new TPU gets (launch/pod/setup.sh)")
+    options, rest = parser.parse_known_args(arguments)
+    pods, copies = options.pods.split(","), [f"--copy={pair}" for pair in options.copy]
+    if not options.storage.startswith("gs://"):
+        parser.error(f"--storage={options.storage}: a folder of a bucket is needed, gs://…")
+    if len(set(pods)) < len(pods) or not all(pods):
+        parser.error(f"--pods={options.pods}: names are needed, each once")
+    if missing := [name for name in VARIABLES if not os.environ.get(name)]:
+        parser.error(f"{missing[0]} is missing: set {', '.join(VARIABLES)} as for launch/pod/create.sh")
+    storage, rest = options.storage.rstrip("/"), [*rest, f"--jobs={len(pods)}", EVERY_HOST]
+    swept, common = sweep.parse_arguments(rest)
+    workdir = pathlib.Path(swept.workdir)
+
+    try:
+        if os.environ.get("DRY_RUN") == "1":
+            for point in list_points(load_sweeps(swept.sweep.split(","), swept.config, common)):
+                if not is_finished(point, workdir):
+                    print(f"NAME={'|'.join(pods)}", shlex.join(make_train(storage, make_command(copies, swept.config, point, workdir))))
+            return 0
+        if not swept.table_only:
+            with lock(workdir):
+                stop(pods)
+    except (ValueError, OSError) as error:
+        print(f"sweep_pod: {error}", file=sys.stderr)
+        return 2
+    # A point is this script again, which takes a TPU that no other point has: as many are started at a time as there are TPUs.
+    status = sweep.main(rest, train=(sys.executable, __file__, POINT, options.pods, storage, *copies))
+    if status == 130:  # interrupted
+        stop(pods)
+    return status
+
+
+def stop(pods: Sequence[str]) -> None:
+    """Ends what trains on the TPUs; one that cannot be reached is gone, or train_pod.sh will say so."""
+    ending = [subprocess.Popen(["bash", "launch/pod/stop.sh"], env=os.environ | {"NAME": pod}) for pod in pods]
+    for process in ending:
+        process.wait()
+
+
+def make_train(storage: str, flags: Sequence[str]) -> list[str]:
+    """The command that runs a point: `flags` are those of the training command, with the point's folder here, which becomes the one in `storage`."""
+    name = pathlib.Path(find_workdir(flags)).name
+    return ["bash", "launch/pod/train_pod.sh", *(f"--workdir={storage}/points/{name}" if flag.startswith("--workdir=") else flag for flag in flags)]
+
+
+def find_workdir(flags: Sequence[str]) -> str:
+    return next(flag.removeprefix("--workdir=") for flag in flags if flag.startswith("--workdir="))
+
+
+def run_point(pods: Sequence[str], storage: str, flags: Sequence[str]) -> int:
+    """Runs a point on a TPU that is free and fetches what the table needs -> exit status."""
+    folder = pathlib.Path(find_workdir(flags))
+    folder.mkdir(parents=True, exist_ok=True)
+    pod, held = take_free(pods, folder.parent)
+    print(f"on {pod}", flush=True)
+    with held:
+        process = subprocess.Popen(make_train(storage, flags), env=os.environ | {"NAME": pod})
+        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        status = process.wait()
+    for name in FILES:
+        status = status or subprocess.run(["gcloud", "storage", "cp", f"{storage}/points/{folder.name}/{name}", str(folder / name)]).returncode
+    return status
+
+
+def take_free(pods: Sequence[str], folder: pathlib.Path) -> tuple[str, IO]:
+    """-> (the first TPU that no other point has, its lock, which is let go when it is closed)."""
+    for pod in pods:
+        file = open(folder / f".{pod}.lock", "w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return pod, file
+        except BlockingIOError:
+            file.close()
+    raise SystemExit(f"none of {', '.join(pods)} is free")
+
+
+if __name__ == "__main__":
+    os.chdir(REPOSITORY)
+    if sys.argv[1:2] == [POINT]:
+        sys.exit(run_point(sys.argv[2].split(","), sys.argv[3], sys.argv[4:]))
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # all end the runs, too
+        signal.signal(number, signal.default_int_handler)
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,160 @@
+"""Checkpoints: when they are saved, that a kill at any moment leaves the one before, and that a told end is told to all processes at once."""
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from stepsearch_jax import checkpoint
+
+REPO = pathlib.Path(__file__).resolve().parents[1]
+
+
+def like(state):
+    return jax.tree.map(jnp.zeros_like, state)
+
+
+def make_state(number: int):
+    return {"a": jnp.arange(6.0).reshape(2, 3) + number, "b": jnp.int32(number)}
+
+
+def run_pace(folder, numbers, **pace) -> list[int]:
+    """The numbers that are saved."""
+    checkpoints = checkpoint.Checkpoints(folder, keep=100)
+    for number in numbers:
+        assert not checkpoints.keep_pace(number, make_state(number), last=number == numbers[-1], **pace)
+    checkpoints.close()
+    return sorted(int(path.name) for path in folder.iterdir())
+
+
+def test_every_so_many_and_the_last(tmp_path):
+    assert run_pace(tmp_path / "a", range(1, 8), every=3, minutes=0.0) == [3, 6, 7]
+
+
+def test_every_so_many_minutes(tmp_path, monkeypatch):
+    """Every look at the clock takes 20 s: one at the beginning, one an iteration, one more after each save. A checkpoint is due after a minute: 60 s after
+    the beginning ends iteration 3, saved at 80; 100, 120, 140: iteration 6, saved at 160; iteration 7 is the last."""
+    clock = iter(range(0, 1000, 20))
+    monkeypatch.setattr(checkpoint, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    saved = run_pace(tmp_path / "a", range(1, 8), every=100, minutes=1.0)
+    assert saved == [3, 6, 7]
+
+
+def test_latest_and_restore(tmp_path):
+    checkpoints = checkpoint.Checkpoints(tmp_path / "a", keep=2)
+    assert checkpoints.latest() is None
+    for number in (1, 2, 3):
+        checkpoints.save(number, make_state(number))
+    checkpoints.close()
+    again = checkpoint.Checkpoints(tmp_path / "a", keep=2)
+    assert again.latest() == 3
+    np.testing.assert_array_equal(again.restore(3, like(make_state(0)))["a"], make_state(3)["a"])
+    again.close()
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["2", "3"]
+
+
+# Saves 1, waits; then is killed while 2 is being written: python KILLED FOLDER MOMENT
+KILLED = """
+import os, signal, sys
+import jax.numpy as jnp
+from orbax.checkpoint._src.path import atomicity
+from stepsearch_jax import checkpoint
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+folder, moment = sys.argv[1:]
+checkpoints = checkpoint.Checkpoints(folder, keep=2)
+checkpoints.save(1, {"a": jnp.ones(1000)})
+checkpoints._manager.wait_until_finished()
+if moment == "before it is named":
+    atomicity.AtomicRenameTemporaryPath.finalize = die
+checkpoints.save(2, {"a": jnp.full((3_000_000,), 2.0)})
+if moment == "at once":
+    die()
+checkpoints.close()
+"""
+
+
+@pytest.mark.parametrize("moment", ["at once", "before it is named"])
+def test_a_kill_during_a_save_leaves_the_one_before(tmp_path, moment):
+    folder = tmp_path / "run/checkpoints"
+    environment = os.environ | {"PYTHONPATH": str(REPO), "XLA_FLAGS": ""}
+    done = subprocess.run([sys.executable, "-c", KILLED, str(folder), moment], env=environment, timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    names = {path.name for path in folder.iterdir()}
+    assert "1" in names and "2" not in names and len(names) == 2  # the other one is what the kill left
+    checkpoints = checkpoint.Checkpoints(folder, keep=2)
+    assert checkpoints.latest() == 1
+    np.testing.assert_array_equal(checkpoints.restore(1, {"a": jnp.zeros(1000)})["a"], np.ones(1000))
+    assert {path.name for path in folder.iterdir()} == names  # reading removes nothing
+    checkpoints.save(3, {"a": jnp.full(1000, 3.0)})
+    checkpoints.close()
+    assert {path.name for path in folder.iterdir()} == {"1", "3"}
+
+
+def test_params(tmp_path):
+    params = {"a": jnp.arange(4.0)}
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint at .*start"):
+        checkpoint.load_params(tmp_path / "start", params)
+    assert not checkpoint.has_params(tmp_path / "start")
+    checkpoint.save_params(tmp_path / "start", params)
+    assert checkpoint.has_params(tmp_path / "start")
+    np.testing.assert_array_equal(checkpoint.load_params(tmp_path / "start", like(params))["a"], params["a"])
+    os.chdir(tmp_path)
+    np.testing.assert_array_equal(checkpoint.load_params(pathlib.Path("start"), like(params))["a"], params["a"])
+
+
+# Two processes that count numbers until they are told to end; the clock of the second one stands still: python TOLD FOLDER PROCESS PORT
+TOLD = """
+import sys, time, types
+import jax, jax.numpy as jnp
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+folder, process, port = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+jax.distributed.initialize(f"localhost:{port}", 2, process)
+from jax.experimental import multihost_utils
+from stepsearch_jax import checkpoint
+
+if process == 1:
+    checkpoint.time = types.SimpleNamespace(monotonic=lambda: 0.0)
+checkpoints = checkpoint.Checkpoints(folder, keep=2)
+state = multihost_utils.host_local_array_to_global_array({"a": jnp.ones(3)}, jax.make_mesh((2,), ("data",)), jax.P())
+for number in range(1, 300):
+    print(number, flush=True)
+    time.sleep(0.2)
+    multihost_utils.sync_global_devices("iteration")
+    if checkpoints.keep_pace(number, state, every=1000, minutes=0.5 / 60, last=False):
+        break
+checkpoints.close()
+print("ended after", number, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_told_end_is_saved_by_all_processes_after_the_same_number(tmp_path):
+    import running
+
+    environment = os.environ | {"PYTHONPATH": str(REPO), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    port = running.free_port()
+    processes = [subprocess.Popen([sys.executable, "-c", TOLD, str(tmp_path / "c"), str(n), str(port)], env=environment, stdout=subprocess.PIPE, text=True)
+                 for n in range(2)]
+    try:
+        for line in processes[1].stdout:
+            if line.strip() == "5":
+                break
+        processes[1].send_signal(signal.SIGTERM)
+        outputs = [process.communicate(timeout=60)[0].splitlines() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0]
+    assert outputs[0][-1] == outputs[1][-1] and outputs[0][-1].startswith("ended after ")
+    number = int(outputs[0][-1].split()[-1])
+    earlier, newest = sorted(int(path.name) for path in (tmp_path / "c").iterdir())
+    assert 1 <= earlier < newest == number < 50
