@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from test_learner import CONFIG, ONE, POLICY, make_model_state, mesh_of, sgd
+from test_learner import CONFIG, ONE, POLICY, make_model_state, sgd
 
 from stepsearch_jax import sharding
 from stepsearch_jax.models.transformer import Policy
@@ -27,7 +27,7 @@ def imitation_optimizer(name: str, phases, max_grad_norm=1.0):
 @pytest.mark.parametrize("name,rate,shape,steps", [
     ("muon", 0.05, (2, 2, 2), 16), ("adamw", 2e-2, ONE, 40), pytest.param("adamw", 2e-2, (2, 2, 2), 40, marks=pytest.mark.slow)])
 def test_imitation_learns(name, rate, shape, steps):
-    mesh, optimizer = mesh_of(shape), imitation_optimizer(name, [(steps, rate)])
+    mesh, optimizer = tiny.mesh_of(shape), imitation_optimizer(name, [(steps, rate)])
     imitate, _ = make_imitate(CONFIG, optimizer)
     state = make_model_state(POLICY, optimizer, shape)
     tokens, action_mask = copy_task(64)

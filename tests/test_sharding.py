@@ -1,10 +1,15 @@
-"""Mesh, partition rules, rows to and from the mesh, and checkpoints that move between meshes."""
+"""Mesh, also over hosts and slices that are not here, partition rules, rows to and from the mesh, and checkpoints that move between meshes."""
+import dataclasses
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_hlo
 import tiny
+from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from stepsearch_jax import checkpoint, sharding
@@ -24,10 +29,115 @@ def test_make_mesh(sizes, expected):
     assert sharding.row_shards(mesh) == expected[0] * expected[1]
 
 
-@pytest.mark.parametrize("sizes", [(3, 1, 1), (8, 2, 1), (-1, 3, 1), (-1, 16, 1), (1, 1, 1)])
+@pytest.mark.parametrize("sizes", [(3, 1, 1), (8, 2, 1), (-1, 3, 1), (-1, 16, 1), (1, 1, 1), (0, -1, 1), (-1, -1, 8), (-2, -4, 1)])
 def test_make_mesh_names_what_to_change(sizes):
-    with pytest.raises(ValueError, match=rf"{sizes[0]} x {sizes[1]} x {sizes[2]} .*8 devices.*config\.mesh"):
+    with pytest.raises(ValueError, match=rf"{sizes[0]} x {sizes[1]} x {sizes[2]} .*8 devices.*config\.mesh") as refusal:
         sharding.make_mesh(*sizes)
+    check_named_shapes(refusal, devices=jax.devices())
+
+
+def check_named_shapes(refusal, devices, **options) -> list[tuple[int, ...]]:
+    """The shapes that a refusal names are made -> those shapes."""
+    named = [tuple(map(int, shape)) for shape in re.findall(r"(\d+) x (\d+) x (\d+)", str(refusal.value).split("one that works here:")[1])]
+    assert named and all(tuple(sharding.make_mesh(*shape, devices=devices, **options).shape.values()) == shape for shape in named)
+    return named
+
+
+# ---- Hosts and slices that are not here ------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a TPU device says of itself."""
+
+    id: int
+    process_index: int
+    slice_index: int
+    coords: tuple[int, int, int]
+    core_on_chip: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+
+
+def make_pod(width: int, height: int, slices: int = 1) -> list[Chip]:
+    """Slices of width x height chips, four to a host in squares; hosts are numbered through all slices, chips listed line by line."""
+    hosts = width * height // 4
+    places = [(s, x, y) for s in range(slices) for y in range(height) for x in range(width)]
+    return [Chip(n, s * hosts + y // 2 * (width // 2) + x // 2, s, (x, y, 0)) for n, (s, x, y) in enumerate(places)]
+
+
+@pytest.mark.parametrize("size", [(4, 2), (2, 4), (4, 4), (8, 8), (8, 16)], ids=str)
+@pytest.mark.parametrize("tensor", [1, 2, 4])
+def test_tensor_groups_stay_within_their_hosts(size, tensor):
+    """A line of four chips would reach through two hosts; a host's square does not. Every row shard then belongs to one process."""
+    chips = make_pod(*size)
+    for fsdp in (1, 2, len(chips) // tensor):
+        mesh = sharding.make_mesh(-1, fsdp, tensor, devices=chips)
+        assert set(mesh.devices.flat) == set(chips) and mesh.shape["fsdp"] == fsdp
+        for group in mesh.devices.reshape(-1, tensor):
+            assert len({chip.process_index for chip in group}) == 1
+            xs, ys = zip(*(chip.coords[:2] for chip in group))
+            assert (max(xs) - min(xs) + 1) * (max(ys) - min(ys) + 1) == tensor  # neighbours
+
+
+def test_tensor_groups_over_hosts_are_refused():
+    chips = make_pod(4, 4)
+    with pytest.raises(ValueError, match="2 x 1 x 8 would let a tensor group span hosts: set config.mesh to") as refusal:
+        sharding.make_mesh(2, 1, 8, devices=chips)
+    assert max(shape[2] for shape in check_named_shapes(refusal, chips)) == 4
+    processes = [dataclasses.replace(chip, platform="cpu", device_kind="cpu", process_index=chip.id // 2) for chip in make_pod(4, 2)]
+    with pytest.raises(ValueError, match="span hosts") as refusal:  # two devices a process
+        sharding.make_mesh(-1, 1, 4, devices=processes)
+    assert max(shape[2] for shape in check_named_shapes(refusal, processes)) == 2
+
+
+@pytest.mark.parametrize("sizes", [(2, 16, 1), (4, 8, 1), (8, 1, 4), (2, 4, 4), (32, 1, 1)], ids=str)
+def test_only_data_crosses_slices(sizes):
+    chips = make_pod(4, 4, slices=2)
+    mesh = sharding.make_mesh(*sizes, slices=2, devices=chips)
+    assert tuple(mesh.shape.values()) == sizes and set(mesh.devices.flat) == set(chips)
+    slices = [{chip.slice_index for chip in copy.flat} for copy in mesh.devices]
+    assert slices == [{0}] * (sizes[0] // 2) + [{1}] * (sizes[0] // 2)
+
+
+def test_slices_are_those_of_the_devices():
+    chips = make_pod(4, 4, slices=2)
+    with pytest.raises(ValueError, match="config.mesh.slices is 1, but the 32 devices here belong to 2 slices: set it to 2"):
+        sharding.make_mesh(-1, 1, 1, devices=chips)
+    with pytest.raises(ValueError, match="config.mesh.slices is 2, but the 8 devices here belong to 1 slices: set it to 1"):
+        sharding.make_mesh(-1, 1, 1, slices=2)
+    with pytest.raises(ValueError, match="1 x 32 x 1 does not cut data among the 2 slices") as refusal:
+        sharding.make_mesh(1, 32, 1, slices=2, devices=chips)
+    assert all(shape[0] % 2 == 0 for shape in check_named_shapes(refusal, chips, slices=2))
+
+
+@pytest.mark.parametrize("sizes", [(2, 1, 4), (1, -1, 8)])
+def test_split_kv_heads_are_refused(sizes):
+    with pytest.raises(ValueError, match="would split a kv head, as tensor does not divide model.num_kv_heads=2: set config.mesh") as refusal:
+        sharding.make_mesh(*sizes, kv_heads=2)
+    assert {shape[2] for shape in check_named_shapes(refusal, jax.devices(), kv_heads=2)} == {1, 2}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name,slices,chips", [("v5e:4x4", 1, 16), ("v5e:8x8", 1, 64), ("v5e:4x4", 2, 32), ("v5p:2x2x4", 1, 16), ("v6e:4x4", 1, 16)])
+def test_meshes_of_real_topologies(monkeypatch, name, slices, chips):
+    """What the TPU compiler says of hosts and slices is what the refusals read."""
+    pytest.importorskip("libtpu", reason="topologies of TPUs need libtpu: pip install -r requirements-ci.txt")
+    for key, value in test_hlo.TPU_ENVIRONMENT.items():
+        monkeypatch.setenv(key, value)
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=name, num_slices=slices).devices
+    assert len(devices) == chips
+    slice_of = lambda chip: getattr(chip, "slice_index", 0)  # the chips of a single slice do not say
+    mesh = sharding.make_mesh(-1, 2, 4, slices, 4, devices)
+    assert all(len({(slice_of(chip), chip.process_index) for chip in group}) == 1 for group in mesh.devices.reshape(-1, 4))
+    for copy, here in zip(mesh.devices, np.repeat(range(slices), mesh.shape["data"] // slices)):
+        assert {slice_of(chip) for chip in copy.flat} == {here}
+    with pytest.raises(ValueError, match="span hosts") as refusal:
+        sharding.make_mesh(-1, 1, 16, slices, 16, devices)
+    check_named_shapes(refusal, devices, slices=slices)
+
+
+# ---- Partition rules -------------------------------------------------------------------------------------------------------------------------------
 
 
 def test_partition_specs_follow_the_rules():

@@ -9,13 +9,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from stepsearch_jax import sharding
-from stepsearch_jax.models.transformer import ModelConfig, Policy
+from stepsearch_jax.models.scoring import score_tokens, score_values
+from stepsearch_jax.models.transformer import ModelConfig, Policy, Value
 from stepsearch_jax.prompting.tags import make_tag_automaton
 from stepsearch_jax.records import TurnStatus
 from stepsearch_jax.rollout.episode import Environment, Prompts, RolloutSettings
 from stepsearch_jax.rollout.programs import make_rollout
+from stepsearch_jax.types import Batch
 
 # Whole tags, tags in pieces, pieces merged with their neighbours; token 0 ends a text and has no bytes.
 PIECES = ["", "<search>", "</search>", "<answer>", "</answer>", "<", "</", "search", "answer", ">", ">\n\n", "?</", "search>", "</sea", "rch>", " <", "\n"]
@@ -56,8 +59,24 @@ def draw_params(model, seed: int):
 def make_params(config: ModelConfig = CONFIG, seed: int = 0):
     """A policy that often writes tags."""
     params = jax.tree.map(jnp.asarray, draw_params(Policy(config), seed))
-    params["params"]["lm_head"] = params["params"]["lm_head"].at[1:5].multiply(1.3)
+    holder, name = (params["params"]["trunk"], "embedding") if config.tie_embeddings else (params["params"], "lm_head")
+    holder[name] = holder[name].at[1:5].multiply(1.3)
     return params
+
+
+@functools.cache
+def make_batch(config: ModelConfig, rows: int, length: int) -> Batch:
+    """Ragged rows of prompt, actions and observations, one of them without actions; old log-probabilities near the current ones, so that some are clipped."""
+    rng, policy, value = np.random.default_rng(2), Policy(config), Value(config)
+    tokens = rng.integers(0, config.vocab_size, (rows, length)).astype(np.int32)
+    token_mask = np.arange(length) < rng.integers(6, length + 1, rows)[:, None]
+    action_mask = token_mask & (np.arange(length) > 1) & (rng.random((rows, length)) < 0.7)
+    action_mask[3] = False
+    noise = lambda scale: rng.normal(0, scale, (rows, length)).astype(np.float32)
+    logprobs, values = jax.jit(lambda p, v: (score_tokens(policy, p, tokens)[0], score_values(value, v, tokens)))(
+        draw_params(policy, 1), draw_params(value, 1))
+    old_logprobs, old_values, advantages, returns = np.asarray(logprobs) + noise(0.3), np.asarray(values) + noise(0.5), noise(1.0), noise(2.0)
+    return Batch(tokens, token_mask, action_mask, action_mask, old_logprobs, np.asarray(logprobs) + noise(0.2), old_values, advantages, returns)
 
 
 def make_prompts(count: int, seed: int = 0) -> Prompts:
@@ -87,9 +106,15 @@ def fake_search(query_tokens, query_length, wanted):
 
 
 @functools.cache
+def mesh_of(shape: tuple[int, int, int]) -> Mesh:
+    """A mesh of data, fsdp, tensor on as many devices as it needs."""
+    return sharding.make_mesh(*shape, devices=jax.devices()[: math.prod(shape)])
+
+
+@functools.cache
 def make_program(mode: str, shape: tuple[int, int, int], search=fake_search, settings: RolloutSettings = SETTINGS, config: ModelConfig = CONFIG):
     """-> (mesh, shardings of the parameters, rollout), on as many devices as the mesh shape needs; made once, so that it is compiled once."""
-    mesh = sharding.make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
+    mesh = mesh_of(shape)
     specs = sharding.partition_specs(make_boxes(Policy(config)), ROLLOUT_RULES)
     return mesh, sharding.shardings(mesh, specs), make_rollout(config, settings, mesh, specs, search, mode)
 
