@@ -63,8 +63,9 @@ def _lay_out(sizes: tuple[int, ...], slices: int, devices) -> np.ndarray:
     """The devices as an array [data, fsdp, tensor]: neighbours along fsdp and tensor are near each other, and slices lie one after the other along data."""
     data, fsdp, tensor = sizes
     if tensor > 1:  # host by host, because the library would take a line of chips through several hosts where a tensor group could be one host's block
-        blocks = [mesh_utils.create_device_mesh((len(chips) // tensor, tensor), chips, allow_split_physical_axes=True) for chips in _hosts(devices)]
-        return np.concatenate(blocks).reshape(sizes)
+        # By place within each, alike in all: for groups that lie differently in each host libtpu finds no routes on v5e:8x8, and aborts.
+        by_place = lambda device: (getattr(device, "coords", []), device.id)
+        return np.array([chip for chips in _hosts(devices) for chip in sorted(chips, key=by_place)]).reshape(sizes)
     if slices > 1:
         return mesh_utils.create_hybrid_device_mesh((data // slices, fsdp, 1), (slices, 1, 1), devices, allow_split_physical_axes=True)
     return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
@@ -95,6 +96,18 @@ def _name(sizes: tuple[int, ...]) -> str:
 def row_shards(mesh: Mesh) -> int:
     """Number of shards into which the rows of a batch are cut."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def spread_rows(x: jax.Array) -> jax.Array:
+    """x [B, ...] as it is, its rows spread over the mesh on which the program runs, if there is one and it cuts them evenly.
+
+    Parameters are cut over fsdp along the width, rows along B. Left alone, the partitioner cuts hidden states along the width as well, and every chip computes
+    all rows; told where the rows are, it gathers the parameters of one layer at a time instead (fully sharded data parallelism).
+    """
+    mesh = jax.typeof(x).sharding.mesh
+    if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types) or x.shape[0] % row_shards(mesh):
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, ROWS))
 
 
 def partition_specs(boxed, rules: dict[str, str | None]):

@@ -61,8 +61,9 @@ def train(config, workdir: pathlib.Path, search=None) -> dict:
             position = int(state.position)
             rows = question_rows(position, r.questions, len(split.questions), config.seed)
             # Rollout: episodes on the device, with searches on the host; then their text, and what each search and each answer earned.
-            rollout_params = to_rollout_layout(state.policy.params)
-            got = collect(rollout_params, split, rows, jax.random.fold_in(rollout_key, iteration), r.temperature, r.group_size)
+            # The rollout's copy of the policy is gone when they are done.
+            sampling_key = jax.random.fold_in(rollout_key, iteration)
+            got = collect(to_rollout_layout(state.policy.params), split, rows, sampling_key, r.temperature, r.group_size)
             trajectory = cut_padding(got, l.length_multiple)
             clock.lap("rollout")
             # Rewards to their tokens, less the KL; advantages and returns. All this stays fixed during the optimiser steps.

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import running
 import tiny
 
 from configs import base
@@ -27,18 +26,12 @@ FAMILIES = {
     "llama": dict(qkv_bias=False, tie_embeddings=False, rope_scaling=RopeScaling("llama3", 8.0, 32, slow=1.0, fast=4.0, attention_factor=1.0)),
 }
 MODEL = dataclasses.replace(tiny.CONFIG, num_heads=8, num_kv_heads=4, head_dim=4)
-COMPILE_FAST = dict(flag.removeprefix("--").split("=") for flag in running.COMPILE_FAST.split())
 KL_IN_LOSS = dict(entropy_coef=0.01, kl_placement="loss", kl_estimator="k3")  # so that every term of the losses has a gradient
 ROWS = 16
 
 
 def model_of(family: str):
     return dataclasses.replace(MODEL, **FAMILIES[family])
-
-
-def run_once(program, *arguments):
-    """The result of a jitted function that is worth no long compilation."""
-    return program.lower(*arguments).compile(compiler_options=COMPILE_FAST)(*arguments)
 
 
 def place_params(model, shape):
@@ -53,7 +46,7 @@ def differentiate(family: str, shape):
     models = {"policy": Policy(config)} | ({"value": Value(config)} if family == "qwen2" else {})
     params = {name: place_params(model, shape) for name, model in models.items()}
     batch = sharding.rows_to_mesh(tiny.mesh_of(shape), tiny.make_batch(config, ROWS, 12))
-    return jax.tree.map(np.asarray, run_once(jax.jit(learner.make_gradients(config, settings)), params, batch, jnp.float32(0.1)))
+    return jax.tree.map(np.asarray, jax.jit(learner.make_gradients(config, settings))(params, batch, jnp.float32(0.1)))
 
 
 @functools.cache
@@ -62,7 +55,7 @@ def sample(family: str, shape):
     config, prompts = model_of(family), jax.tree.map(lambda x: x[:ROWS], tiny.make_prompts(64))
     mesh, param_shardings, rollout = tiny.make_program("callback", shape, config=config)
     arguments = tiny.rollout_arguments(prompts, jax.random.key(7), 1.0, mesh, param_shardings, tiny.make_params(config))
-    return sharding.rows_from_mesh(run_once(rollout, *arguments)[0])
+    return sharding.rows_from_mesh(rollout(*arguments)[0])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

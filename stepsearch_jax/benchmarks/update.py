@@ -1,9 +1,10 @@
 """One PPO step and its updates against tunix's PPO learner, the arithmetic that the updates reach, and the memory that they need beyond their results.
 
 Both sides: 16 rows of a prompt of 128 tokens and 128 sampled ones, the rollout benchmark's model as policy and reference, a value model of the same size,
-float32, nothing recomputed in the backward pass, one minibatch, one epoch, AdamW behind clipping. "step" is everything that an iteration does on the device:
-rollout, log-probabilities of policy and reference, values, advantages, both updates; "updates" is the two optimiser steps alone. Ours also finds the entropy,
-which the peer leaves out. The run ends with an error unless both sides' logits after the prompts agree to 1e-3.
+float32, one minibatch, one epoch, AdamW behind clipping. "step" is everything that an iteration does on the device: rollout, log-probabilities of policy and
+reference, values, advantages, both updates; "updates" is the two optimiser steps alone. Ours also finds the entropy, which the peer leaves out, and keeps only
+matrix products for the backward pass (model.remat=dots), the faster way on CPUs. The run ends with an error unless both sides' logits after the prompts agree
+to 1e-3.
 
 Model FLOPs of the updates are counted without recomputation and compared with the rate of the model's own matmuls at as many tokens
 (benchmarks/roofline.py). Temporaries are those of the compiled update at vocabulary 151936 and 4 x 2048 tokens, with a small trunk, less one
@@ -30,6 +31,7 @@ from stepsearch_jax.types import Batch, ModelState, TrainState
 
 PEERS = ("tunix",)
 CASE = Case(episodes=16, prompt=128, turns=1, turn_tokens=(128,), observation=1, slots=0, **CONFIGURED)
+MODEL = dataclasses.replace(sample_model.MODEL, remat="dots")
 RULES = dict(policy_rate=7e-7, value_rate=7e-6, b1=0.9, b2=0.999, weight_decay=0.01, max_grad_norm=1.0, gamma=1.0, gae_lambda=1.0, kl_coef=1e-3, clip=0.2,
              value_clip=0.5)  # what both sides are told
 SETTINGS = learner.LearnerSettings(
@@ -51,7 +53,7 @@ MEMORY = MemoryCase(rows=4, length=2048, model=dataclasses.replace(sample_model.
                                                                    num_kv_heads=1, head_dim=32, ffn_dim=128, remat="layers"))
 
 
-def measure(*, repeats: int, seed: int, peer: str, peer_python: str, case: Case = CASE, model: ModelConfig = sample_model.MODEL,
+def measure(*, repeats: int, seed: int, peer: str, peer_python: str, case: Case = CASE, model: ModelConfig = MODEL,
             memory: MemoryCase = MEMORY) -> dict:
     """-> figures: "ours_s", "peer_s" (medians) and "ratio" = peer / ours of the whole step, the same of "updates", FLOP rates, and bytes of temporaries.
 

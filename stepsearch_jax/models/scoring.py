@@ -5,8 +5,10 @@ import jax
 import jax.numpy as jnp
 
 from stepsearch_jax.models.transformer import Branches, Policy, Value
+from stepsearch_jax.sharding import spread_rows
 
-LOGITS_PER_CHUNK = 1 << 24  # float32 logits held at once per device-independent chunk: 64 MiB
+# Float32 logits held at once, for each device of the mesh: 96 MiB. Each chunk reads the output table, which a mesh gathers for it, and adds to its gradient.
+LOGITS_PER_CHUNK = 3 << 23
 
 
 def shift_to_tokens(predictions: jax.Array) -> jax.Array:
@@ -26,13 +28,14 @@ def score_tokens(policy: Policy, params, tokens: jax.Array) -> tuple[jax.Array, 
 def _score_hidden(policy: Policy, params, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
     """hidden [B, T, D], targets [B, T] -> log-probability of each target, and the entropy, [B, T] each: indexed by the token read, not yet shifted."""
     B, T = targets.shape
-    width = max(1, min(T, LOGITS_PER_CHUNK // (B * policy.config.vocab_size)))
+    devices = max(1, jax.typeof(hidden).sharding.mesh.size)  # 0 without a mesh
+    width = max(1, min(T, LOGITS_PER_CHUNK * devices // (B * policy.config.vocab_size)))
     chunks = -(-T // width)
 
     @jax.checkpoint
     def score_chunk(args):
         h, target = args  # [B, width, D], [B, width]
-        logits = policy.apply(params, h, method=Policy.unembed)
+        logits = policy.apply(params, spread_rows(h), method=Policy.unembed)
         log_total = jax.nn.logsumexp(logits, axis=-1)
         logprobs = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0] - log_total
         entropy = log_total - jnp.einsum("bwv,bwv->bw", jax.nn.softmax(logits), logits)

@@ -17,6 +17,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from stepsearch_jax.sharding import spread_rows
+
 EMBEDDING_STD = 0.02  # of fresh embeddings, as in the checkpoints of this family
 REMAT = {  # which intermediate results of a layer the backward pass finds again; "none" keeps all
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -279,6 +281,7 @@ class Block(nn.Module):
         """carry: (x [b, S, D], KVCache or None); layer: []; positions: [b, S]; rows: [b] or None -> (carry, None), as `nn.scan` wants it."""
         c = self.config
         x, cache = carry
+        x = spread_rows(x)
         D, N, G, H, F = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim, c.ffn_dim
         residual = 0.5 / c.num_layers  # 2 L of these add up on the residual stream (GPT-2's initialisation)
         h = RMSNorm(c, name="attention_norm")(x)
@@ -299,7 +302,7 @@ class Block(nn.Module):
         gate = Projection(c, (D,), (F,), ("embed", "ffn"), name="gate")(h)  # [b, S, F]
         up = Projection(c, (D,), (F,), ("embed", "ffn"), name="up")(h)
         x = x + Projection(c, (F,), (D,), ("ffn", "embed"), partial_sum=True, scale=residual, name="down")(nn.silu(gate) * up)
-        return (x, cache), None
+        return (spread_rows(x), cache), None
 
 
 def _write(cache: KVCache, k: jax.Array, v: jax.Array, layer: jax.Array, rows: jax.Array, positions: jax.Array) -> KVCache:
@@ -339,7 +342,7 @@ class Trunk(nn.Module):
         """tokens [b, S] -> (hidden [b, S, D], cache). Without positions: whole sequences from position 0."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        (x, cache), _ = self.layers((self.embed(tokens), cache), jnp.arange(self.config.num_layers), positions, rows, branches)
+        (x, cache), _ = self.layers((spread_rows(self.embed(tokens)), cache), jnp.arange(self.config.num_layers), positions, rows, branches)
         return self.final_norm(x), cache
 
 

@@ -1,0 +1,62 @@
+"""StePPO as the paper trains it: Qwen2.5 on MuSiQue, on a slice of TPUs.
+
+    python -m stepsearch_jax.train --config=configs/musique_qwen2_5.py:3b,v5e:4x4 --workdir=runs/musique-3b \
+        --config.data.path=FOLDER --config.model.checkpoint=FOLDER --config.prompt.tokenizer=FOLDER
+
+on every host of the slice. data.path: a folder with the official files; model.checkpoint: the model as published (config.json, *.safetensors);
+prompt.tokenizer: a folder with its tokenizer.json, usually the same. The argument: a size, 0.5b, 1.5b, 3b or 7b; then, in any order, the slice on which to run
+(MESHES below; without one the smallest v5e slice that holds the model) and `reference` for what the released code computes instead of the paper.
+
+Numbers of the algorithm are the paper's appendix B, the defaults of base.py. Whether a run fits, and what an iteration takes at best, says, without a TPU,
+
+    python -m stepsearch_jax.preflight --config=configs/musique_qwen2_5.py:3b,v5e:4x4 --topology=v5e:4x4
+"""
+import ml_collections
+
+from configs import base
+
+SIZES = {  # layers, width, query heads, kv heads, width of a head, hidden width, one table for input and output, rows of the table
+    "0.5b": (24, 896, 14, 2, 64, 4864, True, 151936),
+    "1.5b": (28, 1536, 12, 2, 128, 8960, True, 151936),
+    "3b": (36, 2048, 16, 2, 128, 11008, True, 151936),
+    "7b": (28, 3584, 28, 4, 128, 18944, False, 152064),
+}
+SLICES = {"v5e:4x4": 16, "v5e:8x8": 64, "v5p:2x2x4": 16, "v6e:4x4": 16}  # chips
+# Slices of heads, ffn and vocabulary, at most as many as there are kv heads; all other chips share out parameters, optimiser state and rows (fsdp).
+TENSOR = {"0.5b": 1, "1.5b": 2, "3b": 2, "7b": 4}
+VARIANTS = ("0.5b", "1.5b", "3b", "7b", "3b,v5e:8x8", "3b,reference", "7b,reference,v6e:4x4")  # some that there are
+SMALLEST = {"0.5b": "v5e:4x4", "1.5b": "v5e:4x4", "3b": "v5e:4x4", "7b": "v5e:8x8"}
+
+
+def get_config(argument: str = "3b") -> ml_collections.ConfigDict:
+    size, *words = argument.split(",")
+    if size not in SIZES:
+        raise ValueError(f"configs/musique_qwen2_5.py:{argument} is not known; sizes are {', '.join(SIZES)}")
+    preset, place = "paper", SMALLEST[size]
+    for word in words:
+        if word in SLICES:
+            place = word
+        elif word in base.VARIANTS:
+            preset = word
+        else:
+            raise ValueError(f"configs/musique_qwen2_5.py:{argument}: {word} is no slice ({', '.join(SLICES)}) and no preset ({', '.join(base.VARIANTS)})")
+
+    c = base.get_config(preset)
+    c.data.kind = "musique"
+    c.data.path = "data/musique"
+
+    m = c.model
+    m.num_layers, m.embed_dim, m.num_heads, m.num_kv_heads, m.head_dim, m.ffn_dim, m.tie_embeddings, m.vocab_size = SIZES[size]
+    m.rope_theta, m.norm_eps = 1e6, 1e-6
+    m.dtype = "bfloat16"
+    m.remat = "layers"
+    m.checkpoint = f"checkpoints/Qwen2.5-{size.upper()}"
+    c.prompt.tokenizer = m.checkpoint
+
+    g = c.mesh
+    g.data, g.fsdp, g.tensor = 1, SLICES[place] // TENSOR[size], TENSOR[size]
+
+    c.rollout.dtype = "bfloat16"
+    c.rollout.slots = 0  # all 256 episodes at a time: reading the parameters for a token costs the same for 64 of them
+    c.rl.micro_rows = g.fsdp  # a row on each group of chips
+    return c

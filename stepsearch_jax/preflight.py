@@ -1,0 +1,89 @@
+"""Whether a run fits a slice of TPUs, and how long an iteration takes at best: compiled for the slice, without one.
+
+    python -m stepsearch_jax.preflight --config=configs/X.py[:arg] --topology=v5e:4x4 [--json=FILE] [--config.key=value …]
+
+The programs are those of `train.py`: the rollout with its search callback, the scoring passes, the update, and the copy of the parameters for the rollout.
+Nothing is read but the config: no data, no weights. It ends with status 0 if the run fits the chips' memory, 1 if not, or if something is wrong with the
+config, which it says in one line. Needs libtpu: pip install -r requirements-tpu.txt
+"""
+from __future__ import annotations
+
+import dataclasses
+import logging
+import pathlib
+import sys
+
+import jax
+import ml_collections
+from absl import app, flags
+from ml_collections import config_flags
+
+from stepsearch_jax import sharding
+from stepsearch_jax.budget import hlo, lengths, programs, report, verdict
+from stepsearch_jax.budget.chips import Chip, describe_slice
+from stepsearch_jax.metrics import write_json
+from stepsearch_jax.settings import rollout_settings
+from stepsearch_jax.startup import parse_flags, start_logging
+
+logger = logging.getLogger("stepsearch_jax")
+
+
+def measure(config: ml_collections.ConfigDict, topology: str, chip: Chip, devices: list[jax.Device]) -> dict:
+    """Compiles the programs of a run for these devices -> everything that the report shows, in bytes, operations and seconds of one chip."""
+    mesh = programs.make_mesh(config, devices)
+    parts = programs.describe_parts(config, mesh)
+    compiled = programs.compile_programs(config, parts, lambda what: logger.info("%s for %s …", what, topology))
+    found = verdict.judge(parts.bytes_per_chip(), compiled, chip.hbm)
+
+    r, shards = config.rollout, sharding.row_shards(mesh)
+    episodes = r.questions * r.group_size
+    plan = lengths.plan_rollout(rollout_settings(config), r.attention_block, episodes // shards, (r.slots or episodes) // shards)
+    model = programs.count_model_flops(config, parts, plan)
+    phases = {}
+    for phase, program in compiled.items():
+        figures = dict(refused=program.memory is None, compile_seconds=program.seconds, need=_with_total(found.needs[phase]))
+        if program.memory:
+            costs = hlo.Module(program.text, plan.trips).costs(chip.rates)
+            figures |= dict(
+                flops=costs.flops, bytes=costs.bytes, collectives={kind: dataclasses.asdict(c) for kind, c in costs.collectives.items()},
+                seconds=sum(costs.seconds.values()), seconds_by=costs.seconds, bound=max(costs.seconds, key=costs.seconds.get),
+                model_flops=model[phase] / len(devices), model_ratio=costs.flops * len(devices) / model[phase] if model[phase] else None)
+        phases[phase] = figures
+    levers = [] if found.fits else verdict.find_levers(config, parts, found)
+    complete = all("seconds" in figures for figures in phases.values())
+    return dict(
+        topology=topology, chips=len(devices), mesh=list(mesh.devices.shape), hbm=chip.hbm, rates=chip.rates._asdict(), parts=parts.bytes_per_chip(),
+        phases=phases, worst=found.worst, fits=found.fits, levers=[dataclasses.asdict(lever) for lever in levers], episodes=episodes,
+        assumption=plan.describe(), lengths=dataclasses.asdict(plan), model=dict(parameters=programs.count_parameters(parts.policy), rule=model["rule"]),
+        iteration_seconds=sum(figures["seconds"] for figures in phases.values()) if complete else None)
+
+
+def _with_total(need: verdict.Need) -> dict[str, float]:
+    return dataclasses.asdict(need) | {"total": need.total}
+
+
+def preflight(config: ml_collections.ConfigDict, topology: str, json: str) -> int:
+    """Prints the report, writes it to `json` unless that is "" -> exit status: 0 if the run fits. What a user can mend raises SystemExit with one line."""
+    try:
+        if json and (pathlib.Path(json).is_dir() or not pathlib.Path(json).parent.is_dir()):
+            raise FileNotFoundError(f"--json={json}: name a file in a folder that is there")
+        figures = measure(config, topology, *describe_slice(topology))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"stepsearch_jax: {error}") from error
+    print(report.render(figures), flush=True)
+    if json:
+        write_json(pathlib.Path(json), figures)
+    return 0 if figures["fits"] else 1
+
+
+def main() -> None:
+    config = config_flags.DEFINE_config_file("config", None, "configs/X.py, with an argument after a colon where the file takes one", lock_config=True)
+    topology = flags.DEFINE_string("topology", None, "Slice of TPUs: v5e:4x4, v5e:8x8, v5p:2x2x4, v6e:4x4, …")
+    json = flags.DEFINE_string("json", "", "Also write the figures to this file")
+    flags.mark_flags_as_required(["config", "topology"])
+    start_logging()
+    app.run(lambda _: sys.exit(preflight(config.value, topology.value, json.value)), flags_parser=parse_flags)
+
+
+if __name__ == "__main__":
+    main()
