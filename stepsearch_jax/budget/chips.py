@@ -24,8 +24,8 @@ class Chip:
     cores: int
 
 
-# Usable memory: what the compiler names when a program needs more ("Used 17.9G of 15.75G hbm"), of nominally 16 and 32 GB; v5p: its nominal 95. Rates: pages v5e, v5p and v6e
-# of cloud.google.com/tpu/docs: bfloat16, HBM, and ICI in one direction over all links of a chip (1600, 4800 and 3200 Gb/s).
+# Usable memory: what the compiler names when a program needs more ("Used 17.9G of 15.75G hbm"), of nominally 16 and 32 GB; v5p: its nominal 95. Rates: pages
+# v5e, v5p and v6e of cloud.google.com/tpu/docs: bfloat16, HBM, and ICI in one direction over all links of a chip (1600, 4800 and 3200 Gb/s).
 CHIPS = {
     "v5e": Chip(15.75 * GIB, Rates(197e12, 819e9, 200e9), "v5litepod", 1),
     "v5p": Chip(95.0 * GIB, Rates(459e12, 2765e9, 600e9), "v5p", 2),
