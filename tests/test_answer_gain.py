@@ -44,6 +44,7 @@ def make_trajectory(rng: np.random.Generator) -> Trajectory:
         length=token_mask.sum(1).astype(np.int32), prompt_length=none + 3, finished=none > 0, truncated=none > 0, question_ids=none, group_ids=none)
 
 
+@pytest.mark.slow
 def test_gain_is_the_rise_from_turn_to_turn():
     """Against a forward pass of its own for every beginning: prompt, prompt and turn 0, …, each with the answer behind it."""
     rng, params = np.random.default_rng(3), tiny.draw_params(POLICY, 1)

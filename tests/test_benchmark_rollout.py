@@ -67,6 +67,7 @@ def test_episodes_that_are_not_as_asked_are_refused(field, small):
         rollout.check_episodes(SMALL, trajectory, counters)
 
 
+@pytest.mark.slow
 def test_slots_and_lock_step_sample_the_same_tokens(monkeypatch):
     """Eight episodes of 2, 5 or 9 tokens in two slots, against four pairs that wait for their longer one. Other noise in one of them is refused."""
     figures = rollout.measure_slots(MODEL, SPREAD, repeats=1, seed=0)
@@ -110,6 +111,7 @@ class FakePeer:
         return 2.0
 
 
+@pytest.mark.slow
 def test_the_figures(monkeypatch):
     monkeypatch.setattr(rollout, "Peer", FakePeer)
     found = rollout.measure(repeats=2, seed=0, case=["short"], peer="transformers", peer_python="there", cases={"short": (SMALL,)}, model=MODEL)

@@ -14,6 +14,7 @@ CASE = rollout.Case(episodes=4, prompt=6, turns=1, turn_tokens=(5,), observation
 MEMORY = update.MemoryCase(rows=2, length=32, model=dataclasses.replace(MODEL, remat="layers"))
 
 
+@pytest.mark.slow
 def test_both_runs_train_both_models_and_compile_nothing():
     inputs = rollout.Inputs.draw(MODEL, CASE, seed=0)
     step, updates = update.make_steps(MODEL, CASE, inputs, seed=0)
@@ -30,6 +31,7 @@ def test_both_runs_train_both_models_and_compile_nothing():
         assert np.isfinite(list(values.values())).all() and values["policy_grad_norm"] > 0 and values["value_grad_norm"] > 0
 
 
+@pytest.mark.slow
 def test_the_figures(monkeypatch):
     monkeypatch.setattr(roofline, "measure_matmuls", lambda *_, **__: 1e9)
     found = update.measure(repeats=1, seed=0, peer="none", peer_python=sys.executable, case=CASE, model=MODEL, memory=MEMORY)

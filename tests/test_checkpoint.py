@@ -99,7 +99,7 @@ def test_a_kill_during_a_save_leaves_the_one_before(tmp_path, moment):
     assert {path.name for path in folder.iterdir()} == {"1", "3"}
 
 
-def test_params(tmp_path):
+def test_params(tmp_path, monkeypatch):
     params = {"a": jnp.arange(4.0)}
     with pytest.raises(FileNotFoundError, match="there is no checkpoint at .*start"):
         checkpoint.load_params(tmp_path / "start", params)
@@ -107,7 +107,7 @@ def test_params(tmp_path):
     checkpoint.save_params(tmp_path / "start", params)
     assert checkpoint.has_params(tmp_path / "start")
     np.testing.assert_array_equal(checkpoint.load_params(tmp_path / "start", like(params))["a"], params["a"])
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     np.testing.assert_array_equal(checkpoint.load_params(pathlib.Path("start"), like(params))["a"], params["a"])
 
 

@@ -195,6 +195,7 @@ esac
 # --- train
 
 
+@pytest.mark.slow
 def test_train_runs_on_all_hosts_with_a_log_each(pod):
     pod.set_attempts(dict(say="hello"))
     odd = "--config.data.path=a b $HOME 'c'  \"d\"*"
@@ -209,6 +210,7 @@ def test_train_runs_on_all_hosts_with_a_log_each(pod):
     assert call[:4] == ["tpu-vm", "ssh", "search-1", "--worker=all"] and f"--output-directory=runs/pods/search-1/{attempt.name}" in call
 
 
+@pytest.mark.slow
 def test_a_preempted_tpu_is_replaced_and_the_training_resumed(pod, tmp_path):
     """In the first attempt the machines vanish with all that was on them; the second one has the data again."""
     bucket = pod.folder / "buckets/b/my data"
@@ -228,6 +230,7 @@ def test_a_preempted_tpu_is_replaced_and_the_training_resumed(pod, tmp_path):
     assert len(list((pod.root / "runs/pods/search-1").iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_no_capacity_is_waited_for(pod):
     pod.set_state("PREEMPTED")
     pod.plan(hosts=2, **{"fail tpu-vm create": ["no more capacity"] * 2})
@@ -240,6 +243,7 @@ def test_no_capacity_is_waited_for(pod):
     assert status == 1 and "there was no TPU in 2 tries" in error
 
 
+@pytest.mark.slow
 def test_a_failure_of_the_program_stops_with_its_message(pod):
     pod.set_attempts(dict(say="stepsearch_jax: data.path is empty", status=1))
     status, _, error = pod.run(*TRAIN, RESTARTS="2", **TPU)
@@ -248,6 +252,7 @@ def test_a_failure_of_the_program_stops_with_its_message(pod):
     assert (pod.folder / "search-1.tpu-vm").read_text() == "READY"
 
 
+@pytest.mark.slow
 def test_only_attempts_without_progress_count(pod):
     """Crashes after a new checkpoint each are no reason to give up; three in a row that begin where the last one did are."""
     resumed = [dict(say=f"12:00:00 resumed from iteration {iteration}", status=70) for iteration in (10, 20, 30, 30, 30)]
@@ -257,6 +262,7 @@ def test_only_attempts_without_progress_count(pod):
     assert re.findall(r"checkpoint: (\d) of 3", error) == ["1", "1", "1", "1", "2", "3"]
 
 
+@pytest.mark.slow
 def test_one_host_that_fails_fails_the_attempt(pod):
     """The other one is ended before the next attempt."""
     pod.set_attempts(dict(seconds=0.0))
@@ -267,6 +273,7 @@ def test_one_host_that_fails_fails_the_attempt(pod):
     assert sum("host.sh stop 10" in word for words in pod.changes() for word in words) == 1
 
 
+@pytest.mark.slow
 def test_a_script_that_ends_leaves_the_training_and_the_next_follows_it(pod):
     pod.set_attempts(dict(say="going", seconds=3))
     process = pod.start(*TRAIN, **TPU)
@@ -283,6 +290,7 @@ def test_a_script_that_ends_leaves_the_training_and_the_next_follows_it(pod):
     assert logs[-1].read_text() == "following the training that runs here\ngoing\n"
 
 
+@pytest.mark.slow
 def test_a_broken_connection_starts_nothing_twice(pod):
     """gcloud runs a command again when the connection broke: the host follows the training, or tells how it ended."""
     pod.set_attempts(dict(say="going", status=5))
@@ -294,6 +302,7 @@ def test_a_broken_connection_starts_nothing_twice(pod):
     assert len(pod.started(0)) == 1
 
 
+@pytest.mark.slow
 def test_stop_ends_the_training(pod):
     pod.set_attempts(dict(seconds=100))
     process = pod.start(*TRAIN, RESTARTS="1", **TPU)
@@ -304,6 +313,7 @@ def test_stop_ends_the_training(pod):
     assert process.returncode == 143 and not any(map(is_alive, pids))
 
 
+@pytest.mark.slow
 def test_train_refuses_what_it_does_not_know(pod):
     for arguments in (("--config=x", "--workdir=runs/x"), ("--config=x", "--workdir=/x", "--sede=1"), ("--config=x",), ("--workdir=/x",)):
         status, _, error = pod.run("launch/pod/train_pod.sh", *arguments, **TPU)

@@ -151,6 +151,7 @@ def test_every_phase_has_its_costs(figures):
     assert figures["iteration_seconds"] == pytest.approx(sum(phase["seconds"] for phase in figures["phases"].values()))
 
 
+@pytest.mark.slow
 def test_the_rollout_follows_its_lengths(figures):
     """Turns of 32 tokens, not 24, a third more decode steps: of the rollout's products, those of prompts and observations stay."""
     longer = preflight.measure(make_config(**{"rollout.max_turn_tokens": 32}), "four fakes", CHIP, jax.devices()[:4])

@@ -65,6 +65,7 @@ def test_only_token_gae_runs_over_observations(tmp_path_factory):
     check(tmp_path_factory, **{"rl.over_observations": True})
 
 
+@pytest.mark.slow
 def test_without_a_critic_there_is_no_value_model(tmp_path, tmp_path_factory):
     """No parameters, no optimiser; the policy and the frozen reference are those of a run with one."""
     states = []

@@ -113,6 +113,7 @@ def test_rows_that_fill_up_the_batch_get_no_slot(mode, slots):
     assert not nobody.action_mask.any()
 
 
+@pytest.mark.slow
 def test_memory_follows_the_slots():
     """The cache is the largest array of the program: a quarter of the slots, a quarter of it."""
     settings = dataclasses.replace(tiny.SETTINGS, context=2048)
