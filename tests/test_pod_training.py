@@ -61,6 +61,7 @@ def pod_sweep(tmp_path, capsys, monkeypatch):
     return bench
 
 
+@pytest.mark.slow
 def test_sweep_on_two_tpus(pod_sweep, monkeypatch):
     """Both are at work at once, a point at a time on each; a point that fails is run again the next time, what is finished is not."""
     monkeypatch.setenv("RESTARTS", "1")

@@ -97,6 +97,7 @@ def test_layout_changes_no_token(layout, temperature):
     assert counters[:, 2].sum() == observed - 16  # see test_prefill_counts_every_token_once
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["callback", "host"])
 @pytest.mark.parametrize("slots", [0, 2])
 def test_rows_that_fill_up_the_batch_get_no_slot(mode, slots):
