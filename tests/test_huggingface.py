@@ -158,7 +158,7 @@ def test_a_larger_vocabulary_is_filled_with_the_mean(case):
     params = load_policy(stored, config, make_like(config, EIGHT))
     tokens = np.arange(1, 13, dtype=np.int32)[None]
     wide, narrow = whole_logits(config, params, tokens), whole_logits(*load(GOLDEN / case), tokens)
-    np.testing.assert_allclose(wide[..., :46], narrow, atol=1e-4)
+    np.testing.assert_allclose(wide[..., :46], narrow, atol=2e-5)  # two programs, summed in orders of their own
     np.testing.assert_allclose(wide[..., 46:], np.broadcast_to(narrow.mean(-1, keepdims=True), wide[..., 46:].shape), atol=5e-3)  # rounded to the file's type
     assert (wide.argmax(-1) < 46).all()
 

@@ -49,6 +49,6 @@ def describe_slice(name: str) -> tuple[Chip, list[jax.Device]]:
     jax.config.update("jax_platforms", "cpu")
     try:
         return chip, list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
-    except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError, RuntimeError) as error:
+    except (RuntimeError, ValueError) as error:  # what libtpu refuses, or a missing one
         told = str(error).strip().splitlines()[0]
         raise ValueError(f"--topology={name} cannot be described: {told} (compiling for TPUs needs libtpu: pip install -r requirements-tpu.txt)") from error
