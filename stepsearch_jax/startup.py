@@ -90,15 +90,14 @@ def start_logging() -> None:
 def start_jax(config) -> None:
     """What must happen before the first use of a device, on CPU above all; and processes joined.
 
-    Asynchronous dispatch is off: callbacks could deadlock. The devices of one process run their operations in the program's order: the CPU runtime otherwise
-    starts independent ones in an order of each device's own, so that two collectives can wait for each other, which ends the process after 40 seconds.
-    Between processes that order must not be asked for: their collectives (gloo) then mix up their data (jax 0.10.2).
+    Asynchronous dispatch is off: callbacks could deadlock. Several fake devices of one process share a pool with a thread for each of them, and a device can
+    wait in several collectives at once, a thread in each; a pool that all wait in never moves again, and the runtime ends the process after 40 seconds.
     """
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     d = config.distributed
-    if d.processes == 1:
-        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_enable_concurrency_optimized_scheduler=false"
-    else:
+    if d.processes == 1 and "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        os.environ["NPROC"] = "64"  # so many threads: what the CPU runtime takes for the number of cores
+    if d.processes > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         named = dict(coordinator_address=d.coordinator, num_processes=d.processes, process_id=d.process_id) if d.coordinator else {}
         jax.distributed.initialize(**named, heartbeat_timeout_seconds=d.heartbeat_s, shutdown_timeout_seconds=d.heartbeat_s)

@@ -5,8 +5,8 @@ import pathlib
 COMPILE_FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # most of the tests' time would go into compiling well
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + f" {COMPILE_FAST} --xla_force_host_platform_device_count=8"
-                           " --xla_cpu_enable_concurrency_optimized_scheduler=false")  # as `startup.start_jax` sets it
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + f" {COMPILE_FAST} --xla_force_host_platform_device_count=8"
+os.environ["NPROC"] = "64"  # as `startup.start_jax` sets it, and says why
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest

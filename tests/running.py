@@ -65,6 +65,7 @@ def start(command: list, *, devices: int = 1, log: pathlib.Path) -> subprocess.P
     flags = f"{COMPILE_FAST} --xla_force_host_platform_device_count={devices}"
     programs = {"JAX_COMPILATION_CACHE_DIR": str(log.parents[1] / "programs"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     environment = os.environ | programs | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": f"{REPO}:{REPO / 'tests'}"}
+    environment.pop("NPROC", None)  # this process's own setting, by tests/conftest.py
     with log.open("w") as file:
         return subprocess.Popen([sys.executable, *map(str, command)], cwd=REPO, env=environment, stdout=file, stderr=subprocess.STDOUT)
 
