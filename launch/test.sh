@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lints and tests, in a virtual environment of its own (.venv, made at the first run).
+# Lints and tests, two files of tests at a time, in a virtual environment of its own (.venv, made at the first run).
 #
 #   bash launch/test.sh [arguments for pytest]      for example: bash launch/test.sh tests/test_losses.py
 #
@@ -12,4 +12,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 if [[ ${SLOW:-} != 1 ]]; then unset SLOW; fi  # pytest reads it; anything but 1 means no
 use_venv requirements.txt requirements-test.txt
 run .venv/bin/python -m ruff check --quiet --output-format=concise .
-run .venv/bin/python -m pytest -q --durations=15 "$@"
+run .venv/bin/python -m pytest -q -n 2 --dist loadfile --durations=15 "$@"

@@ -61,7 +61,8 @@ read_progress() { cat "$logs"/*/0.log 2>/dev/null | grep -o 'resumed from .*' | 
 
 futile=0
 for ((number = 1; ; number++)); do
-  before=$(read_progress) attempt=$(date -u +%Y%m%d-%H%M%S)-$number status=0
+  before=$(read_progress) status=0
+  attempt=$(date -u +%Y%m%d-%H%M%S)-$number-$$  # with the process: two points of a sweep can begin on a TPU in the same second
   read_state tpu-vm READY
   if [[ $state != READY ]]; then
     echo "$NAME is $state: creating it and setting it up"
