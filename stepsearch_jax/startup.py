@@ -95,12 +95,12 @@ def start_jax(config) -> None:
     """
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     d = config.distributed
-    if d.processes == 1 and "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
-        os.environ["NPROC"] = "64"  # so many threads: what the CPU runtime takes for the number of cores
-    if d.processes > 1:
+    if d.processes != 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         named = dict(coordinator_address=d.coordinator, num_processes=d.processes, process_id=d.process_id) if d.coordinator else {}
         jax.distributed.initialize(**named, heartbeat_timeout_seconds=d.heartbeat_s, shutdown_timeout_seconds=d.heartbeat_s)
+    elif "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        os.environ["NPROC"] = "64"  # so many threads: what the CPU runtime takes for the number of cores
 
 
 def make_sampler(system: System):
