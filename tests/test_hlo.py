@@ -23,7 +23,8 @@ SETTINGS = dataclasses.replace(tiny.SETTINGS, context=CONTEXT)
 CACHE = ("f32", (CONFIG.num_layers, CONTEXT // CONFIG.attention_block, ROWS, CONFIG.num_kv_heads, CONFIG.head_dim, CONFIG.attention_block))  # keys
 ACTION_MASK = ("pred", (ROWS, CONTEXT))
 LAYER = math.prod(CACHE[1][1:])
-TPU_ENVIRONMENT = dict(TPU_ACCELERATOR_TYPE="v5litepod-4", TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", TPU_WORKER_ID="0")
+TPU_ENVIRONMENT = dict(TPU_ACCELERATOR_TYPE="v5litepod-4", TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", TPU_WORKER_ID="0",
+                       ALLOW_MULTIPLE_LIBTPU_LOAD="1")
 # What may have a result of that size: names for something that exists already, and writes into it in place. XLA makes each copy that an in-place write
 # needs an instruction of its own, so those are seen.
 IN_PLACE = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "scatter", "dynamic-update-slice"}

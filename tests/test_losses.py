@@ -141,6 +141,14 @@ def test_value_loss_by_hand():
     assert metrics["value_clip_fraction"] == pytest.approx(1 / 3) and metrics["value_error"] == pytest.approx(9.36 / 3, rel=1e-5)
 
 
+def test_rounding_is_no_clipping():
+    """Values that moved by less than value_clip are not counted, although a compiled old + (new - old) is not new in every last bit."""
+    old, step, returns = jax.random.normal(jax.random.key(0), (3, 1, 1000))
+    loss = jax.jit(lambda values: value_loss(values, old, returns, jnp.ones((1, 1000), bool), value_clip=0.5, normalizer=1000, **TOKENS))
+    _, metrics = loss(old + 0.3 * jnp.tanh(step))
+    assert metrics["value_clip_fraction"] == 0
+
+
 def test_entropy_bonus_by_hand():
     bonus, metrics = entropy_bonus(jnp.array([[1.0, 2.0, 50.0]]), jnp.array([[True, True, False]]), normalizer=4, **TOKENS)
     assert bonus == metrics["entropy"] == pytest.approx(0.75)  # (1 + 2) / 4: this is half of a minibatch of four action tokens

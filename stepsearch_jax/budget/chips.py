@@ -43,9 +43,9 @@ def describe_slice(name: str) -> tuple[Chip, list[jax.Device]]:
         raise ValueError(f"--topology={name} is not known: name a kind ({', '.join(CHIPS)}) and a shape, such as v5e:4x4, v5p:2x2x4 or v6e:4x4")
     chip = CHIPS[kind]
     chips = math.prod(int(size) for size in shape.split("x"))
-    # Set before libtpu is loaded: it then asks no TPU and no metadata server.
+    # Set before libtpu is loaded: it then asks no TPU and no metadata server, and several processes may compile at once.
     os.environ.update(TPU_ACCELERATOR_TYPE=f"{chip.accelerator}-{chips * chip.cores}", TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost",
-                      TPU_WORKER_ID="0")
+                      TPU_WORKER_ID="0", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
     jax.config.update("jax_platforms", "cpu")
     try:
         return chip, list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)

@@ -105,7 +105,8 @@ def value_loss(
     unclipped, clipped = jnp.square(values - returns), jnp.square(clipped_values - returns)
     mean = functools.partial(aggregate, mask=value_mask, aggregation=aggregation, normalizer=normalizer)
     loss = 0.5 * mean(jnp.maximum(unclipped, clipped))
-    return loss, jax.lax.stop_gradient({"value_clip_fraction": mean(clipped > unclipped), "value_error": mean(unclipped)})
+    clips = (jnp.abs(values - old_values) > value_clip) & (clipped > unclipped)  # within the range both are the same number but for rounding
+    return loss, jax.lax.stop_gradient({"value_clip_fraction": mean(clips), "value_error": mean(unclipped)})
 
 
 @functools.partial(jax.jit, static_argnames=("aggregation",))
