@@ -37,8 +37,11 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     c.iterations = 500  # one iteration = one rollout and its optimiser steps [P]
 
     c.data = d = ml_collections.ConfigDict()
-    d.kind = "musique"  # atlas | musique
-    d.path = ""  # folder with the official files (musique); unused by atlas, which is made from its seed
+    d.kind = "musique"  # atlas | musique | hotpotqa | 2wikimultihopqa | bamboogle | phantomwiki | stepsearch | search_r1 (the form of their rows: data/)
+    d.path = ""  # folder with the official files; unused by atlas, which is made from its seed
+    # Files of passages to search, with commas between them; of the second and later ones only what is not in those before. "" = the file `corpus` in data.path,
+    # or, without one, the passages that the rows bring along.
+    d.corpus = ""
     d.cache_dir = "data_cache"  # prepared data sets, corpora and indexes are kept here
     d.train_split = "train"  # the split that training questions come from
     d.train_questions = 0  # use only the first so many training questions; 0 = all

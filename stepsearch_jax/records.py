@@ -32,6 +32,7 @@ class SubQuestion:
     """One hop of a question, with earlier answers filled in.
 
     `gold_ids` are the corpus ids of the documents that hold the answer; `queries` are the accepted search queries (the k_ij of the key reward).
+    `missing_gold` are title and text of gold documents that the corpus does not hold (text "" where the data set names them by title alone).
     """
 
     question: str
@@ -39,11 +40,15 @@ class SubQuestion:
     aliases: tuple[str, ...] = ()
     gold_ids: tuple[int, ...] = ()
     queries: tuple[str, ...] = ()
+    missing_gold: tuple[tuple[str, str], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Question:
-    """A multi-hop question. `uid` is the data set's own identifier, `shape` the graph shape or type (for tables), for example "2hop"."""
+    """A multi-hop question. `uid` is the data set's own identifier, `shape` the graph shape or type (for tables), for example "2hop".
+
+    `loose_gold_ids` and `loose_missing_gold` are gold documents of which the data set does not say to which sub-question they belong.
+    """
 
     uid: str
     question: str
@@ -51,6 +56,8 @@ class Question:
     aliases: tuple[str, ...] = ()
     sub_questions: tuple[SubQuestion, ...] = ()
     shape: str = ""
+    loose_gold_ids: tuple[int, ...] = ()
+    loose_missing_gold: tuple[tuple[str, str], ...] = ()
 
     @property
     def answers(self) -> tuple[str, ...]:
@@ -59,8 +66,13 @@ class Question:
 
     @property
     def gold_ids(self) -> tuple[int, ...]:
-        """Corpus ids of all gold documents, without repetition, in the order of the hops."""
-        return tuple(dict.fromkeys(i for sub in self.sub_questions for i in sub.gold_ids))
+        """Corpus ids of all gold documents, without repetition, in the order of the hops, loose ones last."""
+        return tuple(dict.fromkeys((*(i for sub in self.sub_questions for i in sub.gold_ids), *self.loose_gold_ids)))
+
+    @property
+    def missing_gold(self) -> tuple[tuple[str, str], ...]:
+        """Title and text of all gold documents that the corpus does not hold, without repetition."""
+        return tuple(dict.fromkeys((*(passage for sub in self.sub_questions for passage in sub.missing_gold), *self.loose_missing_gold)))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -39,11 +39,11 @@ def run_command(command: Callable) -> None:
     app.run(lambda _: run_guarded(command, config_flag.value, epath.Path(workdir_flag.value)), flags_parser=parse_flags)
 
 
-def parse_flags(argv: list[str]) -> list[str]:
+def parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
     """As absl does, with one line for a config that cannot be read or refuses its argument, for a key that it does not have, and for unknown flags."""
     try:
-        rest = flags.FLAGS(argv)
-        flags.FLAGS.config.keys()  # a config that could not be read says so when it is used
+        rest = values(argv)
+        values.config.keys()  # a config that could not be read says so when it is used
         return rest
     except OSError as error:
         raise SystemExit(f"stepsearch_jax: {' '.join(str(error).split())}") from error

@@ -6,8 +6,7 @@ import dataclasses
 import tensorflow_datasets as tfds
 
 from stepsearch_jax.data.atlas_world import make_worlds
-from stepsearch_jax.data.builder import RecordsBuilder
-from stepsearch_jax.records import Document, Question
+from stepsearch_jax.data.builder import Records, RecordsBuilder
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -28,6 +27,7 @@ class Atlas(RecordsBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
 
-    def make_records(self) -> tuple[list[Document], dict[str, list[Question]]]:
+    def make_records(self) -> Records:
         c = self.builder_config
-        return make_worlds(seed=c.seed, entities=c.entities, extra_facts=c.extra_facts, k1=c.k1, b=c.b, shapes=c.shapes, questions=c.questions)
+        documents, splits = make_worlds(seed=c.seed, entities=c.entities, extra_facts=c.extra_facts, k1=c.k1, b=c.b, shapes=c.shapes, questions=c.questions)
+        return Records(documents, splits, {})

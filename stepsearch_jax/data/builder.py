@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import abc
 from collections import Counter
+from typing import NamedTuple
 
 import tensorflow_datasets as tfds
 
@@ -12,12 +13,20 @@ from stepsearch_jax.records import Document, Question
 CORPUS = "corpus"  # the split that holds the documents, in the order of their ids
 
 
+class Records(NamedTuple):
+    """Documents (id = row), the questions of each split, and the files that they were read from: name -> path and sha256."""
+
+    documents: list[Document]
+    splits: dict[str, list[Question]]
+    files: dict[str, dict[str, str]]
+
+
 class RecordsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Base of the builders: a subclass makes the records, this class stores them, with counts in `info.metadata`."""
 
     @abc.abstractmethod
-    def make_records(self) -> tuple[list[Document], dict[str, list[Question]]]:
-        """Documents (id = row) and the questions of each split."""
+    def make_records(self) -> Records:
+        """All of the data set."""
 
     def _info(self) -> tfds.core.DatasetInfo:
         return self.dataset_info_from_configs(
@@ -27,12 +36,15 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         )
 
     def _split_generators(self, dl_manager):
-        documents, questions = self.make_records()
+        documents, questions, files = self.make_records()
+        self.info.metadata["files"] = files
         self.info.metadata["documents"] = len(documents)
         self.info.metadata["splits"] = {
             split: {
                 "questions": len(rows),
                 "sub_questions": sum(len(row.sub_questions) for row in rows),
+                "gold_documents": len({i for row in rows for i in row.gold_ids}),
+                "missing_gold_documents": len({passage for row in rows for passage in row.missing_gold}),
                 "shapes": dict(sorted(Counter(row.shape for row in rows).items())),
             }
             for split, rows in questions.items()

@@ -5,20 +5,48 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import logging
 import pathlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import tensorflow_datasets as tfds
-from absl import logging
+from absl import logging as absl_logging
 
-from stepsearch_jax.data import atlas, atlas_grammar, atlas_world, builder, musique, schema
+from stepsearch_jax.data import (
+    atlas,
+    atlas_grammar,
+    atlas_world,
+    bamboogle,
+    builder,
+    hotpotqa,
+    musique,
+    official,
+    passages,
+    phantomwiki,
+    rows,
+    schema,
+    search_r1,
+    stepsearch,
+    two_wiki,
+)
 from stepsearch_jax.records import Document, Question
+
+logger = logging.getLogger("stepsearch_jax")
+OFFICIAL = {  # data.kind -> the builder that reads its files
+    "musique": musique.Musique, "hotpotqa": hotpotqa.HotpotQA, "2wikimultihopqa": two_wiki.TwoWiki, "bamboogle": bamboogle.Bamboogle,
+    "phantomwiki": phantomwiki.PhantomWiki, "stepsearch": stepsearch.StepSearch, "search_r1": search_r1.SearchR1,
+}
+KINDS = ("atlas", *OFFICIAL)
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A prepared data set. `documents[i].id == i`; `manifest` holds the counts of every split and the hash of what made the data set."""
+    """A prepared data set. `documents[i].id == i`.
+
+    `manifest`: kind; hash of what made the data set; documents; of every split questions, sub_questions, shapes, gold_documents in the corpus and
+    missing_gold_documents; files with their path and sha256 (none for atlas).
+    """
 
     documents: Sequence[Document]
     splits: dict[str, Sequence[Question]]
@@ -28,8 +56,8 @@ class Source:
 class _Rows(Sequence):
     """The first `length` rows of a stored split, decoded when they are asked for."""
 
-    def __init__(self, rows, decode: Callable, length: int):
-        self._rows, self._decode, self._length = rows, decode, length
+    def __init__(self, stored, decode: Callable, length: int):
+        self._stored, self._decode, self._length = stored, decode, length
 
     def __len__(self) -> int:
         return self._length
@@ -40,26 +68,41 @@ class _Rows(Sequence):
         row = index + self._length if index < 0 else index
         if not 0 <= row < self._length:
             raise IndexError(f"row {index} of {self._length}")
-        return self._decode(self._rows[int(row)])
+        return self._decode(self._stored[int(row)])
+
+    def first(self, count: int) -> _Rows:
+        """The first `count` of these rows."""
+        return _Rows(self._stored, self._decode, count)
 
 
 def load_source(data_config, k1: float, b: float) -> Source:
-    """The data set of `config.data`, built under `data_config.cache_dir` if it is not there yet.
+    """The data set of `config.data` as training uses it: as `open_source` has it, of the training split only what data.train_questions allows.
 
-    k1, b: of the BM25 that checks Atlas's search queries. Its place is named by a hash of all that made it (Atlas: arguments and generator; MuSiQue:
-    path, size and time of its files), so a changed input is a new data set. Raises ValueError or FileNotFoundError for bad input.
+    Raises ValueError also when there is no such split, or too few questions in it.
+    """
+    source = open_source(data_config, k1, b)
+    train, wanted = data_config.train_split, data_config.train_questions
+    if train not in source.splits:
+        raise ValueError(f"data.train_split is {train!r}, but the data set has {sorted(source.splits)}")
+    if not 0 <= wanted <= len(source.splits[train]):
+        raise ValueError(f"data.train_questions is {wanted}, but split {train!r} has {len(source.splits[train])} questions (0 = all)")
+    return dataclasses.replace(source, splits={**source.splits, train: source.splits[train].first(wanted)}) if wanted else source
+
+
+def open_source(data_config, k1: float, b: float) -> Source:
+    """The whole data set that data_config.kind, path, corpus and atlas name, built under data_config.cache_dir if it is not there yet.
+
+    k1, b: of the BM25 that checks Atlas's search queries. Its place is named by a hash of all that made it (Atlas: arguments and generator; others: path,
+    size and time of their files), so a changed input is a new data set. Raises ValueError or FileNotFoundError for bad input.
     """
     dataset, digest = _make_builder(data_config, k1, b)
     dataset = _prepare(dataset, lambda: _make_builder(data_config, k1, b)[0])
     counts = dict(dataset.info.metadata)
     splits = {split: _Rows(dataset.as_data_source(split), schema.decode_question, count["questions"]) for split, count in counts["splits"].items()}
-    train, wanted = data_config.train_split, data_config.train_questions
-    if train not in splits:
-        raise ValueError(f"data.train_split is {train!r}, but the data set has {sorted(splits)}")
-    if not 0 <= wanted <= len(splits[train]):
-        raise ValueError(f"data.train_questions is {wanted}, but split {train!r} has {len(splits[train])} questions (0 = all)")
-    if wanted:
-        splits[train] = _Rows(dataset.as_data_source(train), schema.decode_question, wanted)
+    for split, count in counts["splits"].items():
+        if count["missing_gold_documents"]:
+            logger.warning("%s: the corpus lacks %d of the %d gold documents of split %s; `python -m stepsearch_jax.prepare audit` names them",
+                           data_config.kind, count["missing_gold_documents"], count["missing_gold_documents"] + count["gold_documents"], split)
     documents = _Rows(dataset.as_data_source(builder.CORPUS), schema.decode_document, counts["documents"])
     return Source(documents, splits, {"kind": data_config.kind, "hash": digest, **counts})
 
@@ -72,13 +115,13 @@ def question_rows(position: int, count: int, num_questions: int, seed: int) -> n
     """
     if num_questions < 1 or position < 0 or count < 0:
         raise ValueError(f"question_rows: position {position} and count {count} must not be negative, and num_questions {num_questions} not below 1")
-    rows = []
+    parts = []
     while count > 0:
         epoch, start = divmod(position, num_questions)
         taken = np.random.default_rng([seed, epoch]).permutation(num_questions)[start:start + count]
-        rows.append(taken)
+        parts.append(taken)
         position, count = position + len(taken), count - len(taken)
-    return np.concatenate(rows) if rows else np.zeros(0, np.int64)
+    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
 
 def _make_builder(config, k1: float, b: float) -> tuple[builder.RecordsBuilder, str]:
@@ -89,19 +132,21 @@ def _make_builder(config, k1: float, b: float) -> tuple[builder.RecordsBuilder, 
         made = dict(seed=a.seed, entities=a.entities, extra_facts=a.extra_facts, k1=k1, b=b, shapes=tuple(a.shapes), questions=questions)
         digest = _digest(made, atlas_grammar, atlas_world)
         builder_class, builder_config = atlas.Atlas, atlas.AtlasConfig(name=digest, **made)
-    elif config.kind == "musique":
-        folder = pathlib.Path(config.path)
-        files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in musique.find_files(folder).values()]
-        digest = _digest(files, musique)
-        builder_class, builder_config = musique.Musique, musique.MusiqueConfig(name=digest, path=str(folder.resolve()))
+    elif config.kind in OFFICIAL:
+        builder_class, folder = OFFICIAL[config.kind], pathlib.Path(config.path)
+        splits, corpora = official.find_inputs(builder_class.FORMAT, folder, config.corpus)
+        files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in (*splits.values(), *corpora)]
+        digest = _digest([files, len(corpora)], official, passages, rows, hotpotqa, stepsearch, inspect.getmodule(builder_class))
+        corpus = ",".join(str(path.resolve()) for path in corpora) if config.corpus else ""
+        builder_config = official.OfficialConfig(name=digest, path=str(folder.resolve()), corpus=corpus)
     else:
-        raise ValueError(f"data.kind is {config.kind!r}; known are 'atlas' and 'musique'")
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)  # every config of ours is made here, and TFDS warns of each
+        raise ValueError(f"data.kind is {config.kind!r}; known are {', '.join(KINDS)}")
+    verbosity = absl_logging.get_verbosity()
+    absl_logging.set_verbosity(absl_logging.ERROR)  # every config of ours is made here, and TFDS warns of each
     try:
         return builder_class(config=builder_config, data_dir=config.cache_dir, file_format="array_record"), digest
     finally:
-        logging.set_verbosity(verbosity)
+        absl_logging.set_verbosity(verbosity)
 
 
 def _digest(made, *modules) -> str:

@@ -1,0 +1,30 @@
+"""Bamboogle (Press et al., 2023), 125 questions for testing only, as a TFDS builder.
+
+A row: `question, golden_answers[…]` and, if there is one, `id`; or `Question, Answer`, the columns of the official table. It names neither
+sub-questions nor gold documents, and brings no passages.
+"""
+from __future__ import annotations
+
+import tensorflow_datasets as tfds
+
+from stepsearch_jax.data.official import Format, OfficialBuilder
+from stepsearch_jax.data.passages import Passages
+from stepsearch_jax.data.rows import Row
+from stepsearch_jax.records import Question
+
+
+def read_question(row: Row, split: str, passages: Passages) -> Question:
+    """The question of a row."""
+    answers = (row.text("Answer"),) if row.has("Answer") else row.answers("golden_answers")
+    return Question(uid=row.identifier("id", otherwise=split), question=row.text("question", "Question"), answer=answers[0], aliases=answers[1:])
+
+
+FORMAT = Format(name="Bamboogle", stems={"test": ("test", "bamboogle")}, read_question=read_question,
+                address="https://docs.google.com/spreadsheets/d/1jwcsA5kE4TObr9YHn9Gc-wQHYjTbLhDGx6tmIzMhl_U, saved as bamboogle.csv (MIT)")
+
+
+class Bamboogle(OfficialBuilder):
+    """Bamboogle."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    FORMAT = FORMAT

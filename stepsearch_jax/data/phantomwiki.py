@@ -1,0 +1,47 @@
+"""PhantomWiki (Gong et al., 2025), made-up universes of people, as a TFDS builder: files `questions` and `articles`; one split, test.
+
+A row of `questions`: `id, question, answer[…], difficulty` and, where the way to the answer is known, `hops[{relation, gold_titles[…], values[…]}]`. Where
+several answers are right all of them are wanted: they are one answer, with commas between them. A hop is a sub-question about the people of
+`gold_titles`, whose articles are its gold documents; asked for each of them alone it is an accepted query. A first hop that looks up who has a trait
+(an occupation, a hobby, a date of birth) asks for the people instead.
+"""
+from __future__ import annotations
+
+import tensorflow_datasets as tfds
+
+from stepsearch_jax.data.official import Format, OfficialBuilder
+from stepsearch_jax.data.passages import Passages
+from stepsearch_jax.data.rows import Row
+from stepsearch_jax.records import Question, SubQuestion
+
+TRAITS = {"job": "occupation", "hobby": "hobby", "dob": "date of birth", "gender": "gender"}
+
+
+def read_question(row: Row, split: str, passages: Passages) -> Question:
+    """The question of a row."""
+    question = row.text("question")
+    subs = [_read_hop(hop, n == 0, question, passages) for n, hop in enumerate(row.objects("hops"))] if row.has("hops") else []
+    return Question(uid=row.identifier("id", otherwise=split), question=question, answer=", ".join(row.answers("answer")), sub_questions=tuple(subs),
+                    shape=f"difficulty {row.get('difficulty', int)}")
+
+
+def _read_hop(hop: Row, first: bool, question: str, passages: Passages) -> SubQuestion:
+    relation, titles, values = hop.text("relation"), hop.answers("gold_titles"), hop.answers("values")
+    gold, missing = passages.sort_gold((title, "") for title in titles)
+    if first and relation in TRAITS and values[0] in question and not any(title in question for title in titles):
+        asked = f"Who is the person whose {TRAITS[relation]} is {values[0]}?"
+        return SubQuestion(question=asked, answer=", ".join(titles), gold_ids=gold, queries=(asked,), missing_gold=missing)
+    start = f"What is the {TRAITS[relation]}" if relation in TRAITS else f"Who is the {relation}"
+    return SubQuestion(question=f"{start} of {', '.join(titles)}?", answer=", ".join(values), gold_ids=gold,
+                       queries=tuple(f"{start} of {title}?" for title in titles), missing_gold=missing)
+
+
+FORMAT = Format(name="PhantomWiki", stems={"test": ("questions",)}, read_question=read_question, corpus_stems=("articles", "corpus"),
+                address="https://huggingface.co/datasets/kilian-group/phantom-wiki-v1 or the generator, https://github.com/kilian-group/phantom-wiki (MIT)")
+
+
+class PhantomWiki(OfficialBuilder):
+    """PhantomWiki; a universe a folder."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    FORMAT = FORMAT

@@ -1,0 +1,194 @@
+"""Rows of data files, each with its place, so that a fault can be named: JSON lines, JSON arrays, CSV, Parquet."""
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import json
+import pathlib
+import zlib
+from collections.abc import Iterator, Sequence
+
+from tqdm import tqdm
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
+_DECODER = json.JSONDecoder()
+
+
+class Row:
+    """One object of a file. `where` names its place ("file, line 3"), `number` counts the objects of the file from 1.
+
+    Every method checks what it returns and raises ValueError, with `where`, when it is not as asked for. None counts as missing.
+    """
+
+    def __init__(self, values: dict, where: str, number: int):
+        self.values, self.where, self.number = values, where, number
+
+    def fault(self, what: str) -> ValueError:
+        """The error that says what is wrong with this row."""
+        return ValueError(f"{self.where}: {what}")
+
+    def has(self, name: str) -> bool:
+        """Whether the field is there."""
+        return self.values.get(name) is not None
+
+    def get(self, name: str, kind: type):
+        """The field: present, of type `kind`, and not empty if a string."""
+        if name not in self.values:
+            raise self.fault(f"field {name!r} is missing")
+        value = self.values[name]
+        if not isinstance(value, kind) or isinstance(value, bool) and kind is not bool:
+            raise self.fault(f"field {name!r} should be {kind.__name__}, not {type(value).__name__}")
+        if kind is str and not value.strip():
+            raise self.fault(f"field {name!r} is empty")
+        return value
+
+    def text(self, *names: str) -> str:
+        """The string in the first of these fields that is there."""
+        return self.get(next((name for name in names if self.has(name)), names[0]), str)
+
+    def identifier(self, *names: str, otherwise: str) -> str:
+        """The text or number in the first of these fields that is there, as text; without one, `otherwise` and the number of the row, from 0."""
+        value = next((self.values[name] for name in names if self.has(name)), f"{otherwise}_{self.number - 1}")
+        if not isinstance(value, (str, int)) or not str(value).strip():
+            raise self.fault(f"{value!r} in {' or '.join(map(repr, names))} should be a text or a number")
+        return str(value)
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        """The strings of a list."""
+        values = self.get(name, list)
+        if not all(isinstance(value, str) for value in values):
+            raise self.fault(f"{name!r} should hold strings only")
+        return tuple(values)
+
+    def answers(self, name: str) -> tuple[str, ...]:
+        """The strings of a list that holds at least one, none of them blank."""
+        values = self.texts(name)
+        if not values or not all(value.strip() for value in values):
+            raise self.fault(f"{name!r} should hold at least one answer, and no empty one")
+        return values
+
+    def lists(self, name: str) -> list[list]:
+        """The lists of a list."""
+        values = self.get(name, list)
+        for i, value in enumerate(values):
+            if not isinstance(value, list):
+                raise self.fault(f"{name}[{i}] should be a list, not {type(value).__name__}")
+        return values
+
+    def object(self, name: str) -> Row:
+        """The object in a field."""
+        return Row(self.get(name, dict), f"{self.where}, {name}", self.number)
+
+    def objects(self, name: str) -> list[Row]:
+        """The objects of a list that is not empty."""
+        values = self.get(name, list)
+        if not values:
+            raise self.fault(f"{name!r} is empty")
+        for i, value in enumerate(values):
+            if not isinstance(value, dict):
+                raise self.fault(f"{name}[{i}] should be an object, not {type(value).__name__}")
+        return [Row(value, f"{self.where}, {name}[{i}]", self.number) for i, value in enumerate(values)]
+
+
+def find_file(folder: pathlib.Path, stems: Sequence[str]) -> pathlib.Path | None:
+    """The file in `folder` that has one of these names and an ending that can be read. Raises ValueError when there are two."""
+    found = [path for path in (folder / f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES) if path.is_file()]
+    if len(found) > 1:
+        raise ValueError(f"{found[0]} and {found[1]} are the same split twice: remove one of them")
+    return found[0] if found else None
+
+
+def read_rows(path: pathlib.Path) -> Iterator[Row]:
+    """The objects of a file, in order. Raises FileNotFoundError, and ValueError for a file that holds none, or something else.
+
+    Close it (contextlib.closing) where what is done with the rows may fail: a progress bar that is left open garbles the message.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there")
+    if not path.name.endswith(SUFFIXES):
+        raise ValueError(f"{path}: the name should end in one of {', '.join(SUFFIXES)}")
+    number = 0
+    try:
+        for place, value in tqdm(_read_values(path), desc=f"reading {path.name}", unit=" rows", leave=False):
+            number += 1
+            if not isinstance(value, dict):
+                raise ValueError(f"{path}, {place}: a JSON object is needed, not {type(value).__name__}")
+            yield Row(value, f"{path}, {place}", number)
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: behind row {number} the file cannot be read ({error}); fetch it again") from None
+    if not number:
+        raise ValueError(f"{path}: the file is empty; at least one row is needed")
+
+
+def hash_file(path: pathlib.Path) -> str:
+    """The SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_values(path: pathlib.Path) -> Iterator[tuple[str, object]]:
+    """(place, value) of each row; of text that belongs to no row nothing is told."""
+    kind = path.name.removesuffix(".gz").rsplit(".", 1)[1]
+    if kind == "parquet":
+        yield from _read_parquet(path)
+        return
+    with gzip.open(path, "rt", encoding="utf-8", newline="") if path.name.endswith(".gz") else open(path, encoding="utf-8", newline="") as file:
+        if kind == "csv":
+            reader = csv.DictReader(file)
+            yield from ((f"line {reader.line_num}", values) for values in reader)
+            return
+        start = file.read(1)
+        while start.isspace():
+            start = file.read(1)
+        file.seek(0)
+        yield from _read_array(path, file.read()) if kind == "json" and start == "[" else _read_lines(path, file)
+
+
+def _read_lines(path: pathlib.Path, lines) -> Iterator[tuple[str, object]]:
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                yield f"line {number}", json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+
+
+def _read_array(path: pathlib.Path, text: str) -> Iterator[tuple[str, object]]:
+    """One element after the other: the objects of a file of 600 MB need not stand in memory all at once."""
+    position, line, counted = _skip(text, text.index("[") + 1), 1, 0
+    while text[position:position + 1] != "]":
+        line, counted = line + text.count("\n", counted, position), position
+        try:
+            value, position = _DECODER.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {error.lineno}: not JSON ({error})") from None
+        yield f"line {line}", value
+        position = _skip(text, position)
+        if text[position:position + 1] == ",":
+            position = _skip(text, position + 1)
+        elif text[position:position + 1] != "]":
+            raise ValueError(f"{path}, line {line}: not JSON (a comma or the end of the array is missing behind this row)")
+
+
+def _skip(text: str, position: int) -> int:
+    """The next position that holds no white space."""
+    while text[position:position + 1].isspace():
+        position += 1
+    return position
+
+
+def _read_parquet(path: pathlib.Path) -> Iterator[tuple[str, object]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path}: not a Parquet file ({error})") from None
+    with file:
+        number = 0
+        for batch in file.iter_batches(batch_size=1024):
+            for values in batch.to_pylist():
+                number += 1
+                yield f"row {number}", values

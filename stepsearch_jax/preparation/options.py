@@ -1,0 +1,45 @@
+"""The command lines of `prepare`: flags of the command's own, and a config with its overrides."""
+from __future__ import annotations
+
+import argparse
+import pathlib
+from collections.abc import Callable, Sequence
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from stepsearch_jax.metrics import write_json
+from stepsearch_jax.startup import parse_flags, start_logging
+
+
+def make_parser(name: str, text: str) -> argparse.ArgumentParser:
+    """The parser of `python -m stepsearch_jax.prepare NAME`, with --config and --json; `text` is what --help shows."""
+    parser = argparse.ArgumentParser(f"python -m stepsearch_jax.prepare {name}", description=text, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("--config", required=True, metavar="FILE", help="configs/X.py, with an argument after a colon where the file takes one; "
+                                                                        "--config.KEY=VALUE changes a key")
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write the figures to this file")
+    return parser
+
+
+def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str], command: Callable[[ml_collections.ConfigDict, argparse.Namespace], dict],
+                render: Callable[[dict], str]) -> None:
+    """Calls command(config, options) -> figures, prints them with `render` and writes them to --json. What a user can mend ends it with one line."""
+    options, rest = parser.parse_known_args(arguments)
+    argv = [parser.prog, f"--config={options.config}", *rest]
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values, sys_argv=argv)
+    spare = parse_flags(argv, values)[1:]
+    if spare:
+        parser.error(f"unrecognized arguments: {' '.join(spare)}")
+    start_logging()
+    try:
+        if options.json and (options.json.is_dir() or not options.json.parent.is_dir()):
+            raise FileNotFoundError(f"--json={options.json}: name a file in a folder that is there")
+        figures = command(values.config, options)
+        print(render(figures), flush=True)
+        if options.json:
+            write_json(options.json, figures)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"stepsearch_jax: {error}") from error

@@ -1,0 +1,120 @@
+"""Rows of every kind of file come with their place; what cannot be read is refused by file and line."""
+import csv
+import gzip
+import hashlib
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from stepsearch_jax.data.rows import Row, find_file, hash_file, read_rows
+
+ROWS = [{"id": "a", "text": "one,\n \"two\""}, {"id": "b", "text": "ünï  ]"}, {"id": "c", "text": "["}]
+
+
+def write(path, kind):
+    text = {
+        "lines": "".join(json.dumps(row) + "\n\n" for row in ROWS),  # empty lines count as lines
+        "array": " \n[" + ",\n\n".join(json.dumps(row, indent=1) for row in ROWS) + "]\n",
+        "short array": json.dumps(ROWS, ensure_ascii=False),
+    }.get(kind)
+    if kind == "csv":
+        with open(path, "w", newline="") as out:
+            table = csv.DictWriter(out, ["id", "text"])
+            table.writeheader()
+            table.writerows(ROWS)
+    elif kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    elif path.suffix == ".gz":
+        path.write_bytes(gzip.compress(text.encode()))
+    else:
+        path.write_text(text)
+
+
+@pytest.mark.parametrize("name, kind, places", [
+    ("rows.jsonl", "lines", ["line 1", "line 3", "line 5"]),
+    ("rows.jsonl.gz", "lines", ["line 1", "line 3", "line 5"]),
+    ("rows.json", "lines", ["line 1", "line 3", "line 5"]),
+    ("rows.json", "array", ["line 2", "line 7", "line 12"]),  # each object takes four lines and is followed by an empty one
+    ("rows.json.gz", "short array", ["line 1", "line 1", "line 1"]),
+    ("rows.csv", "csv", ["line 3", "line 4", "line 5"]),  # the first row's text has a line break
+    ("rows.parquet", "parquet", ["row 1", "row 2", "row 3"]),
+])
+def test_every_kind_of_file_gives_the_same_rows(tmp_path, name, kind, places):
+    path = tmp_path / name
+    write(path, kind)
+    rows = list(read_rows(path))
+    assert [row.values for row in rows] == ROWS
+    assert [row.where for row in rows] == [f"{path}, {place}" for place in places]
+    assert [row.number for row in rows] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("rows.jsonl", b'{"a": 1}\n\n{"a": }\n', "line 3: not JSON"),
+    ("rows.jsonl", b'{"a": 1}\n7\n', "line 2: a JSON object is needed, not int"),
+    ("rows.json", b'[{"a": 1},\n {"a": }]', "line 2: not JSON"),
+    ("rows.json", b'[{"a": 1}\n {"a": 2}]', "line 1: not JSON .a comma"),
+    ("rows.json", b'[{"a": 1}, [2]]', "line 1: a JSON object is needed, not list"),
+    ("rows.json", b'[{"a": 1},\n', "line 2: not JSON"),
+    ("rows.json", b" ", "the file is empty"),
+    ("rows.json", b"[ ]", "the file is empty"),
+    ("rows.jsonl", b"", "the file is empty"),
+    ("rows.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9)[:-9], "behind row . the file cannot be read .*fetch it again"),
+    ("rows.jsonl.gz", b'{"a": 1}\n', "behind row 0 the file cannot be read"),
+    ("rows.jsonl", b'{"a": "\xff"}\n', "cannot be read .*utf-8"),
+    ("rows.parquet", b"no table", "not a Parquet file"),
+    ("rows.txt", b"{}", "the name should end in one of .jsonl"),
+])
+def test_what_cannot_be_read_is_refused_by_place(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"rows\S*{name.removeprefix('rows')}.*{message}"):
+        list(read_rows(tmp_path / name))
+
+
+def test_a_file_that_is_not_there_and_one_that_is_there_twice(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing.jsonl is not there"):
+        list(read_rows(tmp_path / "nothing.jsonl"))
+    assert find_file(tmp_path, ("dev",)) is None
+    (tmp_path / "dev.json").write_text("[]")
+    assert find_file(tmp_path, ("validation", "dev")) == tmp_path / "dev.json"
+    (tmp_path / "validation.parquet").write_text("")
+    with pytest.raises(ValueError, match="same split twice"):
+        find_file(tmp_path, ("validation", "dev"))
+
+
+def test_hash_is_of_the_bytes(tmp_path):
+    (tmp_path / "file").write_bytes(b"\x00abc")
+    assert hash_file(tmp_path / "file") == hashlib.sha256(b"\x00abc").hexdigest()
+
+
+ROW = Row({"none": None, "text": " a ", "blank": "\n", "number": 3, "flag": True, "texts": ["a", ""], "mixed": ["a", 1], "empty": [], "lists": [[1], 2],
+           "objects": [{"a": 1}, {}], "object": {"a": "x"}}, "f, line 2", 4)
+
+
+@pytest.mark.parametrize("read, message", [
+    (lambda row: row.text("nothing"), "field 'nothing' is missing"),
+    (lambda row: row.text("nothing", "none"), "field 'nothing' is missing"),
+    (lambda row: row.text("none"), "field 'none' should be str, not NoneType"),
+    (lambda row: row.text("blank"), "field 'blank' is empty"),
+    (lambda row: row.get("flag", int), "field 'flag' should be int, not bool"),
+    (lambda row: row.texts("mixed"), "'mixed' should hold strings only"),
+    (lambda row: row.answers("texts"), "'texts' should hold at least one answer, and no empty one"),
+    (lambda row: row.answers("empty"), "'empty' should hold at least one answer"),
+    (lambda row: row.lists("lists"), r"lists\[1\] should be a list, not int"),
+    (lambda row: row.objects("empty"), "'empty' is empty"),
+    (lambda row: row.objects("lists"), r"lists\[0\] should be an object, not list"),
+    (lambda row: row.objects("objects")[1].text("a"), r"objects\[1\]: field 'a' is missing"),
+    (lambda row: row.object("object").get("a", int), "object: field 'a' should be int"),
+    (lambda row: row.identifier("texts", otherwise="x"), "'texts' should be a text or a number"),
+])
+def test_faults_name_place_and_field(read, message):
+    with pytest.raises(ValueError, match=rf"^f, line 2(, \w+(\[\d\])?)?: .*{message}|^f, line 2, .*{message}"):
+        read(ROW)
+
+
+def test_fields_as_asked_for():
+    assert ROW.text("nothing", "text") == " a " and ROW.get("number", int) == 3 and ROW.get("flag", bool) is True
+    assert ROW.texts("texts") == ("a", "") and ROW.texts("empty") == ()
+    assert ROW.has("flag") and not ROW.has("none") and not ROW.has("nothing")
+    assert ROW.identifier("nothing", "number", otherwise="x") == "3" and ROW.identifier("none", otherwise="train") == "train_3"
