@@ -202,6 +202,10 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     e.questions = 0  # only the first so many; 0 = all
     e.every = 0  # also every so many iterations; 0 = only before and after
     e.controls = False  # also the scripted searchers
+    # `evaluate` alone: measure these data sets instead of config.data, each KIND:FOLDER or KIND:FOLDER:SPLIT (otherwise evaluation.split), with commas between;
+    # beside a run's policies, or those of model.checkpoint where WORKDIR holds no run, stand direct answers, answers from one search, and from gold documents.
+    e.datasets = ""
+    e.resamples = 1000  # bootstrap draws of questions behind each interval of evaluation.datasets
 
     c.checkpoint = k = ml_collections.ConfigDict()
     k.every = 10  # iterations of RL between checkpoints

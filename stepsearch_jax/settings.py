@@ -29,8 +29,8 @@ CHOICES = {  # keys whose value is one of a few words, checked before anything e
 
 MINIMA = {  # the least sensible value of keys that count something; NaN is below all of them
     0: ("iterations", "model.vocab_size", "rollout.temperature", "rollout.top_k", "rollout.slots", "rl.micro_rows", "rl.kl_coef", "rl.kl_target", "rl.clip_low",
-        "rl.clip_high", "rl.value_clip", "evaluation.every", "evaluation.questions", "data.train_questions", "policy.learning_rate", "value.learning_rate",
-        "policy.warmup", "value.warmup", "checkpoint.minutes"),
+        "rl.clip_high", "rl.value_clip", "evaluation.every", "evaluation.questions", "evaluation.resamples", "data.train_questions", "policy.learning_rate",
+        "value.learning_rate", "policy.warmup", "value.warmup", "checkpoint.minutes"),
     1: ("rollout.questions", "rollout.group_size", "rollout.max_turns", "rollout.max_turn_tokens", "rollout.prefill_rows", "rollout.prefill_tokens",
         "rollout.attention_block", "search.k", "search.encode_batch", "rl.minibatches", "rl.epochs", "rl.length_multiple", "rl.kl_horizon", "checkpoint.every",
         "checkpoint.imitation_every", "checkpoint.keep", "imitation.log_every", "imitation.held_out", "imitation.demonstrations", "model.num_layers",

@@ -69,6 +69,7 @@ class System:
     rollout_model: ModelConfig
     splits: dict[str, Split]
     stored: StoredModel | None  # the pretrained weights that config.model.checkpoint names
+    plain_texts: Sequence[str]  # title and text of each document, as the rewards read them
 
     def measure_retrieval(self, split_name: str) -> float:
         """Share of sub-questions whose gold documents are among the k that a search for the sub-question itself returns; NaN without gold documents."""
@@ -83,11 +84,10 @@ class System:
             episodes, self._similarity, gain=gain, num_turns=self.settings.turns, answer_gate=w.answer_gate, format_failure=w.format_failure,
             gamma_key=w.gamma_key, key_match=w.key_match, use_gain=w.use_gain, use_redundancy=w.use_redundancy, redundancy_scope=w.redundancy_scope,
             step_scale=w.step_scale, search_cost=w.search_cost, retrieved_answer_credit=w.retrieved_answer_credit, rendered_ids=self._rendered_ids,
-            texts=self._texts)
+            texts=self.plain_texts)
 
     _similarity: object = None
     _rendered_ids: np.ndarray | None = None
-    _texts: Sequence[str] | None = None
 
 
 def build_system(config: ml_collections.ConfigDict, splits: Sequence[str], search=None) -> System:
@@ -149,9 +149,9 @@ def build_system(config: ml_collections.ConfigDict, splits: Sequence[str], searc
     plain = [f"{document.title} {document.text}" for document in source.documents]
     return System(
         config, mesh, source, tokenizer, rollout_settings(config), environment, callback, search_documents, learner_model, rollout_model, prepared, stored,
+        plain,
         _similarity=fit_similarity(plain, tfidf_fit=config.reward.tfidf_fit),
-        _rendered_ids=match_rendered(source.documents) if config.reward.redundancy_scope == "rendered" else None,
-        _texts=plain if config.reward.retrieved_answer_credit else None)
+        _rendered_ids=match_rendered(source.documents) if config.reward.redundancy_scope == "rendered" else None)
 
 
 def build_search_index(config: ml_collections.ConfigDict, documents: Sequence[Document], folder: pathlib.Path, mesh: Mesh) -> Bm25Index | DenseIndex:
