@@ -61,9 +61,15 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     p.max_prompt_tokens = 2048  # a longer prompt is refused before work starts [C]
 
     c.search = s = ml_collections.ConfigDict()
+    s.kind = "bm25"  # bm25 | dense: nearest by an encoder's vectors, as the paper has it; needs rollout.search="host"
     s.k = 3  # documents a search [P]
     s.bm25_k1 = 0.9  # term saturation of BM25 [O]
     s.bm25_b = 0.4  # length normalisation of BM25 [O]
+    s.encoder = ""  # dense: Hugging Face folder of a BERT-type encoder (MiniLM, E5) with config.json, *.safetensors and tokenizer.json
+    s.query_prefix = ""  # dense: put before each query; "query: " for E5
+    s.passage_prefix = ""  # dense: put before each document; "passage: " for E5
+    s.embedding_dtype = "bfloat16"  # dense: of the documents' vectors and of the products with them: float32 | bfloat16
+    s.encode_batch = 64  # dense: texts embedded at a time on each device
     s.max_observation_tokens = 800  # an observation, header and documents together; documents are cut to share it [C]
     s.timeout_s = 30.0  # a search that takes longer ends the run with a message
     s.max_failure_share = 0.0  # share of failed searches in an iteration above which the run stops
@@ -199,6 +205,10 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     e.questions = 0  # only the first so many; 0 = all
     e.every = 0  # also every so many iterations; 0 = only before and after
     e.controls = False  # also the scripted searchers
+    # `evaluate` alone: measure these data sets instead of config.data, each KIND:FOLDER or KIND:FOLDER:SPLIT (otherwise evaluation.split), with commas between;
+    # beside a run's policies, or those of model.checkpoint where WORKDIR holds no run, stand direct answers, answers from one search, and from gold documents.
+    e.datasets = ""
+    e.resamples = 1000  # bootstrap draws of questions behind each interval of evaluation.datasets
 
     c.checkpoint = k = ml_collections.ConfigDict()
     k.every = 10  # iterations of RL between checkpoints

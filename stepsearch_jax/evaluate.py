@@ -4,6 +4,11 @@
 
 measures the run in DIR before RL (its warm start) and after (its newest checkpoint) and writes DIR/evaluation.json, DIR/transcripts.jsonl and DIR/report.html.
 With --config.evaluation.controls=True also: the scripted searcher that the warm start imitated, and a perfect one.
+
+    python -m stepsearch_jax.evaluate --config=configs/X.py --workdir=DIR --config.evaluation.datasets=musique:FOLDER,bamboogle:FOLDER:test …
+
+measures them on these data sets, beside baselines that cannot search, and writes one table (`tables.py`). Without a run in DIR, the pretrained policy
+that config.model.checkpoint names is measured as it is.
 """
 from __future__ import annotations
 
@@ -11,6 +16,7 @@ import dataclasses
 import json
 import logging
 import pathlib
+from collections.abc import Iterator
 from functools import partial
 
 import jax
@@ -69,22 +75,34 @@ def collect(system: System, sample_episodes, params, split: Split, question_rows
     return Collected(trajectory, rows, episodes, system.score(episodes, gain), rows_from_mesh(counters), searches)
 
 
+def count_questions(system: System, split_name: str) -> int:
+    """How many questions of a split are evaluated."""
+    count = len(system.splits[split_name].questions)
+    return min(count, system.config.evaluation.questions or count)
+
+
+def collect_greedily(system: System, sample_episodes, params, split_name: str, description: str, answer_gain=None) -> Iterator[tuple[np.ndarray, Collected]]:
+    """One greedy episode for every question of the split, a rollout at a time -> (row of each of this process's episodes, -1: fills up; the rollout)."""
+    total = count_questions(system, split_name)
+    size = system.config.rollout.questions * system.config.rollout.group_size
+    mine = process_rows(system.mesh, size)
+    for start in progress(range(0, total, size), description):
+        rows = np.arange(start, start + size)
+        rows[rows >= total] = -1
+        split = system.splits[split_name]
+        yield rows[mine], collect(system, sample_episodes, params, split, rows, jax.random.key(0), temperature=0.0, answer_gain=answer_gain)
+
+
 def evaluate_policy(system: System, sample_episodes, params, split_name: str, description: str, answer_gain=None) -> tuple[dict[str, float], list[dict]]:
     """Greedy, every question of the split exactly once -> (means: em, f1, gold_recall, searches, invalid, truncated; one dump per question).
 
     On several processes the means are over all of them; the dumps are this process's.
     """
-    split, e = system.splits[split_name], system.config.evaluation
-    total = min(len(split.questions), e.questions or len(split.questions))
-    size = system.config.rollout.questions * system.config.rollout.group_size
+    total = count_questions(system, split_name)
     sums, dumps = np.zeros(len(MEANS) + 2), []
-    for start in progress(range(0, total, size), description):
-        rows = np.arange(start, start + size)
-        rows[rows >= total] = -1
-        got = collect(system, sample_episodes, params, split, rows, jax.random.key(0), temperature=0.0, answer_gain=answer_gain)
-        valid = rows[process_rows(system.mesh, size)] >= 0
-        sums += _sum_measures(got.episodes, got.scores, valid)
-        dumps += [dump_episode(system, got.episodes[b], got.scores, b) for b in np.flatnonzero(valid)]
+    for rows, got in collect_greedily(system, sample_episodes, params, split_name, description, answer_gain):
+        sums += _sum_measures(got.episodes, got.scores, rows >= 0)
+        dumps += [dump_episode(system, got.episodes[b], got.scores, b) for b in np.flatnonzero(rows >= 0)]
     sums = multihost_utils.process_allgather(sums).reshape(-1, len(sums)).sum(0)
     if sums[0] != total:
         raise RuntimeError(f"evaluation counted {int(sums[0])} questions instead of {total}")
@@ -96,8 +114,7 @@ def evaluate_policy(system: System, sample_episodes, params, split_name: str, de
 
 def evaluate_script(system: System, split_name: str, shares: dict[str, float]) -> dict[str, float]:
     """The same means for the scripted searcher."""
-    split = system.splits[split_name]
-    total = min(len(split.questions), system.config.evaluation.questions or len(split.questions))
+    split, total = system.splits[split_name], count_questions(system, split_name)
     questions = list(split.questions[:total])
     trajectory = run_script(questions, split.prompts[:total], split.prompt_length[:total], system.source.documents, system.search, system.tokenizer,
                             system.settings, system.environment.last_turn_warning, shares, system.config.seed)
@@ -148,7 +165,7 @@ def write_transcripts(workdir: pathlib.Path, dumps: dict[str, list[dict]]) -> No
 def write_results(system: System, workdir: pathlib.Path, before: dict, after: dict, dumps: dict[str, list[dict]]) -> dict:
     """Writes evaluation.json, transcripts.jsonl and report.html (process 0) and prints the table -> the contents of evaluation.json."""
     e = system.config.evaluation
-    result = {"questions": min(len(system.splits[e.split].questions), e.questions or len(system.splits[e.split].questions)), "before": before, "after": after}
+    result = {"questions": count_questions(system, e.split), "before": before, "after": after}
     if e.controls:
         result["controls"] = evaluate_controls(system, e.split)
     if jax.process_index() == 0:
@@ -164,6 +181,10 @@ def write_results(system: System, workdir: pathlib.Path, before: dict, after: di
 
 def evaluate_command(config, workdir: pathlib.Path) -> None:
     """The command: measures a run's first and newest policy."""
+    if config.evaluation.datasets:
+        from stepsearch_jax.tables import evaluate_datasets  # it is made of this module's parts
+
+        return evaluate_datasets(config, workdir)
     if not (workdir / "start").is_dir():
         raise FileNotFoundError(f"{workdir} holds no run (no start/): train one with python -m stepsearch_jax.train --config=… --workdir={workdir}")
     check_readable(workdir, config)

@@ -282,17 +282,18 @@ def format_signed(value: float | None, digits: int = 3) -> str:
 def write_report(workdir: str | os.PathLike) -> pathlib.Path:
     """Writes `workdir`/report.html, atomically, from the run's files there and returns its path.
 
-    `metrics.jsonl` must hold at least one line; `evaluation.json`, `transcripts.jsonl` and `config.json` may be missing, and the page says so. The
-    same files give the same page. Raises FileNotFoundError for a missing folder or missing metrics, ValueError with file and line for a
-    malformed file.
+    `metrics.jsonl` must hold at least one line, or be missing where there is an `evaluation.json` of a policy that was not trained here; `evaluation.json`,
+    `transcripts.jsonl` and `config.json` may be missing, and the page says so. The same files give the same page. Raises FileNotFoundError for a missing
+    folder or missing metrics, ValueError with file and line for a malformed file.
     """
     workdir = epath.Path(workdir)
     if not workdir.is_dir():
         raise FileNotFoundError(f"{workdir} is not a folder: give the --workdir of a training run")
-    if not (workdir / METRICS_FILE).is_file():
+    trained = (workdir / METRICS_FILE).is_file()
+    if not trained and not (workdir / "evaluation.json").is_file():
         raise FileNotFoundError(f"{workdir} holds no {METRICS_FILE}: give the --workdir of a training run that has finished an iteration")
-    rows = read_metrics(workdir)
-    if not rows:
+    rows = read_metrics(workdir) if trained else []
+    if trained and not rows:
         raise ValueError(f"{workdir / METRICS_FILE} holds no line yet: wait until the run has finished an iteration")
     config = read_json(workdir / "config.json")
     evaluation = read_json(workdir / "evaluation.json")
@@ -315,6 +316,7 @@ def write_report(workdir: str | os.PathLike) -> pathlib.Path:
         last_iterations=last_iterations,
         results=_results(evaluation),
         measures=MEASURES,
+        trained=trained,
         charts=charts,
         missing=missing,
         featured=featured,

@@ -13,6 +13,7 @@ from stepsearch_jax.rl.advantages import CRITIC_ESTIMATORS, GROUP_ESTIMATORS, us
 from stepsearch_jax.rl.learner import LearnerSettings, make_optimizer
 from stepsearch_jax.rollout.episode import RolloutSettings
 from stepsearch_jax.run_folder import flatten
+from stepsearch_jax.search.embeddings import DTYPES
 
 VOCABULARY_MULTIPLE = 64  # a model's vocabulary is rounded up to it, so that any sensible tensor axis divides it
 CHOICES = {  # keys whose value is one of a few words, checked before anything else
@@ -23,15 +24,15 @@ CHOICES = {  # keys whose value is one of a few words, checked before anything e
     "reward.step_reward": ("gain", "answer_logprob"),
     "rl.advantage": (*CRITIC_ESTIMATORS, *GROUP_ESTIMATORS), "rl.aggregation": ("token_mean", "sequence_mean"), "rl.kl_placement": ("reward", "loss"),
     "rl.kl_estimator": ("k1", "k2", "k3", "abs"), "policy.optimizer": ("adamw", "sgd"), "value.optimizer": ("adamw", "sgd"),
-    "imitation.optimizer": ("adamw", "muon"),
+    "imitation.optimizer": ("adamw", "muon"), "search.kind": ("bm25", "dense"), "search.embedding_dtype": DTYPES,
 }
 
 MINIMA = {  # the least sensible value of keys that count something; NaN is below all of them
     0: ("iterations", "model.vocab_size", "rollout.temperature", "rollout.top_k", "rollout.slots", "rl.micro_rows", "rl.kl_coef", "rl.kl_target", "rl.clip_low",
-        "rl.clip_high", "rl.value_clip", "evaluation.every", "evaluation.questions", "data.train_questions", "policy.learning_rate", "value.learning_rate",
-        "policy.warmup", "value.warmup", "checkpoint.minutes"),
+        "rl.clip_high", "rl.value_clip", "evaluation.every", "evaluation.questions", "evaluation.resamples", "data.train_questions", "policy.learning_rate",
+        "value.learning_rate", "policy.warmup", "value.warmup", "checkpoint.minutes"),
     1: ("rollout.questions", "rollout.group_size", "rollout.max_turns", "rollout.max_turn_tokens", "rollout.prefill_rows", "rollout.prefill_tokens",
-        "rollout.attention_block", "search.k", "rl.minibatches", "rl.epochs", "rl.length_multiple", "rl.kl_horizon", "checkpoint.every",
+        "rollout.attention_block", "search.k", "search.encode_batch", "rl.minibatches", "rl.epochs", "rl.length_multiple", "rl.kl_horizon", "checkpoint.every",
         "checkpoint.imitation_every", "checkpoint.keep", "imitation.log_every", "imitation.held_out", "imitation.demonstrations", "model.num_layers",
         "model.embed_dim", "model.num_heads", "model.num_kv_heads", "model.head_dim", "model.ffn_dim"),
 }
@@ -109,6 +110,11 @@ def check_config(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
         for key in keys:
             if not values[key] >= least:
                 raise ValueError(f"config.{key} is {values[key]}; it must be at least {least}")
+    if s.kind == "dense" and r.search != "host":
+        raise ValueError(f"search.kind=dense runs programs on the device, which a callback from inside one must not; rollout.search is {r.search!r}: set it to "
+                         "host")
+    if s.kind == "dense" and not s.encoder:
+        raise ValueError("search.kind=dense needs search.encoder, the folder of an encoder (config.json, *.safetensors, tokenizer.json)")
     if m.num_heads % m.num_kv_heads or m.head_dim % 2:
         raise ValueError(f"model.num_heads={m.num_heads} must be a multiple of model.num_kv_heads={m.num_kv_heads}, and model.head_dim={m.head_dim} even")
     if m.checkpoint and (i.checkpoint or m.previous_token_peak):

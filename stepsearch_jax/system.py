@@ -15,18 +15,19 @@ from jax.sharding import Mesh
 from stepsearch_jax import sharding
 from stepsearch_jax.data import atlas_grammar
 from stepsearch_jax.data.loading import Source, load_source
+from stepsearch_jax.dense import DenseIndex, build_dense_index, load_text_encoder
 from stepsearch_jax.models.huggingface import open_checkpoint
 from stepsearch_jax.models.stored import StoredModel, check_architecture
 from stepsearch_jax.models.transformer import ModelConfig
 from stepsearch_jax.prompting.tags import decode_query, make_tag_automaton
 from stepsearch_jax.prompting.templates import encode_environment, render_document, render_prompt
 from stepsearch_jax.prompting.tokenizers import Tokenizer, load_tokenizer
-from stepsearch_jax.records import Episode, Question
+from stepsearch_jax.records import Document, Episode, Question
 from stepsearch_jax.rewards.scoring import StepScores, match_rendered, score_episodes
 from stepsearch_jax.rewards.tfidf import fit_similarity
 from stepsearch_jax.rollout.episode import Environment, Prompts, RolloutSettings
 from stepsearch_jax.rollout.text import Answers, encode_answers, encode_prompts
-from stepsearch_jax.search.bm25 import build_index
+from stepsearch_jax.search.bm25 import Bm25Index, build_index
 from stepsearch_jax.search.callback import SearchCallback, SearchCounts, make_search_callback
 from stepsearch_jax.search.corpus_tokens import tokenize_corpus
 from stepsearch_jax.search.prepared import one_at_a_time
@@ -68,6 +69,7 @@ class System:
     rollout_model: ModelConfig
     splits: dict[str, Split]
     stored: StoredModel | None  # the pretrained weights that config.model.checkpoint names
+    plain_texts: Sequence[str]  # title and text of each document, as the rewards read them
 
     def measure_retrieval(self, split_name: str) -> float:
         """Share of sub-questions whose gold documents are among the k that a search for the sub-question itself returns; NaN without gold documents."""
@@ -82,15 +84,14 @@ class System:
             episodes, self._similarity, gain=gain, num_turns=self.settings.turns, answer_gate=w.answer_gate, format_failure=w.format_failure,
             gamma_key=w.gamma_key, key_match=w.key_match, use_gain=w.use_gain, use_redundancy=w.use_redundancy, redundancy_scope=w.redundancy_scope,
             step_scale=w.step_scale, search_cost=w.search_cost, retrieved_answer_credit=w.retrieved_answer_credit, rendered_ids=self._rendered_ids,
-            texts=self._texts)
+            texts=self.plain_texts)
 
     _similarity: object = None
     _rendered_ids: np.ndarray | None = None
-    _texts: Sequence[str] | None = None
 
 
 def build_system(config: ml_collections.ConfigDict, splits: Sequence[str], search=None) -> System:
-    """Data, index, tokenizer, prompts, callback and shapes for `splits`. `search`: replaces BM25 as the function queries -> ids [q, k] (tests).
+    """Data, index, tokenizer, prompts, callback and shapes for `splits`. `search`: replaces the index as the function queries -> ids [q, k] (tests).
 
     Raises ValueError or FileNotFoundError, with what to change, for anything that does not fit together.
     """
@@ -105,7 +106,7 @@ def build_system(config: ml_collections.ConfigDict, splits: Sequence[str], searc
     with one_at_a_time(pathlib.Path(config.data.cache_dir)):
         source = load_source(config.data, s.bm25_k1, s.bm25_b)
         folder = pathlib.Path(config.data.cache_dir) / f"corpus-{source.manifest['hash']}"
-        index = build_index(source.documents, folder / f"bm25-{s.bm25_k1}-{s.bm25_b}", s.bm25_k1, s.bm25_b)
+        index = build_search_index(config, source.documents, folder, mesh)
         texts = [render_document(document) for document in source.documents]
         document_tokens = tokenize_corpus(texts, folder / f"tokens-{tokenizer.fingerprint[:16]}", tokenizer.encode_batch, tokenizer.fingerprint)
 
@@ -148,9 +149,19 @@ def build_system(config: ml_collections.ConfigDict, splits: Sequence[str], searc
     plain = [f"{document.title} {document.text}" for document in source.documents]
     return System(
         config, mesh, source, tokenizer, rollout_settings(config), environment, callback, search_documents, learner_model, rollout_model, prepared, stored,
+        plain,
         _similarity=fit_similarity(plain, tfidf_fit=config.reward.tfidf_fit),
-        _rendered_ids=match_rendered(source.documents) if config.reward.redundancy_scope == "rendered" else None,
-        _texts=plain if config.reward.retrieved_answer_credit else None)
+        _rendered_ids=match_rendered(source.documents) if config.reward.redundancy_scope == "rendered" else None)
+
+
+def build_search_index(config: ml_collections.ConfigDict, documents: Sequence[Document], folder: pathlib.Path, mesh: Mesh) -> Bm25Index | DenseIndex:
+    """The index that config.search asks for, kept in `folder`; a dense one lies on this process's devices of the mesh."""
+    s = config.search
+    if s.kind == "bm25":
+        return build_index(documents, folder / f"bm25-{s.bm25_k1}-{s.bm25_b}", s.bm25_k1, s.bm25_b)
+    devices = mesh.local_devices
+    encoder = load_text_encoder(s.encoder, s.encode_batch, devices)
+    return build_dense_index(documents, folder, encoder, query_prefix=s.query_prefix, passage_prefix=s.passage_prefix, dtype=s.embedding_dtype, devices=devices)
 
 
 def check_searches(system: System) -> SearchCounts:

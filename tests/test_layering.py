@@ -10,9 +10,10 @@ PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "stepsearch_jax"
 # From the top of the house down: a file imports from its own room and from rooms above it. The commands, last, import everything.
 ROOMS = ("records", "types", "masking", "sharding", "data", "search", "prompting", "models", "rollout", "rewards", "rl", "checkpoint", "metrics", "report",
          "commands")
-COMMANDS = {"settings", "system", "startup", "warm_start", "train", "evaluate", "prepare", "preflight", "serve", "benchmark", "benchmarks", "sweeps",
-            "run_folder", "export", "budget", "preparation"}
-HOST = {"records", "data", "search", "prompting", "rewards.scoring", "rewards.text_metrics", "rewards.tfidf", "metrics", "report", "sweeps"}
+COMMANDS = {"settings", "dense", "system", "startup", "warm_start", "train", "evaluate", "prepare", "preflight", "serve", "benchmark", "benchmarks",
+            "sweeps", "run_folder", "export", "budget", "preparation", "baselines", "tables"}
+HOST = {"records", "data", "search", "prompting", "rewards.scoring", "rewards.text_metrics", "rewards.tfidf", "rewards.evaluation", "metrics", "report",
+        "sweeps"}
 DEVICE = {"types", "masking", "sharding", "models", "rewards.placement", "rl", "checkpoint"}
 DEVICE_LIBRARIES = {"jax", "jaxlib", "flax", "optax", "orbax"}
 LAZY = {"search/bm25.py", "data/atlas_world.py"}  # the only users of bm25s, which starts jax when it is imported

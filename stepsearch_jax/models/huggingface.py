@@ -24,6 +24,7 @@ ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llam
 SUPPORTED = "supported are qwen2 (Qwen2, Qwen2.5), qwen3 (Qwen3, dense) and llama (Llama, SmolLM2)"
 STORED_TYPES = {"F32", "F16", "BF16"}
 INDEX = "model.safetensors.index.json"
+CONSTANTS = ("rotary_emb.inv_freq", "embeddings.position_ids")  # endings of tensors that old files carry along and no model needs
 
 
 def open_checkpoint(path: pathlib.Path) -> StoredModel:
@@ -44,7 +45,7 @@ def open_checkpoint(path: pathlib.Path) -> StoredModel:
         raise ValueError(f"{file}: {error}") from error
     except KeyError as error:
         raise ValueError(f"{file} lacks the key {error}") from error
-    return StoredModel(path, fields, _list_tensors(path))
+    return StoredModel(path, fields, list_tensors(path))
 
 
 def _read_fields(raw: dict) -> dict[str, object]:
@@ -93,8 +94,11 @@ def _read_rope(raw: dict) -> tuple[float, RopeScaling | None]:
     return theta, scaling
 
 
-def _list_tensors(folder: pathlib.Path) -> dict[str, StoredTensor]:
-    """The tensors of a folder's safetensors files: those that the index names, or model.safetensors, or all there are."""
+def list_tensors(folder: pathlib.Path) -> dict[str, StoredTensor]:
+    """The tensors of a folder's safetensors files: those that the index names, or model.safetensors, or all there are; none is read.
+
+    Raises FileNotFoundError for missing files, ValueError for one that cannot be read and for a number type that is not supported.
+    """
     index, single = folder / INDEX, folder / "model.safetensors"
     if index.is_file():
         files = sorted({folder / file for file in json.loads(index.read_text())["weight_map"].values()})
@@ -109,6 +113,8 @@ def _list_tensors(folder: pathlib.Path) -> dict[str, StoredTensor]:
         try:
             with safetensors.safe_open(file, framework="np") as stored:
                 for name in stored.keys():
+                    if name.endswith(CONSTANTS):
+                        continue
                     part = stored.get_slice(name)
                     if part.get_dtype() not in STORED_TYPES:
                         raise ValueError(f"{file}: {name} is stored as {part.get_dtype()}; supported are {', '.join(sorted(STORED_TYPES))}")

@@ -140,8 +140,7 @@ def _check_tensors(stored: StoredModel, config: ModelConfig, places: Sequence[Pl
                 rows = "at most " if place.inputs is None else ""
                 faults.append(f"{name} in {found.file.name} should be {rows}{list(shape)} and is {list(found.shape)}")
     for name in sorted(stored.tensors.keys() - known):
-        if not name.endswith("rotary_emb.inv_freq"):  # a constant that old files carry along
-            faults.append(f"{name} {list(stored.tensors[name].shape)} in {stored.tensors[name].file.name} is unexpected")
+        faults.append(f"{name} {list(stored.tensors[name].shape)} in {stored.tensors[name].file.name} is unexpected")
     if faults:
         more = f"; and {len(faults) - FAULTS_TOLD} more" if len(faults) > FAULTS_TOLD else ""
         raise ValueError(f"the checkpoint {stored.path} does not fit: {'; '.join(faults[:FAULTS_TOLD])}{more}")

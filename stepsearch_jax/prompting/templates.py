@@ -75,7 +75,33 @@ Question: {question}
 
 SHORT = " Question: {question}\n"
 
+DIRECT = """\
+Answer the question at the end from what you know. Write the answer, a few words without explanation, between <answer> and </answer>.
+
+An example:
+Question: In which year was the university founded at which the author of The Glass Orchard studied?
+<answer> 1824 </answer>
+
+Question: {question}
+"""
+
+READ = """\
+Answer the question at the end with the help of the documents between <information> and </information>. Write the answer, a few words without explanation, \
+between <answer> and </answer>.
+
+An example:
+Question: In which year was the university founded at which the author of The Glass Orchard studied?
+<information>
+ Doc 1 <## Title: The Glass Orchard ##> The Glass Orchard is a novel by Miriam Aldous, who read history at the University of Veldmark.
+ Doc 2 <## Title: University of Veldmark ##> The University of Veldmark is a public university. It was founded in 1824.
+</information>
+<answer> 1824 </answer>
+
+Question: {question}
+"""
+
 TEMPLATES = {"paper": PAPER, "reference": REFERENCE, "short": SHORT}
+BASELINES = {"paper": (DIRECT, READ), "reference": (DIRECT, READ), "short": (SHORT, SHORT)}  # where nothing can be searched: without documents, with them
 
 
 def render_prompt(template: str, question: str) -> str:
@@ -85,6 +111,11 @@ def render_prompt(template: str, question: str) -> str:
     if not question.strip():
         raise ValueError("the question is empty")
     return TEMPLATES[template].replace("{question}", question.strip())
+
+
+def render_baseline(template: str, question: str, with_documents: bool) -> str:
+    """The prompt of a policy that cannot search and answers at once, in the manner of `template`; documents follow behind it, as an observation."""
+    return BASELINES[template][with_documents].replace("{question}", question.strip())
 
 
 def render_document(document: Document) -> str:

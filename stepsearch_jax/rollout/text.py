@@ -51,7 +51,7 @@ def encode_answers(questions: Sequence[Question], tokenizer: Tokenizer) -> Answe
     """The answers in tokens."""
     opening = tokenizer.encode("<answer>")  # apart from the rest: what it is scored on begins at a token's boundary
     encoded = [[*opening, *ids] for ids in tokenizer.encode_batch([f" {question.answer}</answer>" for question in questions])]
-    return Answers(*_pad(encoded, max(map(len, encoded))), len(opening))
+    return Answers(*pad_tokens(encoded, max(map(len, encoded))), len(opening))
 
 
 def encode_prompts(prompts: Sequence[str], uids: Sequence[str], tokenizer: Tokenizer, max_prompt_tokens: int) -> tuple[np.ndarray, np.ndarray]:
@@ -64,10 +64,10 @@ def encode_prompts(prompts: Sequence[str], uids: Sequence[str], tokenizer: Token
         if len(ids) > max_prompt_tokens:
             raise ValueError(f"the prompt of question {uids[row]} has {len(ids)} tokens, more than config.prompt.max_prompt_tokens={max_prompt_tokens}: "
                              "raise that limit (and config.rollout.context with it), or leave the question out")
-    return _pad(encoded, max_prompt_tokens)
+    return pad_tokens(encoded, max_prompt_tokens)
 
 
-def _pad(encoded: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
+def pad_tokens(encoded: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
     """Token ids, right padded [n, width] int32, and how many each row has [n] int32."""
     tokens = np.zeros((len(encoded), width), np.int32)
     for row, ids in enumerate(encoded):

@@ -1,0 +1,159 @@
+"""Text encoders of the BERT family (MiniLM, E5, BGE) as a Linen module: token ids to one vector a text, with the weights of Hugging Face folders.
+
+Axis letters: B batch, T tokens, D embed, N heads, H head dim, F ffn, V vocabulary, L layers. Numbers are float32; on accelerators matrix products take the
+platform's default precision.
+"""
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stepsearch_jax.models.huggingface import list_tensors
+
+POOLINGS = ("mean", "cls")
+FAULTS_TOLD = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """Sizes of an encoder, and how a text's tokens become one vector."""
+
+    vocab_size: int
+    num_layers: int
+    embed_dim: int
+    num_heads: int
+    ffn_dim: int
+    positions: int  # of the table of learned positions: no text has more tokens
+    token_types: int
+    norm_eps: float
+    max_tokens: int  # a longer text is cut, [SEP] kept
+    pooling: str  # mean: over all tokens | cls: the first token's vector
+    normalize: bool  # to length 1, so that a dot product is a cosine
+
+
+class Layer(nn.Module):
+    """One layer: attention over all real tokens and a GELU ffn, each followed by a residual sum and LayerNorm (Devlin et al. 2019)."""
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array):
+        """x [B, T, D], mask [B, T] -> (x, None), as `nn.scan` wants it."""
+        c = self.config
+        B, T, D = x.shape
+        heads = (B, T, c.num_heads, D // c.num_heads)
+        q, k, v = (nn.Dense(D, name=name)(x).reshape(heads) for name in ("query", "key", "value"))  # [B, T, N, H]
+        scores = jnp.einsum("bsnh,btnh->bnst", q, k) * heads[-1] ** -0.5
+        weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, -1e30), axis=-1)  # [B, N, T, T]
+        attended = jnp.einsum("bnst,btnh->bsnh", weights, v).reshape(B, T, D)
+        x = nn.LayerNorm(c.norm_eps, name="attention_norm")(x + nn.Dense(D, name="attention_out")(attended))
+        hidden = nn.gelu(nn.Dense(c.ffn_dim, name="up")(x), approximate=False)  # [B, T, F]
+        return nn.LayerNorm(c.norm_eps, name="ffn_norm")(x + nn.Dense(D, name="down")(hidden)), None
+
+
+class Encoder(nn.Module):
+    """Embeddings, layers (scanned: one is compiled), pooling."""
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, length: jax.Array) -> jax.Array:
+        """tokens [B, T] int32, right padded; length [B] int32, at least 1 -> vectors [B, D] float32."""
+        c = self.config
+        mask = jnp.arange(tokens.shape[1]) < length[:, None]  # [B, T]
+        table = lambda name, rows: self.param(name, nn.initializers.normal(0.02), (rows, c.embed_dim))
+        x = table("words", c.vocab_size)[tokens] + table("positions", c.positions)[: tokens.shape[1]] + table("token_types", c.token_types)[0]
+        x = nn.LayerNorm(c.norm_eps, name="embedding_norm")(x)  # [B, T, D]
+        layers = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.num_layers, in_axes=nn.broadcast)
+        x, _ = layers(c, name="layers")(x, mask)
+        vector = x[:, 0] if c.pooling == "cls" else jnp.where(mask[..., None], x, 0).sum(1) / length[:, None]
+        return vector / jnp.maximum(jnp.linalg.norm(vector, axis=-1, keepdims=True), 1e-12) if c.normalize else vector
+
+
+def read_encoder_config(folder: pathlib.Path) -> EncoderConfig:
+    """The architecture of a Hugging Face folder; pooling and length as sentence-transformers' files in it say, else mean, normalised, the longest possible.
+
+    Raises FileNotFoundError without config.json, ValueError naming file and key for what is not supported.
+    """
+    raw = _read_json(folder / "config.json")
+    if raw is None:
+        raise FileNotFoundError(f"there is no {folder / 'config.json'}: an encoder is a folder with config.json, *.safetensors and tokenizer.json")
+    for key, only in (("model_type", "bert"), ("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
+        if raw.get(key, only if key != "model_type" else None) != only:
+            raise ValueError(f"{folder / 'config.json'}: {key} is {raw.get(key)!r}; only {only!r} is supported")
+    pooling, normalize = _read_modules(folder)
+    settings = _read_json(folder / "sentence_bert_config.json") or {}
+    try:
+        return EncoderConfig(
+            vocab_size=raw["vocab_size"], num_layers=raw["num_hidden_layers"], embed_dim=raw["hidden_size"], num_heads=raw["num_attention_heads"],
+            ffn_dim=raw["intermediate_size"], positions=raw["max_position_embeddings"], token_types=raw["type_vocab_size"],
+            norm_eps=float(raw["layer_norm_eps"]), max_tokens=min(settings.get("max_seq_length") or raw["max_position_embeddings"],
+                                                                  raw["max_position_embeddings"]),
+            pooling=pooling, normalize=normalize)
+    except KeyError as error:
+        raise ValueError(f"{folder / 'config.json'} lacks the key {error}") from error
+
+
+def _read_modules(folder: pathlib.Path) -> tuple[str, bool]:
+    """-> (pooling, normalize) of modules.json."""
+    modules = _read_json(folder / "modules.json")
+    if modules is None:
+        return "mean", True
+    kinds = {module["type"].rpartition(".")[2]: module["path"] for module in modules}
+    if unknown := set(kinds) - {"Transformer", "Pooling", "Normalize"}:
+        raise ValueError(f"{folder / 'modules.json'} holds {', '.join(sorted(unknown))}; supported are Transformer, Pooling and Normalize")
+    file = folder / kinds.get("Pooling", "") / "config.json"
+    modes = [key for key, value in (_read_json(file) or {}).items() if key.startswith("pooling_mode") and value is True]
+    pooling = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}.get(modes[0]) if len(modes) == 1 else None
+    if pooling is None:
+        raise ValueError(f"{file}: the pooling is {', '.join(modes) or 'not named'}; supported are {' and '.join(POOLINGS)} alone")
+    return pooling, "Normalize" in kinds
+
+
+def _read_json(file: pathlib.Path):
+    if not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+
+
+def load_encoder(folder: pathlib.Path, config: EncoderConfig) -> dict:
+    """An encoder's parameters from a folder's safetensors, as NumPy float32. Raises ValueError naming each tensor that is missing or misshapen."""
+    tensors = list_tensors(folder)
+    prefix = "bert." if "bert.embeddings.word_embeddings.weight" in tensors else ""
+    faults = []
+
+    def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """A tensor, with zeros in its place if it does not fit; a matrix of a linear map comes back inputs first."""
+        stored = tensors.get(prefix + name)
+        if stored is None or stored.shape != shape:
+            faults.append(f"{prefix}{name} {list(shape)} is {'missing' if stored is None else list(stored.shape)}")
+            return np.zeros(shape, np.float32)
+        return np.asarray(stored.read(), np.float32)
+
+    D, F = config.embed_dim, config.ffn_dim
+    dense = lambda name, inputs, outputs: {"kernel": read(f"{name}.weight", (outputs, inputs)).T, "bias": read(f"{name}.bias", (outputs,))}
+    norm = lambda name: {"scale": read(f"{name}.weight", (D,)), "bias": read(f"{name}.bias", (D,))}
+    layers = []
+    for number in range(config.num_layers):
+        at = f"encoder.layer.{number}"
+        layers.append({
+            **{name: dense(f"{at}.attention.self.{name}", D, D) for name in ("query", "key", "value")},
+            "attention_out": dense(f"{at}.attention.output.dense", D, D), "attention_norm": norm(f"{at}.attention.output.LayerNorm"),
+            "up": dense(f"{at}.intermediate.dense", D, F), "down": dense(f"{at}.output.dense", F, D), "ffn_norm": norm(f"{at}.output.LayerNorm")})
+    params = {"embedding_norm": norm("embeddings.LayerNorm"), "layers": jax.tree.map(lambda *leaves: np.stack(leaves), *layers)}
+    for ours, theirs, rows in (("words", "word_embeddings", config.vocab_size), ("positions", "position_embeddings", config.positions),
+                               ("token_types", "token_type_embeddings", config.token_types)):
+        params[ours] = read(f"embeddings.{theirs}.weight", (rows, D))
+    if faults:
+        more = f"; and {len(faults) - FAULTS_TOLD} more" if len(faults) > FAULTS_TOLD else ""
+        raise ValueError(f"the encoder {folder} does not fit its config.json: {'; '.join(faults[:FAULTS_TOLD])}{more}")
+    return {"params": params}
