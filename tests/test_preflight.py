@@ -102,6 +102,8 @@ def test_the_refusal_of_the_compiler_is_read():
     text = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 63.80G of 30.75G hbm. Exceeded hbm capacity by …"
     assert programs.read_refusal(text) == 63.80 * 2**30
     assert programs.read_refusal("Used 512.5M of 400.0M hbm") == 512.5 * 2**20
+    text = "Ran out of memory on HBM, the total memory required for HLO temporaries (286.31G) exceeds available HBM (15.75G)."
+    assert programs.read_refusal(text) == 286.31 * 2**30
     assert programs.read_refusal("INVALID_ARGUMENT: something else") is None
 
 
@@ -205,7 +207,7 @@ def test_configs_that_cannot_be_are_refused_in_one_line(monkeypatch, change, com
 
 @pytest.mark.slow
 def test_the_command_for_a_slice_that_is_not_there(tmp_path):
-    """Compiled for four chips of a v5e: once it fits; once the cache alone is larger than they are, and the command says what would help."""
+    """Compiled for four chips of a v5e: once it fits; once the compiler refuses the learner's programs, and the command says what would help."""
     pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: pip install -r requirements-tpu.txt")
     flags = ("--config.model.vocab_size=1024", "--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.rollout.dtype=bfloat16")
 
@@ -224,7 +226,7 @@ def test_the_command_for_a_slice_that_is_not_there(tmp_path):
 
     full = run("--config.rollout.context=2097152", "--config.rollout.questions=64")
     assert full.returncode == 1, full.stderr[-2000:]
-    assert "does not fit: the rollout" in full.stdout and "slots: rollout.slots=" in full.stdout
+    assert "refused by the compiler" in full.stdout and "does not fit: the update" in full.stdout and "micro-batch: rl.micro_rows=" in full.stdout
     wrong = run("--config.mesh.tensor=4", "--config.mesh.fsdp=1")
     assert wrong.returncode == 1 and len(wrong.stderr.strip().splitlines()) == 1 and "kv head" in wrong.stderr
 

@@ -177,8 +177,11 @@ def compile_programs(config: ml_collections.ConfigDict, parts: Parts, tell: Call
 
 
 def read_refusal(message: str) -> float | None:
-    """Bytes that a program needs, from the message with which the compiler refuses one that the chip cannot hold; None for other messages."""
-    found = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
+    """Bytes that a program needs, from the message with which the compiler refuses one that the chip cannot hold; None for other messages.
+
+    It refuses a program whose temporaries alone are too large at once, and then names only these.
+    """
+    found = re.search(r"(?:Used |HLO temporaries \()([\d.]+)([KMGT])(?: of|\) exceeds)", message)
     return float(found[1]) * 2 ** (10 * (1 + "KMGT".index(found[2]))) if found else None
 
 

@@ -36,6 +36,8 @@ def render(figures: dict) -> str:
     lines.append(f"  of model: matrix products counted in the program / {f['model']['rule']}; attention, which that leaves out, makes it larger than 1")
     lines += ["", "Collectives of one chip (runs, GB sent)"]
     for name, p in f["phases"].items():
+        if p["refused"]:
+            continue
         told = ", ".join(f"{kind} {c['count']:,.0f} ({c['bytes'] / 1e9:.2f})" for kind, c in p["collectives"].items())
         lines.append(f"  {PHASE_TITLES[name]:<24}{told or 'none'}")
     worst = PHASE_TITLES[f["worst"]]
