@@ -191,7 +191,7 @@ def make_run(model: ModelConfig, case: Case, inputs: Inputs, rows: int):
         prefill_rows=case.prefill_rows, prefill_tokens=case.prefill_tokens)
     mesh = make_mesh(rows, case.slots)
     specs = jax.tree.map(lambda _: jax.sharding.PartitionSpec(), inputs.params)
-    clock = Clock(inputs.observation)
+    clock = Clock(inputs.observation, mesh.size)
     rollout = make_rollout(model, settings, mesh, specs, clock, "callback")
     everywhere = sharding.replicated(mesh)
     params, environment, key = jax.device_put((inputs.params, make_environment(model.vocab_size, case.turn_tokens), inputs.key), everywhere)
@@ -210,10 +210,13 @@ def make_run(model: ModelConfig, case: Case, inputs: Inputs, rows: int):
 
 
 class Clock:
-    """The search callback: every search finds the same observation. It notes when it is called and when it has answered, each device in its own thread."""
+    """The search callback: every search finds the same observation. It notes when it is called and when it has answered.
 
-    def __init__(self, observation: np.ndarray):
-        self._observation = observation
+    Several devices are told apart by their threads, of which the runtime has one for each; a single one may be served by any thread.
+    """
+
+    def __init__(self, observation: np.ndarray, devices: int):
+        self._observation, self._single = observation, devices == 1
         self.start()
 
     def start(self) -> None:
@@ -225,7 +228,7 @@ class Clock:
         called = time.perf_counter()
         tokens = np.where(wanted[:, None], self._observation, 0).astype(np.int32)
         found = tokens, np.where(wanted, len(self._observation), 0).astype(np.int32), np.zeros((len(wanted), 1), np.int32), wanted
-        thread, answered = threading.get_ident(), time.perf_counter()
+        thread, answered = 0 if self._single else threading.get_ident(), time.perf_counter()
         self._flushes.setdefault(thread, []).append((called - self._ready.get(thread, self._begun), answered - called))
         self._ready[thread] = answered
         return found
