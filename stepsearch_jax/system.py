@@ -69,7 +69,6 @@ class System:
     rollout_model: ModelConfig
     splits: dict[str, Split]
     stored: StoredModel | None  # the pretrained weights that config.model.checkpoint names
-    plain_texts: Sequence[str]  # title and text of each document, as the rewards read them
 
     def measure_retrieval(self, split_name: str) -> float:
         """Share of sub-questions whose gold documents are among the k that a search for the sub-question itself returns; NaN without gold documents."""
@@ -84,10 +83,11 @@ class System:
             episodes, self._similarity, gain=gain, num_turns=self.settings.turns, answer_gate=w.answer_gate, format_failure=w.format_failure,
             gamma_key=w.gamma_key, key_match=w.key_match, use_gain=w.use_gain, use_redundancy=w.use_redundancy, redundancy_scope=w.redundancy_scope,
             step_scale=w.step_scale, search_cost=w.search_cost, retrieved_answer_credit=w.retrieved_answer_credit, rendered_ids=self._rendered_ids,
-            texts=self.plain_texts)
+            texts=self._texts)
 
     _similarity: object = None
     _rendered_ids: np.ndarray | None = None
+    _texts: Sequence[str] | None = None
 
 
 def build_system(config: ml_collections.ConfigDict, splits: Sequence[str], search=None) -> System:
@@ -146,12 +146,12 @@ def build_system(config: ml_collections.ConfigDict, splits: Sequence[str], searc
         rendered = [render_prompt(p.template, question.question) for question in questions]
         answers = encode_answers(questions, tokenizer) if config.reward.step_reward == "answer_logprob" else None
         prepared[name] = Split(questions, *encode_prompts(rendered, [question.uid for question in questions], tokenizer, p.max_prompt_tokens), answers)
-    plain = [f"{document.title} {document.text}" for document in source.documents]
+    plain = read_texts(source.documents)
     return System(
         config, mesh, source, tokenizer, rollout_settings(config), environment, callback, search_documents, learner_model, rollout_model, prepared, stored,
-        plain,
         _similarity=fit_similarity(plain, tfidf_fit=config.reward.tfidf_fit),
-        _rendered_ids=match_rendered(source.documents) if config.reward.redundancy_scope == "rendered" else None)
+        _rendered_ids=match_rendered(source.documents) if config.reward.redundancy_scope == "rendered" else None,
+        _texts=plain if config.reward.retrieved_answer_credit else None)
 
 
 def build_search_index(config: ml_collections.ConfigDict, documents: Sequence[Document], folder: pathlib.Path, mesh: Mesh) -> Bm25Index | DenseIndex:
@@ -162,6 +162,11 @@ def build_search_index(config: ml_collections.ConfigDict, documents: Sequence[Do
     devices = mesh.local_devices
     encoder = load_text_encoder(s.encoder, s.encode_batch, devices)
     return build_dense_index(documents, folder, encoder, query_prefix=s.query_prefix, passage_prefix=s.passage_prefix, dtype=s.embedding_dtype, devices=devices)
+
+
+def read_texts(documents: Sequence[Document]) -> list[str]:
+    """Title and text of each document, as the rewards and measures read them."""
+    return [f"{document.title} {document.text}" for document in documents]
 
 
 def check_searches(system: System) -> SearchCounts:

@@ -29,7 +29,7 @@ from stepsearch_jax.rewards.evaluation import Estimate, estimate, list_measures,
 from stepsearch_jax.rl.learner import describe_params
 from stepsearch_jax.run_folder import check_readable
 from stepsearch_jax.startup import begin_run, make_sampler
-from stepsearch_jax.system import System, build_system
+from stepsearch_jax.system import System, build_system, read_texts
 
 logger = logging.getLogger("stepsearch_jax")
 
@@ -125,13 +125,13 @@ def measure_dataset(system: System, policies: dict[str, object], name: str, fold
 def measure_method(system: System, sample, params, split_name: str, description: str, given: Sequence[tuple[int, ...]] | None, count: int, hops: int
                    ) -> tuple[dict[str, Estimate], list[dict]]:
     """Greedy, every one of the `count` questions once -> (every measure, over all processes; of this process's questions a dump with the measures in it)."""
-    names = list_measures(hops)
+    names, texts = list_measures(hops), read_texts(system.source.documents)
     pairs, seen, dumps = np.zeros((count, len(names), 2)), np.zeros(count, int), []
     for rows, got in collect_greedily(system, sample, params, split_name, description):
         for b in np.flatnonzero(rows >= 0):
             row = int(rows[b])
             seen[row] += 1
-            pairs[row] = measure_episode(got.episodes[b], None if given is None else given[row], system.plain_texts, hops)
+            pairs[row] = measure_episode(got.episodes[b], None if given is None else given[row], texts, hops)
             told = {name: amount / weight if weight else None for name, (amount, weight) in zip(names, pairs[row].tolist())}
             shown = {} if given is None else {"given": list(given[row])}
             dumps.append(dump_episode(system, got.episodes[b], got.scores, b) | shown | {"measures": told})

@@ -276,7 +276,7 @@ def test_every_key_reaches_the_scoring(name):
     episodes = [make_episode(*turns, answer("Rome"), question=question), make_episode(*turns, invalid("hm"), answer("Paris"), question=question)]
     config = base.get_config().reward
     system = types.SimpleNamespace(config=types.SimpleNamespace(reward=config), settings=types.SimpleNamespace(turns=4), _similarity=TableSimilarity(table),
-                                   _rendered_ids=np.arange(6), plain_texts=["in Paris"] * 6)
+                                   _rendered_ids=np.arange(6), _texts=["in Paris"] * 6)
     before = System.score(system, episodes)
     config[name] = KEYS[name]
     after = System.score(system, episodes)
@@ -290,8 +290,9 @@ def test_every_key_reaches_the_scoring(name):
 
 
 def test_a_system_knows_its_documents_by_id(tmp_path_factory):
-    """The credit reads titles and texts of the corpus."""
+    """The credit reads titles and texts of the corpus; without the credit they are not kept."""
     config = running.here(tiny_config.get_config(str(running.shared_cache(tmp_path_factory))))
+    assert build_system(config, ["train"])._texts is None
     config.reward.retrieved_answer_credit = 0.25
     system = build_system(config, ["train"])
     title = system.source.documents[5].title
