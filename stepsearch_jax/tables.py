@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from stepsearch_jax.baselines import make_baselines
-from stepsearch_jax.evaluate import MEANS, collect_greedily, count_questions, dump_episode, write_transcripts
+from stepsearch_jax.measuring import MEANS, collect_greedily, count_questions, dump_episode, write_transcripts
 from stepsearch_jax.metrics import write_json, write_text
 from stepsearch_jax.models.stored import load_policy
 from stepsearch_jax.models.transformer import Policy

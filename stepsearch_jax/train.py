@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from stepsearch_jax import evaluate, sharding
+from stepsearch_jax import measuring, sharding
 from stepsearch_jax.data.loading import question_rows
 from stepsearch_jax.metrics import MetricsWriter, progress
 from stepsearch_jax.rl import learner
@@ -46,8 +46,8 @@ def train(config, workdir: pathlib.Path, search=None) -> dict:
     start = int(state.iteration)
 
     answer_gain = bind_answer_gain(system)  # None, unless searches are paid by what they do for the answer
-    collect = partial(evaluate.collect, system, sample_episodes, answer_gain=answer_gain)
-    measure = partial(evaluate.evaluate_policy, system, sample_episodes, split_name=eval_split, answer_gain=answer_gain)
+    collect = partial(measuring.collect, system, sample_episodes, answer_gain=answer_gain)
+    measure = partial(measuring.evaluate_policy, system, sample_episodes, split_name=eval_split, answer_gain=answer_gain)
 
     before, dumps = measure(to_rollout_layout(reference_params), description="before RL:")
 
@@ -94,10 +94,10 @@ def train(config, workdir: pathlib.Path, search=None) -> dict:
 
     # ---- What came of it. --------------------------------------------------------------------------------------------------------------------------
     after, after_dumps = measure(to_rollout_layout(state.policy.params), description="after RL:")
-    return evaluate.write_results(system, workdir, before, after, {"before": dumps, "after": after_dumps})
+    return measuring.write_results(system, workdir, before, after, {"before": dumps, "after": after_dumps})
 
 
-def cut_padding(got: evaluate.Collected, multiple: int) -> Trajectory:
+def cut_padding(got: measuring.Collected, multiple: int) -> Trajectory:
     """The trajectories up to the longest of all processes, rounded up: short rollouts do not pay for the whole context. One program per rounded length."""
     longest = int(np.max(multihost_utils.process_allgather(got.rows.length.max())))
     width = -(-longest // multiple) * multiple
@@ -115,7 +115,7 @@ def choose_rewards(config, scores, iteration: int) -> tuple[np.ndarray, np.ndarr
     return scores.step_rewards[other], scores.outcome_rewards[other]
 
 
-def rollout_metrics(got: evaluate.Collected) -> dict[str, float]:
+def rollout_metrics(got: measuring.Collected) -> dict[str, float]:
     """Means over the episodes of all processes; the gold recall over those whose gold documents are known."""
     s, m = got.scores, got.scores.measures
     columns = {

@@ -20,7 +20,7 @@ import tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepsearch_jax import dense, evaluate, startup
+from stepsearch_jax import dense, measuring, startup
 from stepsearch_jax.dense import DenseIndex, build_dense_index, load_text_encoder
 from stepsearch_jax.records import Document
 from stepsearch_jax.search.embeddings import embed_corpus
@@ -214,7 +214,7 @@ def test_episodes_search_the_dense_index(tmp_path_factory):
     system = build_system(config, ["validation"])
     sample, to_rollout_layout = startup.make_sampler(system)
     params = to_rollout_layout(running.make_searching_params(system, seed=26))
-    means, dumps = evaluate.evaluate_policy(system, sample, params, "validation", "random")
+    means, dumps = measuring.evaluate_policy(system, sample, params, "validation", "random")
     assert len(dumps) == 8 and means["searches"] > 0
     encoder = load_text_encoder(FOLDER / "mean", 1, jax.devices()[:1])
     vectors = encoder.embed([f"{document.title}\n{document.text}" for document in system.source.documents])

@@ -19,7 +19,7 @@ DRIVER = """
 import pathlib, sys
 import numpy as np
 import tiny_config
-from stepsearch_jax import evaluate
+from stepsearch_jax import measuring
 from stepsearch_jax.search.bm25 import Bm25Index
 from stepsearch_jax.startup import run_guarded
 from stepsearch_jax.system import process_rows
@@ -38,7 +38,7 @@ if processes > 1:
     d.coordinator, d.processes, d.process_id = f"localhost:{port}", processes, process
 kept, asked = pathlib.Path(f"{workdir}-{process}"), []
 kept.mkdir()
-search, collect = Bm25Index.search, evaluate.collect
+search, collect = Bm25Index.search, measuring.collect
 
 def keep_queries(index, queries, k):
     asked.extend(queries)
@@ -54,7 +54,7 @@ def keep_episodes(system, sample_episodes, params, split, rows, key, temperature
         np.savez(kept / f"{number}.npz", rows=process_rows(system.mesh, len(rows)), queries=np.array(sorted(asked), dtype=str), **arrays)
     return got
 
-Bm25Index.search, evaluate.collect = keep_queries, keep_episodes
+Bm25Index.search, measuring.collect = keep_queries, keep_episodes
 run_guarded(train, config, pathlib.Path(workdir))
 """
 ITERATIONS, QUESTIONS = 3, 8

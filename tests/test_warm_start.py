@@ -7,7 +7,7 @@ import pytest
 import running
 import tiny_config
 
-from stepsearch_jax import checkpoint, evaluate, startup
+from stepsearch_jax import checkpoint, measuring, startup
 from stepsearch_jax.data.atlas_grammar import KINDS, name_groups
 from stepsearch_jax.models.huggingface import export_policy
 from stepsearch_jax.models.transformer import Policy
@@ -51,7 +51,7 @@ def script(system: System, shares, seed=0, settings=None):
 
 
 def test_a_perfect_searcher_is_right_when_the_retrieval_works(system):
-    means = evaluate.evaluate_script(system, "validation", PERFECT)
+    means = measuring.evaluate_script(system, "validation", PERFECT)
     assert means == {"em": 1.0, "f1": 1.0, "gold_recall": 1.0, "searches": 2.0, "invalid": 0.0, "truncated": 0.0}
     for episode in script(system, PERFECT)[1]:
         hops = episode.question.sub_questions

@@ -7,7 +7,7 @@ import pytest
 import running
 import tiny_config
 
-from stepsearch_jax import evaluate
+from stepsearch_jax import measuring
 from stepsearch_jax.metrics import MetricsWriter
 from stepsearch_jax.report import write_report
 from stepsearch_jax.rollout.scripted import PERFECT, run_script
@@ -44,7 +44,7 @@ class Scripted:
 def test_every_question_counts_once(system):
     """Twenty questions in batches of eight: the last batch has four rows that fill it up, and they count nowhere."""
     rollout = Scripted(system, POOR)
-    means, dumps = evaluate.evaluate_policy(system, rollout, None, "validation", "scripted")
+    means, dumps = measuring.evaluate_policy(system, rollout, None, "validation", "scripted")
     assert [dump["uid"] for dump in dumps] == [f"validation-{n}" for n in range(20)]
     assert [active.sum() for active, *_ in rollout.asked] == [8, 8, 4] and rollout.asked[2][1].tolist() == [16, 17, 18, 19, -1, -1, -1, -1]
     assert {temperature for *_, temperature in rollout.asked} == {0.0}
@@ -62,30 +62,30 @@ def test_only_the_first_questions(system):
     with system.config.unlocked():
         system.config.evaluation.questions = 9
     try:
-        means, dumps = evaluate.evaluate_policy(system, Scripted(system, PERFECT), None, "validation", "scripted")
-        assert len(dumps) == 9 and means == evaluate.evaluate_script(system, "validation", PERFECT)
+        means, dumps = measuring.evaluate_policy(system, Scripted(system, PERFECT), None, "validation", "scripted")
+        assert len(dumps) == 9 and means == measuring.evaluate_script(system, "validation", PERFECT)
     finally:
         system.config.evaluation.questions = 0
 
 
 def test_a_wrong_count_is_an_error(system, monkeypatch):
     """Were a row lost on its way, the means would be over fewer questions: here one of each of the three batches."""
-    whole = evaluate._sum_measures
-    monkeypatch.setattr(evaluate, "_sum_measures", lambda episodes, scores, valid: whole(episodes, scores, valid & (np.arange(8) != 2)))
+    whole = measuring._sum_measures
+    monkeypatch.setattr(measuring, "_sum_measures", lambda episodes, scores, valid: whole(episodes, scores, valid & (np.arange(8) != 2)))
     with pytest.raises(RuntimeError, match="evaluation counted 17 questions instead of 20"):
-        evaluate.evaluate_policy(system, Scripted(system, PERFECT), None, "validation", "scripted")
+        measuring.evaluate_policy(system, Scripted(system, PERFECT), None, "validation", "scripted")
 
 
 def test_groups_are_episodes_of_one_question(system):
     rollout = Scripted(system, PERFECT)
-    got = evaluate.collect(system, rollout, None, system.splits["validation"], np.array([7, 2, 9, 4]), jnp.uint32(0), 1.0, group_size=2)
+    got = measuring.collect(system, rollout, None, system.splits["validation"], np.array([7, 2, 9, 4]), jnp.uint32(0), 1.0, group_size=2)
     assert rollout.asked[0][1].tolist() == [7, 7, 2, 2, 9, 9, 4, 4] and rollout.asked[0][2].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert [episode.question.uid for episode in got.episodes[::2]] == [f"validation-{n}" for n in (7, 2, 9, 4)]
     assert got.searches.failed == 0 and got.scores.step_rewards.shape == (8, 4)
 
 
 def test_transcripts_say_what_happened_and_make_a_report(system, tmp_path):
-    _, dumps = evaluate.evaluate_policy(system, Scripted(system, POOR), None, "validation", "scripted")
+    _, dumps = measuring.evaluate_policy(system, Scripted(system, POOR), None, "validation", "scripted")
     questions, seen_again = {question.uid: question for question in system.splits["validation"].questions}, 0
     for dump in dumps:
         question, seen = questions[dump["uid"]], set()
@@ -103,8 +103,8 @@ def test_transcripts_say_what_happened_and_make_a_report(system, tmp_path):
 
     with MetricsWriter(tmp_path, 0) as writer:
         writer.write("rl", 0, {"f1": 0.5})
-    means = dict.fromkeys(evaluate.MEANS, 0.5)
-    result = evaluate.write_results(system, tmp_path, means, means, {"before": dumps[:3], "after": dumps})
+    means = dict.fromkeys(measuring.MEANS, 0.5)
+    result = measuring.write_results(system, tmp_path, means, means, {"before": dumps[:3], "after": dumps})
     assert result["questions"] == 20 and json.loads((tmp_path / "evaluation.json").read_text()) == result
     lines = [json.loads(line) for line in (tmp_path / "transcripts.jsonl").read_text().splitlines()]
     assert [line["when"] for line in lines] == ["before"] * 3 + ["after"] * 20 and [line["uid"] for line in lines[3:]] == [dump["uid"] for dump in dumps]
