@@ -53,6 +53,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
 
     i = c.imitation
     i.rename = True
+    i.skill = 0.5
     i.demonstrations = 12000
     i.checkpoint = WARM_START
     if variant == "anew":

@@ -197,6 +197,9 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     # Phases run one after the other: (optimiser steps, rows a step, whether each sub-question is asked alone, share of the script's decisions that
     # are taken poorly, learning rate: 0.05 to 0.01 suits muon from scratch, 1e-3 adamw).
     i.phases = ()
+    # Poor decisions are taken about the relations that the script does not know. It knows this share of them, by a hash of their names (the last word of a
+    # query): so a policy that answers greedily has, like the script, questions that it can search for and others that it cannot.
+    i.skill = 0.0
     # A poor decision: relative frequency of each kind (rollout/scripted.py).
     i.shares = ml_collections.ConfigDict(dict(good=0.35, vague=0.4, repeat=0.05, wrong=0.08, early=0.12))
 

@@ -103,7 +103,7 @@ def evaluate_script(system: System, split_name: str, shares: dict[str, float]) -
     split, total = system.splits[split_name], count_questions(system, split_name)
     questions = list(split.questions[:total])
     trajectory = run_script(questions, split.prompts[:total], split.prompt_length[:total], system.source.documents, system.search, system.tokenizer,
-                            system.settings, system.environment.last_turn_warning, shares, system.config.seed)
+                            system.settings, system.environment.last_turn_warning, shares, system.config.imitation.skill, system.config.seed)
     check_searches(system)
     episodes = to_episodes(trajectory, questions, system.tokenizer)
     return _divide(_sum_measures(episodes, system.score(episodes), np.ones(total, bool)))

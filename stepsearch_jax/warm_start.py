@@ -29,7 +29,7 @@ from stepsearch_jax.system import System, check_searches, process_rows
 logger = logging.getLogger("stepsearch_jax")
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
-LENGTH_GROUPS = 3  # demonstrations are grouped by length, a step takes all its rows from one group and is cut to its longest
+LENGTH_GROUPS = 6  # demonstrations are grouped by length, a step takes all its rows from one group and is cut to its longest
 LENGTH_MULTIPLE = 64  # rounded up to this, so that few programs are compiled
 
 
@@ -92,7 +92,8 @@ class Demonstrations:
 def demonstrate(system: System, split_name: str, count: int, *, single_hop: bool, spoilt: float, seed: int) -> Demonstrations:
     """Runs the script on `count` questions drawn from a split.
 
-    single_hop: on their sub-questions, each asked alone. spoilt: share of decisions taken by `config.imitation.shares`, the others are good ones.
+    single_hop: on their sub-questions, each asked alone. spoilt: share of decisions taken by `config.imitation.shares`, the others are good ones; so are
+    those about relations that the script knows (`config.imitation.skill`).
     """
     config, rng = system.config, np.random.default_rng(seed)
     questions = list(system.splits[split_name].questions)
@@ -105,7 +106,7 @@ def demonstrate(system: System, split_name: str, count: int, *, single_hop: bool
     poor = dict(config.imitation.shares)
     shares = {kind: spoilt * poor.get(kind, 0.0) / sum(poor.values()) + (1 - spoilt) * PERFECT.get(kind, 0.0) for kind in KINDS}
     episodes = run_script(chosen, prompts, lengths, system.source.documents, system.search, system.tokenizer, system.settings,
-                          system.environment.last_turn_warning, shares, seed)
+                          system.environment.last_turn_warning, shares, config.imitation.skill, seed)
     check_searches(system)
     order = np.argsort(episodes.length, kind="stable")
     groups = ()

@@ -36,7 +36,7 @@ class Scripted:
         s = self.system
         questions = [s.splits["validation"].questions[max(0, row)] for row in question_ids]
         trajectory = run_script(questions, prompts.tokens, prompts.length, s.source.documents, s.search, s.tokenizer, s.settings,
-                                s.environment.last_turn_warning, self.shares, seed=len(self.asked))
+                                s.environment.last_turn_warning, self.shares, skill=0.0, seed=len(self.asked))
         trajectory = trajectory.replace(question_ids=question_ids, group_ids=group_ids)
         return rows_to_mesh(s.mesh, trajectory), rows_to_mesh(s.mesh, np.ones((4, 3), np.int32))
 

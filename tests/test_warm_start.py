@@ -40,10 +40,10 @@ def system(config) -> System:
     return build_system(config, ["train", "validation"], search)
 
 
-def script(system: System, shares, seed=0, settings=None):
+def script(system: System, shares, seed=0, settings=None, skill=0.0):
     split = system.splits["validation"]
     trajectory = run_script(split.questions, split.prompts, split.prompt_length, system.source.documents, system.search, system.tokenizer,
-                            settings or system.settings, system.environment.last_turn_warning, shares, seed)
+                            settings or system.settings, system.environment.last_turn_warning, shares, skill, seed)
     return trajectory, to_episodes(trajectory, split.questions, system.tokenizer)
 
 
@@ -81,8 +81,8 @@ def test_the_record_of_a_script_is_that_of_a_rollout(system):
 def test_kinds_of_poor_searching(system):
     """Validation questions have two hops, and three searches are allowed."""
     for episode in script(system, {"vague": 1.0})[1]:
-        words = episode.question.sub_questions[0].queries[0].split()
-        assert list(episode.queries) == [" ".join(words[len(words) // 2:])] * 3  # the words that name the entity are missing, so nothing is found
+        relation = episode.question.sub_questions[0].queries[0].split()[-1]
+        assert list(episode.queries) == [relation] * 3  # the words that name the entity are missing, so nothing is found
         assert episode.doc_ids == () and episode.answer == episode.queries[-1]
     for episode in script(system, {"repeat": 1.0})[1]:  # with nothing to repeat, the first is vague
         assert len(set(episode.queries)) == 1 and len(episode.queries) == 3
@@ -100,6 +100,19 @@ def test_kinds_of_poor_searching(system):
                 assert any(turn.query.startswith(system.source.documents[i].title) for i in episode.doc_ids)  # an entity that was seen, with this relation
                 assert turn.query.split()[-1] in {query.split()[-1] for query in accepted}
     assert early > 2 and wrong > 2
+
+
+def test_a_script_searches_well_for_the_relations_that_it_knows(system):
+    def ask(skill):
+        found = {}
+        for episode in script(system, {"vague": 1.0}, skill=skill)[1]:
+            relation = episode.question.sub_questions[0].queries[0].split()[-1]
+            found.setdefault(relation, set()).add(episode.queries[0] == episode.question.sub_questions[0].queries[0])
+        assert all(len(answers) == 1 for answers in found.values())  # a relation is known or it is not
+        return {relation for relation, answers in found.items() if answers == {True}}, set(found)
+
+    (none, every), (some, _), (more, _), (everything, _) = ask(0.0), ask(0.3), ask(0.6), ask(1.0)
+    assert not none and none < some < more < everything == every
 
 
 def test_the_seed_makes_the_script(system):
@@ -157,7 +170,7 @@ def test_a_minibatch_comes_from_one_group_of_lengths():
         (group,) = [group for group in groups if drawn[0, 0] in group]
         assert set(drawn[:, 0]) <= set(group) and drawn.shape == mask.shape == (5, min(320, -(-group[-1] // LENGTH_MULTIPLE) * LENGTH_MULTIPLE))
         widths.add(drawn.shape[1])
-    assert widths == {64, 128, 320}
+    assert widths == {64, 128, 256, 320}
 
 
 # ---- the exchange of names ---------------------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ Its episodes have the form of any rollout (`Trajectory`, with NumPy arrays), so 
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -25,6 +26,7 @@ class _Searcher:
 
     question: Question
     rng: np.random.Generator
+    skill: float
     resolved: int = 0
     tried: int = 0  # good queries for the current hop so far
     thought: str = ""
@@ -36,11 +38,13 @@ class _Searcher:
         hops = self.question.sub_questions
         if self.resolved == len(hops):
             return TurnStatus.ANSWER, self.question.answer
-        kind = str(self.rng.choice(list(shares), p=np.array(list(shares.values())) / sum(shares.values())))
-        if last_turn or (kind == "early" and self.resolved):
-            return TurnStatus.ANSWER, hops[self.resolved - 1].answer if self.resolved else (self.seen_titles or [self.last_query])[-1]
         queries = hops[self.resolved].queries or (hops[self.resolved].question,)
         words = queries[0].split()
+        kind = str(self.rng.choice(list(shares), p=np.array(list(shares.values())) / sum(shares.values())))
+        if zlib.crc32(words[-1].encode()) < self.skill * 2**32:  # the last word says what is asked of the entity
+            kind = "good"
+        if last_turn or (kind == "early" and self.resolved):
+            return TurnStatus.ANSWER, hops[self.resolved - 1].answer if self.resolved else (self.seen_titles or [self.last_query])[-1]
         if kind == "good":
             query = queries[self.tried % len(queries)]
             self.tried += 1
@@ -49,7 +53,7 @@ class _Searcher:
         elif kind == "wrong" and self.seen_titles:
             query = f"{self.rng.choice(self.seen_titles)} {words[-1]}"
         else:
-            query = " ".join(words[max(1, len(words) // 2):])  # vague: the first words, which name the entity, are missing
+            query = words[-1]  # vague: what is asked, but not about whom
         self.last_query = query
         return TurnStatus.SEARCH, query
 
@@ -73,11 +77,13 @@ def format_action(thought: str, status: TurnStatus, content: str) -> str:
 
 
 def run_script(questions: Sequence[Question], prompts: np.ndarray, prompt_length: np.ndarray, documents: Sequence[Document], search: Search,
-               tokenizer: Tokenizer, settings: RolloutSettings, last_turn_warning: np.ndarray, shares: Mapping[str, float], seed: int) -> Trajectory:
+               tokenizer: Tokenizer, settings: RolloutSettings, last_turn_warning: np.ndarray, shares: Mapping[str, float], skill: float,
+               seed: int) -> Trajectory:
     """Runs the script on B questions, all turn by turn together -> Trajectory with NumPy arrays.
 
     prompts: [B, P] int32, prompt_length: [B]; search: the rollout's own callback; shares: relative frequency of each of `KINDS` per decision (`PERFECT`
-    for a searcher without fault). Raises ValueError on an unknown kind, or when an episode does not fit into the context.
+    for a searcher without fault), but for the relations that it knows: `skill` is their share, drawn by a hash of the last word
+    of a hop's first query. Raises ValueError on an unknown kind, or when an episode does not fit into the context.
     """
     if unknown := set(shares) - set(KINDS):
         raise ValueError(f"config.imitation.shares names {sorted(unknown)}; known are {', '.join(KINDS)}")
@@ -87,7 +93,7 @@ def run_script(questions: Sequence[Question], prompts: np.ndarray, prompt_length
     length = prompt_length.astype(np.int32).copy()
     search_end, statuses = np.full((B, K), -1, np.int32), np.zeros((B, K), np.int32)
     doc_ids, ok = np.full((B, K, settings.documents), -1, np.int32), np.zeros((B, K), bool)
-    searchers = [_Searcher(question, np.random.default_rng([seed, row])) for row, question in enumerate(questions)]
+    searchers = [_Searcher(question, np.random.default_rng([seed, row]), skill) for row, question in enumerate(questions)]
     finished = np.zeros(B, bool)
 
     def append(row: int, ids: Sequence[int], turn: int, is_action: bool) -> None:
