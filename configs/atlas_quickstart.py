@@ -58,7 +58,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     i.checkpoint = WARM_START
     if variant == "anew":
         i.checkpoint = ""
-        i.phases = ((400, 32, True, 0.0, 0.05), (500, 16, False, 0.0, 0.03), (300, 16, False, 0.3, 0.02), (200, 16, False, 1.0, 0.01))
+        i.phases = ((300, 32, True, 0.0, 0.05), (500, 16, False, 0.5, 0.03), (500, 16, False, 1.0, 0.02), (400, 16, False, 1.0, 0.01))
     elif variant == "continued":
         c.iterations = 0
         i.phases = ((1000, 16, False, 1.0, 0.005),)

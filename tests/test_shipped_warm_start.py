@@ -56,9 +56,9 @@ def test_shipped_policy_is_small():
 
 @pytest.mark.slow
 def test_command_makes_the_shipped_policy(held_out, tmp_path):
-    """The whole warm start again: the same loss at the first look, and near it at the end.
+    """The whole warm start again: the same loss at the first look, and at the plateau.
 
-    Rounding differs between machines and builds and grows over 1,400 steps: three makings differed by 1e-4 after 50 steps, and by 18 % in the end.
+    Rounding differs between machines and builds, and grows over 1,700 steps.
     """
     environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
     environment.pop("NPROC")  # this process's own setting, by tests/conftest.py
@@ -69,5 +69,5 @@ def test_command_makes_the_shipped_policy(held_out, tmp_path):
     again, shipped = held_out(tmp_path / "run" / "start"), held_out(find_checkpoint(atlas_quickstart.WARM_START))
     first, logged = (json.loads(path.read_text().splitlines()[0]) for path in (tmp_path / "run/metrics.jsonl", LOG))
     assert first["held_out_loss"] == pytest.approx(logged["held_out_loss"], rel=1e-3)
-    assert again[0] == pytest.approx(shipped[0], rel=0.25)
+    assert again[0] == pytest.approx(shipped[0], rel=0.1)
     assert abs(again[1] - shipped[1]) < 0.1
