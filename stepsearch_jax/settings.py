@@ -117,6 +117,8 @@ def check_config(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
         raise ValueError("search.kind=dense needs search.encoder, the folder of an encoder (config.json, *.safetensors, tokenizer.json)")
     if m.num_heads % m.num_kv_heads or m.head_dim % 2:
         raise ValueError(f"model.num_heads={m.num_heads} must be a multiple of model.num_kv_heads={m.num_kv_heads}, and model.head_dim={m.head_dim} even")
+    if not m.rope_scaling.factor > 0:
+        raise ValueError(f"config.model.rope_scaling.factor is {m.rope_scaling.factor}; wavelengths are multiplied by it: it must be more than 0")
     if m.checkpoint and (i.checkpoint or m.previous_token_peak):
         raise ValueError("config.model.checkpoint gives the policy its parameters; imitation.checkpoint must be empty, and model.previous_token_peak 0")
     for phase in i.phases:

@@ -1,6 +1,7 @@
 """What the commands `train` and `evaluate` share: flags, logging, devices and processes, the sampler, and the state with which a run begins."""
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import pathlib
@@ -20,7 +21,7 @@ from ml_collections import config_flags
 from stepsearch_jax import checkpoint, sharding
 from stepsearch_jax.models.transformer import Policy, Value
 from stepsearch_jax.rl import learner
-from stepsearch_jax.rollout.programs import make_rollout
+from stepsearch_jax.rollout.programs import make_rollout, make_rollout_copy
 from stepsearch_jax.search.watchdog import EXIT_CODE
 from stepsearch_jax.settings import make_optimizers
 from stepsearch_jax.system import System
@@ -64,6 +65,7 @@ def run_guarded(command: Callable, config, workdir: pathlib.Path) -> None:
     """
     start_logging()
     try:
+        check_buckets(str(workdir), config.imitation.checkpoint)
         start_jax(config)
         command(config, workdir)
         multihost_utils.sync_global_devices("done")  # the first process writes the results, and the others must not leave it
@@ -75,6 +77,13 @@ def run_guarded(command: Callable, config, workdir: pathlib.Path) -> None:
         if isinstance(error, jax.errors.JaxRuntimeError):
             raise
         raise SystemExit(f"stepsearch_jax: {error}") from error
+
+
+def check_buckets(*folders: str) -> None:
+    """Raises ValueError if one of the folders is in a bucket and nothing is installed with which etils reads and writes buckets: gcsfs, or TensorFlow."""
+    for folder in folders:
+        if folder.startswith("gs://") and not any(importlib.util.find_spec(name) for name in ("gcsfs", "tensorflow")):
+            raise ValueError(f"{folder} is in a bucket, and the package gcsfs is missing: pip install gcsfs (requirements-tpu.txt has it)")
 
 
 def start_logging() -> None:
@@ -113,8 +122,7 @@ def make_sampler(system: System):
     specs = sharding.partition_specs(boxed, dict(config.mesh.rollout_rules))
     rollout = make_rollout(system.rollout_model, system.settings, mesh, specs, system.search, config.rollout.search)
     environment = jax.device_put(system.environment, sharding.replicated(mesh))
-    dtype = system.rollout_model.dtype
-    to_rollout_layout = jax.jit(lambda params: jax.tree.map(lambda x: x.astype(dtype), params), out_shardings=sharding.shardings(mesh, specs))
+    to_rollout_layout = make_rollout_copy(system.rollout_model, sharding.shardings(mesh, specs))
     return lambda params, *arguments: rollout(params, environment, *arguments), to_rollout_layout
 
 

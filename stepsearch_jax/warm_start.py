@@ -11,10 +11,11 @@ import pathlib
 
 import jax
 import numpy as np
+from etils import epath
 
 from stepsearch_jax import checkpoint
 from stepsearch_jax.data.atlas_grammar import name_groups
-from stepsearch_jax.metrics import MetricsWriter, progress
+from stepsearch_jax.metrics import MetricsWriter, in_bucket, progress
 from stepsearch_jax.models.stored import load_policy
 from stepsearch_jax.models.transformer import Policy, set_previous_token_heads
 from stepsearch_jax.prompting.templates import render_prompt
@@ -57,9 +58,9 @@ def warm_start(system: System, like, specs, key: jax.Array, workdir: pathlib.Pat
 
 
 def find_checkpoint(folder: str) -> pathlib.Path:
-    """`folder` as it stands, or in the repository if the working directory does not have it: shipped policies are found from anywhere."""
-    path = pathlib.Path(folder)
-    return path if path.is_dir() else REPOSITORY / path
+    """`folder` as it stands (also gs://…), or in the repository if the working directory does not have it: shipped policies are found from anywhere."""
+    path = epath.Path(folder)  # pathlib would make gs:/… of it
+    return path if in_bucket(path) or path.is_dir() else REPOSITORY / folder
 
 
 @dataclasses.dataclass(frozen=True)

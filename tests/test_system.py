@@ -116,6 +116,7 @@ def test_failed_searches_stop_the_run_above_their_limit(limit, failed, stops):
     ({"checkpoint.every": 0}, "checkpoint.every"), ({"rollout.prefill_rows": 0}, "rollout.prefill_rows"),
     ({"rollout.temperature": -1.0}, "config.rollout.temperature is -1.0; it must be at least 0"),
     ({"rl.kl_coef": float("nan")}, "config.rl.kl_coef is nan"), ({"model.num_kv_heads": 3}, "must be a multiple of model.num_kv_heads=3"),
+    ({"model.rope_scaling.factor": 0.0}, "config.model.rope_scaling.factor is 0.0"), ({"model.rope_scaling.factor": float("nan")}, "factor is nan"),
     ({"model.head_dim": 7}, "model.head_dim=7 even"), ({"imitation.phases": ((10, 8, True, 0.0),)}, "a phase is .steps, rows"),
 ])
 def test_numbers_that_make_no_sense(changes, message):

@@ -20,7 +20,7 @@ from stepsearch_jax.prompting.tags import make_tag_automaton
 from stepsearch_jax.prompting.templates import encode_environment
 from stepsearch_jax.rl import learner
 from stepsearch_jax.rollout.episode import Environment, Prompts
-from stepsearch_jax.rollout.programs import make_rollout
+from stepsearch_jax.rollout.programs import make_rollout, make_rollout_copy
 from stepsearch_jax.settings import check_config, describe_models, learner_settings, make_optimizers, rollout_settings, round_vocabulary
 from stepsearch_jax.types import TrainState
 
@@ -146,7 +146,7 @@ def compile_programs(config: ml_collections.ConfigDict, parts: Parts, tell: Call
 
     # The learner's parameters as the rollout reads them.
     places = jax.tree.map(lambda x: x.sharding, parts.rollout_copy)
-    compile_one("copy", jax.jit(lambda params: jax.tree.map(lambda x: x.astype(rollout_model.dtype), params), out_shardings=places), parts.policy)
+    compile_one("copy", make_rollout_copy(rollout_model, places), parts.policy)
 
     # Episodes. The search is never called.
     episodes = r.questions * r.group_size

@@ -46,6 +46,11 @@ def make_rollout(config: ModelConfig, settings: RolloutSettings, mesh: Mesh, par
     return make[mode](policy, settings, mesh, param_specs, search)
 
 
+def make_rollout_copy(config: ModelConfig, places):
+    """-> copy(params): the learner's parameters in the dtype in which the rollout computes, each leaf at its NamedSharding in `places`; one jitted program."""
+    return jax.jit(lambda params: jax.tree.map(lambda x: x.astype(config.dtype), params), out_shardings=places)
+
+
 def _state_specs() -> EpisodeState:
     cache = PartitionSpec(None, None, ("data", "fsdp"), "tensor")
     rows = {name: ROWS for name in EpisodeState.__dataclass_fields__}
