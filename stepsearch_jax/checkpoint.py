@@ -28,7 +28,7 @@ class Checkpoints:
     def save(self, number: int, state) -> None:
         """Saves a pytree of arrays; returns as soon as it may be donated or changed. The one before must be complete first."""
         if not self._is_clean and jax.process_index() == 0:  # what kills have left; orbax lets the other processes wait here
-            for path in self._folder.iterdir():
+            for path in self._folder.iterdir() if self._folder.is_dir() else ():  # a bucket has no empty folders
                 if path.is_dir() and ocp.utils.is_tmp_checkpoint(path):
                     path.rmtree()
         self._is_clean = True

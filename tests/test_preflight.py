@@ -1,6 +1,7 @@
 """The preflight command: its programs on fake devices, what it makes of them, and the whole of it for a slice of TPUs that is not there."""
 import dataclasses
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -116,6 +117,8 @@ def test_levers_are_sorted_by_what_they_save():
     levers = verdict.find_levers(config, parts, verdict.judge(sizes, big, GIB))
     saved = {lever.change: lever.saved for lever in levers}
     assert saved["rollout.slots=4"] == sizes["cache"] / 2
+    twice = saved["8 chips instead of 4, the new ones along mesh.fsdp"]
+    assert twice == (sum(sizes[name] for name in verdict.LEARNER) + sizes["cache"]) / 2
     assert saved["rollout.dtype=bfloat16"] == (sizes["cache"] + sizes["rollout_copy"]) / 2
     assert [lever.saved for lever in levers] == sorted(saved.values(), reverse=True)
     assert not any(lever.name in ("micro-batch", "remat") for lever in levers)  # they change the learner only
@@ -170,7 +173,32 @@ def test_the_report_tells_all_of_it(figures):
     assert "does not fit" in report.render(tight) and "  0.50  slots: rollout.slots=2" in report.render(tight)
 
 
+def test_the_table_of_several_slices(figures):
+    needs = [figures["phases"][name]["need"]["total"] / GIB for name in programs.PHASES]
+    refused = {name: {"need": phase["need"]} for name, phase in figures["phases"].items()}
+    levers = [dict(name="slots", change="rollout.slots=2", saved=1.0)]
+    large = figures | dict(fits=False, worst="rollout", iteration_seconds=None, phases=refused, levers=levers)
+    head, _, small, big = report.render_table({"tiny": [figures], "large": [large]}).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (head, small, big)]
+    assert [len(row) for row in cells] == [8, 8, 8]
+    worst = figures["phases"][figures["worst"]]["need"]["total"] / GIB
+    assert cells[1][:4] == ["tiny", "four fakes", "1 x 2 x 2", "yes"] and f"**{worst:.2f}**" in cells[1][4] and cells[1][4].count(",") == 3
+    assert cells[1][7] == f"{figures['iteration_seconds'] / 60:.2f}" and cells[1][6].count("(") == 3
+    assert cells[2][3] == "no: rollout.slots=2" and cells[2][4].split(", ")[1] == f"**{needs[1]:.2f}**" and cells[2][6:] == ["refused by the compiler", "-"]
+
+
 # ---- The command
+
+
+def test_the_table_asks_for_what_is_missing(tmp_path):
+    (tmp_path / "7b-v5e-8x8.json").write_text("{}")
+    run = lambda *more: subprocess.run([sys.executable, "launch/preflight_table.py", f"--folder={tmp_path}", *more], cwd=REPO, capture_output=True, text=True,
+                                       env=os.environ | {"DRY_RUN": "1"})
+    lines = run("--sizes=3b,7b", "--slices=v5e:4x4,v5e:8x8").stdout.splitlines()
+    assert [line.split()[3:5] for line in lines] == [[f"--config=configs/musique_qwen2_5.py:{pair}", f"--topology={pair.split(',')[1]}"]
+                                                     for pair in ("3b,v5e:4x4", "3b,v5e:8x8", "7b,v5e:4x4")]
+    wrong = run("--sizes=4b")
+    assert wrong.returncode == 2 and "4b is not known, only 0.5b, 1.5b, 3b, 7b" in wrong.stderr
 
 
 @pytest.mark.parametrize("fits", [True, False])
@@ -227,6 +255,14 @@ def test_the_command_for_a_slice_that_is_not_there(tmp_path):
     full = run("--config.rollout.context=2097152", "--config.rollout.questions=64")
     assert full.returncode == 1, full.stderr[-2000:]
     assert "refused by the compiler" in full.stdout and "does not fit: the update" in full.stdout and "micro-batch: rl.micro_rows=" in full.stdout
+    # The rollout alone: on a chip 256 slots of 65536 positions, in each of two layers 128 numbers of 2 bytes in k and in v, are 16 GiB of cache.
+    wide = run("--config.model.head_dim=128", "--config.rollout.context=65536", "--config.rollout.questions=512", "--config.rl.micro_rows=2",
+               f"--json={tmp_path / 'wide.json'}")
+    assert wide.returncode == 1, wide.stderr[-2000:]
+    assert "does not fit: the rollout needs most" in wide.stdout and "slots: rollout.slots=256" in wide.stdout
+    figures = json.loads((tmp_path / "wide.json").read_text())
+    assert figures["parts"]["cache"] == 16 * GIB and figures["iteration_seconds"] is None
+    assert all(figures["phases"][name]["need"]["total"] < 15.75 * GIB for name in ("copy", "score", "update"))
     wrong = run("--config.mesh.tensor=4", "--config.mesh.fsdp=1")
     assert wrong.returncode == 1 and len(wrong.stderr.strip().splitlines()) == 1 and "kv head" in wrong.stderr
 

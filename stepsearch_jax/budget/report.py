@@ -1,6 +1,8 @@
 """The budget as a table for people and as JSON for programs."""
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from stepsearch_jax.budget.chips import GIB
 
 TITLES = {"policy": "policy parameters", "policy_optimizer": "policy optimiser state", "value": "value parameters", "value_optimizer": "value optimiser state",
@@ -47,3 +49,25 @@ def render(figures: dict) -> str:
         lines.append("What would help, most first (estimated, not compiled; GiB saved a chip):")
         lines += [f"  {lever['saved'] / GIB:6.2f}  {lever['name']}: {lever['change']}" for lever in f["levers"]]
     return "\n".join(lines)
+
+
+def render_table(rows: Mapping[str, Sequence[dict]]) -> str:
+    """Name of a model -> its figures (`preflight.measure`), one of each slice: all of them as one Markdown table, a row a slice."""
+    phases = ("rollout", "score", "update")
+    lines = ["| model | slice | mesh data x fsdp x tensor | fits | GiB a chip: copy, rollout, scoring, update | of | seconds: rollout, scoring, update | "
+             "minutes an iteration |", "|" + "---|" * 8]
+    for model, figures in rows.items():
+        for f in figures:
+            needs = ", ".join(f"**{_gib(f, name)}**" if name == f["worst"] else _gib(f, name) for name in PHASE_TITLES)
+            if f["iteration_seconds"] is not None:
+                seconds = ", ".join(f"{f['phases'][name]['seconds']:.1f} ({f['phases'][name]['bound']})" for name in phases)
+                minutes = f"{f['iteration_seconds'] / 60:.2f}"
+            else:
+                seconds, minutes = "refused by the compiler", "-"
+            fits = "yes" if f["fits"] else "no" + (f": {f['levers'][0]['change']}" if f["levers"] else "")
+            lines.append(f"| {model} | {f['topology']} | {' x '.join(map(str, f['mesh']))} | {fits} | {needs} | {f['hbm'] / GIB:.2f} | {seconds} | {minutes} |")
+    return "\n".join(lines)
+
+
+def _gib(figures: dict, phase: str) -> str:
+    return f"{figures['phases'][phase]['need']['total'] / GIB:.2f}"

@@ -101,7 +101,7 @@ def find_levers(config: ml_collections.ConfigDict, parts, verdict: Verdict) -> l
     for tensor in (size for size in (1, 2, 4, 8) if chips % size == 0 and (1, size) != (mesh.shape["data"], mesh.shape["tensor"])):
         add("mesh", f"mesh.data=1 mesh.fsdp={chips // tensor} mesh.tensor={tensor}",
             resized(changed(mesh__data=1, mesh__fsdp=chips // tensor, mesh__tensor=tensor)))
-    cut = sum(now[name] for name in LEARNER) + gradients
+    cut = sum(now[name] for name in LEARNER) + gradients + (now["cache"] if rollout else 0.0)  # more groups of chips have fewer slots each
     add("mesh", f"{2 * chips} chips instead of {chips}, the new ones along mesh.fsdp", cut / 2)
     slots = r.slots or r.questions * r.group_size
     if rollout and slots > shards:

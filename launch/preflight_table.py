@@ -1,0 +1,60 @@
+"""One table of what fits which slice of TPUs: preflight for every size of configs/musique_qwen2_5.py on every slice.
+
+    python launch/preflight_table.py --folder=runs/preflight [--sizes=3b,7b] [--slices=v5e:4x4,v5e:8x8]
+
+Runs `python -m stepsearch_jax.preflight` for each pair whose figures FOLDER does not hold yet (SIZE-SLICE.json; minutes each, see requirements-tpu.txt) and
+prints the table of all, in Markdown. A pair that preflight refuses is named and left out. DRY_RUN=1 prints the commands instead.
+"""
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(REPOSITORY)]
+
+from configs.musique_qwen2_5 import SIZES, SLICES  # noqa: E402
+from stepsearch_jax.budget.report import render_table  # noqa: E402
+from stepsearch_jax.metrics import progress, read_json  # noqa: E402
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command -> exit status: 0 if every pair has figures, whether it fits or not."""
+    parser = argparse.ArgumentParser(prog="python launch/preflight_table.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=pathlib.Path, required=True, help="where the figures are kept")
+    parser.add_argument("--sizes", default=",".join(SIZES), help="default: %(default)s")
+    parser.add_argument("--slices", default=",".join(SLICES), help="default: %(default)s")
+    options = parser.parse_args(arguments)
+    sizes, slices = options.sizes.split(","), options.slices.split(",")
+    for name, given, known in (("sizes", sizes, SIZES), ("slices", slices, SLICES)):
+        if unknown := [word for word in given if word not in known]:
+            parser.error(f"--{name}: {unknown[0]} is not known, only {', '.join(known)}")
+
+    files = {(size, place): options.folder / f"{size}-{place.replace(':', '-')}.json" for size in sizes for place in slices}
+    missing = [pair for pair, file in files.items() if not file.is_file()]
+    if os.environ.get("DRY_RUN") == "1":
+        print("\n".join(shlex.join(make_command(*pair, files[pair])) for pair in missing))
+        return 0
+    options.folder.mkdir(parents=True, exist_ok=True)
+    for pair in progress(missing, "compiling"):
+        with open(files[pair].with_suffix(".log"), "w") as log:
+            subprocess.run(make_command(*pair, files[pair]), cwd=REPOSITORY, stdout=log, stderr=log)
+        if not files[pair].is_file():
+            print(f"no figures for {pair[0]} on {pair[1]}: see {files[pair].with_suffix('.log')}", file=sys.stderr)
+    found = {pair: figures for pair, file in files.items() if (figures := read_json(file))}
+    print(render_table({size: [figures for (own, _), figures in found.items() if own == size] for size in sizes}))
+    return 0 if len(found) == len(files) else 1
+
+
+def make_command(size: str, place: str, file: pathlib.Path) -> list[str]:
+    return [sys.executable, "-m", "stepsearch_jax.preflight", f"--config=configs/musique_qwen2_5.py:{size},{place}", f"--topology={place}",
+            f"--json={file.resolve()}"]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
