@@ -1,8 +1,8 @@
 """Search queries written by rules: no model, no key, always the same ones. What they read is the sub-question and the answers before it, never its own answer.
 
-Styles, in this order: the sub-question itself; its words without question words; entity, then relation; the earlier answer that it builds on, with the
-relation; entity and relation with a hint of what kind of article would say so; entity alone. A sub-question is either plain text or, in MuSiQue,
-"entity >> relation".
+Styles, in this order: the sub-question itself; its words without those that only ask; the entity before these, so that it counts twice; the same with the
+earlier answer that the sub-question builds on; the words with a hint in which words an article would say so; entity and hint; entity and relation, or the
+entity alone. A sub-question is either plain text or, in MuSiQue, "entity >> relation".
 """
 from __future__ import annotations
 
@@ -34,39 +34,37 @@ _HINTS = {  # a word of a relation -> words of the article that states it
 
 
 def write_queries(question: str, earlier: Sequence[str], count: int) -> list[str]:
-    """At most `count` queries for a sub-question, no two alike after normalisation, none empty; at least one.
+    """At most `count` queries for a sub-question, no two of the same words after normalisation, none empty; at least one.
 
     question: with earlier answers filled in. earlier: the answers of the sub-questions before it.
     """
-    written: dict[str, str] = {}
-    for query in _styles(question, earlier):
+    written: dict[tuple[str, ...], str] = {}
+    for query in _write_styles(question, earlier):
         text = " ".join(query.split())
-        if normalize(text):
-            written.setdefault(normalize(text), text)
+        if words := tuple(sorted(normalize(text).split())):
+            written.setdefault(words, text)
     return list(written.values())[:count] or [question]
 
 
-def _styles(question: str, earlier: Sequence[str]) -> Iterator[str]:
+def _write_styles(question: str, earlier: Sequence[str]) -> Iterator[str]:
     entity, arrow, relation = (part.strip() for part in question.partition(">>"))
-    if arrow:
-        yield f"{relation} of {entity}" if relation else entity
-    else:
-        yield question
-        entity, relation = _find_entity(question, earlier), ""
-    words = _read_words(question)
-    yield " ".join(word for word in words if word.lower() not in _DROPPED)
+    if not arrow:
+        entity = _find_entity(question, earlier)
+    keywords = " ".join(word for word in _read_words(question) if word.lower() not in _DROPPED)
     of_entity = {word.lower() for word in _read_words(entity)}
-    rest = relation or " ".join(word for word in words if word.lower() not in _DROPPED and word.lower() not in of_entity)
-    yield f"{entity} {rest}"
-    answer = next((answer for answer in reversed(earlier) if answer.strip() and answer.strip() in question), "")
-    if answer and answer != entity:
-        yield f"{answer} {rest}"
+    rest = relation or " ".join(word for word in keywords.split() if word.lower() not in of_entity)
     hint = next((_HINTS[word] for word in _read_words(rest.lower()) if word in _HINTS), "")
+    answer = next((answer for answer in reversed(earlier) if answer.strip() and answer.strip() in question), "")
+    yield f"{relation} of {entity}" if relation else question
+    yield f"{entity} {rest}" if relation else keywords
+    if entity:
+        yield f"{entity} {keywords}"
+    if answer:
+        yield f"{answer} {keywords}"
     if hint:
-        yield f"{entity} {rest} {hint}"
-        yield f"{entity} {hint}"
-    yield entity
-    yield f"{rest} {entity} {answer}"
+        yield f"{keywords} {hint}"
+        yield f"{entity} {hint}" if entity else ""
+    yield entity if arrow else f"{entity} {rest}"
 
 
 def _read_words(text: str) -> list[str]:
@@ -75,7 +73,7 @@ def _read_words(text: str) -> list[str]:
 
 
 def _find_entity(question: str, earlier: Sequence[str]) -> str:
-    """What a plain question is about: a text in quotes; else the longest run of capitalised words; else the earlier answer in it; else its last words."""
+    """What a plain question is about: a text in quotes; else the longest of the runs of capitalised words and the earlier answers in it; else ""."""
     quoted = re.search(r'"([^"]+)"|“([^”]+)”', question)
     if quoted:
         return quoted[1] or quoted[2]
@@ -83,7 +81,7 @@ def _find_entity(question: str, earlier: Sequence[str]) -> str:
     for place, token in enumerate(question.split()):
         word = token.strip("?,.;:!()[]")
         first = place == 0 and word.lower() in _ASKING
-        if word and not first and (word[0].isupper() or word[0].isdigit() or runs[-1] and word.lower() in _SMALL):
+        if word and not first and (word[0].isupper() or runs[-1] and (word[0].isdigit() or word.lower() in _SMALL)):
             runs[-1].append(word)
         elif runs[-1]:
             runs.append([])
@@ -96,4 +94,4 @@ def _find_entity(question: str, earlier: Sequence[str]) -> str:
         if run:
             named.append(" ".join(run).removesuffix("'s").removesuffix("’s"))
     answers = [answer.strip() for answer in earlier if answer.strip() and answer.strip() in question]
-    return max((*named, *answers), key=len, default="") or " ".join([word for word in _read_words(question) if word.lower() not in _DROPPED][-3:])
+    return max((*named, *answers), key=len, default="")
