@@ -1,6 +1,7 @@
 """Prepares and checks data before training.
 
     python -m stepsearch_jax.prepare audit --config=configs/X.py …    which gold documents a corpus lacks, the best recall, rows that splits share
+    python -m stepsearch_jax.prepare keys --config=configs/X.py …     search queries for every sub-question, kept where engines find the gold document
 
 `python -m stepsearch_jax.prepare COMMAND --help` says more of each.
 """
@@ -9,9 +10,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from stepsearch_jax.preparation import audit
+from stepsearch_jax.preparation import audit, keys
 
-COMMANDS = {"audit": audit}
+COMMANDS = {"audit": audit, "keys": keys}
 
 
 def main(arguments: Sequence[str]) -> None:

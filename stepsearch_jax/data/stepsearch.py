@@ -1,9 +1,9 @@
 """The released training rows of StepSearch (arXiv 2505.15107), as a TFDS builder; `python -m stepsearch_jax.prepare keys` writes the same form.
 
 A row: `question, final_answer, answer_aliases, sub_searchs[[query, …], …], sub_support_docs[{title, paragraph_text}, …]` and, if there are some, `id`,
-`sub_questions[…]` and `sub_answers[…]`, one for each list of queries. A list of queries is a sub-question; without `sub_questions`, its text is its first
-query. Where there are as many documents (or lists of them) as lists of queries, each is the gold document of its sub-question; otherwise all are the
-question's as a whole.
+`shape`, `sub_questions[…]`, `sub_answers[…]` and `sub_answer_aliases[[…], …]`, one for each list of queries, and `support_docs`, gold documents of the question
+as a whole. A list of queries is a sub-question; without `sub_questions`, its text is its first query, and no list may be empty. Where there are as many
+documents (or lists of them) as lists of queries, each is the gold document of its sub-question; otherwise all are the question's as a whole.
 """
 from __future__ import annotations
 
@@ -15,56 +15,61 @@ from stepsearch_jax.data.rows import Row
 from stepsearch_jax.records import Question, SubQuestion
 
 
-def read_queries(row: Row, name: str) -> list[tuple[str, ...]]:
-    """The accepted queries of each sub-question."""
+def read_queries(row: Row, name: str, empty: bool = False) -> list[tuple[str, ...]]:
+    """The accepted queries of each sub-question. empty: there may be none."""
     groups = row.lists(name)
     for i, group in enumerate(groups):
-        if not group or not all(isinstance(query, str) and query.strip() for query in group):
+        if not (group or empty) or not all(isinstance(query, str) and query.strip() for query in group):
             raise row.fault(f"{name}[{i}] should hold at least one query, and nothing but queries")
     return [tuple(dict.fromkeys(group)) for group in groups]
 
 
 def read_documents(row: Row, name: str) -> list[list[tuple[str, str]]]:
-    """Title and text of gold documents: groups of them, also where the row names them one by one."""
+    """Title and text of gold documents: groups of them, also where the row names them one by one. Without a text, the title says which one is meant."""
     groups = []
     for i, entry in enumerate(row.get(name, list)):
         documents = [Row(value, f"{row.where}, {name}[{i}]", row.number) if isinstance(value, dict) else None
                      for value in (entry if isinstance(entry, list) else [entry])]
         if None in documents:
             raise row.fault(f"{name}[{i}] should be an object with title and paragraph_text, or a list of such")
-        groups.append([(document.text("title"), document.text("paragraph_text")) for document in documents])
+        groups.append([(document.text("title"), document.text("paragraph_text") if document.has("paragraph_text") else "") for document in documents])
     return groups
 
 
-def make_sub_questions(queries: list[tuple[str, ...]], documents: list[list[tuple[str, str]]], passages: Passages, questions=(), answers=()) -> dict:
-    """Sub-questions and loose gold documents, as arguments of Question. questions, answers: of each list of queries, or ()."""
+def make_sub_questions(queries: list[tuple[str, ...]], documents: list[list[tuple[str, str]]], passages: Passages, questions=(), answers=(),
+                       aliases=()) -> dict:
+    """Sub-questions and loose gold documents, as arguments of Question. questions, answers, aliases: of each list of queries, or ()."""
     paired = len(queries) == len(documents)
     subs = []
     for i, group in enumerate(queries):
         gold, missing = passages.sort_gold(documents[i] if paired else [])
-        subs.append(SubQuestion(question=questions[i] if questions else group[0], answer=answers[i] if answers else "", gold_ids=gold, queries=group,
-                                missing_gold=missing))
+        subs.append(SubQuestion(question=questions[i] if questions else group[0], answer=answers[i] if answers else "",
+                                aliases=aliases[i] if aliases else (), gold_ids=gold, queries=group, missing_gold=missing))
     gold, missing = passages.sort_gold([] if paired else [document for group in documents for document in group])
     return dict(sub_questions=tuple(subs), loose_gold_ids=gold, loose_missing_gold=missing)
 
 
 def read_passages(row: Row) -> list[tuple[str, str]]:
-    """The gold documents of a row; it has no others."""
-    return [document for group in read_documents(row, "sub_support_docs") for document in group]
+    """The gold documents of a row, those named by title alone excepted; it has no others."""
+    groups = read_documents(row, "sub_support_docs") + (read_documents(row, "support_docs") if row.has("support_docs") else [])
+    return [(title, text) for group in groups for title, text in group if text]
 
 
 def read_question(row: Row, split: str, passages: Passages) -> Question:
     """The question of a row."""
-    queries = read_queries(row, "sub_searchs")
-    given = {}
-    for name in ("sub_questions", "sub_answers"):
-        given[name] = row.texts(name) if row.has(name) else ()
-        if given[name] and len(given[name]) != len(queries):
-            raise row.fault(f"{name!r} has {len(given[name])} entries, but 'sub_searchs' has {len(queries)}")
-    parts = make_sub_questions(queries, read_documents(row, "sub_support_docs"), passages, given["sub_questions"], given["sub_answers"])
+    queries = read_queries(row, "sub_searchs", empty=row.has("sub_questions"))
+    given = {name: row.texts(name) if row.has(name) else () for name in ("sub_questions", "sub_answers")}
+    given["sub_answer_aliases"] = read_queries(row, "sub_answer_aliases", empty=True) if row.has("sub_answer_aliases") else ()
+    for name, values in given.items():
+        if values and len(values) != len(queries):
+            raise row.fault(f"{name!r} has {len(values)} entries, but 'sub_searchs' has {len(queries)}")
+    parts = make_sub_questions(queries, read_documents(row, "sub_support_docs"), passages, *given.values())
+    if row.has("support_docs"):
+        loose = passages.sort_gold(document for group in read_documents(row, "support_docs") for document in group)
+        parts["loose_gold_ids"], parts["loose_missing_gold"] = (tuple(dict.fromkeys((*old, *new)))
+                                                                for old, new in zip((parts["loose_gold_ids"], parts["loose_missing_gold"]), loose))
     return Question(uid=row.identifier("id", otherwise=split), question=row.text("question"), answer=row.text("final_answer"),
-                    aliases=row.texts("answer_aliases"),
-                    shape=f"{len(queries)}hop", **parts)
+                    aliases=row.texts("answer_aliases"), shape=row.text("shape") if row.has("shape") else f"{len(queries)}hop", **parts)
 
 
 FORMAT = Format(

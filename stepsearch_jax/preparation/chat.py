@@ -1,0 +1,156 @@
+"""Search queries written by a language model behind an OpenAI-compatible endpoint: several requests at a time, none of them paid for twice.
+
+An answer is kept, whatever it says, before it is read. One that holds no query is asked for again as another request (with another `seed`), at most so
+many times.
+"""
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import random
+import re
+import threading
+import time
+from collections.abc import Sequence
+
+import requests
+import urllib3
+from tqdm import tqdm
+
+from stepsearch_jax.preparation.store import Store
+
+MAX_QUERY = 300  # characters; a longer line is no query
+_SYSTEM = "You write queries for a search engine over encyclopedia passages. Answer with the queries alone, one a line, without numbers or quotation marks."
+_TASK = ("Write {count} different search queries, each of which should find the passage that answers the question. Vary the wording: keywords, entity and "
+         "relation, a full question. Name every entity in each query.\n\nQuestion: {question}")
+_EARLIER = "\nAnswered before: {answers}"
+_MARK = re.compile(r"^\s*(?:[-*•]|\(?\d{1,2}[.):])\s*")
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatSettings:
+    """url: the endpoint's base ("https://host/v1"), model, key ("": the endpoint needs none), temperature: as the endpoint takes them. count: queries of a
+    request. concurrency: requests at a time. rate: requests a minute, repeated ones included. timeout: seconds. attempts: requests for a sub-question whose
+    answers hold no query. retries: how often a request that failed (429, 5xx, no answer in time) is sent again. backoff: seconds before the first of these."""
+
+    url: str
+    model: str
+    key: str
+    temperature: float
+    count: int
+    concurrency: int
+    rate: float
+    timeout: float
+    attempts: int
+    retries: int
+    backoff: float
+
+
+class ChatWriter:
+    """Writes queries with a model. `sent`: requests that were sent; `received`: answers that came, as far as this process knows."""
+
+    def __init__(self, settings: ChatSettings, store: Store):
+        self.settings, self._store = settings, store
+        self.sent = self.received = 0
+        self._stopped, self._lock, self._next = threading.Event(), threading.Lock(), 0.0
+        self._session = requests.Session()
+        self._session.mount(settings.url, requests.adapters.HTTPAdapter(pool_maxsize=settings.concurrency))
+
+    def write_all(self, asked: Sequence[tuple[str, tuple[str, ...]]]) -> list[list[str]]:
+        """For each (sub-question, answers before it): its queries, none where no answer of the model held one.
+
+        Raises ValueError for a request that the endpoint refuses, and OSError where it goes on failing. What was received until then is kept.
+        """
+        different = list(dict.fromkeys(asked))
+        with concurrent.futures.ThreadPoolExecutor(self.settings.concurrency) as pool, \
+                tqdm(total=len(different), desc="writing", unit=" sub-questions", disable=None) as bar:
+            tasks = {pool.submit(self._write, *of_one): of_one for of_one in different}
+            written = {}
+            try:
+                for task in concurrent.futures.as_completed(tasks):
+                    written[tasks[task]] = task.result()
+                    bar.update()
+            except BaseException:
+                self._stopped.set()  # requests that are on their way are waited for, and their answers kept
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+        return [written[of_one] for of_one in asked]
+
+    def _write(self, question: str, earlier: tuple[str, ...]) -> list[str]:
+        for seed in range(self.settings.attempts):
+            queries = read_answer(self._ask(self._make_request(question, earlier, seed)), self.settings.count)
+            if queries:
+                return queries
+        return []
+
+    def _make_request(self, question: str, earlier: tuple[str, ...], seed: int) -> dict:
+        task = _TASK.format(count=self.settings.count, question=question) + (_EARLIER.format(answers="; ".join(earlier)) if earlier else "")
+        return {"model": self.settings.model, "temperature": self.settings.temperature, "seed": seed,
+                "messages": [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": task}]}
+
+    def _ask(self, request: dict) -> str:
+        """The body of the answer, from the store or the endpoint."""
+        key = hashlib.sha256(json.dumps([self.settings.url, request]).encode()).hexdigest()
+        (body,) = self._store.get([key])
+        if body is None:
+            body = self._send(request)
+            self._store.put({key: body})
+        return body
+
+    def _send(self, request: dict) -> str:
+        s = self.settings
+        for attempt in range(s.retries + 1):
+            self._pace()
+            pause = min(60.0, s.backoff * 2 ** attempt) * random.uniform(0.5, 1.5)
+            try:
+                answer = self._session.post(f"{s.url}/chat/completions", json=request, timeout=s.timeout, auth=self._authorize)
+            except requests.RequestException as error:
+                fault = f"{type(error).__name__}"
+            else:
+                if answer.status_code == 200:
+                    with self._lock:
+                        self.received += 1
+                    return answer.content.decode("utf-8", errors="replace")
+                fault = f"status {answer.status_code}: {answer.text[:200]!r}"
+                if answer.status_code not in (408, 409, 429) and answer.status_code < 500:
+                    raise ValueError(f"{s.url} refuses a request with {fault}; check --url, --model and the key. Answers received are kept: run again to go on")
+                pause = max(pause, _read_retry_after(answer.headers.get("Retry-After")))
+            if attempt < s.retries and self._stopped.wait(pause):
+                break
+        raise OSError(f"{s.url} failed {attempt + 1} times for one request, at last with {fault}. Answers received are kept: run again to go on")
+
+    def _authorize(self, request):
+        """Sets the key itself: otherwise `requests` would prefer what a .netrc file says of the host."""
+        if self.settings.key:
+            request.headers["Authorization"] = f"Bearer {self.settings.key}"
+        return request
+
+    def _pace(self) -> None:
+        """Waits for this request's turn: turns are 60 / rate seconds apart."""
+        with self._lock:
+            start = max(self._next, time.monotonic())
+            self._next = start + 60.0 / self.settings.rate
+            self.sent += 1
+        if self._stopped.wait(start - time.monotonic()):
+            raise OSError("stopped")
+
+
+def read_answer(body: str, count: int) -> list[str]:
+    """At most `count` queries from the body of a chat completion, none twice; [] for whatever is not one. Marks, numbers and quotes at lines are taken off."""
+    try:
+        text = json.loads(body)["choices"][0]["message"]["content"]
+    except (ValueError, LookupError, TypeError):
+        return []
+    lines = [_MARK.sub("", line).strip().strip('"“”').strip() for line in text.splitlines()] if isinstance(text, str) else []
+    fit = [line for line in lines if any(map(str.isalnum, line)) and len(line) <= MAX_QUERY and line[-1] != ":"]
+    return list(dict.fromkeys(fit))[:count]
+
+
+def _read_retry_after(value: str | None) -> float:
+    """Seconds of a Retry-After header: a number or a date; 0 for none, or one that cannot be read."""
+    try:
+        return urllib3.Retry().parse_retry_after(value) if value else 0.0
+    except urllib3.exceptions.InvalidHeader:
+        return 0.0
