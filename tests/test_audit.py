@@ -138,7 +138,8 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, arguments, message):
 def test_help_and_unknown_commands(capsys):
     with pytest.raises(SystemExit, match="0"):
         prepare.main(["--help"])
-    assert all(f"stepsearch_jax.prepare {name}" in capsys.readouterr().out for name in prepare.COMMANDS)
+    shown = capsys.readouterr().out
+    assert all(f"stepsearch_jax.prepare {name}" in shown for name in prepare.COMMANDS)
     with pytest.raises(SystemExit, match="2"):
         prepare.main(["adit"])
     assert "usage: python -m stepsearch_jax.prepare {audit" in capsys.readouterr().err

@@ -164,7 +164,7 @@ FILES = {"musique": ("train", TWO_HOP), "hotpotqa": ("train", HOTPOT), "2wikimul
     ("stepsearch", {"sub_searchs": ["director"]}, r"sub_searchs\[0\] should be a list, not str"),
     ("stepsearch", {"sub_searchs": [[], ["a"]]}, r"sub_searchs\[0\] should hold at least one query"),
     ("stepsearch", {"sub_support_docs": ["text"]}, r"sub_support_docs\[0\] should be an object with title and paragraph_text"),
-    ("stepsearch", {"sub_support_docs": [{"title": "Film"}]}, r"sub_support_docs\[0\]: field 'paragraph_text' is missing"),
+    ("stepsearch", {"sub_support_docs": [{"paragraph_text": "Film is a film."}]}, r"sub_support_docs\[0\]: field 'title' is missing"),
     ("stepsearch", {"sub_questions": ["one"]}, "'sub_questions' has 1 entries, but 'sub_searchs' has 2"),
     ("search_r1", {"reward_model": KeyError}, "field 'golden_answers' is missing, and so is 'reward_model'"),
     ("search_r1", {"reward_model": {"ground_truth": {}}}, "reward_model, ground_truth: field 'target' is missing"),
