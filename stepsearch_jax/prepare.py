@@ -2,6 +2,7 @@
 
     python -m stepsearch_jax.prepare audit --config=configs/X.py …    which gold documents a corpus lacks, the best recall, rows that splits share
     python -m stepsearch_jax.prepare keys --config=configs/X.py …     search queries for every sub-question, kept where engines find the gold document
+    python -m stepsearch_jax.prepare index --corpus FILE … --out FOLDER    a search index of a corpus of any size
 
 `python -m stepsearch_jax.prepare COMMAND --help` says more of each.
 """
@@ -10,9 +11,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from stepsearch_jax.preparation import audit, keys
+from stepsearch_jax.preparation import audit, index, keys
 
-COMMANDS = {"audit": audit, "keys": keys}
+COMMANDS = {"audit": audit, "index": index, "keys": keys}
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -1,58 +1,72 @@
-"""BM25 over a corpus: an index built once, saved, memory-mapped and searched without randomness.
+"""BM25 over a corpus of any size: an index in bm25s' own files, memory-mapped and searched by bm25s without randomness.
 
 `bm25s` is imported inside functions only: importing it initialises the JAX backend, after which a run on several processes can no longer be set up.
-It scores; selecting the best documents is done here, so that ties are broken by document id.
+It scores; selecting the best documents is done here, so that ties are broken by document id. It cannot build an index that does not fit into memory:
+`postings.py` does, and the files are those that bm25s would have written.
 """
 from __future__ import annotations
 
+import os
 import pathlib
-import re
-import sys
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
-import tqdm
 
 from stepsearch_jax.records import Document
-from stepsearch_jax.search.prepared import hash_texts, prepare_folder, read_manifest
+from stepsearch_jax.search.postings import CORPUS, OFFSETS, StoredDocuments, collect_shards, merge_shards, split_words
+from stepsearch_jax.search.prepared import describe_search, hash_texts, one_at_a_time, prepare_folder, read_manifest, write_manifest
 
 if TYPE_CHECKING:
     import bm25s
 
-_WORD = re.compile(r"\w+")
-
-
-def split_words(text: str) -> list[str]:
-    """The words of a document or query: runs of letters, digits and underscores, lower case; nothing stemmed, nothing left out."""
-    return _WORD.findall(text.lower())
+KIND = "bm25-lucene"
 
 
 class Bm25Index:
-    """A loaded index over N documents; made by `build_index` or `load_index`. May be searched from several threads at once."""
+    """A loaded index over N documents; made by `build_index` or `load_index`. May be searched from several threads at once, and uses several itself.
 
-    def __init__(self, scorer: bm25s.BM25):
-        self._scorer = scorer
+    documents: the corpus itself, memory-mapped.
+    """
+
+    def __init__(self, scorer: bm25s.BM25, documents: StoredDocuments, manifest: dict):
+        self._scorer, self._manifest = scorer, manifest
         self._vocabulary: dict[str, int] = scorer.vocab_dict
+        self._threads = ThreadPoolExecutor(os.cpu_count(), "bm25")
+        self.documents = documents
 
     def __len__(self) -> int:
         return self._scorer.scores["num_docs"]
 
+    @property
+    def vocabulary_size(self) -> int:
+        """How many different words there are."""
+        return len(self._vocabulary)
+
+    def describe(self, k: int) -> dict:
+        """The manifest of results for k documents (`prepared.describe_search`)."""
+        return describe_search(self._manifest["corpus"], len(self), KIND, k, {name: self._manifest[name] for name in ("k1", "b")})
+
     def search(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The k best documents for each of q queries.
+        """The k best documents for each of q queries, several at a time.
 
         Returns (ids [q, k] int32, best first, -1 where there are no more; scores [q, k] float32, 0 there). Documents with equal scores stand in the
         order of their ids; a document that shares no word with the query is never returned.
         """
         ids = np.full((len(queries), k), -1, np.int32)
         scores = np.zeros((len(queries), k), np.float32)
-        for row, query in enumerate(queries):
-            words = [self._vocabulary[word] for word in split_words(query) if word in self._vocabulary]
+
+        def search_row(row: int) -> None:
+            words = [self._vocabulary[word] for word in split_words(queries[row]) if word in self._vocabulary]
             if words:
                 of_all = self._scorer.get_scores_from_ids(words)
                 best = select_best(of_all, k)
                 ids[row, : len(best)] = best
                 scores[row, : len(best)] = of_all[best]
+
+        list(self._threads.map(search_row, range(len(queries))) if len(queries) > 1 else map(search_row, range(len(queries))))
         return ids, scores
 
 
@@ -64,44 +78,94 @@ def select_best(scores: np.ndarray, k: int) -> np.ndarray:
     return candidates[np.argsort(-scores[candidates], kind="stable")[:count]]
 
 
+def hash_documents(documents: Iterable[Document]) -> str:
+    """The hash that identifies a corpus, wherever it lies: of titles and texts, in their order."""
+    return hash_texts(f"{document.title}\n{document.text}" for document in documents)
+
+
 def build_index(documents: Sequence[Document], folder: str | pathlib.Path, k1: float, b: float) -> Bm25Index:
     """Indexes title and text of each document into `folder` and loads the index; a folder that already holds this very index is only loaded.
 
     k1, b: term saturation and length normalisation, in Lucene's form of BM25 (idf = ln(1 + (N - n + 0.5) / (n + 0.5))).
     Raises ValueError if there are no documents, if their ids are not their rows, or if they hold no words.
     """
+
+    def read() -> Iterator[tuple[str, str]]:
+        for row, document in enumerate(documents):
+            if document.id != row:
+                raise ValueError(f"the document in row {row} of the corpus has the id {document.id}; ids must be rows")
+            yield document.title, document.text
+
+    return stream_index(read, {"texts": hash_documents(documents)}, folder, k1, b)
+
+
+def stream_index(read: Callable[[], Iterable[tuple[str, str]]], made_from: dict, folder: str | pathlib.Path, k1: float, b: float) -> Bm25Index:
+    """As `build_index`, from read() -> (title, text) of every document, in memory that does not grow with their number.
+
+    made_from: identifies the documents without reading them, as JSON. What is not finished stands beside the folder, as FOLDER.unfinished, and is gone on
+    with, to the same result. A second process that wants the same index waits.
+    """
     folder = pathlib.Path(folder)
-    if not documents:
-        raise ValueError("the corpus is empty: there is nothing to search")
-    for row, document in enumerate(documents):
-        if document.id != row:
-            raise ValueError(f"the document in row {row} of the corpus has the id {document.id}; ids must be rows")
-    texts = [f"{document.title}\n{document.text}" for document in documents]
-    manifest = {"kind": "bm25-lucene", "documents": hash_texts(texts), "count": len(texts), "k1": k1, "b": b}
-
-    def write(path: pathlib.Path) -> None:
-        import bm25s
-
-        visible = sys.stderr.isatty()
-        vocabulary: dict[str, int] = {}
-        rows = []
-        for text in tqdm.tqdm(texts, desc="reading the corpus", unit="doc", disable=not visible):
-            rows.append([vocabulary.setdefault(word, len(vocabulary)) for word in split_words(text)])
-        if not vocabulary:
-            raise ValueError("no document of the corpus holds a word")
-        scorer = bm25s.BM25(k1=k1, b=b, method="lucene", backend="numpy", csc_backend="numpy")
-        scorer.index((rows, vocabulary), create_empty_token=False, show_progress=visible)
-        scorer.save(path, show_progress=False)
-
-    prepare_folder(folder, manifest, write)
+    wanted = {"kind": KIND, "made_from": made_from, "k1": k1, "b": b}
+    is_made = lambda: wanted.items() <= (read_manifest(folder) or {}).items()
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    if not is_made():
+        with one_at_a_time(unfinished):
+            if not is_made():  # while this process waited
+                begun = unfinished / "begun"
+                if read_manifest(begun) != wanted:
+                    shutil.rmtree(begun, ignore_errors=True)
+                    begun.mkdir(parents=True)
+                    write_manifest(begun, wanted)
+                try:
+                    _build(read(), begun, folder, wanted)
+                except ValueError:  # wrong documents: there is nothing to go on with
+                    shutil.rmtree(unfinished, ignore_errors=True)
+                    raise
+            shutil.rmtree(unfinished, ignore_errors=True)
     return load_index(folder)
 
 
-def load_index(folder: str | pathlib.Path) -> Bm25Index:
-    """Opens a saved index, its postings memory-mapped. Raises FileNotFoundError if `folder` holds none."""
-    folder = pathlib.Path(folder)
-    if read_manifest(folder) is None:
-        raise FileNotFoundError(f"{folder} holds no search index; build_index makes one")
+def _build(documents: Iterable[tuple[str, str]], begun: pathlib.Path, folder: pathlib.Path, wanted: dict) -> None:
     import bm25s
 
-    return Bm25Index(bm25s.BM25.load(folder, mmap=True, show_progress=False))
+    collected = collect_shards(documents, begun)
+    with open(begun / "scores", "wb") as scores_file, open(begun / "documents", "wb") as documents_file:
+
+        def write(found: np.ndarray, scores: np.ndarray) -> None:
+            found.tofile(documents_file)
+            scores.tofile(scores_file)
+
+        begins = merge_shards(collected, begun, write, wanted["k1"], wanted["b"])
+
+    def finish(made: pathlib.Path) -> None:
+        """bm25s writes everything but the two long arrays, which take the places of empty ones."""
+        scorer = bm25s.BM25(k1=wanted["k1"], b=wanted["b"], method="lucene", backend="numpy", csc_backend="numpy")
+        scorer.vocab_dict, scorer.nonoccurrence_array = collected.vocabulary, None
+        scorer.scores = {"data": np.zeros(0, np.float32), "indices": np.zeros(0, np.int32), "indptr": begins, "num_docs": collected.documents}
+        scorer.save(made, show_progress=False)
+        for name, part, dtype in (("data", "scores", np.float32), ("indices", "documents", np.int32)):
+            _save_raw(made / f"{name}.csc.index.npy", begun / part, np.dtype(dtype), int(begins[-1]))
+        for name in (CORPUS, OFFSETS):
+            os.rename(begun / name, made / name)
+
+    prepare_folder(folder, {**wanted, "corpus": collected.corpus, "documents": collected.documents}, finish)
+
+
+def _save_raw(path: pathlib.Path, raw: pathlib.Path, dtype: np.dtype, count: int) -> None:
+    """Writes `count` numbers that lie in the file `raw` as np.save would."""
+    with open(path, "wb") as out, open(raw, "rb") as numbers:
+        np.lib.format.write_array_header_1_0(out, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)})
+        shutil.copyfileobj(numbers, out, 1 << 24)
+    raw.unlink()
+
+
+def load_index(folder: str | pathlib.Path) -> Bm25Index:
+    """Opens a saved index, its postings and documents memory-mapped. Raises FileNotFoundError if `folder` holds none."""
+    folder = pathlib.Path(folder)
+    manifest = read_manifest(folder)
+    if manifest is None or manifest.get("kind") != KIND or not (folder / OFFSETS).is_file():
+        raise FileNotFoundError(f"{folder} holds no search index; python -m stepsearch_jax.prepare index makes one")
+    import bm25s
+
+    return Bm25Index(bm25s.BM25.load(folder, mmap=True, show_progress=False), StoredDocuments(folder), manifest)

@@ -17,10 +17,21 @@ def hash_texts(texts: Iterable[str]) -> str:
     """A hash of texts and their order; where one text ends and the next begins counts."""
     digest = hashlib.sha256()
     for text in texts:
-        raw = text.encode("utf-8", errors="surrogatepass")
-        digest.update(len(raw).to_bytes(8, "little"))
-        digest.update(raw)
+        add_text(digest, text)
     return digest.hexdigest()
+
+
+def add_text(digest, text: str) -> None:
+    """Adds one text to a digest of hashlib; after all texts it is that of `hash_texts`."""
+    raw = text.encode("utf-8", errors="surrogatepass")
+    digest.update(len(raw).to_bytes(8, "little"))
+    digest.update(raw)
+
+
+def describe_search(corpus: str, documents: int, retriever: str, k: int, settings: dict) -> dict:
+    """The manifest that every result of a search carries: what was searched (hash and number of its
+    documents), by what, for how many documents, and how it was set."""
+    return {"corpus": corpus, "documents": documents, "retriever": retriever, "k": k, "settings": settings}
 
 
 def read_manifest(folder: pathlib.Path) -> dict | None:
@@ -29,6 +40,13 @@ def read_manifest(folder: pathlib.Path) -> dict | None:
         return json.loads((folder / MANIFEST).read_text())
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
+
+
+def write_manifest(folder: pathlib.Path, manifest: dict, name: str = MANIFEST) -> None:
+    """Writes what the folder was made from, whole or not at all."""
+    temporary = folder / f".{name}.{os.getpid()}"
+    temporary.write_text(json.dumps(manifest, indent=1) + "\n")
+    temporary.replace(folder / name)
 
 
 def prepare_folder(folder: pathlib.Path, manifest: dict, write: Callable[[pathlib.Path], None]) -> bool:
@@ -45,7 +63,7 @@ def prepare_folder(folder: pathlib.Path, manifest: dict, write: Callable[[pathli
     made.mkdir(parents=True)
     try:
         write(made)
-        (made / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        write_manifest(made, manifest)
         while True:
             try:
                 os.rename(made, folder)

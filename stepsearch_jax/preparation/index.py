@@ -1,0 +1,67 @@
+"""Makes a search index of a corpus of any size, for `python -m stepsearch_jax.serve` and for bm25s itself.
+
+    python -m stepsearch_jax.prepare index --corpus FILE … --out FOLDER [--k1 0.9] [--b 0.4] [--json FILE]
+
+Rows hold `title` and `text`, or `contents` in Search-R1's form (.jsonl, .csv, each also gzipped, .parquet); every row of every file is a document, and its
+number is its id. Memory does not grow with the number of documents, only with that of different words. Interrupted, the same command goes on where it was.
+"""
+from __future__ import annotations
+
+import argparse
+import pathlib
+import resource
+import time
+from collections.abc import Iterator, Sequence
+
+from stepsearch_jax.data.passages import read_corpus
+from stepsearch_jax.metrics import write_json
+from stepsearch_jax.search.bm25 import Bm25Index, stream_index
+from stepsearch_jax.search.prepared import read_manifest
+
+
+def index_files(files: Sequence[pathlib.Path], folder: pathlib.Path, k1: float, b: float) -> Bm25Index:
+    """Indexes the files into `folder` and opens the index; one that was made of the same files, by place, size and time, is only opened.
+
+    Raises FileNotFoundError or ValueError for files that are not there or cannot be read, and for a folder that holds something else.
+    """
+    if not k1 >= 0 or not 0 <= b <= 1:
+        raise ValueError(f"--k1={k1:g} must not be negative, and --b={b:g} must lie in [0, 1]")
+    for path in files:
+        if not path.is_file():
+            raise FileNotFoundError(f"--corpus={path} is not there")
+    if folder.exists() and read_manifest(folder) is None and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"--out={folder} is there and holds no index: choose another place, or remove it")
+
+    def read() -> Iterator[tuple[str, str]]:
+        for path in files:  # one by one: what stands twice is kept, so that nothing need be remembered
+            yield from read_corpus([path])
+
+    made_from = {"files": [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]}
+    return stream_index(read, made_from, folder, k1, b)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The command, with the arguments that follow its name. What a user can mend ends it with one line."""
+    parser = argparse.ArgumentParser("python -m stepsearch_jax.prepare index", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", type=pathlib.Path, nargs="+", required=True, metavar="FILE", help="passages, file after file")
+    parser.add_argument("--out", type=pathlib.Path, required=True, metavar="FOLDER", help="the index; one of other files or settings is replaced")
+    parser.add_argument("--k1", type=float, default=0.9, help="term saturation of BM25 (default: %(default)s)")
+    parser.add_argument("--b", type=float, default=0.4, help="length normalisation of BM25 (default: %(default)s)")
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write the figures to this file")
+    options = parser.parse_args(arguments)
+    start = time.monotonic()
+    try:
+        index = index_files(options.corpus, options.out, options.k1, options.b)
+        figures = {**index.describe(0), "vocabulary": index.vocabulary_size, "minutes": (time.monotonic() - start) / 60,
+                   "bytes": sum(path.stat().st_size for path in options.out.iterdir()), "peak_bytes": measure_peak()}
+        del figures["k"]
+        print("| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in figures.items()), flush=True)
+        if options.json:
+            write_json(options.json, figures)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"stepsearch_jax: {error}") from error
+
+
+def measure_peak() -> int:
+    """The most memory that this process has held so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,181 @@
+"""The postings of BM25 from a stream of documents, in memory that does not grow with their number, and restartable.
+
+First pass: documents are read into *shards*, whose postings (document, count) stand word by word; a shard that is complete is never made again. Second pass:
+a range of words at a time, the shards' postings are put one behind the other, with their scores. Shards follow one another as documents do, so the documents
+of a word stay in order. Only the vocabulary is held whole, as it is for searching.
+"""
+from __future__ import annotations
+
+import array
+import dataclasses
+import hashlib
+import json
+import math
+import pathlib
+import re
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import tqdm
+
+from stepsearch_jax.records import Document
+from stepsearch_jax.search.prepared import add_text, write_manifest
+
+SHARD_WORDS = 1 << 23  # a shard ends with the document that reaches so many words: about half a GiB while it is sorted
+MERGE_POSTINGS = 1 << 23  # postings put together at a time; at least those of one word
+CORPUS = "corpus.jsonl"  # the documents, a line each, with `title` and `text`
+OFFSETS = "corpus.offsets.npy"  # where each line begins, and the end of the last
+_WORD = re.compile(r"\w+")
+
+
+def split_words(text: str) -> list[str]:
+    """The words of a document or query: runs of letters, digits and underscores, lower case; nothing stemmed, nothing left out."""
+    return _WORD.findall(text.lower())
+
+
+class StoredDocuments:
+    """The documents of an index, memory-mapped: `documents[i].id == i`."""
+
+    def __init__(self, folder: pathlib.Path):
+        self._offsets = np.load(folder / OFFSETS, mmap_mode="r")
+        self._lines = np.memmap(folder / CORPUS, np.uint8, mode="r")
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, i: int) -> Document:
+        if not 0 <= i < len(self):
+            raise IndexError(f"document {i} of {len(self)}")
+        row = json.loads(self._lines[self._offsets[i]:self._offsets[i + 1]].tobytes())
+        return Document(i, row["title"], row["text"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Collected:
+    """What the first pass leaves: corpus, the hash of all texts; vocabulary; and of each shard how many documents stand before its end, and its words."""
+
+    corpus: str
+    vocabulary: dict[str, int]
+    ends: list[int]
+    words: int
+
+    @property
+    def documents(self) -> int:
+        """Their number."""
+        return self.ends[-1]
+
+
+def collect_shards(documents: Iterable[tuple[str, str]], folder: pathlib.Path) -> Collected:
+    """Reads (title, text) of every document into shards in `folder`, behind those that are there already from the same documents.
+
+    Words are numbered as they first appear. Also writes the documents themselves (`CORPUS`, `OFFSETS`). Raises ValueError if there are none, or no words.
+    """
+    shards = [json.loads((folder / f"{n}.json").read_text()) for n in range(len(list(folder.glob("[0-9]*.json"))))]
+    vocabulary: dict[str, int] = {}
+    for n in range(len(shards)):
+        for word in (folder / f"{n}.words").read_text(encoding="utf-8").splitlines():
+            vocabulary[word] = len(vocabulary)
+    done, total = (shards[-1]["documents"], sum(shard["words"] for shard in shards)) if shards else (0, 0)
+    digest, row = hashlib.sha256(), 0
+    words, lengths, sizes = array.array("i"), array.array("i"), array.array("i")
+    with open(folder / CORPUS, "ab") as corpus:
+        corpus.truncate(shards[-1]["bytes"] if shards else 0)
+
+        def close_shard() -> None:
+            nonlocal done, total
+            corpus.flush()
+            number = len(shards)
+            _write_shard(folder / str(number), np.array(words, np.int32), np.array(lengths, np.int32), np.array(sizes, np.int32))
+            known = sum(shard["new"] for shard in shards)
+            new = list(vocabulary)[known:]
+            (folder / f"{number}.words").write_text("".join(f"{word}\n" for word in new), encoding="utf-8")
+            done, total = done + len(lengths), total + len(words)
+            shards.append({"documents": done, "words": len(words), "bytes": corpus.tell(), "new": len(new)})
+            write_manifest(folder, shards[-1], f"{number}.json")
+            for values in (words, lengths, sizes):
+                del values[:]
+
+        for title, text in tqdm.tqdm(documents, desc="indexing", unit=" documents", disable=None):
+            whole = f"{title}\n{text}"
+            add_text(digest, whole)
+            row += 1
+            if row <= done:
+                continue
+            numbers = [vocabulary.setdefault(word, len(vocabulary)) for word in split_words(whole)]
+            words.extend(numbers)
+            lengths.append(len(numbers))
+            sizes.append(corpus.write(json.dumps({"title": title, "text": text}).encode() + b"\n"))
+            if len(words) + len(lengths) >= SHARD_WORDS:
+                close_shard()
+        if lengths:
+            close_shard()
+    if not row:
+        raise ValueError("the corpus is empty: there is nothing to search")
+    if not vocabulary:
+        raise ValueError("no document of the corpus holds a word")
+    sizes_of = np.concatenate([np.fromfile(folder / f"{n}.sizes", np.int32) for n in range(len(shards))])
+    np.save(folder / OFFSETS, np.concatenate([[0], np.cumsum(sizes_of, dtype=np.int64)]))
+    return Collected(digest.hexdigest(), vocabulary, [shard["documents"] for shard in shards], total)
+
+
+def _write_shard(stem: pathlib.Path, words: np.ndarray, lengths: np.ndarray, sizes: np.ndarray) -> None:
+    """STEM.numbers: its words, in order; .ends: where each one's postings end; .documents, .counts: the postings; .lengths, .sizes: words and bytes of each
+    document."""
+    key = words.astype(np.int64)  # word, then document
+    key *= len(lengths)
+    key += np.repeat(np.arange(len(lengths)), lengths)
+    key.sort()
+    first = np.flatnonzero(np.concatenate([[True], key[1:] != key[:-1]])[:len(key)])
+    counts = np.diff(first, append=len(key)).astype(np.int32)
+    word, document = np.divmod(key[first], len(lengths))
+    begin = np.flatnonzero(np.concatenate([[True], word[1:] != word[:-1]])[:len(word)])
+    arrays = {"numbers": word[begin].astype(np.int32), "ends": np.append(begin[1:], len(word))[:len(begin)].astype(np.int64),
+              "documents": document.astype(np.int32), "counts": counts, "lengths": lengths, "sizes": sizes}
+    for name, values in arrays.items():
+        values.tofile(f"{stem}.{name}")
+
+
+def merge_shards(collected: Collected, folder: pathlib.Path, write: Callable[[np.ndarray, np.ndarray], None], k1: float, b: float) -> np.ndarray:
+    """Calls write(documents [n] int32, scores [n] float32) with the postings of one range of words after the other -> where each word's begin, [V + 1] int64.
+
+    A score is idf * n / (n + k1 * (1 - b + b * length / mean length)) with idf = ln(1 + (N - df + 0.5) / (df + 0.5)), in float64 but for the idf, which is
+    rounded to float32 first, like the score itself: BM25S's arithmetic, to the bit.
+    """
+    shards, total = range(len(collected.ends)), collected.documents
+    parts = {name: [_map_array(folder / f"{n}.{name}", dtype) for n in shards] for name, dtype in (
+        ("numbers", np.int32), ("ends", np.int64), ("lengths", np.int32))}
+    mean_length = collected.words / total
+    begins = np.zeros(len(collected.vocabulary) + 1, np.int64)
+    for numbers, ends in zip(parts["numbers"], parts["ends"], strict=True):
+        begins[1:][numbers] += np.diff(ends, prepend=0)
+    np.cumsum(begins, out=begins)
+    start = 0  # the first word of the range
+    with tqdm.tqdm(total=int(begins[-1]), desc="merging", unit=" postings", unit_scale=True, disable=None) as bar:
+        while start < len(begins) - 1:
+            stop = max(start + 1, int(np.searchsorted(begins, begins[start] + MERGE_POSTINGS, side="right")) - 1)
+            local = begins[start:stop + 1] - begins[start]
+            idf = np.array([math.log(1 + (total - df + 0.5) / (df + 0.5)) for df in np.diff(local).tolist()], np.float32)
+            documents, scores = np.empty(local[-1], np.int32), np.empty(local[-1], np.float32)
+            free = local[:-1].copy()  # the place of each word's next posting
+            for shard, base in zip(shards, [0, *collected.ends], strict=False):
+                numbers, ends = parts["numbers"][shard], parts["ends"][shard]
+                low, high = np.searchsorted(numbers, (start, stop)).tolist()
+                if low == high:
+                    continue
+                bounds = np.concatenate([[int(ends[low - 1]) if low else 0], ends[low:high]])
+                counts, words, rows = np.diff(bounds), numbers[low:high] - start, int(bounds[-1] - bounds[0])
+                places = np.repeat(free[words] - (bounds[:-1] - bounds[0]), counts) + np.arange(rows)
+                free[words] += counts
+                document, n = (np.fromfile(folder / f"{shard}.{name}", np.int32, rows, offset=4 * int(bounds[0])) for name in ("documents", "counts"))
+                n = n.astype(np.float32)
+                saturation = k1 * ((1 - b) + b * parts["lengths"][shard][document] / mean_length)
+                documents[places] = document + np.int32(base)
+                scores[places] = np.repeat(idf[words], counts) * (n / (saturation + n))
+            write(documents, scores)
+            bar.update(len(documents))
+            start = stop
+    return begins
+
+
+def _map_array(path: pathlib.Path, dtype: type) -> np.ndarray:
+    return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)
