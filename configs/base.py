@@ -61,7 +61,12 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     p.max_prompt_tokens = 2048  # a longer prompt is refused before work starts [C]
 
     c.search = s = ml_collections.ConfigDict()
-    s.kind = "bm25"  # bm25 | dense: nearest by an encoder's vectors, as the paper has it; needs rollout.search="host"
+    s.kind = "bm25"  # bm25 | dense: nearest by an encoder's vectors, as the paper has it; needs rollout.search="host" | remote: a search server
+    s.url = ""  # remote: its address (python -m stepsearch_jax.serve, or any with Search-R1's /retrieve); it must hold the corpus of data
+    s.attempt_s = 4.0  # remote: time for a request to connect, and again for its answer
+    s.attempts = 3  # remote: requests before a search has failed; with their pauses they must fit into timeout_s
+    s.backoff_s = 0.5  # remote: longest pause after the first failed request, doubled after each; half of it or more is slept, at random
+    s.batch = 64  # remote: queries in one request
     s.k = 3  # documents a search [P]
     s.bm25_k1 = 0.9  # term saturation of BM25 [O]
     s.bm25_b = 0.4  # length normalisation of BM25 [O]

@@ -1,6 +1,6 @@
 """Measures parts of this package beside what others use for the same job, both in one run.
 
-    python -m stepsearch_jax.benchmark {rollout,update,reward,all} [--peer NAME] [--json FILE] [--repeats N] [--seed S]
+    python -m stepsearch_jax.benchmark {rollout,update,reward,retrieval,all} [--peer NAME] [--json FILE] [--repeats N] [--seed S]
 
 Times depend on the machine and on what else runs on it; ratios within one run hardly do. Extra packages: requirements-bench.txt.
 """
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
-from stepsearch_jax.benchmarks import figure, reward, rollout, update
+from stepsearch_jax.benchmarks import figure, retrieval, reward, rollout, update
 from stepsearch_jax.metrics import write_json
 
 
@@ -31,8 +31,9 @@ SUBJECTS = {
     "rollout": Subject(rollout, 3, ("case", "peer", "peer_python"), rollout.PEERS),
     "update": Subject(update, 5, ("peer", "peer_python"), update.PEERS),
     "reward": Subject(reward, 7, (), ()),
+    "retrieval": Subject(retrieval, 3, ("passages", "requests", "folder"), ()),
 }
-ALL = "Every subject, one after another.\n\nA subject that does not know the peer is timed without it."
+ALL = "Every subject but retrieval, which needs a folder, one after another.\n\nA subject that does not know the peer is timed without it."
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if figure_path and "turns" not in options.case:
             raise ValueError("--figure draws the case turns: add it to --case")
         if options.subject == "all":
-            figures = {name: _run(subject, options) for name, subject in SUBJECTS.items()}
+            figures = {name: _run(subject, options) for name, subject in SUBJECTS.items() if "folder" not in subject.flags}
         else:
             figures = _run(SUBJECTS[options.subject], options)
         if options.json:
@@ -85,6 +86,10 @@ def _add_subject(subjects, name: str, text: str, repeats: str, flags: Sequence[s
     if "case" in flags:
         options.add_argument("--case", nargs="+", choices=tuple(rollout.CASES), default=["short"], help="rollouts to time (default: short)")
         options.add_argument("--figure", type=pathlib.Path, metavar="FILE", help="draw seconds and prefilled tokens against turns (needs the case turns)")
+    if "folder" in flags:
+        options.add_argument("--folder", type=pathlib.Path, metavar="FOLDER", required=True, help="for corpora and indexes, which stay there")
+        options.add_argument("--passages", type=_count(1), metavar="N", nargs="+", default=[200_000], help="sizes of the corpora (default: 200000)")
+        options.add_argument("--requests", type=_count(0), metavar="N", default=10_000, help="requests to the server (default: %(default)s)")
     if "peer" in flags:
         options.add_argument("--peer", choices=("none", *peers), default="none", help="what to compare with (default: none); see requirements-bench.txt")
         options.add_argument("--peer-python", metavar="PATH", default=sys.executable, help="interpreter that has the peer installed (default: this one)")

@@ -19,7 +19,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from stepsearch_jax.models.encoder import Encoder, load_encoder, read_encoder_config
 from stepsearch_jax.records import Document
+from stepsearch_jax.search.bm25 import hash_documents
 from stepsearch_jax.search.embeddings import embed_corpus
+from stepsearch_jax.search.prepared import describe_search
 
 AXIS = "documents"  # over which the corpus, or a batch of texts, is cut
 LENGTH_MULTIPLE = 16  # texts are padded to multiples of it, so that few programs are compiled
@@ -79,11 +81,14 @@ def load_text_encoder(folder: str | pathlib.Path, batch: int, devices: Sequence[
 class DenseIndex:
     """N documents on the devices, their vectors shared out among them. Made by `build_dense_index`. May be searched from several threads at once.
 
-    vectors [N, E]: their type, float32 or bfloat16, is that of the products, which are summed in float32.
+    corpus: the hash of the documents; settings: of the retriever, for results. vectors [N, E]: their type, float32 or bfloat16, is that of the products,
+    which are summed in float32.
     """
 
-    def __init__(self, vectors: np.ndarray, encoder: TextEncoder, query_prefix: str, devices: Sequence[jax.Device]):
+    def __init__(self, vectors: np.ndarray, encoder: TextEncoder, query_prefix: str, devices: Sequence[jax.Device], corpus: str,
+                 settings: dict):
         self._count, self._encoder, self._prefix = len(vectors), encoder, query_prefix
+        self._about = corpus, settings
         mesh = Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
         # Each device holds whole blocks of rows; those behind the last document are zeros that are never returned.
         self._block = min(BLOCK_ROWS, -(-self._count // len(devices)))
@@ -96,6 +101,11 @@ class DenseIndex:
 
     def __len__(self) -> int:
         return self._count
+
+    def describe(self, k: int) -> dict:
+        """The manifest of results for k documents (`prepared.describe_search`)."""
+        corpus, settings = self._about
+        return describe_search(corpus, len(self), "dense", k, settings)
 
     def search(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k best documents for each of q queries, exactly.
@@ -163,7 +173,8 @@ def build_dense_index(documents: Sequence[Document], folder: str | pathlib.Path,
     made = hashlib.sha256(f"{encoder.fingerprint} {dtype} {passage_prefix}".encode()).hexdigest()
     texts = [f"{passage_prefix}{document.title}\n{document.text}" for document in documents]
     vectors = embed_corpus(texts, pathlib.Path(folder) / f"dense-{made[:16]}", encoder.embed, encoder.width, dtype, encoder.shard_rows, encoder.fingerprint)
-    return DenseIndex(vectors, encoder, query_prefix, devices)
+    settings = {"encoder": encoder.fingerprint, "query_prefix": query_prefix, "passage_prefix": passage_prefix, "dtype": dtype}
+    return DenseIndex(vectors, encoder, query_prefix, devices, hash_documents(documents), settings)
 
 
 def _load_tokenizer(folder: pathlib.Path, max_tokens: int) -> tokenizers.Tokenizer:

@@ -157,7 +157,7 @@ def evaluate_controls(system: System, split_name: str) -> dict[str, dict[str, fl
 def write_results(system: System, workdir: pathlib.Path, before: dict, after: dict, dumps: dict[str, list[dict]]) -> dict:
     """Writes evaluation.json, transcripts.jsonl and report.html (process 0) and prints the table -> the contents of evaluation.json."""
     e = system.config.evaluation
-    result = {"questions": count_questions(system, e.split), "before": before, "after": after}
+    result = {"questions": count_questions(system, e.split), "before": before, "after": after, "retrieval": system.retrieval}
     if e.controls:
         result["controls"] = evaluate_controls(system, e.split)
     if jax.process_index() == 0:

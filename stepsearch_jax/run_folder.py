@@ -16,8 +16,9 @@ _BEGUN = ("imitation", "start", "checkpoints")  # one of these stands in WORKDIR
 
 # What a resumed run may have otherwise than before: how long it goes on, what is measured and kept, and on which machines it computes the same.
 _RESUMABLE = ("iterations", "evaluation.", "checkpoint.", "distributed.", "mesh.", "data.cache_dir", "search.timeout_s", "search.max_failure_share",
-              "search.encode_batch", "rollout.search", "rollout.flush_share", "rollout.slots", "rollout.prefill_rows", "rollout.prefill_tokens",
-              "rollout.attention_block", "rl.micro_rows", "model.remat", "imitation.log_every")
+              "search.encode_batch", "search.url", "search.attempt", "search.backoff_s", "search.batch", "rollout.search",
+              "rollout.flush_share", "rollout.slots", "rollout.prefill_rows", "rollout.prefill_tokens", "rollout.attention_block",
+              "rl.micro_rows", "model.remat", "imitation.log_every")
 # What a checkpoint cannot be read without.
 _STATE = ("model.num", "model.embed_dim", "model.head_dim", "model.ffn_dim", "model.qkv_bias", "model.qk_norm", "model.tie_embeddings", "prompt.tokenizer",
           "rl.advantage", "policy.optimizer", "value.optimizer")

@@ -24,17 +24,17 @@ CHOICES = {  # keys whose value is one of a few words, checked before anything e
     "reward.step_reward": ("gain", "answer_logprob"),
     "rl.advantage": (*CRITIC_ESTIMATORS, *GROUP_ESTIMATORS), "rl.aggregation": ("token_mean", "sequence_mean"), "rl.kl_placement": ("reward", "loss"),
     "rl.kl_estimator": ("k1", "k2", "k3", "abs"), "policy.optimizer": ("adamw", "sgd"), "value.optimizer": ("adamw", "sgd"),
-    "imitation.optimizer": ("adamw", "muon"), "search.kind": ("bm25", "dense"), "search.embedding_dtype": DTYPES,
+    "imitation.optimizer": ("adamw", "muon"), "search.kind": ("bm25", "dense", "remote"), "search.embedding_dtype": DTYPES,
 }
 
 MINIMA = {  # the least sensible value of keys that count something; NaN is below all of them
     0: ("iterations", "model.vocab_size", "rollout.temperature", "rollout.top_k", "rollout.slots", "rl.micro_rows", "rl.kl_coef", "rl.kl_target", "rl.clip_low",
         "rl.clip_high", "rl.value_clip", "evaluation.every", "evaluation.questions", "evaluation.resamples", "data.train_questions", "policy.learning_rate",
-        "value.learning_rate", "policy.warmup", "value.warmup", "checkpoint.minutes"),
+        "value.learning_rate", "policy.warmup", "value.warmup", "checkpoint.minutes", "search.backoff_s"),
     1: ("rollout.questions", "rollout.group_size", "rollout.max_turns", "rollout.max_turn_tokens", "rollout.prefill_rows", "rollout.prefill_tokens",
         "rollout.attention_block", "search.k", "search.encode_batch", "rl.minibatches", "rl.epochs", "rl.length_multiple", "rl.kl_horizon", "checkpoint.every",
-        "checkpoint.imitation_every", "checkpoint.keep", "imitation.log_every", "imitation.held_out", "imitation.demonstrations", "model.num_layers",
-        "model.embed_dim", "model.num_heads", "model.num_kv_heads", "model.head_dim", "model.ffn_dim"),
+        "search.attempts", "search.batch", "checkpoint.imitation_every", "checkpoint.keep", "imitation.log_every", "imitation.held_out",
+        "imitation.demonstrations", "model.num_layers", "model.embed_dim", "model.num_heads", "model.num_kv_heads", "model.head_dim", "model.ffn_dim"),
 }
 
 AXIS_SIZES = {  # logical axes of the parameters -> the sizes of a model that lie along them
@@ -115,6 +115,10 @@ def check_config(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
                          "host")
     if s.kind == "dense" and not s.encoder:
         raise ValueError("search.kind=dense needs search.encoder, the folder of an encoder (config.json, *.safetensors, tokenizer.json)")
+    longest = 2 * s.attempts * s.attempt_s + (2 ** (s.attempts - 1) - 1) * s.backoff_s
+    if s.kind == "remote" and not 0 < longest < s.timeout_s:
+        raise ValueError(f"search.attempts={s.attempts} requests of search.attempt_s={s.attempt_s} for connection and answer each, with pauses from "
+                         f"search.backoff_s={s.backoff_s} on, take {longest:g} s; search.timeout_s={s.timeout_s} must be more, and they more than 0")
     if m.num_heads % m.num_kv_heads or m.head_dim % 2:
         raise ValueError(f"model.num_heads={m.num_heads} must be a multiple of model.num_kv_heads={m.num_kv_heads}, and model.head_dim={m.head_dim} even")
     if not m.rope_scaling.factor > 0:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from stepsearch_jax import sharding
 from stepsearch_jax.data import atlas_grammar
-from stepsearch_jax.data.loading import Source, load_source
+from stepsearch_jax.data.loading import Source, load_source, open_source
 from stepsearch_jax.dense import DenseIndex, build_dense_index, load_text_encoder
 from stepsearch_jax.models.huggingface import open_checkpoint
 from stepsearch_jax.models.stored import StoredModel, check_architecture
@@ -27,10 +27,11 @@ from stepsearch_jax.rewards.scoring import StepScores, match_rendered, score_epi
 from stepsearch_jax.rewards.tfidf import fit_similarity
 from stepsearch_jax.rollout.episode import Environment, Prompts, RolloutSettings
 from stepsearch_jax.rollout.text import Answers, encode_answers, encode_prompts
-from stepsearch_jax.search.bm25 import Bm25Index, build_index
+from stepsearch_jax.search.bm25 import Bm25Index, build_index, hash_documents
 from stepsearch_jax.search.callback import SearchCallback, SearchCounts, make_search_callback
 from stepsearch_jax.search.corpus_tokens import tokenize_corpus
 from stepsearch_jax.search.prepared import one_at_a_time
+from stepsearch_jax.search.remote import RemoteIndex, open_remote
 from stepsearch_jax.search.watchdog import Watchdog
 from stepsearch_jax.settings import check_config, check_cuts, describe_models, rollout_settings, round_vocabulary
 
@@ -65,6 +66,7 @@ class System:
     environment: Environment  # arrays on this host
     search: SearchCallback
     search_documents: Callable[[list[str]], np.ndarray]  # queries -> corpus ids [q, k]
+    retrieval: dict  # the manifest that results carry: corpus, documents, retriever, k, settings
     learner_model: ModelConfig
     rollout_model: ModelConfig
     splits: dict[str, Split]
@@ -105,7 +107,7 @@ def build_system(config: ml_collections.ConfigDict, splits: Sequence[str], searc
     tokenizer = load_tokenizer(p.tokenizer, words)
     with one_at_a_time(pathlib.Path(config.data.cache_dir)):
         source = load_source(config.data, s.bm25_k1, s.bm25_b)
-        folder = pathlib.Path(config.data.cache_dir) / f"corpus-{source.manifest['hash']}"
+        folder = locate_corpus(config, source)
         index = build_search_index(config, source.documents, folder, mesh)
         texts = [render_document(document) for document in source.documents]
         document_tokens = tokenize_corpus(texts, folder / f"tokens-{tokenizer.fingerprint[:16]}", tokenizer.encode_batch, tokenizer.fingerprint)
@@ -148,20 +150,38 @@ def build_system(config: ml_collections.ConfigDict, splits: Sequence[str], searc
         prepared[name] = Split(questions, *encode_prompts(rendered, [question.uid for question in questions], tokenizer, p.max_prompt_tokens), answers)
     plain = read_texts(source.documents)
     return System(
-        config, mesh, source, tokenizer, rollout_settings(config), environment, callback, search_documents, learner_model, rollout_model, prepared, stored,
+        config, mesh, source, tokenizer, rollout_settings(config), environment, callback, search_documents, index.describe(s.k),
+        learner_model, rollout_model, prepared, stored,
         _similarity=fit_similarity(plain, tfidf_fit=config.reward.tfidf_fit),
         _rendered_ids=match_rendered(source.documents) if config.reward.redundancy_scope == "rendered" else None,
         _texts=plain if config.reward.retrieved_answer_credit else None)
 
 
-def build_search_index(config: ml_collections.ConfigDict, documents: Sequence[Document], folder: pathlib.Path, mesh: Mesh) -> Bm25Index | DenseIndex:
-    """The index that config.search asks for, kept in `folder`; a dense one lies on this process's devices of the mesh."""
+def build_search_index(config: ml_collections.ConfigDict, documents: Sequence[Document], folder: pathlib.Path, mesh: Mesh
+                       ) -> Bm25Index | DenseIndex | RemoteIndex:
+    """The index that config.search asks for, kept in `folder`; a dense one lies on this process's devices of the mesh, a remote one at its server."""
     s = config.search
+    if s.kind == "remote":
+        return open_remote(s.url, documents, hash_documents(documents), s.attempt_s, s.attempts, s.backoff_s, s.batch)
     if s.kind == "bm25":
         return build_index(documents, folder / f"bm25-{s.bm25_k1}-{s.bm25_b}", s.bm25_k1, s.bm25_b)
     devices = mesh.local_devices
     encoder = load_text_encoder(s.encoder, s.encode_batch, devices)
     return build_dense_index(documents, folder, encoder, query_prefix=s.query_prefix, passage_prefix=s.passage_prefix, dtype=s.embedding_dtype, devices=devices)
+
+
+def open_corpus(config: ml_collections.ConfigDict) -> tuple[Source, Bm25Index | DenseIndex | RemoteIndex]:
+    """The data set and the index of a config, without a model."""
+    g, s = config.mesh, config.search
+    with one_at_a_time(pathlib.Path(config.data.cache_dir)):
+        source = open_source(config.data, s.bm25_k1, s.bm25_b)
+        mesh = sharding.make_mesh(g.data, g.fsdp, g.tensor, g.slices, config.model.num_kv_heads)
+        return source, build_search_index(config, source.documents, locate_corpus(config, source), mesh)
+
+
+def locate_corpus(config: ml_collections.ConfigDict, source: Source) -> pathlib.Path:
+    """The folder for what is made of the source's documents."""
+    return pathlib.Path(config.data.cache_dir) / f"corpus-{source.manifest['hash']}"
 
 
 def read_texts(documents: Sequence[Document]) -> list[str]:

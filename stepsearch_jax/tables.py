@@ -110,12 +110,13 @@ def measure_dataset(system: System, policies: dict[str, object], name: str, fold
         transcripts[WHEN[method]] = dumps
     means = {method: {key: estimates["invalid_turns" if key == "invalid" else key].mean for key in MEANS} for method, estimates in methods.items()}
     result = {"questions": count, "documents": len(system.source.documents), "hash": system.source.manifest["hash"],
+              "retrieval": system.retrieval,
               "methods": {method: {key: value._asdict() for key, value in estimates.items()} for method, estimates in methods.items()}}
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         measures = {WHEN[method]: means[method] for method in policies}
         controls = {method: means[method] for method in baselines.given}
-        write_json(folder / "evaluation.json", {"questions": count, **measures, "controls": controls})
+        write_json(folder / "evaluation.json", {"questions": count, **measures, "controls": controls, "retrieval": system.retrieval})
         write_transcripts(folder, transcripts)
         write_text(folder / "questions.jsonl", "".join(json.dumps({key: value for key, value in line.items() if key != "turns"}) + "\n" for line in lines))
         write_report(folder)

@@ -104,7 +104,7 @@ def test_agrees_with_loops(count, k, devices, block, dtype, seed):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dense, "BLOCK_ROWS", block)
         patch.setattr(dense, "QUERY_ROWS", 2)
-        index = DenseIndex(vectors.astype(np.dtype(dtype)), Table(queries), "", jax.devices()[:devices])
+        index = DenseIndex(vectors.astype(np.dtype(dtype)), Table(queries), "", jax.devices()[:devices], "hash", {})
         ids, scores = index.search(list(queries), k)
     assert ids.dtype == np.int32 and scores.dtype == np.float32 and len(index) == count
     for row, query in enumerate(queries.values()):
@@ -116,7 +116,7 @@ def test_products_are_in_the_type_of_the_vectors():
     vectors, query = np.random.default_rng(0).normal(size=(2, 50, 16)).astype(np.float32)
     rounded = vectors.astype(ml_dtypes.bfloat16)
     for stored, asked in ((vectors, query[0]), (rounded, query[0].astype(ml_dtypes.bfloat16).astype(np.float32))):
-        _, scores = DenseIndex(stored, Table({"q": query[0]}), "", jax.devices()[:2]).search(["q"], 5)
+        _, scores = DenseIndex(stored, Table({"q": query[0]}), "", jax.devices()[:2], "hash", {}).search(["q"], 5)
         np.testing.assert_allclose(scores[0], find_by_loops(stored.astype(np.float32), asked, 5)[1], rtol=1e-5)
 
 

@@ -23,21 +23,27 @@ def make_parser(name: str, text: str) -> argparse.ArgumentParser:
     return parser
 
 
-def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str], command: Callable[[ml_collections.ConfigDict, argparse.Namespace], dict],
-                render: Callable[[dict], str]) -> None:
-    """Calls command(config, options) -> figures, prints them with `render` and writes them to --json. What a user can mend ends it with one line."""
-    options, rest = parser.parse_known_args(arguments)
-    argv = [parser.prog, f"--config={options.config}", *rest]
+def read_config(parser: argparse.ArgumentParser, file: str, overrides: Sequence[str]) -> ml_collections.ConfigDict:
+    """The config of --config=FILE with --config.key=value …; whatever else `overrides` holds is refused."""
+    argv = [parser.prog, f"--config={file}", *overrides]
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values, sys_argv=argv)
     spare = parse_flags(argv, values)[1:]
     if spare:
         parser.error(f"unrecognized arguments: {' '.join(spare)}")
+    return values.config
+
+
+def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str], command: Callable[[ml_collections.ConfigDict, argparse.Namespace], dict],
+                render: Callable[[dict], str]) -> None:
+    """Calls command(config, options) -> figures, prints them with `render` and writes them to --json. What a user can mend ends it with one line."""
+    options, rest = parser.parse_known_args(arguments)
+    config = read_config(parser, options.config, rest)
     start_logging()
     try:
         if options.json and (options.json.is_dir() or not options.json.parent.is_dir()):
             raise FileNotFoundError(f"--json={options.json}: name a file in a folder that is there")
-        figures = command(values.config, options)
+        figures = command(config, options)
         print(render(figures), flush=True)
         if options.json:
             write_json(options.json, figures)

@@ -156,7 +156,7 @@ def _save_raw(path: pathlib.Path, raw: pathlib.Path, dtype: np.dtype, count: int
     """Writes `count` numbers that lie in the file `raw` as np.save would."""
     with open(path, "wb") as out, open(raw, "rb") as numbers:
         np.lib.format.write_array_header_1_0(out, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)})
-        shutil.copyfileobj(numbers, out, 1 << 24)
+        shutil.copyfileobj(numbers, out, 1 << 20)
     raw.unlink()
 
 

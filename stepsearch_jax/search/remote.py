@@ -1,0 +1,136 @@
+"""Search by a server with Search-R1's /retrieve, such as `python -m stepsearch_jax.serve`: time limits, repeated attempts, many queries a request.
+
+The server must hold the same corpus, so that its ids are this program's: a document that it sends is compared with the one that has the same id here.
+"""
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import urllib3
+
+from stepsearch_jax.records import Document
+from stepsearch_jax.search.prepared import describe_search
+
+MAX_ANSWER_BYTES = 1 << 26
+_AT_ONCE = 32  # requests under way
+_SERVER_AT_FAULT = (408, 429, 500, 502, 503, 504)  # worth another attempt
+
+
+def render_contents(document: Document) -> str:
+    """Title and text in one string, as Search-R1's corpora have them."""
+    return f'"{document.title}"\n{document.text}'
+
+
+class RemoteIndex:
+    """N documents that a server searches. May be searched from several threads at once.
+
+    documents: the same ones, here; corpus: their hash. attempt_s: time for one attempt's connection and again for its answer; attempts: before a search has
+    failed; backoff_s: longest first pause between two, doubled each time; batch: queries in one request. Raises ValueError for an address that is none.
+    """
+
+    def __init__(self, url: str, documents: Sequence[Document], corpus: str, attempt_s: float, attempts: int, backoff_s: float, batch: int):
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"config.search.url is {url!r}; it must be the address of a search server, such as http://localhost:8000")
+        self._url, self._documents, self._corpus = url.rstrip("/"), documents, corpus
+        self._attempt_s, self._attempts, self._backoff_s, self._batch = attempt_s, attempts, backoff_s, batch
+        self._http = urllib3.PoolManager(maxsize=_AT_ONCE, retries=False)
+        self._threads = ThreadPoolExecutor(_AT_ONCE, "remote search")
+        self._server: dict = {}  # what the server said about itself
+
+    def __len__(self) -> int:
+        return len(self._documents)
+
+    def check(self) -> None:
+        """Asks the server what it holds. Raises ValueError if it does not answer or names another corpus; a server without /health is taken at its word."""
+        try:
+            self._server = self._repeat("GET", "/health", None)
+        except urllib3.exceptions.HTTPError as error:
+            raise ValueError(f"the search server at {self._url} (config.search.url) does not answer: {type(error).__name__}: {error}") from error
+        except ValueError:
+            self._server = {}
+        held = self._server.get("corpus", self._corpus) if isinstance(self._server, dict) else None
+        if held != self._corpus:
+            raise ValueError(f"the search server at {self._url} (config.search.url) holds the corpus {held}, but this run needs {self._corpus}: serve an index "
+                             "of the same documents in the same order")
+
+    def describe(self, k: int) -> dict:
+        """The manifest of results for k documents (`prepared.describe_search`), with what the server says of its retriever."""
+        settings = {"url": self._url, "retriever": self._server.get("retriever"), **self._server.get("settings", {})}
+        return describe_search(self._corpus, len(self), "remote", k, settings)
+
+    def search(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The server's k documents for each of q queries: (ids [q, k] int32, best first, -1 where there are no more; scores [q, k] float32, 0 there).
+
+        Raises urllib3's HTTPError when all attempts have failed, and ValueError for an answer that makes no sense.
+        """
+        batches = [list(queries[start:start + self._batch]) for start in range(0, len(queries), self._batch)]
+        found = list(self._threads.map(lambda batch: self._search_batch(batch, k), batches))
+        nothing = np.zeros((0, k), np.int32), np.zeros((0, k), np.float32)
+        ids, scores = zip(nothing, *found)
+        return np.concatenate(ids), np.concatenate(scores)
+
+    def _search_batch(self, queries: list[str], k: int) -> tuple[np.ndarray, np.ndarray]:
+        answer = self._repeat("POST", "/retrieve", {"queries": queries, "topk": k, "return_scores": True})
+        ids, scores = np.full((len(queries), k), -1, np.int32), np.zeros((len(queries), k), np.float32)
+        try:
+            for row, found in enumerate(zip(answer["result"], queries, strict=True)):
+                for place, entry in enumerate(found[0]):
+                    ids[row, place], scores[row, place] = self._read_id(entry["document"]), entry["score"]
+        except (TypeError, KeyError, IndexError, ValueError, OverflowError) as error:
+            raise ValueError(f"the answer of {self._url} has not the form of /retrieve ({type(error).__name__}: {error})") from None
+        return ids, scores
+
+    def _read_id(self, shown: dict) -> int:
+        number = int(shown["id"])
+        if not 0 <= number < len(self._documents):
+            raise ValueError(f"document {number} is none of the {len(self._documents)} of the corpus")
+        own = render_contents(self._documents[number])
+        sent = shown["contents"] if "contents" in shown else render_contents(Document(number, shown["title"], shown["text"]))
+        if sent.split() != own.split():
+            raise ValueError(f"document {number} of the server is another one than here: it holds another corpus")
+        return number
+
+    def _repeat(self, method: str, path: str, body: dict | None):
+        """The answer of the first attempt that succeeds. Pauses are random, so that many clients do not come back at once."""
+        for attempt in range(self._attempts):
+            try:
+                return self._ask(method, path, body)
+            except urllib3.exceptions.HTTPError:
+                if attempt + 1 == self._attempts:
+                    raise
+            time.sleep(self._backoff_s * 2**attempt * random.uniform(0.5, 1.0))
+
+    def _ask(self, method: str, path: str, body: dict | None):
+        deadline = time.monotonic() + 2 * self._attempt_s
+        answer = self._http.request(method, self._url + path, body=None if body is None else json.dumps(body), preload_content=False,
+                                    headers={"Content-Type": "application/json"}, timeout=urllib3.Timeout(self._attempt_s))
+        try:
+            raw = bytearray()
+            while part := answer.read1(1 << 16):
+                raw += part
+                if time.monotonic() > deadline:  # a little now and then does not get more time
+                    raise urllib3.exceptions.TimeoutError(f"the answer took longer than {2 * self._attempt_s:g} s")
+                if len(raw) > MAX_ANSWER_BYTES:
+                    raise ValueError(f"the answer of {self._url} is longer than {MAX_ANSWER_BYTES} bytes")
+            told = f"{self._url} answered {answer.status}: {raw[:200].decode(errors='replace')}"
+            if answer.status in _SERVER_AT_FAULT:
+                raise urllib3.exceptions.HTTPError(told)
+            if answer.status != 200:
+                raise ValueError(told)
+            answer.release_conn()
+            return json.loads(raw)
+        except BaseException:
+            answer.close()
+            raise
+
+
+def open_remote(url: str, documents: Sequence[Document], corpus: str, attempt_s: float, attempts: int, backoff_s: float, batch: int) -> RemoteIndex:
+    """A `RemoteIndex` whose server has been asked what it holds. Raises ValueError as that does."""
+    index = RemoteIndex(url, documents, corpus, attempt_s, attempts, backoff_s, batch)
+    index.check()
+    return index

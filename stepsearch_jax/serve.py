@@ -1,0 +1,210 @@
+"""Serves a search index over HTTP, with the request and the answer of Search-R1's /retrieve.
+
+    python -m stepsearch_jax.serve --index FOLDER [--port 8000]                  an index that `python -m stepsearch_jax.prepare index` made
+    python -m stepsearch_jax.serve --config=configs/X.py [--config.key=value …]    the corpus of a config, by its search.kind: bm25 or dense
+
+POST /retrieve  {"queries": ["…"], "topk": 3, "return_scores": true}
+             -> {"result": [[{"document": {"id", "title", "text", "contents"}, "score": 9.1}, …], …], "manifest": …}, one list for each query; without scores,
+                plain documents. An id is a row of the corpus.
+GET /health     the manifest: corpus (its hash), documents, retriever, k, settings          GET /metrics    counts and times, for Prometheus
+
+A request that is not understood gets status 400, 408 (too slow) or 413 (too large) with {"error": …}; 503 means: busy, try again.
+"""
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import prometheus_client
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from stepsearch_jax.records import Document
+from stepsearch_jax.search.bm25 import load_index
+from stepsearch_jax.search.remote import render_contents
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a request may ask for, and how much is done at once; the flags of the command, which explains them."""
+
+    body_bytes: int
+    body_seconds: float
+    queries: int
+    query_characters: int
+    topk: int
+    searches: int
+    waiting: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """What is served. search: queries, k -> (ids [q, k], scores [q, k]); describe: k -> manifest."""
+
+    search: Callable[[Sequence[str], int], tuple[np.ndarray, np.ndarray]]
+    documents: Sequence[Document]
+    describe: Callable[[int], dict]
+
+
+class RefusedError(Exception):
+    """A request that is answered with an error. status: HTTP's."""
+
+    def __init__(self, status: int, message: str):
+        super().__init__(message)
+        self.status = status
+
+
+def parse_request(body: bytes, default_topk: int, limits: Limits) -> tuple[list[str], int, bool]:
+    """-> queries, topk, whether scores are wanted. Raises RefusedError for anything else than a request within the limits."""
+    try:
+        asked = json.loads(body)
+    except (ValueError, RecursionError):
+        raise RefusedError(400, "the body is not JSON") from None
+    if not isinstance(asked, dict):
+        raise RefusedError(400, "the body must be an object with the field 'queries'")
+    queries, topk, scores = asked.get("queries"), asked.get("topk"), asked.get("return_scores", False)
+    if not isinstance(queries, list) or not all(isinstance(query, str) for query in queries):
+        raise RefusedError(400, "'queries' must be a list of strings")
+    if not 1 <= len(queries) <= limits.queries:
+        raise RefusedError(400, f"'queries' holds {len(queries)}; from 1 to {limits.queries} are answered at a time")
+    if max(map(len, queries)) > limits.query_characters:
+        raise RefusedError(400, f"a query is longer than {limits.query_characters} characters")
+    topk = default_topk if topk is None else topk
+    if type(topk) is not int or not 1 <= topk <= limits.topk:
+        raise RefusedError(400, f"'topk' must be an integer from 1 to {limits.topk}")
+    if type(scores) is not bool:
+        raise RefusedError(400, "'return_scores' must be true or false")
+    return queries, topk, scores
+
+
+def make_app(engine: Engine, default_topk: int, limits: Limits) -> Starlette:
+    """The application, for any ASGI server."""
+    threads = ThreadPoolExecutor(limits.searches, "serve")
+    busy = 0  # requests under way; only touched by the event loop
+    registry = prometheus_client.CollectorRegistry()
+    requests = prometheus_client.Counter("stepsearch_requests", "requests to /retrieve", ["status"], registry=registry)
+    searched = prometheus_client.Counter("stepsearch_queries", "queries answered", registry=registry)
+    seconds = prometheus_client.Histogram("stepsearch_seconds", "seconds from a request's headers to its answer", registry=registry)
+    prometheus_client.Gauge("stepsearch_busy", "requests under way", registry=registry).set_function(lambda: busy)
+
+    def answer(value, status: int = 200) -> Response:
+        return Response(json.dumps(value), status, media_type="application/json")  # escaped, so that halves of surrogate pairs pass
+
+    async def read_body(request: Request) -> bytes:
+        body = bytearray()
+        try:
+            async with asyncio.timeout(limits.body_seconds):
+                async for part in request.stream():
+                    body += part
+                    if len(body) > limits.body_bytes:
+                        raise RefusedError(413, f"the body is longer than {limits.body_bytes} bytes")
+        except TimeoutError:
+            raise RefusedError(408, f"the body did not arrive within {limits.body_seconds:g} seconds") from None
+        return bytes(body)
+
+    def search(body: bytes) -> tuple[Response, int]:
+        queries, topk, with_scores = parse_request(body, default_topk, limits)
+        result = []
+        for ids, scores in zip(*engine.search(queries, topk), strict=True):
+            found = []
+            for i, score in zip(ids.tolist(), scores.tolist(), strict=True):
+                if i >= 0:
+                    document = engine.documents[i]
+                    shown = {"id": str(i), "title": document.title, "text": document.text, "contents": render_contents(document)}
+                    found.append({"document": shown, "score": score} if with_scores else shown)
+            result.append(found)
+        return answer({"result": result, "manifest": engine.describe(topk)}), len(queries)
+
+    async def retrieve(request: Request) -> Response:
+        nonlocal busy
+        start, answered = time.perf_counter(), 0
+        busy += 1
+        try:
+            if busy > limits.searches + limits.waiting:
+                raise RefusedError(503, "too many requests at once; try again")
+            body = await read_body(request)
+            response, answered = await asyncio.get_running_loop().run_in_executor(threads, search, body)
+        except RefusedError as error:
+            response = answer({"error": str(error)}, error.status)
+            response.headers["Connection"] = "close"  # what may follow of this body is not read
+        except ClientDisconnect:
+            response = answer({"error": "the client has gone"}, 400)
+        finally:
+            busy -= 1
+        requests.labels(response.status_code).inc()
+        searched.inc(answered)
+        seconds.observe(time.perf_counter() - start)
+        return response
+
+    async def health(request: Request) -> Response:
+        return answer({"status": "ok", **engine.describe(default_topk)})
+
+    async def metrics(request: Request) -> Response:
+        return Response(prometheus_client.generate_latest(registry), media_type=prometheus_client.CONTENT_TYPE_LATEST)
+
+    return Starlette(routes=[Route("/retrieve", retrieve, methods=["POST"]), Route("/health", health), Route("/metrics", metrics)])
+
+
+FLAGS = {  # of the limits: default, help
+    "body_bytes": (1 << 20, "longest body of a request"), "body_seconds": (10.0, "time for a body to arrive"), "queries": (512, "queries a request"),
+    "query_characters": (4096, "longest query"), "topk": (100, "most documents a query"), "searches": (4, "requests searched for at a time"),
+    "waiting": (256, "requests that may wait for it; more are answered 503"),
+}
+
+
+def open_engine(options: argparse.Namespace, rest: Sequence[str], parser: argparse.ArgumentParser) -> Engine:
+    """The index that --index or --config names."""
+    if options.index:
+        if rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        index = load_index(options.index)
+        return Engine(index.search, index.documents, index.describe)
+    from stepsearch_jax.preparation.options import read_config  # these bring jax, which an index does not need
+    from stepsearch_jax.system import open_corpus
+
+    source, index = open_corpus(read_config(parser, options.config, rest))
+    return Engine(index.search, source.documents, index.describe)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Serves until it is stopped. What a user can mend ends it with one line (SystemExit)."""
+    parser = argparse.ArgumentParser("python -m stepsearch_jax.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--index", type=pathlib.Path, metavar="FOLDER", help="made by python -m stepsearch_jax.prepare index")
+    what.add_argument("--config", metavar="FILE", help="configs/X.py; --config.KEY=VALUE changes a key")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 = all (default: %(default)s; there is no password)")
+    parser.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
+    parser.add_argument("--topk", type=int, default=3, help="documents a query where a request does not say (default: %(default)s)")
+    for name, (default, text) in FLAGS.items():
+        parser.add_argument(f"--max-{name.replace('_', '-')}", type=type(default), default=default, metavar="N", help=f"{text} (default: %(default)s)")
+    options, rest = parser.parse_known_args(arguments)
+    limits = Limits(**{name: getattr(options, f"max_{name}") for name in FLAGS})
+    try:
+        for name, value in dataclasses.asdict(limits).items():
+            if not value >= (0 if name == "waiting" else 1e-3 if name == "body_seconds" else 1):
+                raise ValueError(f"--max-{name.replace('_', '-')}={value} is too little")
+        if not 1 <= options.topk <= limits.topk:
+            raise ValueError(f"--topk={options.topk} must lie in 1 to --max-topk={limits.topk}")
+        engine = open_engine(options, rest, parser)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"stepsearch_jax: {error}") from error
+    print(f"serving {len(engine.documents)} documents at http://{options.host}:{options.port}", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        uvicorn.run(make_app(engine, options.topk, limits), host=options.host, port=options.port, log_level="warning", access_log=False,
+                    timeout_graceful_shutdown=5)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,327 @@
+"""The search server and its client: the same answers as the index, whatever others send; and a server that is slow, fails, lies, or goes away."""
+import contextlib
+import http.server
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import running
+import urllib3
+from test_index import draw_documents, write_corpus
+
+from stepsearch_jax import serve
+from stepsearch_jax.benchmarks.retrieval import HOSTILE, measure, render, run_server
+from stepsearch_jax.preparation.index import index_files
+from stepsearch_jax.search.bm25 import hash_documents
+from stepsearch_jax.search.remote import RemoteIndex, open_remote, render_contents
+
+QUERIES = ["w0é w3é", "w1é", "nothing", "", "w2é w2é w40é"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("serve")
+
+
+@pytest.fixture(scope="module")
+def index(folder):
+    return index_files([write_corpus(folder / "c.jsonl", draw_documents(300, 4))], folder / "index", 0.9, 0.4)
+
+
+@pytest.fixture(scope="module")
+def url(index, folder):
+    with run_server(folder / "index", folder / "serve.log") as address:
+        yield address
+
+
+def post(url, body, **options):
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return urllib3.request("POST", f"{url}/retrieve", body=raw, retries=False, timeout=30, **options)
+
+
+def documents_of(index):
+    return [index.documents[i] for i in range(len(index))]
+
+
+def open_client(url, index, **changed):
+    arguments = dict(documents=documents_of(index), corpus=index.describe(1)["corpus"], attempt_s=2.0, attempts=3, backoff_s=0.05, batch=2) | changed
+    return RemoteIndex(url, **arguments)
+
+
+def test_answers_have_search_r1s_form(url, index):
+    ids, scores = index.search(QUERIES, 4)
+    answer = post(url, {"queries": QUERIES, "topk": 4, "return_scores": True}).json()
+    assert set(answer) == {"result", "manifest"} and answer["manifest"] == index.describe(4) and len(answer["result"]) == len(QUERIES)
+    for row, found in enumerate(answer["result"]):
+        assert [int(entry["document"]["id"]) for entry in found] == ids[row][ids[row] >= 0].tolist()
+        assert [entry["score"] for entry in found] == scores[row][ids[row] >= 0].tolist()
+        for entry in found:
+            document = index.documents[int(entry["document"]["id"])]
+            assert entry["document"] == {"id": str(document.id), "title": document.title, "text": document.text, "contents": render_contents(document)}
+    plain = post(url, {"queries": QUERIES, "topk": 4}).json()["result"]
+    assert plain == [[entry["document"] for entry in found] for found in answer["result"]]
+    assert [len(found) for found in post(url, {"queries": QUERIES}).json()["result"]] == [3, 3, 0, 0, 3]  # --topk
+
+
+@pytest.mark.parametrize("body", HOSTILE, ids=lambda body: repr(body[:30]))
+def test_hostile_bodies_are_refused(url, body):
+    try:
+        answer = post(url, body)
+    except urllib3.exceptions.HTTPError:
+        assert len(body) > 1 << 20  # hung up on: it was still sending
+        return
+    assert answer.status == (413 if len(body) > 1 << 20 else 400) and list(answer.json()) == ["error"]
+
+
+def test_other_requests_and_metrics(url, index):
+    assert urllib3.request("GET", f"{url}/health").json() == {"status": "ok", **index.describe(3)}
+    assert urllib3.request("GET", f"{url}/retrieve").status == 405 and urllib3.request("POST", f"{url}/nothing").status == 404
+    before = urllib3.request("GET", f"{url}/metrics").data.decode()
+    post(url, {"queries": ["a", "b"]})
+    post(url, b"{")
+    after = urllib3.request("GET", f"{url}/metrics").data.decode()
+    read = lambda text, name: float(next(line for line in text.splitlines() if line.startswith(name)).split()[-1])
+    for name, more in (('stepsearch_requests_total{status="200"}', 1), ('stepsearch_requests_total{status="400"}', 1), ("stepsearch_queries_total", 2)):
+        assert read(after, name) == (read(before, name) if name in before else 0) + more
+    assert read(after, "stepsearch_busy") == 0
+
+
+def test_a_slow_body_and_too_many_requests(index):
+    """In the application itself: 408 for a body that does not come, 503 beyond the limits."""
+    import asyncio
+
+    limits = serve.Limits(body_bytes=1000, body_seconds=0.2, queries=5, query_characters=50, topk=5, searches=1, waiting=1)
+    app = serve.make_app(serve.Engine(index.search, index.documents, index.describe), 3, limits)
+
+    async def ask(delay: float) -> int:
+        sent, parts = [], [{"type": "http.request", "body": b'{"queries": ["w1"]', "more_body": True}, {"type": "http.request", "body": b"}"}]
+
+        async def receive():
+            if len(parts) == 1:
+                await asyncio.sleep(delay)
+            return parts.pop(0)
+
+        async def send(message):
+            sent.append(message)
+
+        await app({"type": "http", "method": "POST", "path": "/retrieve", "headers": [], "query_string": b"", "root_path": ""}, receive, send)
+        return sent[0]["status"]
+
+    async def ask_many() -> list[int]:
+        return await asyncio.gather(*(ask(0.1) for _ in range(4)))
+
+    assert asyncio.run(ask(5.0)) == 408 and asyncio.run(ask(0.0)) == 200
+    assert sorted(asyncio.run(ask_many())) == [200, 200, 503, 503]
+
+
+@pytest.mark.parametrize("flags,message", [(["--index=none"], "none holds no search index"), (["--index=none", "--topk=101"], "--topk=101 must lie in"),
+                                           (["--index=none", "--max-queries=0"], "--max-queries=0 is too little")])
+def test_mistakes_on_the_command_line_are_named(flags, message):
+    with pytest.raises(SystemExit, match=message):
+        serve.main(flags)
+
+
+def test_a_config_is_served_too(tmp_path, tmp_path_factory):
+    """The data set of a config, without a policy."""
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    options = argparse.Namespace(index=None, config=f"{running.REPO}/tests/tiny_config.py:{running.shared_cache(tmp_path_factory)}")
+    engine = serve.open_engine(options, ["--config.mesh.data=4", "--config.mesh.tensor=2"], parser)
+    assert engine.describe(2)["corpus"] == hash_documents(engine.documents) and engine.describe(2)["k"] == 2
+    title = engine.documents[5].title
+    assert 5 in engine.search([title], 3)[0]
+
+
+# ---- the client ----------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_client_finds_what_the_index_finds(url, index):
+    client = open_remote(url, documents_of(index), index.describe(1)["corpus"], 5.0, 2, 0.1, 2)
+    for found, expected in zip(client.search(QUERIES, 4), index.search(QUERIES, 4), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    assert client.search([], 4)[0].shape == (0, 4)
+    told = client.describe(4)
+    assert told["retriever"] == "remote" and told["corpus"] == index.describe(4)["corpus"] and told["settings"] == {
+        "url": url, "retriever": "bm25-lucene", "k1": 0.9, "b": 0.4}
+
+
+def test_another_corpus_is_refused(url, index):
+    with pytest.raises(ValueError, match="holds the corpus .* but this run needs other"):
+        open_client(url, index, corpus="other").check()
+    shifted = documents_of(index)[1:] + documents_of(index)[:1]
+    with pytest.raises(ValueError, match="it holds another corpus"):
+        open_client(url, index, documents=shifted).search(["w0é"], 3)
+    with pytest.raises(ValueError, match="must be the address of a search server"):
+        open_client("localhost:8000", index)
+    with socket.socket() as closed:
+        closed.bind(("localhost", 0))
+        with pytest.raises(ValueError, match=r"\(config.search.url\) does not answer"):
+            open_client(f"http://localhost:{closed.getsockname()[1]}", index).check()
+
+
+@contextlib.contextmanager
+def fake_server(respond):
+    """A server that does respond(handler, n) with its n-th request, from 0 -> its address, and the times of the requests."""
+    times = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            times.append(time.monotonic())
+            with contextlib.suppress(OSError):
+                respond(self, len(times) - 1)
+
+        def log_message(self, *_):
+            pass
+
+        def say(self, status, body):
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    server = http.server.ThreadingHTTPServer(("localhost", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://localhost:{server.server_port}", times
+    finally:
+        server.shutdown()
+
+
+def good_answer(index):
+    document = index.documents[7]
+    return json.dumps({"result": [[{"document": {"id": "7", "contents": render_contents(document)}, "score": 1.5}]]}).encode()
+
+
+def hang_up(handler):
+    handler.connection.shutdown(socket.SHUT_RDWR)
+
+
+def cut_short(handler):
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    handler.wfile.write(b'{"result": [')
+    hang_up(handler)
+
+
+@pytest.mark.parametrize("fault", [lambda h: h.say(503, b"busy"), lambda h: h.say(500, b"oh"), lambda h: h.say(429, b"slow down"), hang_up, cut_short,
+                                   lambda h: time.sleep(1.0)], ids=["503", "500", "429", "hangs up", "cuts short", "sleeps"])
+def test_passing_faults_are_tried_again(index, fault):
+    with fake_server(lambda h, n: fault(h) if n < 2 else h.say(200, good_answer(index))) as (url, times):
+        ids, scores = open_client(url, index, attempt_s=0.4, backoff_s=0.2).search(["a"], 2)
+        assert ids.tolist() == [[7, -1]] and scores.tolist() == [[1.5, 0.0]] and len(times) == 3
+        assert times[1] - times[0] >= 0.1 and times[2] - times[1] >= 0.2  # the pauses double
+    with fake_server(lambda h, n: fault(h)) as (url, times):
+        with pytest.raises(urllib3.exceptions.HTTPError):
+            open_client(url, index, attempt_s=0.4).search(["a"], 2)
+        assert len(times) == 3
+
+
+def test_dribbling_does_not_buy_time(index):
+    def dribble(handler, _):
+        handler.send_response(200)
+        handler.send_header("Content-Length", "1000000")
+        handler.end_headers()
+        for _ in range(100):
+            handler.wfile.write(b" ")
+            time.sleep(0.1)
+
+    start = time.monotonic()
+    with fake_server(dribble) as (url, times), pytest.raises(urllib3.exceptions.TimeoutError, match="took longer than"):
+        open_client(url, index, attempt_s=0.3, attempts=1).search(["a"], 2)
+    assert time.monotonic() - start < 3
+
+
+SHOWN = {"id": "7", "contents": "other"}
+
+
+@pytest.mark.parametrize("status,body", [
+    (200, b"<html>"), (200, b"[]"), (200, b"{}"), (200, b'{"result": []}'), (200, b'{"result": [[], []]}'), (200, b'{"result": [[7]]}'),
+    (200, b'{"result": [[{"document": {"id": "x"}, "score": 1}]]}'), (200, b'{"result": [[{"document": {"id": "7"}, "score": 1}]]}'),
+    (200, json.dumps({"result": [[{"document": SHOWN, "score": 1}]]}).encode()), (200, b'{"result": [[{"document": {"id": -1}, "score": 1}]]}'),
+    (200, b'{"result": [[{"document": {"id": 300}, "score": 1}]]}'), (200, b'{"result": [[{"document": {"id": 1e400}, "score": 1}]]}'),
+    (400, b'{"error": "no"}'), (404, b""), (301, b"")])
+def test_nonsense_fails_at_once(index, status, body):
+    with fake_server(lambda h, n: h.say(status, body)) as (url, times), pytest.raises(ValueError, match="answer"):
+        open_client(url, index).search(["a"], 2)
+    assert len(times) == 1
+
+
+def test_too_many_documents_are_nonsense(index):
+    one = json.loads(good_answer(index))["result"][0][0]
+    with fake_server(lambda h, n: h.say(200, json.dumps({"result": [[one] * 3]}).encode())) as (url, _), pytest.raises(ValueError, match="the form of"):
+        open_client(url, index).search(["a"], 2)
+
+
+# ---- whole runs ----------------------------------------------------------------------------------------------------------------------------------
+
+
+def start_server(config: str, port: int, log: pathlib.Path) -> subprocess.Popen:
+    """`serve` for the tests' data set, on a given port."""
+    command = [sys.executable, "-m", "stepsearch_jax.serve", f"--config={config}", f"--port={port}"]
+    with open(log, "a") as told:
+        return subprocess.Popen(command, cwd=running.REPO, stdout=told, stderr=told, env=os.environ | {"XLA_FLAGS": ""})
+
+
+def wait_for(condition, seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
+def answers(port: int) -> bool:
+    with contextlib.suppress(urllib3.exceptions.HTTPError):
+        return urllib3.request("GET", f"http://localhost:{port}/health", retries=False, timeout=5).status == 200
+    return False
+
+
+@pytest.mark.slow
+def test_a_run_outlives_its_engine(tmp_path, tmp_path_factory):
+    """The server is killed and started again, twice, in the middle of RL: the run goes on, and the failures are counted."""
+    config, port, workdir = f"tests/tiny_config.py:{running.shared_cache(tmp_path_factory)}", running.free_port(), tmp_path / "run"
+    start = running.searching_start(tmp_path_factory)
+    server = start_server(config, port, tmp_path / "server.log")
+    run = None
+    try:
+        wait_for(lambda: answers(port), 120, "the server does not start")
+        flags = [f"--config.search.url=http://localhost:{port}", "--config.search.kind=remote", "--config.search.max_failure_share=1.0",
+                 "--config.search.attempt_s=0.5", "--config.search.attempts=2", "--config.search.backoff_s=0.1", "--config.iterations=400",
+                 f"--config.imitation.checkpoint={start}", "--config.checkpoint.every=1000", "--config.evaluation.questions=8"]
+        run = running.start(["-m", "stepsearch_jax.train", f"--config={config}", f"--workdir={workdir}", *flags], log=tmp_path / "run.log")
+        read = lambda: [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()] if (workdir / "metrics.jsonl").exists() else []
+        failed = lambda: [line["failed_searches"] > 0 for line in read()]
+        wait_for(lambda: len(read()) >= 2, 240, "the run does not begin")
+        for times in (1, 2):
+            before = len(read())
+            server.send_signal(signal.SIGKILL)
+            server.wait()
+            wait_for(lambda before=before: any(failed()[before:]), 120, "no failure is counted")
+            server = start_server(config, port, tmp_path / "server.log")
+            wait_for(lambda: answers(port), 120, "the server does not start again")
+            after = len(read()) + 1
+            wait_for(lambda after=after: len(read()) > after and not all(failed()[after:]), 120, f"after restart {times} every search fails")
+        assert run.poll() is None, (tmp_path / "run.log").read_text()[-3000:]
+        assert any(failed()) and not failed()[0]
+    finally:
+        for process in (server, run):
+            if process is not None:
+                process.kill()
+
+
+@pytest.mark.slow
+def test_the_benchmark_counts_every_answer(tmp_path):
+    figures = measure(repeats=1, seed=0, passages=[2000], requests=300, folder=tmp_path)
+    assert figures["serve"]["requests"] == 300 and figures["serve"]["hostile"] > 0 and "| 2,000 |" in render(figures)
+    assert set(figures["serve"]["by_status"]) <= {"400", "413", "408", "closed", "left"}
