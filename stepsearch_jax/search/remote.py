@@ -123,7 +123,10 @@ class RemoteIndex:
             if answer.status != 200:
                 raise ValueError(told)
             answer.release_conn()
-            return json.loads(raw)
+            try:
+                return json.loads(raw)
+            except ValueError as error:
+                raise ValueError(f"the answer of {self._url} is not JSON ({error}): {raw[:200].decode(errors='replace')!r}") from None
         except BaseException:
             answer.close()
             raise
