@@ -19,7 +19,7 @@ from tqdm import tqdm
 from stepsearch_jax import dense
 from stepsearch_jax.preparation.store import Store
 from stepsearch_jax.records import Document
-from stepsearch_jax.search import bm25
+from stepsearch_jax.search import bm25, postings
 
 FORMS = "bm25:K1:B (for example bm25:0.9:0.4) or dense"
 QUERIES_AT_ONCE = 64  # searched, and kept, together
@@ -74,7 +74,7 @@ def build_engine(name: str, documents: Sequence[Document], folder: pathlib.Path,
     else:
         k1, b = _read_bm25(name)
         index = bm25.build_index(documents, folder / f"bm25-{k1}-{b}", k1, b)
-        made = [k1, b, inspect.getsource(bm25)]
+        made = [k1, b, inspect.getsource(bm25), inspect.getsource(postings)]
     return Engine(name, hashlib.sha256(json.dumps(made).encode()).hexdigest(), lambda queries, k: index.search(queries, k)[0])
 
 
