@@ -150,7 +150,7 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     w.retrieved_answer_credit = 0.0  # r_answer where the F1 is 0 but a retrieved document holds an accepted answer; the gate applies as ever [O]
     w.placement = "step"  # step: each reward at its turn's end | merged: the same total on the last action token
     w.outcome_overwrites = False  # True: the global reward replaces a step reward on the last action token instead of adding to it [C]
-    w.shuffle = False  # control: give every episode the rewards of another one (a step reward whose turn did not search is lost)
+    w.shuffle = False  # control: give every episode the rewards of another one (a step reward whose turn did not search is added to the outcome reward)
 
     c.rl = l = ml_collections.ConfigDict()
     # gae: token GAE [P] | turn_gae: GAE with one state a turn | grpo, rloo: an episode against its group | turn_return: turns against their group's.

@@ -26,10 +26,15 @@ def test_shuffled_rewards_stay_together():
     Config = collections.namedtuple("Config", "reward seed")
     Reward = collections.namedtuple("Reward", "shuffle")
     scores = Scores(np.arange(16.0)[:, None] * [1, 10], np.arange(16.0) + 0.5)
-    assert train.choose_rewards(Config(Reward(False), 0), scores, 3) == (scores.step_rewards, scores.outcome_rewards)
-    steps, outcomes = train.choose_rewards(Config(Reward(True), 0), scores, 3)
+    everywhere = np.zeros((16, 2), int)
+    assert train.choose_rewards(Config(Reward(False), 0), scores, everywhere, 3) == (scores.step_rewards, scores.outcome_rewards)
+    steps, outcomes = train.choose_rewards(Config(Reward(True), 0), scores, everywhere, 3)
     assert sorted(outcomes) == scores.outcome_rewards.tolist() and (steps == (outcomes[:, None] - 0.5) * [1, 10]).all()
-    assert (outcomes != scores.outcome_rewards).all() and (outcomes != train.choose_rewards(Config(Reward(True), 0), scores, 4)[1]).any()
+    assert (outcomes != scores.outcome_rewards).all() and (outcomes != train.choose_rewards(Config(Reward(True), 0), scores, everywhere, 4)[1]).any()
+    # Whatever an episode does, it is paid all that the other one was: what it has no search for comes with the answer.
+    ends = np.where(np.arange(16)[:, None] % 3 > [0, 1], 5, -1)
+    fewer, more = train.choose_rewards(Config(Reward(True), 0), scores, ends, 3)
+    assert (fewer == np.where(ends >= 0, steps, 0)).all() and (fewer.sum(1) + more == steps.sum(1) + outcomes).all() and (more > outcomes).sum() >= 10
 
 
 def test_compiled_programs_are_counted(caplog):
