@@ -12,4 +12,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 if [[ ${SLOW:-} != 1 ]]; then unset SLOW; fi  # pytest reads it; anything but 1 means no
 use_venv requirements.txt requirements-test.txt
 run .venv/bin/python -m ruff check --quiet --output-format=concise .
-run .venv/bin/python -m pytest -q -n 2 --dist loadfile --durations=15 "$@"
+run .venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15 "$@"

@@ -14,6 +14,9 @@ import pytest
 REPO = pathlib.Path(__file__).resolve().parents[1]
 
 
+LONGEST = "test_shipped_warm_start.py"  # begins first: begun last, it would keep one worker busy alone
+
+
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", default=os.environ.get("SLOW") == "1", help="also run the tests marked slow")
 
@@ -24,6 +27,7 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(skip)
+    items.sort(key=lambda item: item.path.name != LONGEST)
 
 
 @pytest.fixture(scope="session")

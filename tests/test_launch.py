@@ -79,7 +79,7 @@ PIP = "pip install --quiet --disable-pip-version-check -r "
 
 
 def test_test_script_installs_only_what_changed(clone):
-    checks = ["ruff check --quiet --output-format=concise .", "pytest -q -n 2 --dist loadfile --durations=15 tests/test_x.py -k a b"]
+    checks = ["ruff check --quiet --output-format=concise .", "pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15 tests/test_x.py -k a b"]
     arguments = ("tests/test_x.py", "-k", "a b")
     done = clone.run("launch/test.sh", *arguments)
     assert done.returncode == 0, done.stderr
@@ -124,9 +124,9 @@ def test_ci_runs_the_slow_tests_too(clone):
         text = file.read().replace('echo "$@"', 'echo "$@ SLOW=${SLOW:-} offline=${HF_HUB_OFFLINE:-}"')
     clone.python.write_text(text)
     assert clone.run(".ci/run", CI="true").returncode == 0
-    assert clone.take_log()[-1] == "pytest -q -n 2 --dist loadfile --durations=15 SLOW=1 offline=1"
+    assert clone.take_log()[-1] == "pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15 SLOW=1 offline=1"
     clone.run("launch/test.sh", SLOW="0")
-    assert clone.take_log()[-1] == "pytest -q -n 2 --dist loadfile --durations=15 SLOW= offline=" + os.environ.get("HF_HUB_OFFLINE", "")
+    assert clone.take_log()[-1] == "pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15 SLOW= offline=" + os.environ.get("HF_HUB_OFFLINE", "")
 
 
 @pytest.mark.parametrize("script,last", [("launch/test.sh", "pytest"), ("launch/quickstart.sh", "stepsearch_jax.train")])
