@@ -59,8 +59,10 @@ def warm_start(system: System, like, specs, key: jax.Array, workdir: pathlib.Pat
 
 def find_checkpoint(folder: str) -> pathlib.Path:
     """`folder` as it stands (also gs://…), or in the repository if the working directory does not have it: shipped policies are found from anywhere."""
-    path = epath.Path(folder)  # pathlib would make gs:/… of it
-    return path if in_bucket(path) or path.is_dir() else REPOSITORY / folder
+    if in_bucket(bucket := epath.Path(folder)):
+        return bucket  # pathlib would make gs:/… of it
+    path = pathlib.Path(folder)
+    return path if path.is_dir() else REPOSITORY / path
 
 
 @dataclasses.dataclass(frozen=True)
