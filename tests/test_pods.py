@@ -118,6 +118,17 @@ def test_delete_asks_nothing_and_deletes_what_there_is(cloud):
     assert [path.name for path in cloud.folder.glob("*.tpu-vm")] == ["another.tpu-vm"] and not list(cloud.folder.glob("*.queued-resources"))
 
 
+@pytest.mark.parametrize("script", ["create", "delete", "stop"])
+def test_a_name_as_an_argument_touches_no_other_tpu(cloud, script):
+    cloud.set_state("READY")
+    cloud.take_calls()
+    status, _, error = cloud.run(f"launch/pod/{script}.sh", "search-2", **TPU)
+    assert status == 2 and f"{script}.sh takes no arguments (search-2)" in error and cloud.take_calls() == []
+    if script == "stop":
+        status, _, error = cloud.run("launch/pod/stop.sh", WAIT_S="10m", **NAMES)
+        assert status == 2 and "WAIT_S=10m is no number of seconds" in error and cloud.take_calls() == []
+
+
 # --- set up
 
 

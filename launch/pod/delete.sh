@@ -9,4 +9,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/pod.sh"
 
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then print_help launch/pod/delete.sh; exit; fi
 require PROJECT ZONE NAME
+if [[ $# != 0 ]]; then echo "delete.sh takes no arguments ($1): NAME says which TPU; see --help" >&2; exit 2; fi
 delete_tpu

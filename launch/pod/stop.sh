@@ -10,4 +10,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/pod.sh"
 
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then print_help launch/pod/stop.sh; exit; fi
 require PROJECT ZONE NAME
-on_all_hosts -- bash launch/pod/host.sh stop "${WAIT_S:-10}"
+if [[ $# != 0 ]]; then echo "stop.sh takes no arguments ($1): NAME says which TPU; see --help" >&2; exit 2; fi
+if [[ ! ${WAIT_S:=10} =~ ^[0-9]+$ ]]; then echo "WAIT_S=$WAIT_S is no number of seconds" >&2; exit 2; fi
+on_all_hosts -- bash launch/pod/host.sh stop "$WAIT_S"
