@@ -56,12 +56,12 @@ def test_shipped_policy_is_small():
 
 @pytest.mark.slow
 def test_command_makes_the_shipped_policy(held_out, tmp_path):
-    """The whole warm start again: the same loss at the first look, and at the plateau.
+    """The whole warm start again: the same loss at the first look, and at the end the same within 0.05 nats a token.
 
-    Rounding differs between machines and builds, and grows over 1,700 steps.
+    Rounding differs between machines and with the number of threads, and grows over 1,700 steps: with two threads the command ended 0.028 below the shipped
+    policy, which one thread made. The untrained policy stands at several nats, the first look at 0.61, the script's own randomness at 0.07.
     """
-    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-    environment.pop("NPROC")  # this process's own setting, by tests/conftest.py
+    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "NPROC": "1"}  # one thread, as the shipped one was made
     subprocess.run(
         [sys.executable, "-m", "stepsearch_jax.train", "--config=configs/atlas_quickstart.py:anew", f"--workdir={tmp_path / 'run'}",
          f"--config.data.cache_dir={tmp_path / 'cache'}", "--config.iterations=0", "--config.evaluation.questions=64"],
@@ -69,5 +69,5 @@ def test_command_makes_the_shipped_policy(held_out, tmp_path):
     again, shipped = held_out(tmp_path / "run" / "start"), held_out(find_checkpoint(atlas_quickstart.WARM_START))
     first, logged = (json.loads(path.read_text().splitlines()[0]) for path in (tmp_path / "run/metrics.jsonl", LOG))
     assert first["held_out_loss"] == pytest.approx(logged["held_out_loss"], rel=1e-3)
-    assert again[0] == pytest.approx(shipped[0], rel=0.1)
+    assert again[0] == pytest.approx(shipped[0], abs=0.05)
     assert abs(again[1] - shipped[1]) < 0.1
