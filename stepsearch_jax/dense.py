@@ -19,9 +19,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from stepsearch_jax.models.encoder import Encoder, load_encoder, read_encoder_config
 from stepsearch_jax.records import Document
-from stepsearch_jax.search.bm25 import hash_documents
 from stepsearch_jax.search.embeddings import embed_corpus
-from stepsearch_jax.search.prepared import describe_search
+from stepsearch_jax.search.prepared import describe_search, hash_documents
 
 AXIS = "documents"  # over which the corpus, or a batch of texts, is cut
 LENGTH_MULTIPLE = 16  # texts are padded to multiples of it, so that few programs are compiled

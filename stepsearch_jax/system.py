@@ -27,10 +27,10 @@ from stepsearch_jax.rewards.scoring import StepScores, match_rendered, score_epi
 from stepsearch_jax.rewards.tfidf import fit_similarity
 from stepsearch_jax.rollout.episode import Environment, Prompts, RolloutSettings
 from stepsearch_jax.rollout.text import Answers, encode_answers, encode_prompts
-from stepsearch_jax.search.bm25 import Bm25Index, build_index, hash_documents
+from stepsearch_jax.search.bm25 import Bm25Index, build_index
 from stepsearch_jax.search.callback import SearchCallback, SearchCounts, make_search_callback
 from stepsearch_jax.search.corpus_tokens import tokenize_corpus
-from stepsearch_jax.search.prepared import one_at_a_time
+from stepsearch_jax.search.prepared import hash_documents, one_at_a_time
 from stepsearch_jax.search.remote import RemoteIndex, open_remote
 from stepsearch_jax.search.watchdog import Watchdog
 from stepsearch_jax.settings import check_config, check_cuts, describe_models, rollout_settings, round_vocabulary

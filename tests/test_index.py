@@ -18,7 +18,8 @@ from stepsearch_jax import prepare
 from stepsearch_jax.preparation.index import index_files
 from stepsearch_jax.records import Document
 from stepsearch_jax.search import postings
-from stepsearch_jax.search.bm25 import build_index, hash_documents, load_index, split_words
+from stepsearch_jax.search.bm25 import build_index, load_index, split_words
+from stepsearch_jax.search.prepared import hash_documents
 
 K1, B = 0.9, 0.4
 BM25S_FILES = ("data.csc.index.npy", "indices.csc.index.npy", "indptr.csc.index.npy", "vocab.index.json", "params.index.json")

@@ -25,6 +25,7 @@ from stepsearch_jax.records import Document, Question
 from stepsearch_jax.rewards.text_metrics import normalize
 from stepsearch_jax.search.bm25 import build_index
 from stepsearch_jax.search.prepared import one_at_a_time
+from stepsearch_jax.system import locate_corpus
 
 logger = logging.getLogger("stepsearch_jax")
 Search = Callable[[Sequence[str], int], np.ndarray]  # queries, k -> corpus ids [q, k], best first, -1 where there are no more
@@ -123,7 +124,7 @@ def audit(config: ml_collections.ConfigDict, corpora: Sequence[pathlib.Path], ks
     with one_at_a_time(cache):
         source = open_source(config.data, s.bm25_k1, s.bm25_b)
         documents, splits = source.documents, {name: list(rows) for name, rows in source.splits.items()}
-        folder = cache / f"corpus-{source.manifest['hash']}"
+        folder = locate_corpus(config, source)
         if corpora:
             passages = Passages(source.documents)
             for title, text in read_corpus(corpora):
@@ -131,7 +132,7 @@ def audit(config: ml_collections.ConfigDict, corpora: Sequence[pathlib.Path], ks
                     passages.add(title, text)
             documents, splits = passages.documents, {name: [passages.find_missing(row) for row in rows] for name, rows in splits.items()}
             named = hashlib.sha256("\n".join(str(path.resolve()) for path in corpora).encode()).hexdigest()[:16]
-            folder = cache / f"corpus-{source.manifest['hash']}-{named}"
+            folder = folder.with_name(f"{folder.name}-{named}")
         index = build_index(documents, folder / f"bm25-{s.bm25_k1}-{s.bm25_b}", s.bm25_k1, s.bm25_b)
     figures = dict(data={"kind": config.data.kind, **{name: source.manifest[name] for name in ("hash", "files")}},
                    passages=len(documents), added_passages=len(documents) - len(source.documents), corpora=[str(path) for path in corpora],

@@ -30,6 +30,7 @@ from stepsearch_jax.preparation.rules import write_queries
 from stepsearch_jax.preparation.store import Store
 from stepsearch_jax.records import Document, Question
 from stepsearch_jax.search.prepared import one_at_a_time
+from stepsearch_jax.system import locate_corpus
 
 logger = logging.getLogger("stepsearch_jax")
 Keys = dict[tuple[int, int], tuple[str, ...]]  # (question, hop), from 0 -> queries
@@ -108,7 +109,7 @@ def make_keys(config: ml_collections.ConfigDict, options: argparse.Namespace) ->
             if not list_hops(list(source.splits[split])):
                 raise ValueError(f"no question of split {split} has a sub-question with a gold document in the corpus: {config.data.kind} gives nothing to "
                                  "write queries for")
-        folder = cache / f"corpus-{source.manifest['hash']}"
+        folder = locate_corpus(config, source)
         engines = [build_engine(name, source.documents, folder, config.search) for name in options.engines]
     with one_at_a_time(cache / "keys"):  # another process with this cache would pay for the same answers
         store = Store(cache / "keys" / "store.sqlite")

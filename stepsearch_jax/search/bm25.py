@@ -17,7 +17,7 @@ import numpy as np
 
 from stepsearch_jax.records import Document
 from stepsearch_jax.search.postings import CORPUS, OFFSETS, StoredDocuments, collect_shards, merge_shards, split_words
-from stepsearch_jax.search.prepared import describe_search, hash_texts, one_at_a_time, prepare_folder, read_manifest, write_manifest
+from stepsearch_jax.search.prepared import describe_search, hash_documents, one_at_a_time, prepare_folder, read_manifest, write_manifest
 
 if TYPE_CHECKING:
     import bm25s
@@ -76,11 +76,6 @@ def select_best(scores: np.ndarray, k: int) -> np.ndarray:
     threshold = np.partition(scores, len(scores) - count)[len(scores) - count]
     candidates = np.flatnonzero((scores >= threshold) & (scores > 0))
     return candidates[np.argsort(-scores[candidates], kind="stable")[:count]]
-
-
-def hash_documents(documents: Iterable[Document]) -> str:
-    """The hash that identifies a corpus, wherever it lies: of titles and texts, in their order."""
-    return hash_texts(f"{document.title}\n{document.text}" for document in documents)
 
 
 def build_index(documents: Sequence[Document], folder: str | pathlib.Path, k1: float, b: float) -> Bm25Index:

@@ -10,6 +10,8 @@ import pathlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 
+from stepsearch_jax.records import Document
+
 MANIFEST = "manifest.json"
 
 
@@ -28,9 +30,13 @@ def add_text(digest, text: str) -> None:
     digest.update(raw)
 
 
+def hash_documents(documents: Iterable[Document]) -> str:
+    """The hash that identifies a corpus, wherever it lies: of titles and texts, in their order."""
+    return hash_texts(f"{document.title}\n{document.text}" for document in documents)
+
+
 def describe_search(corpus: str, documents: int, retriever: str, k: int, settings: dict) -> dict:
-    """The manifest that every result of a search carries: what was searched (hash and number of its
-    documents), by what, for how many documents, and how it was set."""
+    """The manifest that every result of a search carries: what was searched (hash and number of its documents), by what, for how many, and how it was set."""
     return {"corpus": corpus, "documents": documents, "retriever": retriever, "k": k, "settings": settings}
 
 
