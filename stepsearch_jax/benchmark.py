@@ -1,6 +1,6 @@
 """Measures parts of this package beside what others use for the same job, both in one run.
 
-    python -m stepsearch_jax.benchmark {rollout,update,reward,retrieval,all} [--peer NAME] [--json FILE] [--repeats N] [--seed S]
+    python -m stepsearch_jax.benchmark {rollout,update,reward,retrieval,import,all} [--peer NAME] [--json FILE] [--repeats N] [--seed S]
 
 Times depend on the machine and on what else runs on it; ratios within one run hardly do. Extra packages: requirements-bench.txt.
 """
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
-from stepsearch_jax.benchmarks import figure, retrieval, reward, rollout, update
+from stepsearch_jax.benchmarks import figure, importing, retrieval, reward, rollout, update
 from stepsearch_jax.metrics import write_json
 
 
@@ -32,8 +32,10 @@ SUBJECTS = {
     "update": Subject(update, 5, ("peer", "peer_python"), update.PEERS),
     "reward": Subject(reward, 7, (), ()),
     "retrieval": Subject(retrieval, 3, ("passages", "requests", "folder"), ()),
+    "import": Subject(importing, 3, ("model",), ()),
 }
-ALL = "Every subject but retrieval, which needs a folder, one after another.\n\nA subject that does not know the peer is timed without it."
+MADE_UP = ("rollout", "update", "reward")  # what `all` runs: subjects that need no files
+ALL = "Every subject that needs no files, one after another.\n\nA subject that does not know the peer is timed without it."
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -48,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if figure_path and "turns" not in options.case:
             raise ValueError("--figure draws the case turns: add it to --case")
         if options.subject == "all":
-            figures = {name: _run(subject, options) for name, subject in SUBJECTS.items() if "folder" not in subject.flags}
+            figures = {name: _run(SUBJECTS[name], options) for name in MADE_UP}
         else:
             figures = _run(SUBJECTS[options.subject], options)
         if options.json:
@@ -90,6 +92,8 @@ def _add_subject(subjects, name: str, text: str, repeats: str, flags: Sequence[s
         options.add_argument("--folder", type=pathlib.Path, metavar="FOLDER", required=True, help="for corpora and indexes, which stay there")
         options.add_argument("--passages", type=_count(1), metavar="N", nargs="+", default=[200_000], help="sizes of the corpora (default: 200000)")
         options.add_argument("--requests", type=_count(0), metavar="N", default=10_000, help="requests to the server (default: %(default)s)")
+    if "model" in flags:
+        options.add_argument("--model", type=pathlib.Path, required=True, metavar="PATH", help="Hugging Face folder or .gguf file")
     if "peer" in flags:
         options.add_argument("--peer", choices=("none", *peers), default="none", help="what to compare with (default: none); see requirements-bench.txt")
         options.add_argument("--peer-python", metavar="PATH", default=sys.executable, help="interpreter that has the peer installed (default: this one)")
