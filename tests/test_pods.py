@@ -169,7 +169,7 @@ def test_setup_clones_a_commit(cloud):
 
 
 def test_setup_refuses_what_is_not_there(cloud):
-    for argument in ("no pair", "/no/such/folder=data", "=data", "data="):
+    for argument in ("no pair", "/no/such/folder=data", "=data", "data=", "gs://=data", "gs:///musique=data", "gs:bucket=data"):
         status, _, error = cloud.run("launch/pod/setup.sh", argument, **NAMES)
         assert status == 2 and argument.split("=")[0] in error
     assert cloud.take_calls() == []

@@ -17,6 +17,7 @@ require PROJECT ZONE NAME
 for pair in "$@"; do
   source=${pair%=*} folder=${pair##*=}
   if [[ $pair != ?*=?* ]]; then echo "setup.sh: $pair is not SOURCE=FOLDER; see --help" >&2; exit 2; fi
+  if [[ $source == gs:* && $source != gs://[!/]* ]]; then echo "setup.sh: $pair names no bucket" >&2; exit 2; fi
   if [[ $source != gs://* && ! -d $source ]]; then echo "setup.sh: there is no folder $source" >&2; exit 2; fi
 done
 if [[ -n ${REPOSITORY:-} && -z ${COMMIT:-} ]]; then echo "COMMIT is missing: which commit of $REPOSITORY; see --help" >&2; exit 2; fi
