@@ -160,11 +160,11 @@ def test_another_corpus_is_refused(url, index):
     shifted = documents_of(index)[1:] + documents_of(index)[:1]
     with pytest.raises(ValueError, match="it holds another corpus"):
         open_client(url, index, documents=shifted).search(["w0é"], 3)
-    with pytest.raises(ValueError, match="must be the address of a search server"):
+    with pytest.raises(ValueError, match="is not the address of a search server"):
         open_client("localhost:8000", index)
     with socket.socket() as closed:
         closed.bind(("localhost", 0))
-        with pytest.raises(ValueError, match=r"\(config.search.url\) does not answer"):
+        with pytest.raises(ValueError, match="does not answer"):
             open_client(f"http://localhost:{closed.getsockname()[1]}", index).check()
 
 

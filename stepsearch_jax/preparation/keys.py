@@ -5,7 +5,8 @@
 
 A writer gives queries for each sub-question, with the earlier answers filled in. A query is kept if at least half of the engines (⌈M/2⌉ of M) return a gold
 document of the sub-question among their first config.search.k. FOLDER/SPLIT.jsonl then holds the rows in StepSearch's form, which
---config.data.kind=stepsearch --config.data.path=FOLDER reads. Engines: bm25:K1:B, or dense, the encoder of config.search.
+--config.data.kind=stepsearch --config.data.path=FOLDER reads. Engines: bm25:K1:B; dense, the encoder of config.search; or remote:URL, a search server such as
+`python -m stepsearch_jax.serve`, which must hold the same corpus (config.search.attempt_s, attempts, backoff_s and batch say how it is asked).
 
 `rules` needs no model. `chat` asks any OpenAI-compatible endpoint; its key comes from an environment variable. Answers and searches are kept in
 config.data.cache_dir: a run that was ended goes on where it stood, pays for no answer twice, and writes the same files.

@@ -26,6 +26,17 @@ def render_contents(document: Document) -> str:
     return f'"{document.title}"\n{document.text}'
 
 
+def read_address(url: str) -> str:
+    """A server's address in one form; Search-R1's own, which ends with /retrieve, does as well. Raises ValueError for what is none."""
+    try:
+        parsed = urllib3.util.parse_url(url.rstrip("/").removesuffix("/retrieve"))
+    except urllib3.exceptions.LocationParseError:
+        parsed = urllib3.util.Url()
+    if parsed.scheme not in ("http", "https") or not parsed.host or parsed.query or parsed.fragment:
+        raise ValueError(f"{url!r} is not the address of a search server, such as http://localhost:8000 (config.search.url, or an engine remote:URL)")
+    return parsed.url.rstrip("/")
+
+
 class RemoteIndex:
     """N documents that a server searches. May be searched from several threads at once.
 
@@ -34,9 +45,7 @@ class RemoteIndex:
     """
 
     def __init__(self, url: str, documents: Sequence[Document], corpus: str, attempt_s: float, attempts: int, backoff_s: float, batch: int):
-        if not url.startswith(("http://", "https://")):
-            raise ValueError(f"config.search.url is {url!r}; it must be the address of a search server, such as http://localhost:8000")
-        self._url, self._documents, self._corpus = url.rstrip("/"), documents, corpus
+        self._url, self._documents, self._corpus = read_address(url), documents, corpus
         self._attempt_s, self._attempts, self._backoff_s, self._batch = attempt_s, attempts, backoff_s, batch
         self._http = urllib3.PoolManager(maxsize=_AT_ONCE, retries=False)
         self._threads = ThreadPoolExecutor(_AT_ONCE, "remote search")
@@ -50,13 +59,13 @@ class RemoteIndex:
         try:
             self._server = self._repeat("GET", "/health", None)
         except urllib3.exceptions.HTTPError as error:
-            raise ValueError(f"the search server at {self._url} (config.search.url) does not answer: {type(error).__name__}: {error}") from error
+            raise ValueError(f"the search server at {self._url} does not answer: {type(error).__name__}: {error}") from error
         except ValueError:
             self._server = {}
         held = self._server.get("corpus", self._corpus) if isinstance(self._server, dict) else None
         if held != self._corpus:
-            raise ValueError(f"the search server at {self._url} (config.search.url) holds the corpus {held}, but this run needs {self._corpus}: serve an index "
-                             "of the same documents in the same order")
+            raise ValueError(f"the search server at {self._url} holds the corpus {held}, but this run needs {self._corpus}: serve an index of the same "
+                             "documents in the same order")
 
     def describe(self, k: int) -> dict:
         """The manifest of results for k documents (`prepared.describe_search`), with what the server says of its retriever."""

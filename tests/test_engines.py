@@ -1,0 +1,110 @@
+"""Engines that vote on search keys, in the command itself: a search server beside BM25, one that dies on the way, and an encoder."""
+import contextlib
+import json
+import pathlib
+import subprocess
+import sys
+import time
+
+import pytest
+import running
+import urllib3
+from test_datasets import write_rows
+from test_keys import command, musique_row
+
+from stepsearch_jax import prepare
+from stepsearch_jax.preparation import engines
+from stepsearch_jax.preparation.index import index_files
+from stepsearch_jax.preparation.store import Store
+
+PLACES = [f"{first} {second}" for first in ("North", "South", "Old") for second in ("Arton", "Belville", "Corburg", "Dunmouth")]
+ONE, OTHER = "bm25:0.9:0.4", "bm25:3.0:1.0"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> pathlib.Path:
+    """Places whose names share words, in passages of different lengths: the engines disagree about them."""
+    monkeypatch.setattr("stepsearch_jax.preparation.options.start_logging", lambda: None)
+    (tmp_path / "data").mkdir()
+    rows = [musique_row(place, number) for number, place in enumerate(PLACES)]
+    for number, row in enumerate(rows):
+        passages = row["paragraphs"]
+        passages[0]["paragraph_text"] += f" North and South, the country of old: {PLACES[number - 1]}." * (number % 4)
+        passages[1]["paragraph_text"] += f" A country and its leader. {PLACES[number - 5]}, {PLACES[number - 2]}." * (number % 3)
+    write_rows(tmp_path / "data/train.jsonl", rows)
+    return tmp_path
+
+
+def make_keys(folder: pathlib.Path, out: str, *more: str) -> tuple[str, dict]:
+    """-> rows, figures of the only split."""
+    prepare.main(command(folder, f"--out={folder / out}", "--config.search.k=1", *more))
+    return (folder / out / "train.jsonl").read_text(), json.loads((folder / out / "report.json").read_text())["splits"]["train"]
+
+
+@contextlib.contextmanager
+def serving(index: pathlib.Path, port: int):
+    """`serve` at a given port -> its process."""
+    with open(f"{index}.log", "a") as told:
+        arguments = ["-m", "stepsearch_jax.serve", f"--index={index}", f"--port={port}"]
+        server = subprocess.Popen([sys.executable, *arguments], cwd=running.REPO, stdout=told, stderr=told)
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            with contextlib.suppress(urllib3.exceptions.HTTPError):
+                urllib3.request("GET", f"http://localhost:{port}/health", retries=False)
+                break
+            assert server.poll() is None and time.monotonic() < deadline, pathlib.Path(f"{index}.log").read_text()
+            time.sleep(0.1)
+        yield server
+    finally:
+        server.kill()
+        server.wait()
+
+
+def count_searched(port: int) -> int:
+    """Queries that the server has answered."""
+    told = urllib3.request("GET", f"http://localhost:{port}/metrics").data.decode()
+    return round(float(next(line for line in told.splitlines() if line.startswith("stepsearch_queries_total")).split()[-1]))
+
+
+def test_a_server_votes_as_its_index_does_and_may_die(folder, monkeypatch):
+    rows, figures = make_keys(folder, "local", "--engines", ONE, OTHER)
+    of_engines = figures["all"]["engines"]
+    assert of_engines[ONE]["found"] != of_engines[OTHER]["found"] and "corpus.jsonl" in {path.name for path in (folder / "local").iterdir()}
+    assert 0 < figures["all"]["kept_share"] < 1
+    index_files([folder / "local/corpus.jsonl"], folder / "index", 3.0, 1.0)
+    port = running.free_port()
+    remote = f"remote:http://localhost:{port}"
+    patient = ["--config.search.attempts=2", "--config.search.backoff_s=0.01", "--config.search.batch=5"]
+
+    with serving(folder / "index", port):
+        whole, told = make_keys(folder, "whole", "--engines", ONE, remote, *patient, f"--config.data.cache_dir={folder / 'other-cache'}")
+        different = count_searched(port)
+    assert whole == rows and json.loads(json.dumps(told).replace(remote, OTHER)) == figures
+
+    write_rows(folder / "more.jsonl", [{"title": "More", "text": "Another passage."}])
+    with serving(folder / "index", port) as server, monkeypatch.context() as patch:
+        kept = []
+
+        def put(store, texts):
+            keep(store, texts)
+            kept.extend(texts)
+            if len(kept) == 32:  # of the remote engine: what the other one found was kept by the first run
+                server.kill()
+                server.wait()
+
+        keep = Store.put
+        patch.setattr(engines, "QUERIES_AT_ONCE", 16)
+        patch.setattr(Store, "put", put)
+        with pytest.raises(SystemExit, match=f"stepsearch_jax: the engine {remote} failed 2 times for one request, .*. What was found is kept: run again"):
+            make_keys(folder, "cut", "--engines", ONE, remote, *patient)
+    assert len(kept) == 32 and not (folder / "cut").exists()
+    with pytest.raises(SystemExit, match=f"stepsearch_jax: the search server at http://localhost:{port} does not answer"):
+        make_keys(folder, "cut", "--engines", ONE, remote, *patient)
+    with serving(folder / "index", port):
+        make_keys(folder, "cut", "--engines", ONE, remote, *patient)
+        assert count_searched(port) == different - 32
+        with pytest.raises(SystemExit, match="holds the corpus .* but this run needs"):
+            make_keys(folder, "no", "--engines", ONE, remote, f"--config.data.corpus={folder / 'local/corpus.jsonl'},{folder / 'more.jsonl'}")
+    for name in ("train.jsonl", "report.json"):
+        assert (folder / "cut" / name).read_bytes() == (folder / "whole" / name).read_bytes()
