@@ -6,15 +6,22 @@ import subprocess
 import sys
 import time
 
+import jax
+import numpy as np
 import pytest
 import running
+import test_dense
 import urllib3
 from test_datasets import write_rows
 from test_keys import command, musique_row
 
 from stepsearch_jax import prepare
+from stepsearch_jax.data.loading import OFFICIAL
+from stepsearch_jax.data.official import read_files
+from stepsearch_jax.dense import load_text_encoder
 from stepsearch_jax.preparation import engines
 from stepsearch_jax.preparation.index import index_files
+from stepsearch_jax.preparation.rules import write_queries
 from stepsearch_jax.preparation.store import Store
 
 PLACES = [f"{first} {second}" for first in ("North", "South", "Old") for second in ("Arton", "Belville", "Corburg", "Dunmouth")]
@@ -108,3 +115,35 @@ def test_a_server_votes_as_its_index_does_and_may_die(folder, monkeypatch):
             make_keys(folder, "no", "--engines", ONE, remote, f"--config.data.corpus={folder / 'local/corpus.jsonl'},{folder / 'more.jsonl'}")
     for name in ("train.jsonl", "report.json"):
         assert (folder / "cut" / name).read_bytes() == (folder / "whole" / name).read_bytes()
+
+
+def test_an_encoder_votes_as_its_vectors_say(folder):
+    """The tiny encoder beside BM25, on sentences of words that it knows; its votes are counted again with plain products of vectors."""
+    rng, k = np.random.default_rng(3), 3
+    speak = lambda words: " ".join(rng.choice(["rome", "paris", "france", "city", "river", "capital", "founded", "when", "near"], words))
+    rows = [musique_row(place, number) for number, place in enumerate(PLACES)]
+    for row in rows:
+        for passage, sub in zip(row["paragraphs"], row["question_decomposition"], strict=True):
+            passage["title"], passage["paragraph_text"] = speak(2), speak(6)
+            sub["question"] = f"{speak(2)} of {passage['title']}"
+    write_rows(folder / "data/train.jsonl", rows)
+    encoder = test_dense.FOLDER / "mean"
+    settings = [f"--config.search.encoder={encoder}", "--config.search.embedding_dtype=float32", f"--config.search.k={k}"]
+    rows, figures = make_keys(folder, "keys", "--engines", ONE, "dense", *settings)
+
+    documents, splits, _ = read_files(OFFICIAL["musique"].FORMAT, folder / "data")
+    embed = load_text_encoder(encoder, 1, jax.devices()[:1]).embed
+    vectors = embed([f"{document.title}\n{document.text}" for document in documents])
+    votes, found_by_bm25 = {}, index_files([folder / "keys/corpus.jsonl"], folder / "index", 0.9, 0.4).search
+    for question in splits["train"]:
+        for hop, sub in enumerate(question.sub_questions):
+            for query in write_queries(sub.question, [question.sub_questions[0].answer][:hop], 5):
+                scores = vectors @ embed([query])[0]
+                order = np.argsort(-scores)
+                assert scores[order[k - 1]] - scores[order[k]] > 1e-5, "which documents are the nearest must not be a matter of rounding"
+                votes[question.uid, hop, query] = sub.gold_ids[0] in found_by_bm25([query], k)[0][0], sub.gold_ids[0] in order[:k]
+    for e, engine in enumerate((ONE, "dense")):
+        assert figures["all"]["engines"][engine]["found"] == np.mean([both[e] for both in votes.values()])
+    kept = {(row["id"], hop, query) for row in map(json.loads, rows.splitlines()) for hop, queries in enumerate(row["sub_searchs"]) for query in queries}
+    assert kept == {place for place, both in votes.items() if any(both)}  # of two engines one is enough
+    assert {(True, False), (False, True), (False, False)} <= set(votes.values())
