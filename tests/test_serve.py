@@ -169,11 +169,14 @@ def test_another_corpus_is_refused(url, index):
 
 
 @contextlib.contextmanager
-def fake_server(respond):
-    """A server that does respond(handler, n) with its n-th request, from 0 -> its address, and the times of the requests."""
+def fake_server(respond, health=None):
+    """A server that does respond(handler, n) with its n-th search, from 0 -> its address, and the times of these. health: what /health says, if it is there."""
     times = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.say(*((404, b"") if health is None else (200, json.dumps(health).encode())))
+
         def do_POST(self):
             self.rfile.read(int(self.headers["Content-Length"]))
             times.append(time.monotonic())
@@ -198,9 +201,9 @@ def fake_server(respond):
         server.shutdown()
 
 
-def good_answer(index):
+def good_answer(index, **more):
     document = index.documents[7]
-    return json.dumps({"result": [[{"document": {"id": "7", "contents": render_contents(document)}, "score": 1.5}]]}).encode()
+    return json.dumps({"result": [[{"document": {"id": "7", "contents": render_contents(document)}, "score": 1.5}]], **more}).encode()
 
 
 def hang_up(handler):
@@ -256,6 +259,30 @@ def test_nonsense_fails_at_once(index, status, body):
     with fake_server(lambda h, n: h.say(status, body)) as (url, times), pytest.raises(ValueError, match="answer"):
         open_client(url, index).search(["a"], 2)
     assert len(times) == 1
+
+
+OTHER_CORPUS, CHANGED = "holds the corpus other, but this run needs", "has changed: its {}, at first .*, is now .*: serve the first index again"
+
+
+@pytest.mark.parametrize("health,changed,message", [
+    ({}, {}, None), ({}, {"k": 9, "documents": 5}, None), (None, {"settings": {"k1": 2.0}}, None), ("ok", {}, None),
+    ({"settings": [1]}, {"settings": None}, None),
+    ({}, {"corpus": "other"}, OTHER_CORPUS), (None, {"corpus": "other"}, OTHER_CORPUS), ({}, {"settings": {"k1": 2.0, "b": 0.4}}, CHANGED.format("settings")),
+    ({}, {"retriever": "dense"}, CHANGED.format("retriever"))])
+def test_a_server_that_was_restarted_with_another_index_is_noticed(index, health, changed, message):
+    """Its answers say so, while their documents, of which both corpora hold these, could not. A server may say nothing of itself, or nothing sensible."""
+    health = {**index.describe(3), **health} if isinstance(health, dict) else health
+    answer = good_answer(index, manifest={**index.describe(2), **changed})
+    with fake_server(lambda h, n: h.say(200, good_answer(index) if n == 0 else answer), health) as (url, times):
+        client = open_client(url, index)
+        client.check()
+        assert client.search(["a"], 2)[0].tolist() == [[7, -1]] and client.describe(2)["settings"]["url"] == url
+        if message is None:
+            assert client.search(["a"], 2)[0].tolist() == [[7, -1]]
+        else:
+            with pytest.raises(ValueError, match=message):
+                client.search(["a"], 2)
+        assert len(times) == 2  # another attempt would find the same index
 
 
 def test_too_many_documents_are_nonsense(index):

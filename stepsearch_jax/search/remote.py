@@ -18,6 +18,7 @@ from stepsearch_jax.search.prepared import describe_search
 
 MAX_ANSWER_BYTES = 1 << 26
 _AT_ONCE = 32  # requests under way
+_SAID = {"corpus": str, "retriever": str, "settings": dict}  # of a manifest: what must not change
 _SERVER_AT_FAULT = (408, 429, 500, 502, 503, 504)  # worth another attempt
 
 
@@ -45,11 +46,11 @@ class RemoteIndex:
     """
 
     def __init__(self, url: str, documents: Sequence[Document], corpus: str, attempt_s: float, attempts: int, backoff_s: float, batch: int):
-        self._url, self._documents, self._corpus = read_address(url), documents, corpus
+        self._url, self._documents = read_address(url), documents
         self._attempt_s, self._attempts, self._backoff_s, self._batch = attempt_s, attempts, backoff_s, batch
         self._http = urllib3.PoolManager(maxsize=_AT_ONCE, retries=False)
         self._threads = ThreadPoolExecutor(_AT_ONCE, "remote search")
-        self._server: dict = {}  # what the server said about itself
+        self._about = {"corpus": corpus}  # and retriever and settings, once the server has said them
 
     def __len__(self) -> int:
         return len(self._documents)
@@ -57,25 +58,38 @@ class RemoteIndex:
     def check(self) -> None:
         """Asks the server what it holds. Raises ValueError if it does not answer or names another corpus; a server without /health is taken at its word."""
         try:
-            self._server = self._repeat("GET", "/health", None)
+            told = self._repeat("GET", "/health", None)
         except urllib3.exceptions.HTTPError as error:
             raise ValueError(f"the search server at {self._url} does not answer: {type(error).__name__}: {error}") from error
         except ValueError:
-            self._server = {}
-        held = self._server.get("corpus", self._corpus) if isinstance(self._server, dict) else None
-        if held != self._corpus:
-            raise ValueError(f"the search server at {self._url} holds the corpus {held}, but this run needs {self._corpus}: serve an index of the same "
-                             "documents in the same order")
+            told = None
+        self._about |= self._read_manifest(told)
+
+    def _read_manifest(self, told: object) -> dict:
+        """What a server says of itself, with every answer and in /health, as far as it does: corpus, retriever and settings.
+
+        Raises ValueError if that is another corpus than here, or a retriever or settings other than at first: another index may have taken the server's place.
+        """
+        said = {name: told[name] for name, kind in _SAID.items() if isinstance(told.get(name), kind)} if isinstance(told, dict) else {}
+        for name, value in said.items():
+            first = self._about.get(name, value)
+            if value != first and name == "corpus":
+                raise ValueError(f"the search server at {self._url} holds the corpus {value}, but this run needs {first}: serve an index of the same "
+                                 "documents in the same order")
+            if value != first:
+                raise ValueError(f"the search server at {self._url} has changed: its {name}, at first {first}, is now {value}: serve the first index again, or "
+                                 "start this run anew")
+        return said
 
     def describe(self, k: int) -> dict:
         """The manifest of results for k documents (`prepared.describe_search`), with what the server says of its retriever."""
-        settings = {"url": self._url, "retriever": self._server.get("retriever"), **self._server.get("settings", {})}
-        return describe_search(self._corpus, len(self), "remote", k, settings)
+        settings = {"url": self._url, "retriever": self._about.get("retriever"), **self._about.get("settings", {})}
+        return describe_search(self._about["corpus"], len(self), "remote", k, settings)
 
     def search(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         """The server's k documents for each of q queries: (ids [q, k] int32, best first, -1 where there are no more; scores [q, k] float32, 0 there).
 
-        Raises urllib3's HTTPError when all attempts have failed, and ValueError for an answer that makes no sense.
+        Raises urllib3's HTTPError when all attempts have failed, and ValueError for an answer that makes no sense, or whose manifest is of another index.
         """
         batches = [list(queries[start:start + self._batch]) for start in range(0, len(queries), self._batch)]
         found = list(self._threads.map(lambda batch: self._search_batch(batch, k), batches))
@@ -85,6 +99,7 @@ class RemoteIndex:
 
     def _search_batch(self, queries: list[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         answer = self._repeat("POST", "/retrieve", {"queries": queries, "topk": k, "return_scores": True})
+        self._read_manifest(answer.get("manifest") if isinstance(answer, dict) else None)
         ids, scores = np.full((len(queries), k), -1, np.int32), np.zeros((len(queries), k), np.float32)
         try:
             for row, found in enumerate(zip(answer["result"], queries, strict=True)):
