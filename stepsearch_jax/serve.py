@@ -9,6 +9,7 @@ POST /retrieve  {"queries": ["…"], "topk": 3, "return_scores": true}
 GET /health     the manifest: corpus (its hash), documents, retriever, k, settings          GET /metrics    counts and times, for Prometheus
 
 A request that is not understood gets status 400, 408 (too slow) or 413 (too large) with {"error": …}; 503 means: busy, try again.
+Clients that send or read too slowly are cut off.
 """
 from __future__ import annotations
 
@@ -29,6 +30,7 @@ from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from stepsearch_jax.records import Document
 from stepsearch_jax.search.bm25 import load_index
@@ -40,7 +42,7 @@ class Limits:
     """What a request may ask for, and how much is done at once; the flags of the command, which explains them."""
 
     body_bytes: int
-    body_seconds: float
+    transfer_seconds: float
     queries: int
     query_characters: int
     topk: int
@@ -104,13 +106,13 @@ def make_app(engine: Engine, default_topk: int, limits: Limits) -> Starlette:
     async def read_body(request: Request) -> bytes:
         body = bytearray()
         try:
-            async with asyncio.timeout(limits.body_seconds):
+            async with asyncio.timeout(limits.transfer_seconds):
                 async for part in request.stream():
                     body += part
                     if len(body) > limits.body_bytes:
                         raise RefusedError(413, f"the body is longer than {limits.body_bytes} bytes")
         except TimeoutError:
-            raise RefusedError(408, f"the body did not arrive within {limits.body_seconds:g} seconds") from None
+            raise RefusedError(408, f"the body did not arrive within {limits.transfer_seconds:g} seconds") from None
         return bytes(body)
 
     def search(body: bytes) -> tuple[Response, int]:
@@ -156,8 +158,37 @@ def make_app(engine: Engine, default_topk: int, limits: Limits) -> Starlette:
     return Starlette(routes=[Route("/retrieve", retrieve, methods=["POST"]), Route("/health", health), Route("/metrics", metrics)])
 
 
+def make_protocol(seconds: float) -> type[AutoHTTPProtocol]:
+    """uvicorn's side of a connection, with an end to its patience.
+
+    By itself it would wait for ever for the rest of a request's headers, for a body that nobody reads, and for a client to take its answer. Here a connection
+    on which no request is being answered is cut off after so many seconds; uvicorn closes one that is idle sooner.
+    """
+
+    class Protocol(AutoHTTPProtocol):
+        _timer: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:
+            super().connection_made(transport)
+            self._limit_wait()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self._limit_wait()
+
+        def _limit_wait(self) -> None:
+            last = self.cycle  # the request that was answered last; with the headers of the next another one takes its place
+            if self._timer:
+                self._timer.cancel()
+            if last is None or last.response_complete:
+                self._timer = self.loop.call_later(seconds, lambda: self.transport.abort() if self.cycle is last else None)
+
+    return Protocol
+
+
 FLAGS = {  # of the limits: default, help
-    "body_bytes": (1 << 20, "longest body of a request"), "body_seconds": (10.0, "time for a body to arrive"), "queries": (512, "queries a request"),
+    "body_bytes": (1 << 20, "longest body of a request"), "queries": (512, "queries a request"),
+    "transfer_seconds": (10.0, "time for a request's headers to arrive, again for its body, and again for its answer to be taken"),
     "query_characters": (4096, "longest query"), "topk": (100, "most documents a query"), "searches": (4, "requests searched for at a time"),
     "waiting": (256, "requests that may wait for it; more are answered 503"),
 }
@@ -193,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     limits = Limits(**{name: getattr(options, f"max_{name}") for name in FLAGS})
     try:
         for name, value in dataclasses.asdict(limits).items():
-            if not value >= (0 if name == "waiting" else 1e-3 if name == "body_seconds" else 1):
+            if not value >= (0 if name == "waiting" else 1e-3 if name == "transfer_seconds" else 1):
                 raise ValueError(f"--max-{name.replace('_', '-')}={value} is too little")
         if not 1 <= options.topk <= limits.topk:
             raise ValueError(f"--topk={options.topk} must lie in 1 to --max-topk={limits.topk}")
@@ -203,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"serving {len(engine.documents)} documents at http://{options.host}:{options.port}", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         uvicorn.run(make_app(engine, options.topk, limits), host=options.host, port=options.port, log_level="warning", access_log=False,
-                    timeout_graceful_shutdown=5)
+                    timeout_graceful_shutdown=5, http=make_protocol(limits.transfer_seconds))
 
 
 if __name__ == "__main__":

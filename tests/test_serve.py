@@ -42,6 +42,13 @@ def url(index, folder):
         yield address
 
 
+@pytest.fixture(scope="module")
+def hasty(index, folder):
+    """A server that waits for a second only."""
+    with run_server(folder / "index", folder / "hasty.log", "--max-transfer-seconds=1") as address:
+        yield address
+
+
 def post(url, body, **options):
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     return urllib3.request("POST", f"{url}/retrieve", body=raw, retries=False, timeout=30, **options)
@@ -98,7 +105,7 @@ def test_a_slow_body_and_too_many_requests(index):
     """In the application itself: 408 for a body that does not come, 503 beyond the limits."""
     import asyncio
 
-    limits = serve.Limits(body_bytes=1000, body_seconds=0.2, queries=5, query_characters=50, topk=5, searches=1, waiting=1)
+    limits = serve.Limits(body_bytes=1000, transfer_seconds=0.2, queries=5, query_characters=50, topk=5, searches=1, waiting=1)
     app = serve.make_app(serve.Engine(index.search, index.documents, index.describe), 3, limits)
 
     async def ask(delay: float) -> int:
@@ -120,6 +127,80 @@ def test_a_slow_body_and_too_many_requests(index):
 
     assert asyncio.run(ask(5.0)) == 408 and asyncio.run(ask(0.0)) == 200
     assert sorted(asyncio.run(ask_many())) == [200, 200, 503, 503]
+
+
+def send_slowly(url, before: bytes, pause: float, most: float) -> float:
+    """Sends `before`, then a byte after each pause -> seconds until the server hangs up, at most `most`."""
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as client:
+        client.sendall(before)
+        client.settimeout(pause)
+        start = time.monotonic()
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() - start < most:
+                with contextlib.suppress(TimeoutError):
+                    if not client.recv(1 << 16):
+                        break
+                client.sendall(b"x")
+                time.sleep(pause)
+        return time.monotonic() - start
+
+
+HEALTH = b"GET /health HTTP/1.1\r\nHost: a\r\n"
+
+
+@pytest.mark.parametrize("before", [b"GET /", HEALTH, HEALTH + b"\r\nGET /health HTTP/1.1\r\nX: ", HEALTH + b"Content-Length: 1000\r\n\r\n"],
+                         ids=["first line", "headers", "second headers", "unread body"])
+def test_who_sends_slowly_is_cut_off(hasty, before):
+    assert 0.8 < send_slowly(hasty, before, 0.1, 6.0) < 3.0
+
+
+def test_who_does_not_take_the_answer_is_cut_off(hasty, index):
+    """The answer is longer than what the system holds for a connection: without an end the rest would stay in the server's memory."""
+    body = json.dumps({"queries": ["w0é w1é"] * 500, "topk": 100, "return_scores": True}).encode()
+    whole = len(post(hasty, body).data)
+    host, port = hasty.removeprefix("http://").split(":")
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 12)
+        client.connect((host, int(port)))
+        client.sendall(b"POST /retrieve HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        client.recv(1)  # the answer has begun
+        time.sleep(2.0)
+        read = 0
+        with contextlib.suppress(ConnectionError):
+            while part := client.recv(1 << 20):
+                read += len(part)
+    assert 0 < read < whole
+
+
+def test_ordinary_requests_and_slow_searches_go_on(hasty, index):
+    http = urllib3.PoolManager(maxsize=1, retries=False)
+    for _ in range(8):  # one connection, for longer than the limit
+        assert http.request("POST", f"{hasty}/retrieve", json={"queries": QUERIES}).status == 200
+        time.sleep(0.3)
+    assert http.connection_from_url(hasty).num_connections == 1
+
+    def search(queries, k):
+        time.sleep(0.8)
+        return index.search(queries, k)
+
+    limits = serve.Limits(body_bytes=1000, transfer_seconds=0.2, queries=5, query_characters=50, topk=5, searches=1, waiting=1)
+    app, port = serve.make_app(serve.Engine(search, index.documents, index.describe), 3, limits), running.free_port()
+    server = serve.uvicorn.Server(serve.uvicorn.Config(app, port=port, http=serve.make_protocol(limits.transfer_seconds), log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        wait_for(lambda: server.started, 30, "the server does not start")
+        assert post(f"http://127.0.0.1:{port}", {"queries": ["w1é"]}).status == 200
+        with socket.create_connection(("127.0.0.1", port)) as client:  # the second request is there before the first is answered
+            client.sendall(b'POST /retrieve HTTP/1.1\r\nHost: a\r\nContent-Length: 18\r\n\r\n{"queries": ["a"]}' * 2)
+            answered = b""
+            while part := client.recv(1 << 16):
+                answered += part
+        assert answered.count(b"HTTP/1.1 200") == 2
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 @pytest.mark.parametrize("flags,message", [(["--index=none"], "none holds no search index"), (["--index=none", "--topk=101"], "--topk=101 must lie in"),

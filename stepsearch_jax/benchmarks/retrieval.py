@@ -85,13 +85,14 @@ def draw_queries(count: int, seed: int) -> list[str]:
 
 
 @contextlib.contextmanager
-def run_server(index: pathlib.Path, log: pathlib.Path) -> Iterator[str]:
+def run_server(index: pathlib.Path, log: pathlib.Path, *flags: str) -> Iterator[str]:
     """`serve` in a process of its own -> its address."""
     with socket.socket() as found:
         found.bind(("localhost", 0))
         port = found.getsockname()[1]
     with open(log, "w") as told:
-        server = subprocess.Popen([sys.executable, "-m", "stepsearch_jax.serve", f"--index={index}", f"--port={port}"], stdout=told, stderr=told)
+        command = [sys.executable, "-m", "stepsearch_jax.serve", f"--index={index}", f"--port={port}", *flags]
+        server = subprocess.Popen(command, stdout=told, stderr=told)
     try:
         url, deadline = f"http://localhost:{port}", time.monotonic() + SERVER_START_S
         while True:
