@@ -163,6 +163,9 @@ def test_command_with_rules(folder, capsys, monkeypatch):
     (["--engines", "remote:http://localhost:1", "--config.search.attempts=1"], "the search server at http://localhost:1 does not answer"),
     (["--queries=0"], "--queries 0: a number above 0 is needed"),
     (["--retries=-1"], "--retries -1: 0 or more is needed"),
+    (["--backoff=nan"], "--backoff nan: 0 or more is needed"),
+    (["--timeout=inf"], "--timeout inf: a number above 0 is needed, 1,000,000 at most"),
+    (["--config.search.k=0"], "config.search.k is 0; it must be at least 1"),
     (["--splits=tset"], "--splits tset: the data set has train"),
     (["--config.data.path=nowhere"], "in nowhere: set data.path to the folder of MuSiQue"),
 ])
@@ -171,6 +174,30 @@ def test_mistakes_are_one_line_before_work_starts(folder, monkeypatch, arguments
     with pytest.raises(SystemExit, match=message):
         prepare.main(command(folder, f"--out={folder / 'keys'}", *arguments))
     assert not (folder / "keys").exists()
+
+
+@pytest.mark.parametrize("key", ["se\ncret", "sécret", "se\tcret"])
+def test_a_key_that_cannot_be_one_is_refused_without_saying_it(folder, monkeypatch, key):
+    monkeypatch.setattr("stepsearch_jax.preparation.options.start_logging", lambda: None)
+    monkeypatch.setenv("TEST_KEY", key)
+    with pytest.raises(SystemExit, match="the environment variable TEST_KEY holds characters that no key has") as caught:
+        prepare.main(command(folder, f"--out={folder / 'keys'}", "--writer=chat", "--url=http://localhost:1", "--model=m", "--key-env=TEST_KEY"))
+    assert "cret" not in str(caught.value)
+
+
+def test_a_store_that_cannot_be_used_is_named(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "text").write_text("no store " * 100)
+    with pytest.raises(OSError, match="folder, which keeps answers, cannot be read or written: unable to open"):
+        Store(tmp_path / "folder")
+    with pytest.raises(ValueError, match="text is not a store of answers .*: remove it"):
+        Store(tmp_path / "text")
+    store = Store(tmp_path / "full")
+    store._database.execute("PRAGMA max_page_count=1")
+    with pytest.raises(OSError, match="full, which keeps answers, cannot be read or written: database or disk is full"):
+        store.put({str(i): "x" * 1000 for i in range(100)})
+    assert store.get(["5"]) == [None]
+    store.close()
 
 
 def test_unreadable_row_is_named(folder, monkeypatch):
@@ -242,6 +269,7 @@ def write_with(endpoint, path, asked, **changes):
 @pytest.mark.parametrize("body, queries", [
     (complete("1. Rome country\n- \"Rome nation\"\n\nmore"), ["Rome country", "Rome nation"]), (complete("one line"), ["one line"]),
     (complete("Here they are:\n\na\na\n3) b"), ["a", "b"]), ("<html>busy</html>", []), ('{"choices": []}', []), ('{"choices": [{"message": {}}]}', []),
+    (complete("half a \ud800 pair\nb"), ["b"]), pytest.param("[" * 200_000, [], id="deep"),
     (complete(None), []), (complete("\n ?!\n" + "x" * 400), []), ("[]", []), ("7", []), (complete(["a"]), []),
 ])
 def test_answers_are_read_or_refused(body, queries):
@@ -275,6 +303,19 @@ def test_refusal_and_lasting_failure_end_the_run_and_keep_what_came(tmp_path):
         write_with(endpoint, tmp_path / "t", [("x", ())], retries=2)
     with Endpoint(lambda question, count: (200, complete("q"), {}), delay=1.0) as endpoint, pytest.raises(OSError, match="ReadTimeout"):
         write_with(endpoint, tmp_path / "u", [("x", ())], retries=0, timeout=0.2)
+
+
+def test_a_long_pause_or_another_place_ends_the_run(tmp_path):
+    """Neither sleeps without a word, nor takes the page behind a redirection for an answer of the model."""
+    for wanted in ("86400", "9" * 30):
+        with Endpoint(lambda question, count, wanted=wanted: (429, "quota", {"Retry-After": wanted})) as endpoint, \
+                pytest.raises(OSError, match="wants a pause of [0-9]+ s, with status 429: 'quota'. Answers received are kept"):
+            write_with(endpoint, tmp_path / "s", [("x", ())])
+    with Endpoint(lambda question, count: (200, complete("q"), {})) as other, \
+            Endpoint(lambda question, count: (307, "", {"Location": f"{other.url}/chat/completions"})) as endpoint:
+        with pytest.raises(ValueError, match="refuses a request with status 307"):
+            write_with(endpoint, tmp_path / "t", [("x", ())])
+        assert not other.asked
 
 
 def test_retry_after_and_rate_are_honoured(tmp_path):

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from stepsearch_jax.preparation.store import Store
 
 MAX_QUERY = 300  # characters; a longer line is no query
+MAX_PAUSE_S = 600.0  # an endpoint that asks for a longer one ends the run
 _SYSTEM = "You write queries for a search engine over encyclopedia passages. Answer with the queries alone, one a line, without numbers or quotation marks."
 _TASK = ("Write {count} different search queries, each of which should find the passage that answers the question. Vary the wording: keywords, entity and "
          "relation, a full question. Name every entity in each query.\n\nQuestion: {question}")
@@ -103,9 +104,10 @@ class ChatWriter:
         s = self.settings
         for attempt in range(s.retries + 1):
             self._pace()
-            pause = min(60.0, s.backoff * 2 ** attempt) * random.uniform(0.5, 1.5)
+            pause = min(60.0, s.backoff * 2 ** min(attempt, 30)) * random.uniform(0.5, 1.5)
             try:
-                answer = self._session.post(f"{s.url}/chat/completions", json=request, timeout=s.timeout, auth=self._authorize)
+                answer = self._session.post(f"{s.url}/chat/completions", json=request, timeout=s.timeout, auth=self._authorize,
+                                            allow_redirects=False)  # where one leads, the request would arrive as another one
             except requests.RequestException as error:
                 fault = f"{type(error).__name__}"
             else:
@@ -116,7 +118,10 @@ class ChatWriter:
                 fault = f"status {answer.status_code}: {answer.text[:200]!r}"
                 if answer.status_code not in (408, 409, 429) and answer.status_code < 500:
                     raise ValueError(f"{s.url} refuses a request with {fault}; check --url, --model and the key. Answers received are kept: run again to go on")
-                pause = max(pause, _read_retry_after(answer.headers.get("Retry-After")))
+                wanted = _read_retry_after(answer.headers.get("Retry-After"))
+                if wanted > MAX_PAUSE_S:
+                    raise OSError(f"{s.url} wants a pause of {wanted:.0f} s, with {fault}. Answers received are kept: run again after it to go on")
+                pause = max(pause, wanted)
             if attempt < s.retries and self._stopped.wait(pause):
                 break
         raise OSError(f"{s.url} failed {attempt + 1} times for one request, at last with {fault}. Answers received are kept: run again to go on")
@@ -141,11 +146,19 @@ def read_answer(body: str, count: int) -> list[str]:
     """At most `count` queries from the body of a chat completion, none twice; [] for whatever is not one. Marks, numbers and quotes at lines are taken off."""
     try:
         text = json.loads(body)["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return []
     lines = [_MARK.sub("", line).strip().strip('"“”').strip() for line in text.splitlines()] if isinstance(text, str) else []
-    fit = [line for line in lines if any(map(str.isalnum, line)) and len(line) <= MAX_QUERY and line[-1] != ":"]
+    fit = [line for line in lines if any(map(str.isalnum, line)) and len(line) <= MAX_QUERY and line[-1] != ":" and _is_writable(line)]
     return list(dict.fromkeys(fit))[:count]
+
+
+def _is_writable(text: str) -> bool:
+    """Whether a file can hold it: no half of a surrogate pair, which JSON can name alone."""
+    try:
+        return bool(text.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _read_retry_after(value: str | None) -> float:

@@ -34,6 +34,7 @@ from stepsearch_jax.search.prepared import one_at_a_time
 from stepsearch_jax.system import locate_corpus
 
 logger = logging.getLogger("stepsearch_jax")
+MOST = 1_000_000  # no flag needs more, and some calls of the system know no more
 Keys = dict[tuple[int, int], tuple[str, ...]]  # (question, hop), from 0 -> queries
 
 
@@ -93,11 +94,13 @@ def make_keys(config: ml_collections.ConfigDict, options: argparse.Namespace) ->
     chat = _read_chat(options) if options.writer == "chat" else None
     check_engines(options.engines, config.search)
     for name in ("queries", "concurrency", "attempts", "rate", "timeout"):
-        if not getattr(options, name) > 0:
-            raise ValueError(f"--{name} {getattr(options, name)}: a number above 0 is needed")
-    for name in ("retries", "temperature"):
-        if not getattr(options, name) >= 0:
-            raise ValueError(f"--{name} {getattr(options, name)}: 0 or more is needed")
+        if not 0 < getattr(options, name) <= MOST:
+            raise ValueError(f"--{name} {getattr(options, name)}: a number above 0 is needed, {MOST:,} at most")
+    for name in ("retries", "temperature", "backoff"):
+        if not 0 <= getattr(options, name) <= MOST:
+            raise ValueError(f"--{name} {getattr(options, name)}: 0 or more is needed, {MOST:,} at most")
+    if config.search.k < 1:
+        raise ValueError(f"config.search.k is {config.search.k}; it must be at least 1")
     if options.out.exists() and not options.out.is_dir():
         raise ValueError(f"--out {options.out} is not a folder")
     cache = pathlib.Path(config.data.cache_dir)
@@ -112,6 +115,7 @@ def make_keys(config: ml_collections.ConfigDict, options: argparse.Namespace) ->
                                  "write queries for")
         folder = locate_corpus(config, source)
         engines = [build_engine(name, source.documents, folder, config.search) for name in options.engines]
+    options.out.mkdir(parents=True, exist_ok=True)  # before anything is paid for
     with one_at_a_time(cache / "keys"):  # another process with this cache would pay for the same answers
         store = Store(cache / "keys" / "store.sqlite")
         try:
@@ -139,7 +143,6 @@ def make_keys(config: ml_collections.ConfigDict, options: argparse.Namespace) ->
                                ensure_ascii=False) + "\n" for i, question in enumerate(questions))
         finally:
             store.close()
-    options.out.mkdir(parents=True, exist_ok=True)
     for split, text in texts.items():
         write_text(options.out / f"{split}.jsonl", text)
     corpora = _name_corpus(config.data.corpus, source, options.out)
@@ -162,10 +165,12 @@ def _read_chat(options: argparse.Namespace) -> ChatSettings:
     """The settings of --writer chat. Raises ValueError for what is missing."""
     if not options.url.startswith(("http://", "https://")) or not options.model:
         raise ValueError("--writer chat needs --url, the endpoint's base (https://HOST/v1), and --model")
-    key = os.environ.get(options.key_env, "") if options.key_env else ""
+    key = os.environ.get(options.key_env, "").strip() if options.key_env else ""
     if options.key_env and not key:
         raise ValueError(f"the environment variable {options.key_env} holds no key for {options.url}: set it, name another one with --key-env, or none "
                          "(--key-env=) for an endpoint that needs none")
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError(f"the environment variable {options.key_env} holds characters that no key has, such as a line break")  # without saying the key
     return ChatSettings(url=options.url.rstrip("/"), model=options.model, key=key, count=options.queries, backoff=options.backoff,
                         **{name: getattr(options, name) for name in ("temperature", "concurrency", "rate", "timeout", "attempts", "retries")})
 
