@@ -8,7 +8,7 @@ POST /retrieve  {"queries": ["…"], "topk": 3, "return_scores": true}
                 plain documents. An id is a row of the corpus.
 GET /health     the manifest: corpus (its hash), documents, retriever, k, settings          GET /metrics    counts and times, for Prometheus
 
-A request that is not understood gets status 400, 408 (too slow) or 413 (too large) with {"error": …}; 503 means: busy, try again.
+A request that is not understood gets status 400, 408 (too slow) or 413 (too large) with {"error": …}; 503 means: busy, try again; 500: the index failed.
 Clients that send or read too slowly are cut off.
 """
 from __future__ import annotations
@@ -18,6 +18,7 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import logging
 import pathlib
 import time
 from collections.abc import Callable, Sequence
@@ -35,6 +36,8 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 from stepsearch_jax.records import Document
 from stepsearch_jax.search.bm25 import load_index
 from stepsearch_jax.search.remote import render_contents
+
+logger = logging.getLogger("stepsearch_jax")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +145,9 @@ def make_app(engine: Engine, default_topk: int, limits: Limits) -> Starlette:
             response.headers["Connection"] = "close"  # what may follow of this body is not read
         except ClientDisconnect:
             response = answer({"error": "the client has gone"}, 400)
+        except Exception as error:  # of the index
+            logger.exception("the search failed")
+            response = answer({"error": f"the search failed: {type(error).__name__}"}, 500)
         finally:
             busy -= 1
         requests.labels(response.status_code).inc()
@@ -228,6 +234,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 raise ValueError(f"--max-{name.replace('_', '-')}={value} is too little")
         if not 1 <= options.topk <= limits.topk:
             raise ValueError(f"--topk={options.topk} must lie in 1 to --max-topk={limits.topk}")
+        if not 1 <= options.port < 1 << 16:
+            raise ValueError(f"--port={options.port} must lie in 1 to 65535")
         engine = open_engine(options, rest, parser)
     except (ValueError, OSError) as error:
         raise SystemExit(f"stepsearch_jax: {error}") from error

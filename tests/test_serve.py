@@ -129,6 +129,36 @@ def test_a_slow_body_and_too_many_requests(index):
     assert sorted(asyncio.run(ask_many())) == [200, 200, 503, 503]
 
 
+def test_an_index_that_fails_is_told_and_counted(index):
+    """The application goes on; what went wrong stands in its log, not in the answer."""
+    import asyncio
+
+    def search(queries, k):
+        if queries == ["bad"]:
+            raise OSError("/secret/place is gone")
+        return index.search(queries, k)
+
+    limits = serve.Limits(body_bytes=1000, transfer_seconds=1.0, queries=5, query_characters=50, topk=5, searches=1, waiting=1)
+    app = serve.make_app(serve.Engine(search, index.documents, index.describe), 3, limits)
+
+    async def ask(method: str, path: str, body: bytes = b"") -> tuple[int, str]:
+        sent = []
+
+        async def receive():
+            return {"type": "http.request", "body": body}
+
+        async def send(message):
+            sent.append(message)
+
+        await app({"type": "http", "method": method, "path": path, "headers": [], "query_string": b"", "root_path": ""}, receive, send)
+        return sent[0]["status"], sent[1]["body"].decode()
+
+    assert asyncio.run(ask("POST", "/retrieve", b'{"queries": ["bad"]}')) == (500, '{"error": "the search failed: OSError"}')
+    assert asyncio.run(ask("POST", "/retrieve", b'{"queries": ["w1"]}'))[0] == 200
+    told = asyncio.run(ask("GET", "/metrics"))[1]
+    assert 'stepsearch_requests_total{status="500"} 1.0' in told and "stepsearch_busy 0.0" in told
+
+
 def send_slowly(url, before: bytes, pause: float, most: float) -> float:
     """Sends `before`, then a byte after each pause -> seconds until the server hangs up, at most `most`."""
     host, port = url.removeprefix("http://").split(":")
@@ -203,7 +233,8 @@ def test_ordinary_requests_and_slow_searches_go_on(hasty, index):
         thread.join()
 
 
-@pytest.mark.parametrize("flags,message", [(["--index=none"], "none holds no search index"), (["--index=none", "--topk=101"], "--topk=101 must lie in"),
+@pytest.mark.parametrize("flags,message", [(["--index=none"], "none holds no search index"), (["--index=none", "--port=70000"], "--port=70000 must lie in"),
+                                           (["--index=none", "--topk=101"], "--topk=101 must lie in"),
                                            (["--index=none", "--max-queries=0"], "--max-queries=0 is too little")])
 def test_mistakes_on_the_command_line_are_named(flags, message):
     with pytest.raises(SystemExit, match=message):
@@ -243,6 +274,9 @@ def test_another_corpus_is_refused(url, index):
         open_client(url, index, documents=shifted).search(["w0é"], 3)
     with pytest.raises(ValueError, match="is not the address of a search server"):
         open_client("localhost:8000", index)
+    for wrong in ({"attempts": 0}, {"batch": 0}, {"attempt_s": 0.0}, {"backoff_s": -1.0}):
+        with pytest.raises(ValueError, match="must be more than 0"):
+            open_client("http://localhost:1", index, **wrong)
     with socket.socket() as closed:
         closed.bind(("localhost", 0))
         with pytest.raises(ValueError, match="does not answer"):
@@ -331,9 +365,10 @@ SHOWN = {"id": "7", "contents": "other"}
 
 
 @pytest.mark.parametrize("status,body", [
-    (200, b"<html>"), (200, b"[]"), (200, b"{}"), (200, b'{"result": []}'), (200, b'{"result": [[], []]}'), (200, b'{"result": [[7]]}'),
-    (200, b'{"result": [[{"document": {"id": "x"}, "score": 1}]]}'), (200, b'{"result": [[{"document": {"id": "7"}, "score": 1}]]}'),
-    (200, json.dumps({"result": [[{"document": SHOWN, "score": 1}]]}).encode()), (200, b'{"result": [[{"document": {"id": -1}, "score": 1}]]}'),
+    (200, b"<html>"), pytest.param(200, b"[" * 200_000, id="deep"), (200, b"[]"), (200, b"{}"), (200, b'{"result": []}'), (200, b'{"result": [[], []]}'),
+    (200, b'{"result": [[7]]}'), (200, b'{"result": [[{"document": {"id": "x"}, "score": 1}]]}'),
+    (200, b'{"result": [[{"document": {"id": "7"}, "score": 1}]]}'), (200, json.dumps({"result": [[{"document": SHOWN, "score": 1}]]}).encode()),
+    (200, b'{"result": [[{"document": {"id": -1}, "score": 1}]]}'), (200, b'{"result": [[{"document": {"id": "7", "contents": null}, "score": 1}]]}'),
     (200, b'{"result": [[{"document": {"id": 300}, "score": 1}]]}'), (200, b'{"result": [[{"document": {"id": 1e400}, "score": 1}]]}'),
     (400, b'{"error": "no"}'), (404, b""), (301, b"")])
 def test_nonsense_fails_at_once(index, status, body):

@@ -42,10 +42,14 @@ class RemoteIndex:
     """N documents that a server searches. May be searched from several threads at once.
 
     documents: the same ones, here; corpus: their hash. attempt_s: time for one attempt's connection and again for its answer; attempts: before a search has
-    failed; backoff_s: longest first pause between two, doubled each time; batch: queries in one request. Raises ValueError for an address that is none.
+    failed; backoff_s: longest first pause between two, doubled each time; batch: queries in one request. Raises ValueError for an address that is none, and
+    for numbers that are too small.
     """
 
     def __init__(self, url: str, documents: Sequence[Document], corpus: str, attempt_s: float, attempts: int, backoff_s: float, batch: int):
+        if not (attempt_s > 0 and attempts >= 1 and backoff_s >= 0 and batch >= 1):
+            raise ValueError(f"config.search.attempt_s={attempt_s} must be more than 0, attempts={attempts} and batch={batch} at least 1, and "
+                             f"backoff_s={backoff_s} at least 0")
         self._url, self._documents = read_address(url), documents
         self._attempt_s, self._attempts, self._backoff_s, self._batch = attempt_s, attempts, backoff_s, batch
         self._http = urllib3.PoolManager(maxsize=_AT_ONCE, retries=False)
@@ -105,7 +109,7 @@ class RemoteIndex:
             for row, found in enumerate(zip(answer["result"], queries, strict=True)):
                 for place, entry in enumerate(found[0]):
                     ids[row, place], scores[row, place] = self._read_id(entry["document"]), entry["score"]
-        except (TypeError, KeyError, IndexError, ValueError, OverflowError) as error:
+        except (TypeError, KeyError, IndexError, AttributeError, ValueError, OverflowError) as error:
             raise ValueError(f"the answer of {self._url} has not the form of /retrieve ({type(error).__name__}: {error})") from None
         return ids, scores
 
@@ -149,7 +153,7 @@ class RemoteIndex:
             answer.release_conn()
             try:
                 return json.loads(raw)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"the answer of {self._url} is not JSON ({error}): {raw[:200].decode(errors='replace')!r}") from None
         except BaseException:
             answer.close()
