@@ -109,7 +109,7 @@ class ChatWriter:
                 answer = self._session.post(f"{s.url}/chat/completions", json=request, timeout=s.timeout, auth=self._authorize,
                                             allow_redirects=False)  # where one leads, the request would arrive as another one
             except requests.RequestException as error:
-                fault = f"{type(error).__name__}"
+                fault = f"{type(error).__name__}: {error}"[:400]
             else:
                 if answer.status_code == 200:
                     with self._lock:
