@@ -1,0 +1,194 @@
+"""The client of a search server: the same answers as the index, whatever the server does: it is slow, fails, lies, goes away, or comes back as another one."""
+import contextlib
+import http.server
+import json
+import socket
+import threading
+import time
+
+import numpy as np
+import pytest
+import urllib3
+from test_index import draw_documents, write_corpus
+
+from stepsearch_jax.benchmarks.retrieval import run_server
+from stepsearch_jax.preparation.index import index_files
+from stepsearch_jax.search.remote import RemoteIndex, open_remote, render_contents
+
+QUERIES = ["w0é w3é", "w1é", "nothing", "", "w2é w2é w40é"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("remote")
+
+
+@pytest.fixture(scope="module")
+def index(folder):
+    return index_files([write_corpus(folder / "c.jsonl", draw_documents(300, 4))], folder / "index", 0.9, 0.4)
+
+
+@pytest.fixture(scope="module")
+def url(index, folder):
+    with run_server(folder / "index", folder / "serve.log") as address:
+        yield address
+
+
+def documents_of(index):
+    return [index.documents[i] for i in range(len(index))]
+
+
+def open_client(url, index, **changed):
+    arguments = dict(documents=documents_of(index), corpus=index.describe(1)["corpus"], attempt_s=2.0, attempts=3, backoff_s=0.05, batch=2) | changed
+    return RemoteIndex(url, **arguments)
+
+
+def test_the_client_finds_what_the_index_finds(url, index):
+    client = open_remote(url, documents_of(index), index.describe(1)["corpus"], 5.0, 2, 0.1, 2)
+    for found, expected in zip(client.search(QUERIES, 4), index.search(QUERIES, 4), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    assert client.search([], 4)[0].shape == (0, 4)
+    told = client.describe(4)
+    assert told["retriever"] == "remote" and told["corpus"] == index.describe(4)["corpus"] and told["settings"] == {
+        "url": url, "retriever": "bm25-lucene", "k1": 0.9, "b": 0.4}
+
+
+def test_another_corpus_is_refused(url, index):
+    with pytest.raises(ValueError, match="holds the corpus .* but this run needs other"):
+        open_client(url, index, corpus="other").check()
+    shifted = documents_of(index)[1:] + documents_of(index)[:1]
+    with pytest.raises(ValueError, match="it holds another corpus"):
+        open_client(url, index, documents=shifted).search(["w0é"], 3)
+    with pytest.raises(ValueError, match="is not the address of a search server"):
+        open_client("localhost:8000", index)
+    for wrong in ({"attempts": 0}, {"batch": 0}, {"attempt_s": 0.0}, {"backoff_s": -1.0}):
+        with pytest.raises(ValueError, match="must be more than 0"):
+            open_client("http://localhost:1", index, **wrong)
+    with socket.socket() as closed:
+        closed.bind(("localhost", 0))
+        with pytest.raises(ValueError, match="does not answer"):
+            open_client(f"http://localhost:{closed.getsockname()[1]}", index).check()
+
+
+@contextlib.contextmanager
+def fake_server(respond, health=None):
+    """A server that does respond(handler, n) with its n-th search, from 0 -> its address, and the times of these. health: what /health says, if it is there."""
+    times = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.say(*((404, b"") if health is None else (200, json.dumps(health).encode())))
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            times.append(time.monotonic())
+            with contextlib.suppress(OSError):
+                respond(self, len(times) - 1)
+
+        def log_message(self, *_):
+            pass
+
+        def say(self, status, body):
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    server = http.server.ThreadingHTTPServer(("localhost", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://localhost:{server.server_port}", times
+    finally:
+        server.shutdown()
+
+
+def good_answer(index, **more):
+    document = index.documents[7]
+    return json.dumps({"result": [[{"document": {"id": "7", "contents": render_contents(document)}, "score": 1.5}]], **more}).encode()
+
+
+def hang_up(handler):
+    handler.connection.shutdown(socket.SHUT_RDWR)
+
+
+def cut_short(handler):
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    handler.wfile.write(b'{"result": [')
+    hang_up(handler)
+
+
+@pytest.mark.parametrize("fault", [lambda h: h.say(503, b"busy"), lambda h: h.say(500, b"oh"), lambda h: h.say(429, b"slow down"), hang_up, cut_short,
+                                   lambda h: time.sleep(1.0)], ids=["503", "500", "429", "hangs up", "cuts short", "sleeps"])
+def test_passing_faults_are_tried_again(index, fault):
+    with fake_server(lambda h, n: fault(h) if n < 2 else h.say(200, good_answer(index))) as (url, times):
+        ids, scores = open_client(url, index, attempt_s=0.4, backoff_s=0.2).search(["a"], 2)
+        assert ids.tolist() == [[7, -1]] and scores.tolist() == [[1.5, 0.0]] and len(times) == 3
+        assert times[1] - times[0] >= 0.1 and times[2] - times[1] >= 0.2  # the pauses double
+    with fake_server(lambda h, n: fault(h)) as (url, times):
+        with pytest.raises(urllib3.exceptions.HTTPError):
+            open_client(url, index, attempt_s=0.4).search(["a"], 2)
+        assert len(times) == 3
+
+
+def test_dribbling_does_not_buy_time(index):
+    def dribble(handler, _):
+        handler.send_response(200)
+        handler.send_header("Content-Length", "1000000")
+        handler.end_headers()
+        for _ in range(100):
+            handler.wfile.write(b" ")
+            time.sleep(0.1)
+
+    start = time.monotonic()
+    with fake_server(dribble) as (url, times), pytest.raises(urllib3.exceptions.TimeoutError, match="took longer than"):
+        open_client(url, index, attempt_s=0.3, attempts=1).search(["a"], 2)
+    assert time.monotonic() - start < 3
+
+
+SHOWN = {"id": "7", "contents": "other"}
+
+
+@pytest.mark.parametrize("status,body", [
+    (200, b"<html>"), pytest.param(200, b"[" * 200_000, id="deep"), (200, b"[]"), (200, b"{}"), (200, b'{"result": []}'), (200, b'{"result": [[], []]}'),
+    (200, b'{"result": [[7]]}'), (200, b'{"result": [[{"document": {"id": "x"}, "score": 1}]]}'),
+    (200, b'{"result": [[{"document": {"id": "7"}, "score": 1}]]}'), (200, json.dumps({"result": [[{"document": SHOWN, "score": 1}]]}).encode()),
+    (200, b'{"result": [[{"document": {"id": -1}, "score": 1}]]}'), (200, b'{"result": [[{"document": {"id": "7", "contents": null}, "score": 1}]]}'),
+    (200, b'{"result": [[{"document": {"id": 300}, "score": 1}]]}'), (200, b'{"result": [[{"document": {"id": 1e400}, "score": 1}]]}'),
+    (400, b'{"error": "no"}'), (404, b""), (301, b"")])
+def test_nonsense_fails_at_once(index, status, body):
+    with fake_server(lambda h, n: h.say(status, body)) as (url, times), pytest.raises(ValueError, match="answer"):
+        open_client(url, index).search(["a"], 2)
+    assert len(times) == 1
+
+
+OTHER_CORPUS, CHANGED = "holds the corpus other, but this run needs", "has changed: its {}, at first .*, is now .*: serve the first index again"
+
+
+@pytest.mark.parametrize("health,changed,message", [
+    ({}, {}, None), ({}, {"k": 9, "documents": 5}, None), (None, {"settings": {"k1": 2.0}}, None), ("ok", {}, None),
+    ({"settings": [1]}, {"settings": None}, None),
+    ({}, {"corpus": "other"}, OTHER_CORPUS), (None, {"corpus": "other"}, OTHER_CORPUS), ({}, {"settings": {"k1": 2.0, "b": 0.4}}, CHANGED.format("settings")),
+    ({}, {"retriever": "dense"}, CHANGED.format("retriever"))])
+def test_a_server_that_was_restarted_with_another_index_is_noticed(index, health, changed, message):
+    """Its answers say so, while their documents, of which both corpora hold these, could not. A server may say nothing of itself, or nothing sensible."""
+    health = {**index.describe(3), **health} if isinstance(health, dict) else health
+    answer = good_answer(index, manifest={**index.describe(2), **changed})
+    with fake_server(lambda h, n: h.say(200, good_answer(index) if n == 0 else answer), health) as (url, times):
+        client = open_client(url, index)
+        client.check()
+        assert client.search(["a"], 2)[0].tolist() == [[7, -1]] and client.describe(2)["settings"]["url"] == url
+        if message is None:
+            assert client.search(["a"], 2)[0].tolist() == [[7, -1]]
+        else:
+            with pytest.raises(ValueError, match=message):
+                client.search(["a"], 2)
+        assert len(times) == 2  # another attempt would find the same index
+
+
+def test_too_many_documents_are_nonsense(index):
+    one = json.loads(good_answer(index))["result"][0][0]
+    with fake_server(lambda h, n: h.say(200, json.dumps({"result": [[one] * 3]}).encode())) as (url, _), pytest.raises(ValueError, match="the form of"):
+        open_client(url, index).search(["a"], 2)
