@@ -329,7 +329,19 @@ def test_train_refuses_what_it_does_not_know(pod):
     for arguments in (("--config=x", "--workdir=runs/x"), ("--config=x", "--workdir=/x", "--sede=1"), ("--config=x",), ("--workdir=/x",)):
         status, _, error = pod.run("launch/pod/train_pod.sh", *arguments, **TPU)
         assert status == 2 and "--help" in error
+    for argument in ("--workdir=gs:///x", "--workdir=gs://"):
+        assert pod.run("launch/pod/train_pod.sh", "--config=x", argument, **TPU)[0] == 2
     assert pod.take_calls() == []
+
+
+@pytest.mark.parametrize("arguments,variables,complaint", [
+    (["--copy=/no/such/folder=data"], {}, "there is no folder /no/such/folder"), (["--copy=gs:///x=data"], {}, "names no bucket"),
+    ([], {"CAPACITY": "sopt"}, "CAPACITY=sopt is not known"), ([], {"REPOSITORY": "https://x"}, "COMMIT is missing")])
+def test_train_refuses_what_a_new_tpu_could_not_be_made_with(cloud, arguments, variables, complaint):
+    """At once, not hours later, when the first TPU is gone."""
+    cloud.set_state("READY")
+    status, _, error = cloud.run(*TRAIN, *arguments, **variables, **TPU)
+    assert status == 2 and complaint in error and cloud.take_calls() == []
 
 
 @pytest.mark.parametrize("script,arguments,expected", [

@@ -21,7 +21,7 @@ for argument in "$@"; do
     -h | --help) print_help launch/pod/train_pod.sh; exit ;;
     --copy=?*=?*) copies+=("${argument#--copy=}") ;;
     --config=?*) config=$argument ;;
-    --workdir=gs://?* | --workdir=/?*) workdir=$argument ;;
+    --workdir=gs://[!/]* | --workdir=/?*) workdir=$argument ;;
     --config.*=*) flags+=("$argument") ;;
     *) echo "train_pod.sh does not know the argument $argument; see --help (a --workdir begins with gs:// or /)" >&2; exit 2 ;;
   esac
@@ -42,6 +42,9 @@ create() {
 }
 
 set_up() { bash launch/pod/setup.sh ${copies[@]+"${copies[@]}"}; }
+
+# What these two would refuse hours from now, after a preemption, they refuse at once.
+(export DRY_RUN=1; bash launch/pod/create.sh; set_up) >/dev/null
 
 # Runs the training on all hosts and waits -> its exit status.
 train() {
