@@ -13,6 +13,7 @@ import argparse
 import fcntl
 import os
 import pathlib
+import re
 import shlex
 import signal
 import subprocess
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--copy", action="append", default=[], metavar="SOURCE=FOLDER", help="data that a new TPU gets (launch/pod/setup.sh)")
     options, rest = parser.parse_known_args(arguments)
     pods, copies = options.pods.split(","), [f"--copy={pair}" for pair in options.copy]
-    if not options.storage.startswith("gs://"):
+    if not re.match("gs://[^/]", options.storage):
         parser.error(f"--storage={options.storage}: a folder of a bucket is needed, gs://…")
     if len(set(pods)) < len(pods) or not all(pods):
         parser.error(f"--pods={options.pods}: names are needed, each once")

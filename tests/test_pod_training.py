@@ -83,9 +83,9 @@ def test_sweep_on_two_tpus(pod_sweep, monkeypatch):
 
 def test_sweep_dry_run_and_bad_input(pod_sweep, monkeypatch):
     pod_sweep.cloud.take_calls()
-    for more, complaint in ((["--storage=/disk"], "--storage=/disk"), (["--pods=a,a"], "--pods=a,a"), (["--sede=1"], "--sede=1")):
-        status, _, error = pod_sweep.run_pods(*more)
-        assert status == 2 and complaint in error
+    for wrong in ("--storage=/disk", "--storage=gs://", "--pods=a,a", "--sede=1"):
+        status, _, error = pod_sweep.run_pods(wrong)
+        assert status == 2 and wrong in error
     monkeypatch.setenv("DRY_RUN", "1")
     status, out, error = pod_sweep.run_pods()
     lines = out.splitlines()
