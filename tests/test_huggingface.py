@@ -248,9 +248,10 @@ def test_a_missing_key_and_missing_files(tmp_path):
         open_checkpoint(with_config(tmp_path, {key: value for key, value in QWEN_3B.items() if key != "hidden_size"}))
     with pytest.raises(FileNotFoundError, match="there is no .*nowhere/config.json: a checkpoint is a folder"):
         open_checkpoint(tmp_path / "nowhere")
-    (tmp_path / "changed" / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="config.json: "):
-        open_checkpoint(tmp_path / "changed")
+    for text in ("{", "[]"):
+        (tmp_path / "changed" / "config.json").write_text(text)
+        with pytest.raises(ValueError, match="config.json"):
+            open_checkpoint(tmp_path / "changed")
     folder = with_config(tmp_path, QWEN_3B)
     (folder / "model.safetensors").write_bytes(b"12345678")
     with pytest.raises(ValueError, match="model.safetensors cannot be read"):
@@ -262,6 +263,10 @@ def test_a_missing_key_and_missing_files(tmp_path):
     (shards / "model-00002-of-00004.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="model-00002-of-00004.safetensors, which model.safetensors.index.json names"):
         open_checkpoint(shards)
+    for text in ("{", "{}", "[]", '{"weight_map": []}'):
+        (shards / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(ValueError, match="model.safetensors.index.json is no index of tensors"):
+            open_checkpoint(shards)
 
 
 @pytest.mark.parametrize("change,complaint", [

@@ -41,7 +41,7 @@ def open_checkpoint(path: pathlib.Path) -> StoredModel:
         raise FileNotFoundError(f"there is no {file}: a checkpoint is a folder with config.json and *.safetensors, or a .gguf file")
     try:
         fields = _read_fields(json.loads(file.read_text()))
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError) as error:  # the latter two: no table, or a word where a number should be
         raise ValueError(f"{file}: {error}") from error
     except KeyError as error:
         raise ValueError(f"{file} lacks the key {error}") from error
@@ -101,7 +101,10 @@ def list_tensors(folder: pathlib.Path) -> dict[str, StoredTensor]:
     """
     index, single = folder / INDEX, folder / "model.safetensors"
     if index.is_file():
-        files = sorted({folder / file for file in json.loads(index.read_text())["weight_map"].values()})
+        try:
+            files = sorted({folder / file for file in json.loads(index.read_text())["weight_map"].values()})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} is no index of tensors, with the files that hold them under the key weight_map: fetch it again") from error
     else:
         files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
     if not files:
