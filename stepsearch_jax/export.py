@@ -37,6 +37,7 @@ def export(config, workdir: pathlib.Path, folder: pathlib.Path, dtype: str, shar
 def main() -> None:
     """The command."""
     folder = flags.DEFINE_string("folder", None, "Folder to write; an earlier one is replaced", required=True)
+    flags.register_validator("folder", lambda path: "://" not in (path or ""), "it is written to a disk here; gcloud storage rsync brings it to a bucket")
     dtype = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16", "float16"], "Type of the written weights")
     shard_gib = flags.DEFINE_float("shard_gib", 4.0, "A larger model is written in several files of at most so many GiB", lower_bound=0.001)
     run_command(lambda config, workdir: export(config, workdir, pathlib.Path(folder.value), dtype.value, shard_gib.value))

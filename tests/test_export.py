@@ -1,4 +1,7 @@
 """A run's policy as a folder that others load: the parameters of its newest checkpoint, and a tokenizer that cuts texts as ours does."""
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -11,6 +14,13 @@ from stepsearch_jax.models.huggingface import open_checkpoint
 from stepsearch_jax.models.stored import load_policy
 from stepsearch_jax.run_folder import remember_config
 from stepsearch_jax.system import build_system
+
+
+def test_a_bucket_is_no_folder():
+    """Where pathlib would make a folder gs: here."""
+    command = [sys.executable, "-m", "stepsearch_jax.export", "--config=configs/atlas_quickstart.py", "--workdir=runs/none", "--folder=gs://bucket/model"]
+    done = subprocess.run(command, cwd=running.REPO, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("stepsearch_jax: flag --folder=gs://bucket/model: ") and done.stderr.count("\n") == 1, done.stderr
 
 
 def test_a_run_is_exported(tmp_path, tmp_path_factory):
