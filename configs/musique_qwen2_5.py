@@ -22,7 +22,8 @@ SIZES = {  # layers, width, query heads, kv heads, width of a head, hidden width
     "7b": (28, 3584, 28, 4, 128, 18944, False, 152064),
 }
 SLICES = {"v5e:4x4": 16, "v5e:8x8": 64, "v5p:2x2x4": 16, "v6e:4x4": 16}  # chips
-# Slices of heads, ffn and vocabulary, at most as many as there are kv heads; all other chips share out parameters, optimiser state and rows (fsdp).
+# Slices of heads, ffn and vocabulary, at most as many as there are kv heads; all other chips share out parameters, optimiser state and rows (fsdp). More of
+# them where the rows of a minibatch are fewer than those chips.
 TENSOR = {"0.5b": 1, "1.5b": 2, "3b": 2, "7b": 4}
 VARIANTS = ("0.5b", "1.5b", "3b", "7b", "3b,v5e:8x8", "3b,reference", "7b,reference,v6e:4x4")  # some that there are
 SMALLEST = {"0.5b": "v5e:4x4", "1.5b": "v5e:4x4", "3b": "v5e:4x4", "7b": "v5e:8x8"}
@@ -54,7 +55,8 @@ def get_config(argument: str = "3b") -> ml_collections.ConfigDict:
     c.prompt.tokenizer = m.checkpoint
 
     g = c.mesh
-    g.data, g.fsdp, g.tensor = 1, SLICES[place] // TENSOR[size], TENSOR[size]
+    g.tensor = max(TENSOR[size], SLICES[place] * c.rl.minibatches // c.rollout.questions)
+    g.data, g.fsdp = 1, SLICES[place] // g.tensor
 
     c.rollout.dtype = "bfloat16"
     c.rollout.slots = 0  # all 256 episodes at a time: reading the parameters for a token costs the same for 64 of them

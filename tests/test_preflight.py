@@ -9,8 +9,9 @@ import sys
 import jax
 import pytest
 import tiny_config
+from jax.sharding import AbstractMesh
 
-from configs import musique_qwen2_5
+from configs import base, musique_qwen2_5
 from stepsearch_jax import preflight
 from stepsearch_jax.budget import chips, programs, report, verdict
 from stepsearch_jax.budget.chips import GIB, Chip, describe_slice
@@ -18,10 +19,11 @@ from stepsearch_jax.budget.hlo import Rates
 from stepsearch_jax.budget.lengths import plan_rollout
 from stepsearch_jax.budget.programs import Compiled, Memory
 from stepsearch_jax.rollout.episode import RolloutSettings
-from stepsearch_jax.settings import describe_models
+from stepsearch_jax.settings import check_config, describe_models
+from stepsearch_jax.sharding import AXES
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
-CHIP = Chip(hbm=GIB, rates=Rates(1e9, 1e9, 1e9), accelerator="none", cores=1)
+CHIP = Chip(hbm=GIB, rates=Rates(1e9, 1e9, 1e9), accelerator="none", cores=1, axes=2)
 SETTINGS = RolloutSettings(max_turns=3, max_turn_tokens=4, context=40, max_prompt_tokens=10, max_observation_tokens=7, documents=1, top_k=0, top_p=1.0, slots=0,
                            flush_share=0.5, prefill_rows=2, prefill_tokens=4)
 
@@ -212,7 +214,7 @@ def test_exit_status_and_json(monkeypatch, tmp_path, capsys, figures, fits):
         preflight.preflight(make_config(), "v5e:2x2", str(tmp_path / "nowhere" / "figures.json"))
 
 
-@pytest.mark.parametrize("name", ["v4:2x2x1", "v5e", "v5e:4", "v5e:axb", ""])
+@pytest.mark.parametrize("name", ["v4:2x2x1", "v5e", "v5e:4", "v5e:axb", "", "v5e:4x4x4", "v6e:2x2x1", "v5p:4x4"])
 def test_unknown_slices_are_refused_with_those_that_work(name):
     with pytest.raises(ValueError, match=r"--topology=.* is not known: .*v5e, v5p, v6e.* such as v5e:4x4"):
         describe_slice(name)
@@ -275,6 +277,8 @@ def test_the_sizes_are_those_of_qwen2_5(size, billions):
     """Numbers of parameters as published."""
     for place, count in musique_qwen2_5.SLICES.items():
         config = musique_qwen2_5.get_config(f"{size},{place}")
+        for preset in base.VARIANTS:
+            check_config(chosen := musique_qwen2_5.get_config(f"{size},{place},{preset}"), AbstractMesh(tuple(chosen.mesh[axis] for axis in AXES), AXES))
         g = config.mesh
         assert g.data * g.fsdp * g.tensor == count and config.model.num_kv_heads % g.tensor == 0
     model, _ = describe_models(config, config.model.vocab_size)
