@@ -228,7 +228,7 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     n.coordinator = ""  # host:port of process 0; "" = one process, or what the platform announces (TPU pods)
     n.processes = 1  # number of processes; 0 = as the platform announces
     n.process_id = 0  # number of this process, from 0
-    n.heartbeat_s = 30  # a process silent for so long is given up, and the run ends
+    n.heartbeat_s = 20  # a process silent for so long is given up, and the run ends; where a search hangs, after search.timeout_s
 
     if preset == "reference":
         c.update_from_flattened_dict(REFERENCE)

@@ -1,4 +1,4 @@
-"""Writes a run's policy as a Hugging Face folder, which transformers and vLLM load.
+"""Writes a run's policy as a Hugging Face folder: transformers loads it, and vLLM reads folders of this form (not tried).
 
     python -m stepsearch_jax.export --config=configs/X.py[:arg] --workdir=DIR --folder=MODEL [--dtype=bfloat16] [--shard_gib=4] [--config.key=value …]
 

@@ -137,7 +137,7 @@ def _read_tensor(file: pathlib.Path, name: str) -> np.ndarray:
 
 def export_policy(folder: pathlib.Path, params, config: ModelConfig, *, dtype: str, shard_bytes: int, context: int, end_ids: Sequence[int], pad_id: int,
                   tokenizer_files: Mapping[str, bytes]) -> None:
-    """Writes a folder that transformers and vLLM load; an earlier one is replaced when the new one is complete. All processes call it, the first one writes.
+    """Writes a folder that transformers loads; an earlier one is replaced when the new one is complete. All processes call it, the first one writes.
 
     dtype: of the stored weights, "float32", "bfloat16" or "float16". shard_bytes: a larger model is written in several files with an index; the host holds
     one of them. context: the longest text that the model is said to read. end_ids: tokens that end a text. tokenizer_files: name -> content of what
