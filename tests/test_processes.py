@@ -143,7 +143,7 @@ def test_several_processes_train_as_one(tmp_path, tmp_path_factory):
     for run in (two, four, *later):
         difference = compare_changes(run.changes(), changes)
         print(f"{run.workdir.name}: parameters after three iterations, largest difference in shares of the leaf's largest change: {difference:.1e}")
-        assert difference < 1e-3
+        assert difference < 2e-4
         compare_figures(run.workdir, one.workdir)
 
 
