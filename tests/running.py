@@ -53,7 +53,7 @@ def make_searching_params(system: System, seed: int):
     params = jax.tree_util.tree_map_with_path(draw, nn.unbox(boxed))
     params["params"]["trunk"]["embedding"] *= 4.0  # tokens matter more than their neighbours: greedy decoding does not repeat itself
     tags = jnp.array([system.tokenizer.encode(tag)[0] for tag in ("<search>", "</search>")])
-    params["params"]["lm_head"] = params["params"]["lm_head"].at[tags].multiply(8.0)
+    params["params"]["lm_head"] = params["params"]["lm_head"].at[:, tags].multiply(8.0)
     return params
 
 

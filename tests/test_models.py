@@ -77,11 +77,11 @@ def test_policy_equals_numpy(changes):
     params = make_params(policy)
     assert ("lm_head" in params["params"]) == (not config.tie_embeddings)
     assert ("bias" in params["params"]["trunk"]["layers"]["q"]) == config.qkv_bias
-    table = np.asarray(params["params"]["trunk"]["embedding"] if config.tie_embeddings else params["params"]["lm_head"])
+    kernel = np.asarray(params["params"]["trunk"]["embedding"].T if config.tie_embeddings else params["params"]["lm_head"])
     logits = full_logits(policy, params, TOKENS)
     assert logits.dtype == jnp.float32
     for b in range(3):
-        expected = forward(config, params, TOKENS[b]) @ table.T
+        expected = forward(config, params, TOKENS[b]) @ kernel
         assert np.abs(expected).max() > 1
         np.testing.assert_allclose(logits[b], expected, atol=1e-4)
 

@@ -144,7 +144,7 @@ def test_partition_specs_follow_the_rules():
     boxed = tiny.make_boxes(Policy(tiny.CONFIG))
     specs = sharding.partition_specs(boxed, TRAIN_RULES)["params"]
     P = PartitionSpec
-    assert specs["trunk"]["embedding"] == specs["lm_head"] == P("tensor", "fsdp")
+    assert specs["trunk"]["embedding"] == P("tensor", "fsdp") and specs["lm_head"] == P("fsdp", "tensor")
     layers = specs["trunk"]["layers"]
     assert layers["q"]["kernel"] == layers["k"]["kernel"] == P(None, "fsdp", "tensor", None)  # [L, D, heads, H]
     assert layers["q"]["bias"] == P(None, "tensor", None)

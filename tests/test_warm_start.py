@@ -237,7 +237,7 @@ def test_the_start_is_given_kept_and_read_again(system, tmp_path):
 def test_a_run_begins_with_pretrained_weights(config, system, tmp_path):
     """Written with fewer rows than the tokenizer has tokens: the missing ones are the mean of the others, and the value model has the same trunk."""
     given, rows = jax.tree.map(np.asarray, running.make_searching_params(system, seed=1)), 320
-    kept = {"params": given["params"] | {"lm_head": given["params"]["lm_head"][:rows],
+    kept = {"params": given["params"] | {"lm_head": given["params"]["lm_head"][:, :rows],
                                          "trunk": given["params"]["trunk"] | {"embedding": given["params"]["trunk"]["embedding"][:rows]}}}
     export_policy(tmp_path / "model", kept, dataclasses.replace(system.learner_model, vocab_size=rows), dtype="float32", shard_bytes=1 << 20, context=384,
                   end_ids=(0,), pad_id=0, tokenizer_files={})
@@ -249,6 +249,9 @@ def test_a_run_begins_with_pretrained_weights(config, system, tmp_path):
     table = given["params"]["trunk"]["embedding"].copy()
     table[rows:] = table[:rows].mean(0)
     np.testing.assert_allclose(reference["params"]["trunk"]["embedding"], table, rtol=0, atol=1e-7)
+    output = given["params"]["lm_head"].copy()
+    output[:, rows:] = output[:, :rows].mean(1, keepdims=True)
+    np.testing.assert_allclose(reference["params"]["lm_head"], output, rtol=0, atol=1e-6)
     for params in (reference, state.policy.params, state.value.params):
         jax.tree.map(np.testing.assert_array_equal, params["params"]["trunk"]["layers"], given["params"]["trunk"]["layers"])
 

@@ -59,8 +59,8 @@ def draw_params(model, seed: int):
 def make_params(config: ModelConfig = CONFIG, seed: int = 0):
     """A policy that often writes tags."""
     params = jax.tree.map(jnp.asarray, draw_params(Policy(config), seed))
-    holder, name = (params["params"]["trunk"], "embedding") if config.tie_embeddings else (params["params"], "lm_head")
-    holder[name] = holder[name].at[1:5].multiply(1.3)
+    holder, name, tags = (params["params"]["trunk"], "embedding", np.s_[1:5]) if config.tie_embeddings else (params["params"], "lm_head", np.s_[:, 1:5])
+    holder[name] = holder[name].at[tags].multiply(1.3)
     return params
 
 

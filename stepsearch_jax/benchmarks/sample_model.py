@@ -29,7 +29,7 @@ def draw_params(model, seed: int):
         name, parent = path[-1].key, path[-2].key
         if name == "scale":
             return rng.normal(1, 0.1, leaf.shape).astype(np.float32)
-        fan_in = leaf.shape[-1]
+        fan_in = leaf.shape[0 if name == "lm_head" else -1]
         if name == "kernel":  # stacked by layer; those of attention's output have two axes of inputs
             fan_in = leaf.shape[1] * (leaf.shape[2] if parent == "o" else 1)
         return rng.normal(0, fan_in**-0.5, leaf.shape).astype(np.float32)

@@ -47,11 +47,15 @@ class StoredModel:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where one leaf of the policy stands in files. `inputs`: how many of a layer's axes a linear map reads; 0: a vector; None: a table over the vocabulary."""
+    """Where one leaf of the policy stands in files. `inputs`: how many of a layer's axes a linear map reads; 0: a vector; None: a table, kept as it is.
+
+    `vocabulary`: a row in the files is a token's, and there may be fewer of them than here.
+    """
 
     path: tuple[str, ...]
     name: str  # {} stands for the layer's number
     inputs: int | None
+    vocabulary: bool = False
 
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape in the files of a leaf (of one layer) with `shape` here."""
@@ -80,10 +84,10 @@ def list_places(config: ModelConfig) -> list[Place]:
     layers = [((ours, "scale"), f"{theirs}.weight", 0) for ours, theirs in norms.items()]
     layers += [((ours, "kernel"), f"{theirs}.weight", 2 if ours == "o" else 1) for ours, theirs in maps.items()]
     layers += [((ours, "bias"), f"{maps[ours]}.bias", 0) for ours in ("qkv" if config.qkv_bias else "")]
-    places = [Place(("trunk", "embedding"), "model.embed_tokens.weight", None)]
+    places = [Place(("trunk", "embedding"), "model.embed_tokens.weight", None, vocabulary=True)]
     places += [Place(("trunk", "layers", *path), f"model.layers.{{}}.{name}", inputs) for path, name, inputs in layers]
     places += [Place(("trunk", "final_norm", "scale"), "model.norm.weight", 0)]
-    return places if config.tie_embeddings else [*places, Place(("lm_head",), "lm_head.weight", None)]
+    return places if config.tie_embeddings else [*places, Place(("lm_head",), "lm_head.weight", 1, vocabulary=True)]
 
 
 def list_stored(place: Place, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -136,8 +140,8 @@ def _check_tensors(stored: StoredModel, config: ModelConfig, places: Sequence[Pl
             found = stored.tensors.get(name)
             if found is None:
                 faults.append(f"{name} {list(shape)} is missing")
-            elif found.shape != shape and (place.inputs is not None or found.shape != (stored.fields["vocab_size"], *shape[1:])):
-                rows = "at most " if place.inputs is None else ""
+            elif found.shape != shape and not (place.vocabulary and found.shape == (stored.fields["vocab_size"], *shape[1:])):
+                rows = "at most " if place.vocabulary else ""
                 faults.append(f"{name} in {found.file.name} should be {rows}{list(shape)} and is {list(found.shape)}")
     for name in sorted(stored.tensors.keys() - known):
         faults.append(f"{name} {list(stored.tensors[name].shape)} in {stored.tensors[name].file.name} is unexpected")
@@ -147,8 +151,9 @@ def _check_tensors(stored: StoredModel, config: ModelConfig, places: Sequence[Pl
 
 
 def _load_leaf(stored: StoredModel, config: ModelConfig, place: Place, leaf) -> jax.Array:
-    if place.inputs is None:
-        return _put(_read_table(stored, config, place, leaf.shape[0]), leaf.sharding, leaf.dtype)
+    if place.vocabulary:
+        table = _read_table(stored, config, place, place.stored_shape(leaf.shape)[0])
+        return _put(place.from_stored(table, leaf.shape), leaf.sharding, leaf.dtype)
     if "layers" not in place.path:
         return _put(place.from_stored(stored.tensors[place.name].read(), leaf.shape), leaf.sharding, leaf.dtype)
     sharding = leaf.sharding

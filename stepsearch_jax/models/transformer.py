@@ -355,8 +355,8 @@ class Policy(nn.Module):
         c = self.config
         self.trunk = Trunk(c)
         if not c.tie_embeddings:
-            init = nn.with_logical_partitioning(nn.initializers.normal(EMBEDDING_STD), ("vocab", "embed"))
-            self.lm_head = self.param("lm_head", init, (c.vocab_size, c.embed_dim), jnp.float32)
+            init = nn.with_logical_partitioning(nn.initializers.normal(EMBEDDING_STD), ("embed", "vocab"))
+            self.lm_head = self.param("lm_head", init, (c.embed_dim, c.vocab_size), jnp.float32)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Right-padded tokens [B, T] -> hidden [B, T, D]."""
@@ -375,9 +375,9 @@ class Policy(nn.Module):
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] -> float32 logits [..., V] (the local slice of V under `tensor_axis`)."""
-        table = self.trunk.embedding if self.config.tie_embeddings else self.lm_head
+        kernel = self.trunk.embedding.T if self.config.tie_embeddings else self.lm_head
         flat = hidden.reshape(-1, hidden.shape[-1])
-        logits = jnp.einsum("td,vd->tv", flat, table.astype(self.config.dtype), preferred_element_type=jnp.float32)
+        logits = jnp.dot(flat, kernel.astype(self.config.dtype), preferred_element_type=jnp.float32)
         return logits.reshape(*hidden.shape[:-1], -1)
 
     def init_all(self, tokens: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ def name_weights(weights: dict[str, np.ndarray], layers: int, tied: bool) -> dic
     """Our parameters (names joined by "/", layers stacked) by the names and shapes of a Hugging Face Qwen2 checkpoint, whose kernels are [out, in]."""
     trunk = "params/trunk/"
     found = {"model.embed_tokens.weight": weights[trunk + "embedding"], "model.norm.weight": weights[trunk + "final_norm/scale"]}
-    found["lm_head.weight"] = weights[trunk + "embedding"] if tied else weights["params/lm_head"]
+    found["lm_head.weight"] = weights[trunk + "embedding"] if tied else weights["params/lm_head"].T
     for layer in range(layers):
         own, prefix = {name: weights[f"{trunk}layers/{name}"][layer] for name in _LAYER}, f"model.layers.{layer}."
         embed = own["q/kernel"].shape[0]

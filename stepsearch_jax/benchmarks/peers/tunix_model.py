@@ -46,7 +46,7 @@ def load_model(job: dict, weights: dict[str, np.ndarray]):
     put(model.embedder.input_embedding, weights[trunk + "embedding"])
     put(model.final_norm.w, weights[trunk + "final_norm/scale"])
     if not m["tie_embeddings"]:
-        put(model.lm_head.w, weights["params/lm_head"].T)
+        put(model.lm_head.w, weights["params/lm_head"])
     for i, layer in enumerate(model.layers):
         own = lambda name: weights[f"{trunk}layers/{name}"][i]  # noqa: B023 - used before the next turn
         for name in "qkv":
