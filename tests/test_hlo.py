@@ -13,7 +13,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from stepsearch_jax import sharding
 from stepsearch_jax.models import transformer
-from stepsearch_jax.models.transformer import KVCache
 from stepsearch_jax.rollout.programs import make_rollout
 
 # One layer's K cache, 16 blocks x 8 x 2 x 32 x 32, has more elements than any other array of the program: whatever is as large holds a layer's keys or values.
@@ -108,14 +107,14 @@ def test_decode_loop_copies_no_layer():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("data,tensor", [(4, 1), (2, 2)])
-def test_decode_loop_copies_no_layer_on_tpus(monkeypatch, data, tensor):
-    """The same program compiled for four chips of a TPU v5e, in bfloat16, without a TPU."""
+@pytest.mark.parametrize("data,tensor,head_dim", [(4, 1, 32), (2, 2, 64), (4, 1, 128)])
+def test_no_loop_copies_a_layer_on_tpus(monkeypatch, data, tensor, head_dim):
+    """The same program compiled for four chips of a TPU v5e, in bfloat16, without a TPU: heads that fill less than their lanes, just as much, and more."""
     pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: pip install -r requirements-ci.txt")
     for name, value in TPU_ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
-    config = dataclasses.replace(CONFIG, dtype=jnp.bfloat16)
+    config = dataclasses.replace(CONFIG, head_dim=head_dim, dtype=jnp.bfloat16)
     here, shardings, _ = tiny.make_program("callback", (data, 1, tensor), settings=SETTINGS, config=config)
     arguments = tiny.rollout_arguments(tiny.make_prompts(ROWS * data), jax.random.key(0), 1.0, here, shardings, tiny.make_params(config))
     there = sharding.make_mesh(data, 1, tensor, devices=chips)
@@ -126,10 +125,13 @@ def test_decode_loop_copies_no_layer_on_tpus(monkeypatch, data, tensor):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(there, spec))
 
     computations = parse(rollout.lower(*jax.tree.map(describe, arguments)).compile().as_text())
-    cache = ("bf16", (*CACHE[1][:3], CONFIG.num_kv_heads // tensor, *CACHE[1][4:]))
+    lanes = max(128, CONFIG.num_kv_heads // tensor * head_dim)
+    cache = ("bf16", (*CACHE[1][:3], CONFIG.attention_block, lanes))
     loop, = find_innermost_loops(computations, cache, ACTION_MASK)
-    assert sum(i.opcode == "while" and i.carries(cache) for i in reach(computations, loop)) >= 2
-    assert find_copies(computations, loop, LAYER // tensor) == []
+    assert sum(i.opcode == "while" and i.carries(cache) for i in reach(computations, loop)) >= 2  # over layers, and in it over blocks of the cache
+    loops = [i for instructions in computations.values() for i in instructions if i.opcode == "while" and i.carries(cache)]
+    assert len(loops) > 4  # those of decoding and of both prefills, and the one around them
+    assert {i.name: copies for i in loops if (copies := find_copies(computations, i, math.prod(cache[1][1:])))} == {}
 
 
 def attend_whole_layer(q, cache, layer, rows, positions):
@@ -150,7 +152,7 @@ def write_by_mask(cache, k, v, layer, rows, positions):
     here = here.reshape(J, t, *here.shape[1:])
     mask = (jnp.arange(L) == layer)[:, None, None, None, None, None] & here.any((2, 3)).transpose(0, 2, 1)[None, :, :, None, :, None]
     build = lambda array, new: jnp.where(mask, jnp.einsum("jtbsB,bsgh->jBgth", here.astype(array.dtype), new)[None], array)
-    return KVCache(build(cache.k.swapaxes(-1, -2), k).swapaxes(-1, -2), build(cache.v, v))
+    return cache.replace(k=build(cache.k.swapaxes(-1, -2), k).swapaxes(-1, -2), v=build(cache.v, v))
 
 
 @pytest.mark.parametrize("name,fault", [("attend_cached", attend_whole_layer), ("_write", write_by_mask)])

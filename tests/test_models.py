@@ -3,6 +3,7 @@ import dataclasses
 import functools
 import math
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import tiny
 
 from stepsearch_jax.models import scoring, transformer
 from stepsearch_jax.models.transformer import ModelConfig, Policy, Value, make_cache
+from stepsearch_jax.sharding import make_mesh
 
 CONFIG = ModelConfig(vocab_size=22, num_layers=2, embed_dim=12, num_heads=6, num_kv_heads=2, head_dim=4, ffn_dim=20, rope_theta=1e4,
                      rope_scaling=None, norm_eps=1e-6, qkv_bias=True, qk_norm=False, tie_embeddings=False, dtype=jnp.float32, remat="none", attention_block=4)
@@ -178,10 +180,11 @@ def decode_everything(config: ModelConfig, params, tokens: np.ndarray, lengths: 
     return logits
 
 
+@pytest.mark.parametrize("by_token", [False, True])
 @pytest.mark.parametrize("block", [1, 4, 16])
-def test_cached_equals_whole(block):
-    """Whatever the size of the blocks in which the cache is read: smaller than a chunk, unequal to the context, larger than it."""
-    config = dataclasses.replace(CONFIG, attention_block=block)
+def test_cached_equals_whole(block, by_token):
+    """Whatever the layout of the cache and the size of the blocks in which it is read: smaller than a chunk, unequal to the context, larger than it."""
+    config = dataclasses.replace(CONFIG, attention_block=block, cache_by_token=by_token)
     policy, lengths = Policy(config), [10, 7, 5]
     params = make_params(policy)
     got = decode_everything(config, params, TOKENS, lengths)
@@ -190,14 +193,17 @@ def test_cached_equals_whole(block):
         np.testing.assert_allclose(got[b, :length], expected[b, :length], atol=1e-4)
 
 
-def test_padding_leaves_the_cache_alone():
-    policy = Policy(CONFIG)
-    cache = make_cache(CONFIG, 3, 10)
-    assert cache.v.shape == (2, 3, 3, 2, 4, 4) and cache.positions == 12  # 10 positions are 3 blocks of 4
+@pytest.mark.parametrize("by_token,shape,token_axes", [(False, (2, 3, 3, 2, 4, 4), {"k": 5, "v": 4}), (True, (2, 3, 3, 4, 128), {"k": 3, "v": 3})])
+def test_padding_leaves_the_cache_alone(by_token, shape, token_axes):
+    config = dataclasses.replace(CONFIG, cache_by_token=by_token)
+    policy = Policy(config)
+    cache = make_cache(config, 3, 10)
+    assert cache.v.shape == shape and cache.positions == 12  # 10 positions are 3 blocks of 4
     positions = np.array([[0, 1, 13, 14], [12, 13, 14, 15]], np.int32)
     _, cache = policy.apply(make_params(policy), TOKENS[:2, :4], positions, cache, np.array([1, 0]), method=Policy.extend)
-    for array, t in ((cache.k, 5), (cache.v, 4)):
-        written = np.moveaxis(np.asarray(array != 0), t, 5).any(axis=(0, 3, 4)).swapaxes(0, 1).reshape(3, 12)  # [B, J, t]
+    for name, t in token_axes.items():
+        array = np.moveaxis(np.asarray(getattr(cache, name)) != 0, t, 3)  # [L, J, B, t, ...]
+        written = array.any(axis=(0, *range(4, array.ndim))).swapaxes(0, 1).reshape(3, 12)
         assert np.argwhere(written).tolist() == [[1, 0], [1, 1]]
 
 
@@ -307,8 +313,13 @@ def test_remat_keeps_less():
     assert layers < 0.8 * dots < 0.8 * 0.8 * none
 
 
-def test_slices_of_a_model():
-    assert CONFIG.slice_for(1, "tensor") is CONFIG
-    half = CONFIG.slice_for(2, "tensor")
-    assert (half.num_heads, half.num_kv_heads, half.ffn_dim, half.vocab_size, half.tensor_axis) == (3, 1, 10, 11, "tensor")
-    assert (half.embed_dim, half.head_dim, half.num_layers) == (12, 4, 2)
+def test_slice_of_a_model():
+    config = CONFIG.place_on(make_mesh(1, 1, 2, devices=jax.devices()[:2]))
+    assert (config.num_heads, config.num_kv_heads, config.ffn_dim, config.vocab_size, config.tensor_axis) == (3, 1, 10, 11, "tensor")
+    assert (config.embed_dim, config.head_dim, config.num_layers, config.cache_by_token) == (12, 4, 2, False)
+    assert CONFIG.place_on(make_mesh(2, 1, 1, devices=jax.devices()[:2])) == CONFIG
+
+
+def test_tpus_keep_the_cache_by_token():
+    mesh = SimpleNamespace(shape={"tensor": 1}, devices=np.array([[[SimpleNamespace(platform="tpu")]]]))
+    assert CONFIG.place_on(mesh) == dataclasses.replace(CONFIG, cache_by_token=True)

@@ -102,7 +102,7 @@ def describe_parts(config: ml_collections.ConfigDict, mesh: Mesh) -> Parts:
     rollout_params, _ = learner.describe_params(Policy(rollout_model), mesh, dict(config.mesh.rollout_rules))
     rollout_copy = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, rollout_model.dtype, sharding=x.sharding), rollout_params)
     slots = (config.rollout.slots or config.rollout.questions * config.rollout.group_size) // sharding.row_shards(mesh)
-    cache = jax.eval_shape(lambda: make_cache(rollout_model.slice_for(mesh.shape["tensor"], "tensor"), slots, config.rollout.context))
+    cache = jax.eval_shape(lambda: make_cache(rollout_model.place_on(mesh), slots, config.rollout.context))
     return Parts(mesh, policy.params, policy.opt_state, value and value.params, value and value.opt_state, params, rollout_copy,
                  _place(describe_environment(config), mesh, PartitionSpec()), cache)
 

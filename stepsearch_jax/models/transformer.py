@@ -5,7 +5,7 @@ V vocabulary, L layers.
 
 The same modules run in two ways. Under `jit` with sharded arguments they are written as for one device (`tensor_axis=None`) and the compiler partitions them.
 Inside `shard_map`, which the sampling program needs, each device holds its slice of the heads, the ffn and the vocabulary: the config is then
-`config.slice_for(shards, axis)`, with local sizes, and the three places where slices meet sum over that axis by hand.
+`config.place_on(mesh)`, with local sizes, and the three places where slices meet sum over that axis by hand.
 """
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from stepsearch_jax.sharding import spread_rows
 
@@ -24,6 +25,7 @@ REMAT = {  # which intermediate results of a layer the backward pass finds again
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "layers": jax.checkpoint_policies.nothing_saveable,
 }
+TPU_LANES = 128  # elements along an array's last axis that a TPU keeps in one tile
 ATTENTION_QUERY_BLOCK = 512  # queries whose scores against all keys are held at once when learning
 
 
@@ -46,7 +48,8 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of a model; `tensor_axis` names the mesh axis over which this device holds a slice (None: everything)."""
+    """Sizes of a model, and how a device holds it, which `place_on` sets: `tensor_axis` names the mesh axis over which it holds a slice (None: everything),
+    `cache_by_token` is the layout of its `KVCache`."""
 
     vocab_size: int
     num_layers: int
@@ -65,25 +68,29 @@ class ModelConfig:
     remat: str  # what the backward pass computes again: "none", or a key of REMAT
     attention_block: int  # cache positions read at a time when sampling
     tensor_axis: str | None = None
+    cache_by_token: bool = False
 
-    def slice_for(self, shards: int, axis: str) -> ModelConfig:
-        """The config of one of `shards` equal slices, whose modules sum over mesh axis `axis`."""
-        if shards == 1:
-            return self
+    def place_on(self, mesh: Mesh) -> ModelConfig:
+        """The config of what one device of the mesh samples with: an equal slice over mesh axis `tensor`, whose modules sum over that axis."""
+        shards, by_token = mesh.shape["tensor"], mesh.devices.flat[0].platform == "tpu"
         return dataclasses.replace(
             self, vocab_size=self.vocab_size // shards, num_heads=self.num_heads // shards, num_kv_heads=self.num_kv_heads // shards,
-            ffn_dim=self.ffn_dim // shards, tensor_axis=axis)
+            ffn_dim=self.ffn_dim // shards, tensor_axis="tensor" if shards > 1 else None, cache_by_token=by_token)
 
 
 @flax.struct.dataclass
 class KVCache:
-    """Keys and values of all layers, in J blocks of t positions of all rows, so that a block lies in one piece of memory, as its matmul reads it.
+    """Keys and values of all layers, in J blocks of t positions of all rows, so that a block lies in one piece of memory.
 
-    Written by scatter at per-row positions, read block by block; always passed and returned.
+    Written by scatter at per-row positions, read block by block; always passed and returned. There are two layouts. As the matmuls of attention read a block:
+    on CPU a rollout takes a third longer with the other. By token, all heads in one piece, as they are written, filled up to whole lanes: for TPUs, where an
+    array lies in tiles over its last axes, and the compiler else copies the whole cache in each layer, from the layout of the write to that of the read.
     """
 
-    k: jax.Array  # [L, J, B, G, H, t]
-    v: jax.Array  # [L, J, B, G, t, H]
+    k: jax.Array  # [L, J, B, G, H, t], by token [L, J, B, t, G * H and more]
+    v: jax.Array  # [L, J, B, G, t, H], by token [L, J, B, t, G * H and more]
+    kv_heads: int = flax.struct.field(pytree_node=False)
+    by_token: bool = flax.struct.field(pytree_node=False)
 
     @property
     def rows(self) -> int:
@@ -92,14 +99,21 @@ class KVCache:
     @property
     def positions(self) -> int:
         """Of each row. A token at this position or a later one is not written."""
-        return self.v.shape[1] * self.v.shape[4]
+        return self.v.shape[1] * self.block
+
+    @property
+    def block(self) -> int:
+        """Positions of one block, t."""
+        return self.v.shape[3 if self.by_token else 4]
 
 
 def make_cache(config: ModelConfig, rows: int, context: int) -> KVCache:
     """An empty cache for `rows` sequences of up to `context` tokens (rounded up to whole attention blocks)."""
-    block = config.attention_block
-    shape = (config.num_layers, -(-context // block), rows, config.num_kv_heads)
-    return KVCache(jnp.zeros((*shape, config.head_dim, block), config.dtype), jnp.zeros((*shape, block, config.head_dim), config.dtype))
+    block, G, H = config.attention_block, config.num_kv_heads, config.head_dim
+    token = -(-G * H // TPU_LANES) * TPU_LANES
+    keys, values = [(block, token)] * 2 if config.cache_by_token else [(G, H, block), (G, block, H)]
+    blocks = (config.num_layers, -(-context // block), rows)
+    return KVCache(jnp.zeros((*blocks, *keys), config.dtype), jnp.zeros((*blocks, *values), config.dtype), G, config.cache_by_token)
 
 
 def rotary_frequencies(config: ModelConfig) -> jax.Array:
@@ -183,24 +197,27 @@ def attend_cached(q: jax.Array, cache: KVCache, layer: jax.Array, rows: jax.Arra
     -> [b, S, N, H]. Rows whose positions lie beyond the cache (idle) give finite garbage and do not lengthen the loop.
     """
     b, S, N, H = q.shape
-    G, block = cache.v.shape[3:5]
+    G, block, by_token = cache.kv_heads, cache.block, cache.by_token
     n = N // G
     q = (q * H**-0.5).reshape(b, S, G, n, H).transpose(0, 2, 3, 1, 4).reshape(b, G, n * S, H)
     live = jnp.max(jnp.where(positions < cache.positions, positions, 0)) + 1
 
-    def read(array: jax.Array, j: jax.Array) -> jax.Array:  # -> [b, G, H, block] or [b, G, block, H]
-        part = jax.lax.dynamic_slice(array, (layer, j, 0, 0, 0, 0), (1, 1, *array.shape[2:]))[0, 0]
-        return part if rows is None else part.at[rows].get(mode="clip")
+    def read(array: jax.Array, j: jax.Array) -> jax.Array:  # -> keys [b, G, H, block], values [b, G, block, H]; by token [b, block, G, H]
+        part = jax.lax.dynamic_slice(array, (layer, j, *[0] * (array.ndim - 2)), (1, 1, *array.shape[2:]))[0, 0]
+        part = part if rows is None else part.at[rows].get(mode="clip")
+        return part[..., : G * H].reshape(b, block, G, H) if by_token else part
+
+    keys, values = ("btgh", "btgh") if by_token else ("bght", "bgth")
 
     def step(j, carry):
         peak, total, out = carry  # [b, G, n, S], [b, G, n, S], [b, G, n, S, H]
-        scores = jnp.einsum("bgmh,bght->bgmt", q, read(cache.k, j), preferred_element_type=jnp.float32).reshape(b, G, n, S, block)
+        scores = jnp.einsum(f"bgmh,{keys}->bgmt", q, read(cache.k, j), preferred_element_type=jnp.float32).reshape(b, G, n, S, block)
         visible = (j * block + jnp.arange(block))[None, None] <= positions[:, :, None]  # [b, S, block]
         scores = jnp.where(visible[:, None, None], scores, -1e30)
         new_peak = jnp.maximum(peak, scores.max(-1))
         weights = jnp.exp(scores - new_peak[..., None])
         decay = jnp.exp(peak - new_peak)
-        update = jnp.einsum("bgmt,bgth->bgmh", weights.reshape(b, G, n * S, block).astype(cache.v.dtype), read(cache.v, j),
+        update = jnp.einsum(f"bgmt,{values}->bgmh", weights.reshape(b, G, n * S, block).astype(cache.v.dtype), read(cache.v, j),
                             preferred_element_type=jnp.float32).reshape(b, G, n, S, H)
         return new_peak, total * decay + weights.sum(-1), out * decay[..., None] + update
 
@@ -307,11 +324,19 @@ class Block(nn.Module):
 
 def _write(cache: KVCache, k: jax.Array, v: jax.Array, layer: jax.Array, rows: jax.Array, positions: jax.Array) -> KVCache:
     """Writes k, v [b, S, G, H] at layer, rows [b, 1] and positions [b, S]; positions beyond the cache are dropped."""
-    block = cache.v.shape[4]
-    j, t = positions // block, positions % block
-    at_keys, at_values = cache.k.at[layer, j, rows, :, :, t], cache.v.at[layer, j, rows, :, t]
-    write = lambda at, new: at.set(new.astype(cache.k.dtype), mode="drop", unique_indices=True)
-    return KVCache(write(at_keys, k), write(at_values, v))
+    j, t = positions // cache.block, positions % cache.block
+
+    def write(at, new: jax.Array) -> jax.Array:
+        return at.set(new.astype(cache.k.dtype), mode="drop", unique_indices=True)
+
+    if not cache.by_token:
+        return cache.replace(k=write(cache.k.at[layer, j, rows, :, :, t], k), v=write(cache.v.at[layer, j, rows, :, t], v))
+
+    def fill(new: jax.Array) -> jax.Array:  # [b, S, G, H] -> [b, S, whole lanes]
+        flat = new.reshape(*new.shape[:2], -1)
+        return jnp.pad(flat, ((0, 0), (0, 0), (0, cache.k.shape[4] - flat.shape[2])))
+
+    return cache.replace(k=write(cache.k.at[layer, j, rows, t], fill(k)), v=write(cache.v.at[layer, j, rows, t], fill(v)))
 
 
 class Trunk(nn.Module):

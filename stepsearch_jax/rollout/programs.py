@@ -39,7 +39,7 @@ def make_rollout(config: ModelConfig, settings: RolloutSettings, mesh: Mesh, par
             raise ValueError(f"mesh axis tensor={shards} does not divide the model's {name}={size}: choose config.mesh.tensor among its divisors")
     if settings.slots % row_shards(mesh):
         raise ValueError(f"config.rollout.slots={settings.slots} cannot be shared out among {row_shards(mesh)} mesh shards (mesh.data x mesh.fsdp)")
-    policy = Policy(config.slice_for(shards, "tensor"))
+    policy = Policy(config.place_on(mesh))
     make = {"callback": _make_callback_rollout, "host": _make_host_rollout}
     if mode not in make:
         raise ValueError(f"config.rollout.search is {mode!r}; it must be one of {', '.join(make)}")
@@ -51,10 +51,11 @@ def make_rollout_copy(config: ModelConfig, places):
     return jax.jit(lambda params: jax.tree.map(lambda x: x.astype(config.dtype), params), out_shardings=places)
 
 
-def _state_specs() -> EpisodeState:
-    cache = PartitionSpec(None, None, ("data", "fsdp"), "tensor")
+def _state_specs(config: ModelConfig) -> EpisodeState:
+    heads = (None, "tensor") if config.cache_by_token else ("tensor",)
+    cache = PartitionSpec(None, None, ("data", "fsdp"), *heads)
     rows = {name: ROWS for name in EpisodeState.__dataclass_fields__}
-    return EpisodeState(**(rows | {"cache": KVCache(cache, cache), "record": Record(*[ROWS] * len(Record.__dataclass_fields__))}))
+    return EpisodeState(**(rows | {"cache": KVCache(cache, cache, config.num_kv_heads, config.cache_by_token), "record": Record(*[ROWS] * len(Record.__dataclass_fields__))}))
 
 
 def _start(policy: Policy, settings: RolloutSettings, mesh: Mesh, params, environment, prompts: Prompts) -> EpisodeState:
@@ -90,7 +91,7 @@ def _make_callback_rollout(policy: Policy, settings: RolloutSettings, mesh: Mesh
 
         return jax.lax.while_loop(partial(episode.is_unfinished, prompts), turn, state)
 
-    sharded = _shard(mesh, run_shard, (param_specs, PartitionSpec(), ROWS, PartitionSpec(), PartitionSpec()), _state_specs())
+    sharded = _shard(mesh, run_shard, (param_specs, PartitionSpec(), ROWS, PartitionSpec(), PartitionSpec()), _state_specs(policy.config))
 
     @jax.jit
     def rollout(params, environment, prompts, group_ids, question_ids, key, temperature):
@@ -101,7 +102,7 @@ def _make_callback_rollout(policy: Policy, settings: RolloutSettings, mesh: Mesh
 
 
 def _make_host_rollout(policy: Policy, settings: RolloutSettings, mesh: Mesh, param_specs, search: Search):
-    states, none = _state_specs(), PartitionSpec()
+    states, none = _state_specs(policy.config), PartitionSpec()
     start_shards = _shard(mesh, partial(_start, policy, settings, mesh), (param_specs, none, ROWS), states)
     decode_shards = _shard(mesh, partial(episode.decode_until_wait, policy, settings), (param_specs, none, ROWS, none, none, states), states)
     absorb_shards = _shard(mesh, partial(episode.absorb, policy, settings), (param_specs, none, ROWS, ROWS, states), states)
