@@ -75,12 +75,16 @@ Question: {question}
 
 SHORT = " Question: {question}\n"
 
+# Two examples with answers of two kinds: after a single one, a year, a small model answered every question with a year.
 DIRECT = """\
 Answer the question at the end from what you know. Write the answer, a few words without explanation, between <answer> and </answer>.
 
-An example:
+Two examples:
 Question: In which year was the university founded at which the author of The Glass Orchard studied?
 <answer> 1824 </answer>
+
+Question: Who wrote the novel on which the film A Winter of Salt is based?
+<answer> Edda Marrow </answer>
 
 Question: {question}
 """
@@ -89,13 +93,20 @@ READ = """\
 Answer the question at the end with the help of the documents between <information> and </information>. Write the answer, a few words without explanation, \
 between <answer> and </answer>.
 
-An example:
+Two examples:
 Question: In which year was the university founded at which the author of The Glass Orchard studied?
 <information>
  Doc 1 <## Title: The Glass Orchard ##> The Glass Orchard is a novel by Miriam Aldous, who read history at the University of Veldmark.
  Doc 2 <## Title: University of Veldmark ##> The University of Veldmark is a public university. It was founded in 1824.
 </information>
 <answer> 1824 </answer>
+
+Question: Who wrote the novel on which the film A Winter of Salt is based?
+<information>
+ Doc 1 <## Title: A Winter of Salt ##> A Winter of Salt is a drama film of 1987. It follows the novel The Salt Road.
+ Doc 2 <## Title: The Salt Road ##> The Salt Road is a novel by Edda Marrow about three sisters on a journey.
+</information>
+<answer> Edda Marrow </answer>
 
 Question: {question}
 """
