@@ -47,7 +47,10 @@ def make_searching_params(system: System, seed: int):
     rng, scale = np.random.default_rng(seed), system.learner_model.embed_dim**-0.5
 
     def draw(path, leaf):
-        return jnp.ones(leaf.shape) if path[-1].key == "scale" else jnp.asarray(rng.normal(scale=scale, size=leaf.shape), leaf.dtype)
+        if path[-1].key == "scale":
+            return jnp.ones(leaf.shape)
+        drawn = rng.normal(scale=scale, size=leaf.shape[::-1]).T if path[-1].key == "lm_head" else rng.normal(scale=scale, size=leaf.shape)
+        return jnp.asarray(drawn, leaf.dtype)
 
     boxed = jax.eval_shape(lambda: Policy(system.learner_model).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32), method=Policy.init_all))
     params = jax.tree_util.tree_map_with_path(draw, nn.unbox(boxed))

@@ -14,8 +14,9 @@ def test_work_by_hand():
     # Three rows at context 10. FLOPs: 2 * 3 * (264 + 28) = 1752; attention, queries with keys and weights with values, 4 * 3 * 2 layers * 6 * 10 = 1440.
     # Bytes: 4 each of 292 parameters and of keys and values of 2 layers * 3 rows * 10 positions * 3 = 180, twice.
     assert roofline.decode_step(TINY, 3, 10) == roofline.Work(1752 + 1440, 4 * (292 + 360))
-    # Two rows read 3 tokens up to context 5. FLOPs: 2 * 2 * 3 * 264 = 3168; attention over 3 + 4 + 5 positions: 4 * 2 * 12 * 12 = 1152.
-    assert roofline.prefill(TINY, 2, 3, 5) == roofline.Work(3168 + 1152, 4 * (264 + 2 * 2 * 5 * 2 * 3))
+    # Two rows read 3 tokens up to context 5: all of the first layer, k and v of the last, 132 + 24 parameters. FLOPs: 2 * 2 * 3 * 156 = 1872; attention of
+    # one layer over 3 + 4 + 5 positions: 4 * 2 * 6 * 12 = 576.
+    assert roofline.prefill(TINY, 2, 3, 5) == roofline.Work(1872 + 576, 4 * (156 + 2 * 2 * 5 * 3))
     # Two rows of 3 tokens: forward 2 * 6 * 292 = 3504 and attention over 1 + 2 + 3 positions, 4 * 2 * 12 * 6 = 576; backward twice as much.
     assert roofline.update_flops(TINY, 2, 3, unembeds=True) == 3 * (3504 + 576)
     assert roofline.update_flops(TINY, 2, 3, unembeds=False) == 3 * (2 * 6 * 264 + 576)
@@ -27,13 +28,16 @@ def test_the_floor_adds_the_worse_of_arithmetic_and_memory():
 
 
 def test_a_case_works_through_every_token_once():
-    """Against a loop over the positions of an episode: all are fed but the very last token, each sees those before it and itself; logits at sampled ones."""
+    """Against a loop over the positions of an episode: all are fed but the very last token, each sees those before it and itself; logits, and the last of the
+    two layers' 108 parameters beyond k and v and its attention, where a token is sampled next."""
     case = rollout.Case(episodes=3, prompt=5, turns=3, turn_tokens=(4,), observation=6, slots=0, **rollout.CONFIGURED)
     prefills, steps = rollout.list_work(TINY, case)
     assert len(prefills) == 3 and len(steps) == 12
+    sampled_positions = {start + i for start in (5, 15, 25) for i in range(4)}  # behind the prompt of 5, and behind 4 sampled and 6 observed tokens
     flops = 0
     for position in range(case.context - 1):
-        flops += 3 * (2 * 264 + 4 * 12 * (position + 1))
+        sampled = position + 1 in sampled_positions
+        flops += 3 * (2 * (156 + 108 * sampled) + 4 * 6 * (1 + sampled) * (position + 1))
     flops += 3 * 12 * 2 * 28
     assert sum(work.flops for work in prefills + steps) == flops
 

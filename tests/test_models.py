@@ -193,6 +193,35 @@ def test_cached_equals_whole(block, by_token):
         np.testing.assert_allclose(got[b, :length], expected[b, :length], atol=1e-4)
 
 
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_reading_fills_the_cache_as_extending_does(qk_norm):
+    config = dataclasses.replace(CONFIG, qk_norm=qk_norm)
+    policy, rows, positions = Policy(config), np.array([2, 0]), np.array([[0, 1, 2, 3], [0, 1, 2, 99]], np.int32)
+    params, caches = make_params(policy), {}
+    for method in (Policy.extend, Policy.read):
+        made = policy.apply(params, TOKENS[:2, :4], positions, make_cache(config, 3, 10), rows, method=method)
+        caches[method] = made[1] if method is Policy.extend else made
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), caches[Policy.read], caches[Policy.extend])
+    assert (np.asarray(caches[Policy.read].k) != 0).any(axis=(1, 2, 3, 4, 5)).all()  # of each layer
+
+
+def test_reading_leaves_out_the_last_layers_results(monkeypatch):
+    attend, ran = transformer.attend_cached, []
+
+    def attend_and_tell(q, cache, layer, rows, positions):
+        jax.debug.callback(lambda layer: ran.append(int(layer)), layer)
+        return attend(q, cache, layer, rows, positions)
+
+    monkeypatch.setattr(transformer, "attend_cached", attend_and_tell)
+    policy, positions = Policy(CONFIG), np.tile(np.arange(4, dtype=np.int32), (2, 1))
+    for method, expected in ((Policy.extend, [0, 1]), (Policy.read, [0])):
+        ran.clear()
+        run = jax.jit(lambda params, cache: policy.apply(params, TOKENS[:2, :4], positions, cache, None, method=method))
+        run(make_params(policy), make_cache(CONFIG, 2, 4))
+        jax.effects_barrier()
+        assert sorted(ran) == expected
+
+
 @pytest.mark.parametrize("by_token,shape,token_axes", [(False, (2, 3, 3, 2, 4, 4), {"k": 5, "v": 4}), (True, (2, 3, 3, 4, 128), {"k": 3, "v": 3})])
 def test_padding_leaves_the_cache_alone(by_token, shape, token_axes):
     config = dataclasses.replace(CONFIG, cache_by_token=by_token)

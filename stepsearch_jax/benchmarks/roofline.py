@@ -1,10 +1,11 @@
 """What this machine can do at best: measured copy bandwidth and matmul rates, and from them the least time that decoding, prefilling and an update need.
 
-With N matmul parameters of the layers, V D of the output table, L layers, N_q query heads of width H, G kv heads, b bytes a number, r rows at context t:
+With N matmul parameters of the layers, V D of the output table, L layers, N_q query heads of width H, G kv heads, b bytes a number, r rows at context t; and
+N' as N with the last layer's matmuls for keys and values only, since nothing is sampled from what a prefill reads:
 
     a decode step   FLOPs = 2 r (N + V D) + 4 r L N_q H t      bytes = b (N + V D + 2 r t L G H)
     a prefill of r rows x s tokens up to context t
-                    FLOPs = 2 r s N + 4 r L N_q H sum(t - s + 1 .. t)      bytes = b (N + 2 r t L G H)
+                    FLOPs = 2 r s N' + 4 r (L - 1) N_q H sum(t - s + 1 .. t)      bytes = b (N' + 2 r t (L - 1) G H)
     floor           = sum over steps of max(FLOPs / matmul rate, bytes / copy bandwidth)
     an update of n tokens in rows of length T, forward and backward, nothing recomputed
                     FLOPs = 3 (2 n (N + V D) + 4 n L N_q H (T + 1) / 2), without V D for a value model
@@ -60,10 +61,12 @@ def decode_step(c: ModelConfig, rows: int, context: int) -> Work:
 
 
 def prefill(c: ModelConfig, rows: int, tokens: int, context: int) -> Work:
-    """`tokens` tokens of each of `rows` episodes, which then hold `context`."""
-    parameters, wide = count_layer_parameters(c), c.num_layers * c.num_heads * c.head_dim
+    """`tokens` tokens of each of `rows` episodes, which then hold `context`. The last layer's queries, attention and ffn are left out."""
+    attending = dataclasses.replace(c, num_layers=c.num_layers - 1)
+    parameters = count_layer_parameters(attending) + 2 * c.embed_dim * c.num_kv_heads * c.head_dim
+    wide = attending.num_layers * c.num_heads * c.head_dim
     seen = sum(range(context - tokens + 1, context + 1))
-    live = 2 * rows * context * c.num_layers * c.num_kv_heads * c.head_dim
+    live = 2 * rows * context * attending.num_layers * c.num_kv_heads * c.head_dim
     return Work(2 * rows * tokens * parameters + 4 * rows * wide * seen, jnp.dtype(c.dtype).itemsize * (parameters + live))
 
 
@@ -88,7 +91,7 @@ def measure_matmuls(c: ModelConfig, rows: int, *, unembeds: bool) -> float:
     draw = lambda *shape: jax.random.normal(next(keys), shape, c.dtype) * shape[-2] ** -0.5
     shapes = dict(q=(D, Q), k=(D, K), v=(D, K), o=(Q, D), gate=(D, F), up=(D, F), down=(F, D))
     layers = {name: draw(c.num_layers, *shape) for name, shape in shapes.items()}
-    table = draw(c.vocab_size, D) if unembeds else None
+    table = draw(*((c.vocab_size, D) if c.tie_embeddings else (D, c.vocab_size))) if unembeds else None
 
     @jax.jit
     def run(x, layers, table):
@@ -98,7 +101,7 @@ def measure_matmuls(c: ModelConfig, rows: int, *, unembeds: bool) -> float:
             return (x @ w["gate"] + x @ w["up"]) @ w["down"], None
 
         x = jax.lax.scan(layer, x, layers)[0]
-        return x if table is None else jnp.einsum("rd,vd->rv", x, table)
+        return x if table is None else x @ (table.T if c.tie_embeddings else table)
 
     flops = 2 * rows * (count_layer_parameters(c) + (c.vocab_size * D if unembeds else 0))
     return flops / _best_seconds(run, draw(rows, D), layers, table)

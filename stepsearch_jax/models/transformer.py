@@ -294,31 +294,37 @@ class Block(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, carry, layer, positions, rows, branches):
-        """carry: (x [b, S, D], KVCache or None); layer: []; positions: [b, S]; rows: [b] or None -> (carry, None), as `nn.scan` wants it."""
+    def __call__(self, carry, layer, positions, rows, branches, unread):
+        """carry: (x [b, S, D], KVCache or None); layer: []; positions: [b, S]; rows: [b] or None; unread: [], a layer of whose results only its keys and values
+        in the cache are wanted, or None -> (carry, None), as `nn.scan` wants it."""
         c = self.config
         x, cache = carry
         x = spread_rows(x)
         D, N, G, H, F = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim, c.ffn_dim
         residual = 0.5 / c.num_layers  # 2 L of these add up on the residual stream (GPT-2's initialisation)
         h = RMSNorm(c, name="attention_norm")(x)
-        q = Projection(c, (D,), (N, H), ("embed", "heads", "head_dim"), bias=c.qkv_bias, name="q")(h)  # [b, S, N, H]
         k = Projection(c, (D,), (G, H), ("embed", "kv_heads", "head_dim"), bias=c.qkv_bias, name="k")(h)  # [b, S, G, H]
         v = Projection(c, (D,), (G, H), ("embed", "kv_heads", "head_dim"), bias=c.qkv_bias, name="v")(h)
         if c.qk_norm:
-            q, k = RMSNorm(c, name="q_norm")(q), RMSNorm(c, name="k_norm")(k)
-        q, k = rotate(q, positions, c), rotate(k, positions, c)
-        if cache is None:
-            attended = attend_causal(q, k, v, branches)
-        else:
+            k = RMSNorm(c, name="k_norm")(k)
+        k = rotate(k, positions, c)
+        if cache is not None:
             index = (jnp.arange(cache.rows) if rows is None else rows)[:, None]  # [b, 1]
             cache = _write(cache, k, v, layer, index, positions)
-            attended = attend_cached(q, cache, layer, rows, positions)
-        x = x + Projection(c, (N, H), (D,), ("heads", "head_dim", "embed"), partial_sum=True, scale=residual, name="o")(attended)
-        h = RMSNorm(c, name="ffn_norm")(x)
-        gate = Projection(c, (D,), (F,), ("embed", "ffn"), name="gate")(h)  # [b, S, F]
-        up = Projection(c, (D,), (F,), ("embed", "ffn"), name="up")(h)
-        x = x + Projection(c, (F,), (D,), ("ffn", "embed"), partial_sum=True, scale=residual, name="down")(nn.silu(gate) * up)
+
+        def add_results(block: Block, x: jax.Array) -> jax.Array:
+            q = Projection(c, (D,), (N, H), ("embed", "heads", "head_dim"), bias=c.qkv_bias, name="q")(h)  # [b, S, N, H]
+            if c.qk_norm:
+                q = RMSNorm(c, name="q_norm")(q)
+            q = rotate(q, positions, c)
+            attended = attend_causal(q, k, v, branches) if cache is None else attend_cached(q, cache, layer, rows, positions)
+            x = x + Projection(c, (N, H), (D,), ("heads", "head_dim", "embed"), partial_sum=True, scale=residual, name="o")(attended)
+            normed = RMSNorm(c, name="ffn_norm")(x)
+            gate = Projection(c, (D,), (F,), ("embed", "ffn"), name="gate")(normed)  # [b, S, F]
+            up = Projection(c, (D,), (F,), ("embed", "ffn"), name="up")(normed)
+            return x + Projection(c, (F,), (D,), ("ffn", "embed"), partial_sum=True, scale=residual, name="down")(nn.silu(gate) * up)
+
+        x = add_results(self, x) if unread is None else nn.cond(layer == unread, lambda block, x: x, add_results, self, x)
         return (spread_rows(x), cache), None
 
 
@@ -350,7 +356,7 @@ class Trunk(nn.Module):
         self.embedding = self.param("embedding", init, (c.vocab_size, c.embed_dim), jnp.float32)
         block = Block if c.remat == "none" else nn.remat(Block, prevent_cse=False, policy=REMAT[c.remat])
         self.layers = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.num_layers,
-                              in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast), metadata_params={nn.PARTITION_NAME: "layers"})(c)
+                              in_axes=(0, *[nn.broadcast] * 4), metadata_params={nn.PARTITION_NAME: "layers"})(c)
         self.final_norm = RMSNorm(c)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
@@ -363,11 +369,11 @@ class Trunk(nn.Module):
         mine = (local >= 0) & (local < c.vocab_size)
         return _sum_slices(jnp.where(mine[..., None], table[jnp.clip(local, 0, c.vocab_size - 1)], 0), c)
 
-    def __call__(self, tokens, positions=None, cache=None, rows=None, branches=None):
+    def __call__(self, tokens, positions=None, cache=None, rows=None, branches=None, unread=None):
         """tokens [b, S] -> (hidden [b, S, D], cache). Without positions: whole sequences from position 0."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        (x, cache), _ = self.layers((spread_rows(self.embed(tokens)), cache), jnp.arange(self.config.num_layers), positions, rows, branches)
+        (x, cache), _ = self.layers((spread_rows(self.embed(tokens)), cache), jnp.arange(self.config.num_layers), positions, rows, branches, unread)
         return self.final_norm(x), cache
 
 
@@ -397,6 +403,10 @@ class Policy(nn.Module):
         A position beyond the cache marks padding: it is not written, and its hidden state means nothing.
         """
         return self.trunk(tokens, positions, cache, rows)
+
+    def read(self, tokens: jax.Array, positions: jax.Array, cache: KVCache, rows: jax.Array | None) -> KVCache:
+        """`extend` for tokens after which nothing is to be sampled: of the last layer only the keys and values are computed."""
+        return self.trunk(tokens, positions, cache, rows, unread=jnp.int32(self.config.num_layers - 1))[1]
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] -> float32 logits [..., V] (the local slice of V under `tensor_axis`)."""

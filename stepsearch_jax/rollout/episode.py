@@ -189,7 +189,7 @@ def _prefill(policy: Policy, settings: RolloutSettings, params, state: EpisodeSt
         index = first.at[slots].get(mode="clip")[:, None] + offsets  # [group, width]
         chunk = state.record.tokens.at[state.episode.at[slots].get(mode="clip")[:, None], jnp.minimum(index, T - 1)].get(mode="clip")
         positions = jnp.where(offsets < due[:, None], index, beyond)
-        _, cache = policy.apply(params, chunk, positions, cache, slots, method=Policy.extend)
+        cache = policy.apply(params, chunk, positions, cache, slots, method=Policy.read)
         more = offset + width < due[0]  # the first of the group is its longest
         return jnp.where(more, done, done + group), jnp.where(more, offset + width, 0), cache
 

@@ -55,7 +55,8 @@ def _state_specs(config: ModelConfig) -> EpisodeState:
     heads = (None, "tensor") if config.cache_by_token else ("tensor",)
     cache = PartitionSpec(None, None, ("data", "fsdp"), *heads)
     rows = {name: ROWS for name in EpisodeState.__dataclass_fields__}
-    return EpisodeState(**(rows | {"cache": KVCache(cache, cache, config.num_kv_heads, config.cache_by_token), "record": Record(*[ROWS] * len(Record.__dataclass_fields__))}))
+    cache = KVCache(cache, cache, config.num_kv_heads, config.cache_by_token)
+    return EpisodeState(**(rows | {"cache": cache, "record": Record(*[ROWS] * len(Record.__dataclass_fields__))}))
 
 
 def _start(policy: Policy, settings: RolloutSettings, mesh: Mesh, params, environment, prompts: Prompts) -> EpisodeState:
