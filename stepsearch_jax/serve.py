@@ -20,6 +20,7 @@ import dataclasses
 import json
 import logging
 import pathlib
+import socket
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +39,8 @@ from stepsearch_jax.search.bm25 import load_index
 from stepsearch_jax.search.remote import render_contents
 
 logger = logging.getLogger("stepsearch_jax")
+
+BACKLOG = 2048  # connections that may wait to be accepted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,6 +217,19 @@ def open_engine(options: argparse.Namespace, rest: Sequence[str], parser: argpar
     return Engine(index.search, source.documents, index.describe)
 
 
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that takes connections. Raises OSError, with the address, where that is not possible."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+        return listener
+    except OSError as error:
+        raise OSError(f"cannot listen at {host}:{port} ({error}); choose another --host or --port") from error
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Serves until it is stopped. What a user can mend ends it with one line (SystemExit)."""
     parser = argparse.ArgumentParser("python -m stepsearch_jax.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -237,12 +253,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not 1 <= options.port < 1 << 16:
             raise ValueError(f"--port={options.port} must lie in 1 to 65535")
         engine = open_engine(options, rest, parser)
+        listener = listen(options.host, options.port)
     except (ValueError, OSError) as error:
         raise SystemExit(f"stepsearch_jax: {error}") from error
     print(f"serving {len(engine.documents)} documents at http://{options.host}:{options.port}", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
-        uvicorn.run(make_app(engine, options.topk, limits), host=options.host, port=options.port, log_level="warning", access_log=False,
-                    timeout_graceful_shutdown=5, http=make_protocol(limits.transfer_seconds))
+        settings = uvicorn.Config(make_app(engine, options.topk, limits), log_level="warning", access_log=False, timeout_graceful_shutdown=5,
+                                  http=make_protocol(limits.transfer_seconds))
+        uvicorn.Server(settings).run([listener])
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Search keys: rules, votes, rows there and back, a language model's endpoint that is slow, fails and talks nonsense, and runs that are killed."""
 import collections
+import contextlib
 import http.server
 import json
 import math
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ from test_datasets import REPO, write_rows
 from stepsearch_jax import prepare
 from stepsearch_jax.data.loading import OFFICIAL
 from stepsearch_jax.data.official import read_files
-from stepsearch_jax.preparation.chat import ChatSettings, ChatWriter, read_answer
+from stepsearch_jax.preparation.chat import MAX_ANSWER_BYTES, MAX_REFUSED, ChatSettings, ChatWriter, read_answer
 from stepsearch_jax.preparation.engines import Engine, count_votes, is_kept, search_all
 from stepsearch_jax.preparation.keys import list_hops, make_row, measure_votes
 from stepsearch_jax.preparation.rules import write_queries
@@ -303,6 +305,56 @@ def test_refusal_and_lasting_failure_end_the_run_and_keep_what_came(tmp_path):
         write_with(endpoint, tmp_path / "t", [("x", ())], retries=2)
     with Endpoint(lambda question, count: (200, complete("q"), {}), delay=1.0) as endpoint, pytest.raises(OSError, match="with ReadTimeout: .*timed out"):
         write_with(endpoint, tmp_path / "u", [("x", ())], retries=0, timeout=0.2)
+
+
+def test_a_question_that_is_refused_alone_gets_no_query(tmp_path):
+    """A content filter says 400 to one question, the first of all, again and again; an endpoint that says so to all of them ends the run."""
+    def filter_one(question, count):
+        return (400, "filtered", {}) if question == "bad" else (200, complete("q"), {})
+
+    with Endpoint(filter_one) as endpoint:
+        for known in (0, 2):
+            assert write_with(endpoint, tmp_path / "s", [("bad", ()), ("good", ()), ("fine", ())], concurrency=1) == [[], ["q"], ["q"]]
+            assert endpoint.asked.total() == 3 + known // 2  # what was received is not asked for again, what was refused is, once
+    for many in (1, 40):
+        with Endpoint(lambda question, count: (400, "no such field", {})) as endpoint:
+            with pytest.raises(ValueError, match="refuses a request with status 400: 'no such field'; check --url"):
+                write_with(endpoint, tmp_path / "t", [(f"x{i}", ()) for i in range(many)], concurrency=1)
+            assert min(many, MAX_REFUSED) <= endpoint.asked.total() <= min(many, MAX_REFUSED + 1)  # one may be on its way
+
+
+def test_an_answer_without_end_is_a_failure(tmp_path):
+    """A byte now and then, or more than any answer has."""
+    def serve(write):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(handler):
+                handler.rfile.read(int(handler.headers["Content-Length"]))
+                handler.send_response(200)
+                handler.end_headers()
+                with contextlib.suppress(OSError):
+                    write(handler.wfile)
+
+            def log_message(handler, *arguments):
+                pass
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return server
+
+    def dribble(file):
+        for _ in range(100):
+            file.write(b" ")
+            time.sleep(0.05)
+
+    for write, told in ((dribble, "did not come to an end in time"), (lambda file: file.write(b" " * (MAX_ANSWER_BYTES + 1)), "is longer than")):
+        server = serve(write)
+        try:
+            endpoint = SimpleNamespace(url=f"http://127.0.0.1:{server.server_port}/v1")
+            with pytest.raises(OSError, match=f"failed 1 times for one request, at last with HTTPError: the answer {told}"):
+                write_with(endpoint, tmp_path / "s", [("x", ())], retries=0, timeout=0.5)
+        finally:
+            server.shutdown()
+            server.server_close()
 
 
 def test_a_long_pause_or_another_place_ends_the_run(tmp_path):

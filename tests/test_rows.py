@@ -52,6 +52,8 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, name, kind, places):
 
 @pytest.mark.parametrize("name, content, message", [
     ("rows.jsonl", b'{"a": 1}\n\n{"a": }\n', "line 3: not JSON"),
+    ("rows.jsonl", b'{"a": "\\ud83d\\ude00"}\n{"a": [{"b": "c \\ud83d d"}]}\n', "line 2: '.ud83d' is half of a surrogate pair"),
+    ("rows.json", b'[{"a": 1},\n {"a": "\\uDC00"}]', "line 2: '.udc00' is half of a surrogate pair"),
     ("rows.jsonl", b'{"a": 1}\n7\n', "line 2: a JSON object is needed, not int"),
     ("rows.json", b'[{"a": 1},\n {"a": }]', "line 2: not JSON"),
     ("rows.json", b'[{"a": 1}\n {"a": 2}]', "line 1: not JSON .a comma"),

@@ -229,6 +229,15 @@ def test_mistakes_on_the_command_line_are_named(flags, message):
         serve.main(flags)
 
 
+def test_a_port_that_is_taken_is_named_before_anything_is_served(tmp_path, capsys):
+    index_files([write_corpus(tmp_path / "corpus.jsonl", draw_documents(9, 1))], tmp_path / "index", 1.2, 0.75)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(SystemExit, match=f"cannot listen at 127.0.0.1:{port} .*in use.*choose another --host or --port"):
+            serve.main([f"--index={tmp_path / 'index'}", f"--port={port}"])
+    assert "serving" not in capsys.readouterr().out
+
+
 def test_a_config_is_served_too(tmp_path, tmp_path_factory):
     """The data set of a config, without a policy."""
     import argparse

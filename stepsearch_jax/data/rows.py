@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import pathlib
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
 _DECODER = json.JSONDecoder()
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")  # an escape that is half of a surrogate pair
 
 
 class Row:
@@ -149,9 +151,11 @@ def _read_lines(path: pathlib.Path, lines) -> Iterator[tuple[str, object]]:
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                yield f"line {number}", json.loads(line)
+                value = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+            _check_pairs(path, number, line, value)
+            yield f"line {number}", value
 
 
 def _read_array(path: pathlib.Path, text: str) -> Iterator[tuple[str, object]]:
@@ -163,12 +167,22 @@ def _read_array(path: pathlib.Path, text: str) -> Iterator[tuple[str, object]]:
             value, position = _DECODER.raw_decode(text, position)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {error.lineno}: not JSON ({error})") from None
+        _check_pairs(path, line, text[counted:position], value)
         yield f"line {line}", value
         position = _skip(text, position)
         if text[position:position + 1] == ",":
             position = _skip(text, position + 1)
         elif text[position:position + 1] != "]":
             raise ValueError(f"{path}, line {line}: not JSON (a comma or the end of the array is missing behind this row)")
+
+
+def _check_pairs(path: pathlib.Path, line: int, raw: str, value: object) -> None:
+    """Half of a surrogate pair, which JSON can name alone, is no text: no file that is made of the row could hold it."""
+    if _HALF.search(raw):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{path}, line {line}: {error.object[error.start]!r} is half of a surrogate pair, not text; remove it") from None
 
 
 def _skip(text: str, position: int) -> int:

@@ -9,6 +9,7 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import json
+import logging
 import random
 import re
 import threading
@@ -21,8 +22,13 @@ from tqdm import tqdm
 
 from stepsearch_jax.preparation.store import Store
 
+logger = logging.getLogger("stepsearch_jax")
+
 MAX_QUERY = 300  # characters; a longer line is no query
+MAX_ANSWER_BYTES = 1 << 22
+MAX_REFUSED = 5  # sub-questions that an endpoint may refuse before it has taken one
 MAX_PAUSE_S = 600.0  # an endpoint that asks for a longer one ends the run
+_OF_ONE_REQUEST = (400, 413, 422)  # statuses that may be about one question; the others are about address, key or model
 _SYSTEM = "You write queries for a search engine over encyclopedia passages. Answer with the queries alone, one a line, without numbers or quotation marks."
 _TASK = ("Write {count} different search queries, each of which should find the passage that answers the question. Vary the wording: keywords, entity and "
          "relation, a full question. Name every entity in each query.\n\nQuestion: {question}")
@@ -33,8 +39,9 @@ _MARK = re.compile(r"^\s*(?:[-*•]|\(?\d{1,2}[.):])\s*")
 @dataclasses.dataclass(frozen=True)
 class ChatSettings:
     """url: the endpoint's base ("https://host/v1"), model, key ("": the endpoint needs none), temperature: as the endpoint takes them. count: queries of a
-    request. concurrency: requests at a time. rate: requests a minute, repeated ones included. timeout: seconds. attempts: requests for a sub-question whose
-    answers hold no query. retries: how often a request that failed (429, 5xx, no answer in time) is sent again. backoff: seconds before the first of these."""
+    request. concurrency: requests at a time. rate: requests a minute, repeated ones included. timeout: seconds without a word of the endpoint, and twice as many
+    for a whole answer. attempts: requests for a sub-question whose answers hold no query. retries: how often a request that failed (429, 5xx, no answer in
+    time) is sent again. backoff: seconds before the first of these."""
 
     url: str
     model: str
@@ -50,11 +57,13 @@ class ChatSettings:
 
 
 class ChatWriter:
-    """Writes queries with a model. `sent`: requests that were sent; `received`: answers that came, as far as this process knows."""
+    """Writes queries with a model. As far as this process knows, `sent`: requests that were sent; `received`: answers that came; `refused`: sub-questions that
+    the endpoint does not take (a content filter, say) though it takes others; these get no query."""
 
     def __init__(self, settings: ChatSettings, store: Store):
         self.settings, self._store = settings, store
-        self.sent = self.received = 0
+        self.sent = self.received = self.refused = 0
+        self._taken, self._refusal = False, ""  # whether the endpoint has taken any request like these, and what it said of the last that it did not
         self._stopped, self._lock, self._next = threading.Event(), threading.Lock(), 0.0
         self._session = requests.Session()
         self._session.mount(settings.url, requests.adapters.HTTPAdapter(pool_maxsize=settings.concurrency))
@@ -62,7 +71,8 @@ class ChatWriter:
     def write_all(self, asked: Sequence[tuple[str, tuple[str, ...]]]) -> list[list[str]]:
         """For each (sub-question, answers before it): its queries, none where no answer of the model held one.
 
-        Raises ValueError for a request that the endpoint refuses, and OSError where it goes on failing. What was received until then is kept.
+        Raises ValueError where the endpoint refuses requests, and not those of a few sub-questions only, and OSError where it goes on failing. What was
+        received until then is kept.
         """
         different = list(dict.fromkeys(asked))
         with concurrent.futures.ThreadPoolExecutor(self.settings.concurrency) as pool, \
@@ -77,12 +87,16 @@ class ChatWriter:
                 self._stopped.set()  # requests that are on their way are waited for, and their answers kept
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
+        if self._refusal and not self._taken:
+            raise ValueError(self._refusal)
         return [written[of_one] for of_one in asked]
 
     def _write(self, question: str, earlier: tuple[str, ...]) -> list[str]:
         for seed in range(self.settings.attempts):
-            queries = read_answer(self._ask(self._make_request(question, earlier, seed)), self.settings.count)
-            if queries:
+            body = self._ask(self._make_request(question, earlier, seed))
+            if body is None:
+                break
+            if queries := read_answer(body, self.settings.count):
                 return queries
         return []
 
@@ -91,33 +105,44 @@ class ChatWriter:
         return {"model": self.settings.model, "temperature": self.settings.temperature, "seed": seed,
                 "messages": [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": task}]}
 
-    def _ask(self, request: dict) -> str:
-        """The body of the answer, from the store or the endpoint."""
+    def _ask(self, request: dict) -> str | None:
+        """The body of the answer, from the store or the endpoint; None if that refuses this request, and perhaps only this."""
         key = hashlib.sha256(json.dumps([self.settings.url, request]).encode()).hexdigest()
         (body,) = self._store.get([key])
         if body is None:
             body = self._send(request)
+            if body is None:
+                return None
             self._store.put({key: body})
+        self._taken = True
         return body
 
-    def _send(self, request: dict) -> str:
+    def _send(self, request: dict) -> str | None:
         s = self.settings
         for attempt in range(s.retries + 1):
             self._pace()
             pause = min(60.0, s.backoff * 2 ** min(attempt, 30)) * random.uniform(0.5, 1.5)
             try:
-                answer = self._session.post(f"{s.url}/chat/completions", json=request, timeout=s.timeout, auth=self._authorize,
-                                            allow_redirects=False)  # where one leads, the request would arrive as another one
-            except requests.RequestException as error:
+                with self._session.post(f"{s.url}/chat/completions", json=request, timeout=s.timeout, auth=self._authorize, stream=True,
+                                        allow_redirects=False) as answer:  # where one leads, the request would arrive as another one
+                    body = _read_body(answer, time.monotonic() + 2 * s.timeout)
+            except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
                 fault = f"{type(error).__name__}: {error}"[:400]
             else:
                 if answer.status_code == 200:
                     with self._lock:
                         self.received += 1
-                    return answer.content.decode("utf-8", errors="replace")
-                fault = f"status {answer.status_code}: {answer.text[:200]!r}"
+                    return body.decode("utf-8", errors="replace")
+                fault = f"status {answer.status_code}: {body.decode('utf-8', errors='replace')[:200]!r}"
                 if answer.status_code not in (408, 409, 429) and answer.status_code < 500:
-                    raise ValueError(f"{s.url} refuses a request with {fault}; check --url, --model and the key. Answers received are kept: run again to go on")
+                    self._refusal = (f"{s.url} refuses a request with {fault}; check --url, --model and the key. Answers received are kept: run again to "
+                                     "go on")
+                    with self._lock:
+                        self.refused += 1
+                    if answer.status_code not in _OF_ONE_REQUEST or self.refused >= MAX_REFUSED and not self._taken:
+                        raise ValueError(self._refusal)
+                    logger.warning("%s refuses a request with %s: its sub-question gets no query", s.url, fault)
+                    return None
                 wanted = _read_retry_after(answer.headers.get("Retry-After"))
                 if wanted > MAX_PAUSE_S:
                     raise OSError(f"{s.url} wants a pause of {wanted:.0f} s, with {fault}. Answers received are kept: run again after it to go on")
@@ -140,6 +165,18 @@ class ChatWriter:
             self.sent += 1
         if self._stopped.wait(start - time.monotonic()):
             raise OSError("stopped")
+
+
+def _read_body(answer: requests.Response, deadline: float) -> bytes:
+    """All of an answer. Raises urllib3's HTTPError for one that is too long, or not there at the deadline: a little now and then does not get more time."""
+    body = bytearray()
+    while part := answer.raw.read1(1 << 16, decode_content=True):
+        body += part
+        if len(body) > MAX_ANSWER_BYTES:
+            raise urllib3.exceptions.HTTPError(f"the answer is longer than {MAX_ANSWER_BYTES} bytes")
+        if time.monotonic() > deadline:
+            raise urllib3.exceptions.HTTPError("the answer did not come to an end in time")
+    return bytes(body)
 
 
 def read_answer(body: str, count: int) -> list[str]:

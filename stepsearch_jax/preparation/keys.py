@@ -129,7 +129,8 @@ def make_keys(config: ml_collections.ConfigDict, options: argparse.Namespace) ->
                 if chat:
                     writer = ChatWriter(chat, store)
                     queries = writer.write_all(asked)
-                    logger.info("split %s: %d requests sent, %d answers received by this process", split, writer.sent, writer.received)
+                    logger.info("split %s: %d requests sent, %d answers received and %d sub-questions refused in this process", split, writer.sent,
+                                writer.received, writer.refused)
                 else:
                     queries = [write_queries(question, earlier, options.queries) for question, earlier in asked]
                 written = dict(zip(places, map(tuple, queries), strict=True))
