@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from stepsearch_jax.models.transformer import Branches, Policy, Value
 from stepsearch_jax.sharding import spread_rows
 
-# Float32 logits held at once, for each device of the mesh: 96 MiB. Each chunk reads the output table, which a mesh gathers for it, and adds to its gradient.
-LOGITS_PER_CHUNK = 3 << 23
+# Float32 logits held at once, for each device of the mesh: 80 MiB. Each chunk reads the output table, which a mesh gathers for it, and adds to its gradient.
+LOGITS_PER_CHUNK = 5 << 22
 
 
 def shift_to_tokens(predictions: jax.Array) -> jax.Array:
