@@ -216,7 +216,7 @@ def test_reading_leaves_out_the_last_layers_results(monkeypatch):
     policy, positions = Policy(CONFIG), np.tile(np.arange(4, dtype=np.int32), (2, 1))
     for method, expected in ((Policy.extend, [0, 1]), (Policy.read, [0])):
         ran.clear()
-        run = jax.jit(lambda params, cache: policy.apply(params, TOKENS[:2, :4], positions, cache, None, method=method))
+        run = jax.jit(lambda params, cache, method=method: policy.apply(params, TOKENS[:2, :4], positions, cache, None, method=method))
         run(make_params(policy), make_cache(CONFIG, 2, 4))
         jax.effects_barrier()
         assert sorted(ran) == expected

@@ -39,8 +39,8 @@ _MARK = re.compile(r"^\s*(?:[-*•]|\(?\d{1,2}[.):])\s*")
 @dataclasses.dataclass(frozen=True)
 class ChatSettings:
     """url: the endpoint's base ("https://host/v1"), model, key ("": the endpoint needs none), temperature: as the endpoint takes them. count: queries of a
-    request. concurrency: requests at a time. rate: requests a minute, repeated ones included. timeout: seconds without a word of the endpoint, and twice as many
-    for a whole answer. attempts: requests for a sub-question whose answers hold no query. retries: how often a request that failed (429, 5xx, no answer in
+    request. concurrency: requests at a time. rate: requests a minute, repeated ones included. timeout: seconds without a word of the endpoint, and twice as
+    many for a whole answer. attempts: requests for a sub-question whose answers hold no query. retries: how often a request that failed (429, 5xx, no answer in
     time) is sent again. backoff: seconds before the first of these."""
 
     url: str
