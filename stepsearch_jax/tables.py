@@ -63,7 +63,7 @@ def configure(config: ml_collections.ConfigDict, kind: str, folder: str, split: 
 def evaluate_datasets(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
     """The command -> the contents of table.json. Raises ValueError or FileNotFoundError, before anything is computed, for what is wrong with a data set."""
     wanted = parse_datasets(config.evaluation.datasets, config.evaluation.split)
-    systems = {name: build_system(configure(config, *dataset), [dataset[2]]) for name, dataset in wanted.items()}
+    systems = {name: _open_dataset(config, name, *dataset) for name, dataset in wanted.items()}
     policies = load_policies(next(iter(systems.values())), workdir)
     table = {"k": config.search.k, "search": config.search.kind, "template": config.prompt.template, "resamples": config.evaluation.resamples, "data_sets": {}}
     for name, system in systems.items():
@@ -74,6 +74,13 @@ def evaluate_datasets(config: ml_collections.ConfigDict, workdir: pathlib.Path) 
     if jax.process_index() == 0:
         print(f"{render_table(table)}\nwritten: {workdir / 'evaluation'}", flush=True)
     return table
+
+
+def _open_dataset(config: ml_collections.ConfigDict, name: str, kind: str, folder: str, split: str) -> System:
+    try:
+        return build_system(configure(config, kind, folder, split), [split])
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"{name} of config.evaluation.datasets: {error}") from error
 
 
 def load_policies(system: System, workdir: pathlib.Path) -> dict[str, object]:

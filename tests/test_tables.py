@@ -65,11 +65,12 @@ def test_without_gold_documents_there_is_no_such_baseline(system, monkeypatch):
     assert set(make_baselines(system, "validation", 3).given) == {DIRECT, SINGLE_SEARCH}
 
 
-def test_baseline_templates_have_an_example_of_the_answer():
+def test_baseline_templates_have_examples_of_the_answer():
     for template in ("paper", "reference"):
         for with_documents in (False, True):
             prompt = templates.render_baseline(template, " Who? ", with_documents)
-            assert prompt.endswith("\nQuestion: Who?\n") and "<answer> 1824 </answer>" in prompt and "<search>" not in prompt
+            assert prompt.endswith("\nQuestion: Who?\n") and "<search>" not in prompt
+            assert "<answer> 1824 </answer>" in prompt and "<answer> Edda Marrow </answer>" in prompt  # answers of two kinds
             assert ("<information>" in prompt) == with_documents
 
 
@@ -136,3 +137,10 @@ def test_a_pretrained_policy_as_it_is(tmp_path_factory, tmp_path):
     assert list(table["data_sets"]["atlas-validation"]["methods"])[-1] == tables.ZERO_SHOT
     page = (tmp_path / "evaluation" / "atlas-validation" / "report.html").read_text()
     assert "The run is not finished" not in page and "Curves" not in page and not (tmp_path / "start").exists()
+
+
+def test_a_data_set_that_cannot_be_opened_is_named(tmp_path_factory, tmp_path):
+    with pytest.raises(ValueError, match="atlas-bogus of config.evaluation.datasets: .*'bogus', but the data set has .*'validation'"):
+        tables.evaluate_datasets(configure(tmp_path_factory, "atlas::test,atlas::bogus"), tmp_path)
+    with pytest.raises(FileNotFoundError, match="musique-test of config.evaluation.datasets: no train, validation or test file .* in nothere"):
+        tables.evaluate_datasets(configure(tmp_path_factory, "musique:nothere:test"), tmp_path)
