@@ -255,3 +255,16 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
         subprocess.run(command, capture_output=True, check=True, env=os.environ | {"PYTHONPATH": str(running.REPO), "MALLOC_ARENA_MAX": "1"})
         peaks.append(json.loads((tmp_path / "out.json").read_text())["peak_bytes"] / 2**20)
     assert peaks[1] - peaks[0] < 60, peaks
+
+
+@pytest.mark.parametrize("manifest", ['{"name": "mine"}', "[1]", '{"kind": "bm25-lucene"}'])
+def test_a_folder_with_a_manifest_of_its_own_is_left_alone(tmp_path, manifest):
+    mine, corpus = tmp_path / "mine", write_corpus(tmp_path / "c.jsonl", draw_documents(9, 1))
+    mine.mkdir()
+    (mine / "manifest.json").write_text(manifest)
+    (mine / "precious.txt").write_text("mine")
+    with pytest.raises(ValueError, match="mine is there and holds no index"):
+        index_files([corpus], mine, K1, B)
+    with pytest.raises(FileNotFoundError, match="holds no search index"):
+        load_index(mine)
+    assert (mine / "precious.txt").read_text() == "mine"

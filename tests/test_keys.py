@@ -323,6 +323,14 @@ def test_a_question_that_is_refused_alone_gets_no_query(tmp_path):
             assert min(many, MAX_REFUSED) <= endpoint.asked.total() <= min(many, MAX_REFUSED + 1)  # one may be on its way
 
 
+def test_an_endpoint_that_refuses_everything_after_a_while_ends_the_run(tmp_path):
+    """Its credit is used up, say, and it tells so with 400."""
+    with Endpoint(lambda question, count: (200, complete("q"), {}) if int(question[1:]) < 3 else (400, "no credit", {})) as endpoint:
+        with pytest.raises(ValueError, match="refuses a request with status 400: 'no credit'; check --url"):
+            write_with(endpoint, tmp_path / "s", [(f"x{i}", ()) for i in range(90)], concurrency=1)
+        assert endpoint.asked.total() <= 3 + 9 + 1
+
+
 def test_an_answer_without_end_is_a_failure(tmp_path):
     """A byte now and then, or more than any answer has."""
     def serve(write):
@@ -423,3 +431,11 @@ def test_killed_twice_it_writes_the_same_and_pays_for_nothing_twice(folder):
         assert process.communicate() and process.returncode == 0 and set(other.paid.values()) == {1} and set(other.paid) == set(endpoint.paid)
     assert read("cut") == read("whole") and set(read("cut")) == {"train.jsonl", "report.json"}
     assert json.loads(read("cut")["report.json"])["splits"]["train"]["all"]["kept"] > 20
+
+
+@pytest.mark.parametrize("out,message", [("data", "is config.data.path, whose files would be replaced"), ("corpora", "holds a file of config.data.corpus")])
+def test_the_source_is_never_replaced(folder, out, message):
+    before = {path: path.read_bytes() for path in (folder / "data").iterdir()}
+    with pytest.raises(SystemExit, match=message):
+        prepare.main(command(folder, f"--out={folder / out}", f"--config.data.corpus={folder / 'corpora' / 'corpus.jsonl'}"))
+    assert {path: path.read_bytes() for path in (folder / "data").iterdir()} == before

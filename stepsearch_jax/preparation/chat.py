@@ -64,6 +64,7 @@ class ChatWriter:
         self.settings, self._store = settings, store
         self.sent = self.received = self.refused = 0
         self._taken, self._refusal = False, ""  # whether the endpoint has taken any request like these, and what it said of the last that it did not
+        self._most_refused = MAX_REFUSED
         self._stopped, self._lock, self._next = threading.Event(), threading.Lock(), 0.0
         self._session = requests.Session()
         self._session.mount(settings.url, requests.adapters.HTTPAdapter(pool_maxsize=settings.concurrency))
@@ -75,6 +76,7 @@ class ChatWriter:
         received until then is kept.
         """
         different = list(dict.fromkeys(asked))
+        self._most_refused = max(MAX_REFUSED, len(different) // 10)  # beyond a tenth it is not about single sub-questions
         with concurrent.futures.ThreadPoolExecutor(self.settings.concurrency) as pool, \
                 tqdm(total=len(different), desc="writing", unit=" sub-questions", disable=None) as bar:
             tasks = {pool.submit(self._write, *of_one): of_one for of_one in different}
@@ -139,7 +141,7 @@ class ChatWriter:
                                      "go on")
                     with self._lock:
                         self.refused += 1
-                    if answer.status_code not in _OF_ONE_REQUEST or self.refused >= MAX_REFUSED and not self._taken:
+                    if answer.status_code not in _OF_ONE_REQUEST or self.refused >= (self._most_refused if self._taken else MAX_REFUSED):
                         raise ValueError(self._refusal)
                     logger.warning("%s refuses a request with %s: its sub-question gets no query", s.url, fault)
                     return None

@@ -16,8 +16,7 @@ from collections.abc import Iterator, Sequence
 
 from stepsearch_jax.data.passages import read_corpus
 from stepsearch_jax.metrics import write_json
-from stepsearch_jax.search.bm25 import Bm25Index, stream_index
-from stepsearch_jax.search.prepared import read_manifest
+from stepsearch_jax.search.bm25 import Bm25Index, holds_index, stream_index
 
 
 def index_files(files: Sequence[pathlib.Path], folder: pathlib.Path, k1: float, b: float) -> Bm25Index:
@@ -30,7 +29,7 @@ def index_files(files: Sequence[pathlib.Path], folder: pathlib.Path, k1: float, 
     for path in files:
         if not path.is_file():
             raise FileNotFoundError(f"--corpus={path} is not there")
-    if folder.exists() and read_manifest(folder) is None and not (folder.is_dir() and not any(folder.iterdir())):
+    if folder.exists() and not holds_index(folder) and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"--out={folder} is there and holds no index: choose another place, or remove it")
 
     def read() -> Iterator[tuple[str, str]]:

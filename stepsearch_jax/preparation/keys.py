@@ -103,6 +103,10 @@ def make_keys(config: ml_collections.ConfigDict, options: argparse.Namespace) ->
         raise ValueError(f"config.search.k is {config.search.k}; it must be at least 1")
     if options.out.exists() and not options.out.is_dir():
         raise ValueError(f"--out {options.out} is not a folder")
+    if config.data.path and options.out.resolve() == pathlib.Path(config.data.path).resolve():
+        raise ValueError(f"--out {options.out} is config.data.path, whose files would be replaced: choose another folder")
+    if any(options.out.resolve() == pathlib.Path(file).resolve().parent for file in config.data.corpus.split(",") if file):
+        raise ValueError(f"--out {options.out} holds a file of config.data.corpus, which might be replaced: choose another folder")
     cache = pathlib.Path(config.data.cache_dir)
     with one_at_a_time(cache):
         source = open_source(config.data, config.search.bm25_k1, config.search.bm25_b)

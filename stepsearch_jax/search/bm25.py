@@ -155,11 +155,16 @@ def _save_raw(path: pathlib.Path, raw: pathlib.Path, dtype: np.dtype, count: int
     raw.unlink()
 
 
+def holds_index(folder: pathlib.Path) -> bool:
+    """Whether it is the complete folder of an index that `stream_index` made, and not of something else that has a manifest."""
+    return (read_manifest(folder) or {}).get("kind") == KIND and (folder / OFFSETS).is_file()
+
+
 def load_index(folder: str | pathlib.Path) -> Bm25Index:
     """Opens a saved index, its postings and documents memory-mapped. Raises FileNotFoundError if `folder` holds none."""
     folder = pathlib.Path(folder)
     manifest = read_manifest(folder)
-    if manifest is None or manifest.get("kind") != KIND or not (folder / OFFSETS).is_file():
+    if manifest is None or not holds_index(folder):
         raise FileNotFoundError(f"{folder} holds no search index; python -m stepsearch_jax.prepare index makes one")
     import bm25s
 

@@ -43,9 +43,10 @@ def describe_search(corpus: str, documents: int, retriever: str, k: int, setting
 def read_manifest(folder: pathlib.Path) -> dict | None:
     """What the folder was made from, or None if it is not there or not complete."""
     try:
-        return json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads((folder / MANIFEST).read_text())
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
+    return manifest if isinstance(manifest, dict) else None
 
 
 def write_manifest(folder: pathlib.Path, manifest: dict, name: str = MANIFEST) -> None:
