@@ -64,14 +64,43 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, name, kind, places):
     ("rows.jsonl", b"", "the file is empty"),
     ("rows.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9, mtime=0)[:-9], "behind row . the file cannot be read .*fetch it again"),
     ("rows.jsonl.gz", b'{"a": 1}\n', "behind row 0 the file cannot be read"),
-    ("rows.jsonl", b'{"a": "\xff"}\n', "cannot be read .*utf-8"),
-    ("rows.parquet", b"no table", "not a Parquet file"),
+    ("rows.jsonl", b'{"a": "b"}\n' * 3 + b'{"a": "\xe9"}\n', "line 4: not UTF-8 .*0xe9"),
+    ("rows.csv", b"a,b\n1,2\n\xe9,3\n", "line 3: not UTF-8 .*0xe9"),
+    ("rows.json", b'[{"a": "b"},\n{"a": "\xe9"}]', "line 2: not UTF-8 .*0xe9"),
+    ("rows.jsonl", '{"a": "b"}\n'.encode("utf-16"), "line 1: not UTF-8"),
+    ("rows.parquet", b"no table", "cannot be read as a Parquet file"),
+    ("rows.json", b'[{"a": 1}]\n\n[{"a": 2}]', "line 3: not JSON .text behind the end"),
+    ("rows.json", b'[{"a": 1},\n ]', "line 2: not JSON"),
+    pytest.param("rows.jsonl", b'{"a": 1}\n' + b"[" * 100_000, "line 2: lists and objects lie too deep", id="deep line"),
+    pytest.param("rows.json", b'[{"a": 1},\n' + b"[" * 100_000, "line 2: lists and objects lie too deep", id="deep array"),
+    pytest.param("rows.jsonl", b'{"a": 1}\n{"a": ' + b"7" * 5000 + b"}\n", "line 2: .*4300", id="long number"),
+    pytest.param("rows.csv", b"a,b\n1,2\n" + b"x" * 200_000 + b",3\n", "line 3: .*field limit", id="long field"),
+    pytest.param("rows.csv", b'a,b\n1,"2\n' + b"x" * 200_000 + b"\n", "line 3: .*field limit", id="open quotes"),
     ("rows.txt", b"{}", "the name should end in one of .jsonl"),
 ])
 def test_what_cannot_be_read_is_refused_by_place(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=rf"rows\S*{name.removeprefix('rows')}.*{message}"):
         list(read_rows(tmp_path / name))
+
+
+@pytest.mark.parametrize("name, content", [
+    ("rows.jsonl", '{"a": "é"}\r\n{"a": "b"}'), ("rows.json", '[{"a": "é"}, {"a": "b"}]'), ("rows.csv", "a\né\nb\n"), ("rows.csv.gz", "a\r\né\r\nb\r\n")])
+def test_a_byte_order_mark_belongs_to_no_row(tmp_path, name, content):
+    raw = content.encode("utf-8-sig")
+    (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+    assert [row.values for row in read_rows(tmp_path / name)] == [{"a": "é"}, {"a": "b"}]
+
+
+def test_damaged_pages_of_a_table_are_told_by_row(tmp_path):
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"a": f"text {i} " * 9} for i in range(4000)]), path, row_group_size=1024, use_dictionary=False)
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) * 3 // 8:len(raw) * 3 // 8 + 200] = bytes(200)
+    path.write_bytes(raw)
+    rows = read_rows(path)
+    with pytest.raises(ValueError, match=r"rows.parquet: behind row 1024 it cannot be read as a Parquet file \(.*\); fetch it again"):
+        list(rows)
 
 
 def test_a_file_that_is_not_there_and_one_that_is_there_twice(tmp_path):
@@ -101,7 +130,8 @@ ROW = Row({"none": None, "text": " a ", "blank": "\n", "number": 3, "flag": True
     (lambda row: row.text("blank"), "field 'blank' is empty"),
     (lambda row: row.get("flag", int), "field 'flag' should be int, not bool"),
     (lambda row: row.texts("mixed"), "'mixed' should hold strings only"),
-    (lambda row: row.answers("texts"), "'texts' should hold at least one answer, and no empty one"),
+    (lambda row: row.answers("texts"), "'texts' should hold no empty answer"),
+    (lambda row: row.aliases("texts"), "'texts' should hold no empty answer"),
     (lambda row: row.answers("empty"), "'empty' should hold at least one answer"),
     (lambda row: row.lists("lists"), r"lists\[1\] should be a list, not int"),
     (lambda row: row.objects("empty"), "'empty' is empty"),

@@ -27,7 +27,7 @@ def read_question(row: Row, split: str, passages: Passages) -> Question:
     if row.values.get("answerable") is False:
         raise row.fault("the question is marked as not answerable; use the files of MuSiQue-Ans")
     paragraphs = _paragraphs(row)
-    aliases = row.texts("answer_aliases")
+    aliases = row.aliases("answer_aliases")
     hops = row.objects("question_decomposition")
     subs: list[SubQuestion] = []
     for hop in hops:
@@ -46,7 +46,13 @@ def read_question(row: Row, split: str, passages: Passages) -> Question:
 
 def _paragraphs(row: Row) -> dict[int, tuple[str, str]]:
     """Title and text of each paragraph by its idx."""
-    return {paragraph.get("idx", int): (paragraph.text("title"), paragraph.text("paragraph_text")) for paragraph in row.objects("paragraphs")}
+    paragraphs: dict[int, tuple[str, str]] = {}
+    for paragraph in row.objects("paragraphs"):
+        idx = paragraph.get("idx", int)
+        if idx in paragraphs:
+            raise paragraph.fault(f"idx {idx} is that of another paragraph of this row as well")
+        paragraphs[idx] = paragraph.text("title"), paragraph.text("paragraph_text")
+    return paragraphs
 
 
 def _fill(question: str, answers: list[str], hops: int, hop: Row) -> str:

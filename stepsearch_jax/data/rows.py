@@ -1,6 +1,8 @@
 """Rows of data files, each with its place, so that a fault can be named: JSON lines, JSON arrays, CSV, Parquet."""
 from __future__ import annotations
 
+import codecs
+import contextlib
 import csv
 import gzip
 import hashlib
@@ -8,12 +10,13 @@ import json
 import pathlib
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from tqdm import tqdm
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
 _DECODER = json.JSONDecoder()
+_BEFORE_JSON = b" \t\r\n" + codecs.BOM_UTF8
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")  # an escape that is half of a surrogate pair
 
 
@@ -63,11 +66,18 @@ class Row:
             raise self.fault(f"{name!r} should hold strings only")
         return tuple(values)
 
+    def aliases(self, name: str) -> tuple[str, ...]:
+        """The strings of a list, none of them blank: that would make an empty answer right."""
+        values = self.texts(name)
+        if not all(value.strip() for value in values):
+            raise self.fault(f"{name!r} should hold no empty answer")
+        return values
+
     def answers(self, name: str) -> tuple[str, ...]:
         """The strings of a list that holds at least one, none of them blank."""
-        values = self.texts(name)
-        if not values or not all(value.strip() for value in values):
-            raise self.fault(f"{name!r} should hold at least one answer, and no empty one")
+        values = self.aliases(name)
+        if not values:
+            raise self.fault(f"{name!r} should hold at least one answer")
         return values
 
     def lists(self, name: str) -> list[list]:
@@ -117,7 +127,7 @@ def read_rows(path: pathlib.Path) -> Iterator[Row]:
             if not isinstance(value, dict):
                 raise ValueError(f"{path}, {place}: a JSON object is needed, not {type(value).__name__}")
             yield Row(value, f"{path}, {place}", number)
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: behind row {number} the file cannot be read ({error}); fetch it again") from None
     if not number:
         raise ValueError(f"{path}: the file is empty; at least one row is needed")
@@ -135,25 +145,40 @@ def _read_values(path: pathlib.Path) -> Iterator[tuple[str, object]]:
     if kind == "parquet":
         yield from _read_parquet(path)
         return
-    with gzip.open(path, "rt", encoding="utf-8", newline="") if path.name.endswith(".gz") else open(path, encoding="utf-8", newline="") as file:
+    with gzip.open(path) if path.name.endswith(".gz") else open(path, "rb") as file:
         if kind == "csv":
-            reader = csv.DictReader(file)
-            yield from ((f"line {reader.line_num}", values) for values in reader)
+            yield from _read_table(path, file)
             return
-        start = file.read(1)
-        while start.isspace():
+        start = b" "
+        while start and start in _BEFORE_JSON:
             start = file.read(1)
         file.seek(0)
-        yield from _read_array(path, file.read()) if kind == "json" and start == "[" else _read_lines(path, file)
+        yield from _read_array(path, "".join(_decode_lines(path, file))) if kind == "json" and start == b"[" else _read_lines(path, file)
 
 
-def _read_lines(path: pathlib.Path, lines) -> Iterator[tuple[str, object]]:
-    for number, line in enumerate(lines, start=1):
+def _decode_lines(path: pathlib.Path, file: Iterable[bytes]) -> Iterator[str]:
+    """The lines of a file as text, without the byte order mark that some programs put before the first."""
+    for number, line in enumerate(file, start=1):
+        try:
+            yield (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not UTF-8 ({error.reason} {error.object[error.start]:#04x}); save the file as UTF-8") from None
+
+
+def _read_table(path: pathlib.Path, file: Iterable[bytes]) -> Iterator[tuple[str, object]]:
+    reader = csv.DictReader(_decode_lines(path, file))
+    try:
+        for values in reader:
+            yield f"line {reader.line_num}", values
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.reader.line_num}: not CSV, or a longer text than CSV may hold ({error}); a .jsonl file may hold any") from None
+
+
+def _read_lines(path: pathlib.Path, file: Iterable[bytes]) -> Iterator[tuple[str, object]]:
+    for number, line in enumerate(_decode_lines(path, file), start=1):
         if line.strip():
-            try:
+            with _naming_line(path, number):
                 value = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
             _check_pairs(path, number, line, value)
             yield f"line {number}", value
 
@@ -161,19 +186,35 @@ def _read_lines(path: pathlib.Path, lines) -> Iterator[tuple[str, object]]:
 def _read_array(path: pathlib.Path, text: str) -> Iterator[tuple[str, object]]:
     """One element after the other: the objects of a file of 600 MB need not stand in memory all at once."""
     position, line, counted = _skip(text, text.index("[") + 1), 1, 0
-    while text[position:position + 1] != "]":
+    more = text[position:position + 1] != "]"
+    while more:
         line, counted = line + text.count("\n", counted, position), position
-        try:
+        with _naming_line(path, line):
             value, position = _DECODER.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {error.lineno}: not JSON ({error})") from None
         _check_pairs(path, line, text[counted:position], value)
         yield f"line {line}", value
         position = _skip(text, position)
-        if text[position:position + 1] == ",":
+        more = text[position:position + 1] == ","
+        if more:
             position = _skip(text, position + 1)
         elif text[position:position + 1] != "]":
             raise ValueError(f"{path}, line {line}: not JSON (a comma or the end of the array is missing behind this row)")
+    rest = _skip(text, position + 1)
+    if rest < len(text):
+        raise ValueError(f"{path}, line {1 + text.count(chr(10), 0, rest)}: not JSON (text behind the end of the array)")
+
+
+@contextlib.contextmanager
+def _naming_line(path: pathlib.Path, line: int) -> Iterator[None]:
+    """What json says of a text that it cannot read, with the place: where json knows no line, the one where the text begins."""
+    try:
+        yield
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {max(line, error.lineno)}: not JSON ({error})") from None
+    except RecursionError:
+        raise ValueError(f"{path}, line {line}: lists and objects lie too deep in one another") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise ValueError(f"{path}, line {line}: {error}") from None
 
 
 def _check_pairs(path: pathlib.Path, line: int, raw: str, value: object) -> None:
@@ -196,13 +237,12 @@ def _read_parquet(path: pathlib.Path) -> Iterator[tuple[str, object]]:
     import pyarrow
     import pyarrow.parquet
 
+    number = 0
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path}: not a Parquet file ({error})") from None
-    with file:
-        number = 0
-        for batch in file.iter_batches(batch_size=1024):
-            for values in batch.to_pylist():
-                number += 1
-                yield f"row {number}", values
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield f"row {number}", values
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise ValueError(f"{path}: behind row {number} it cannot be read as a Parquet file ({error}); fetch it again") from None

@@ -69,7 +69,7 @@ def read_question(row: Row, split: str, passages: Passages) -> Question:
         parts["loose_gold_ids"], parts["loose_missing_gold"] = (tuple(dict.fromkeys((*old, *new)))
                                                                 for old, new in zip((parts["loose_gold_ids"], parts["loose_missing_gold"]), loose))
     return Question(uid=row.identifier("id", otherwise=split), question=row.text("question"), answer=row.text("final_answer"),
-                    aliases=row.texts("answer_aliases"), shape=row.text("shape") if row.has("shape") else f"{len(queries)}hop", **parts)
+                    aliases=row.aliases("answer_aliases"), shape=row.text("shape") if row.has("shape") else f"{len(queries)}hop", **parts)
 
 
 FORMAT = Format(
