@@ -8,6 +8,7 @@
 """
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -22,7 +23,11 @@ def main(arguments: Sequence[str]) -> None:
         asked = list(arguments) in (["-h"], ["--help"])
         print(__doc__.strip() if asked else f"usage: python -m stepsearch_jax.prepare {{{','.join(COMMANDS)}}} …", file=sys.stdout if asked else sys.stderr)
         raise SystemExit(0 if asked else 2)
-    COMMANDS[arguments[0]].main(arguments[1:])
+    try:
+        COMMANDS[arguments[0]].main(arguments[1:])
+    except KeyboardInterrupt:
+        print("stepsearch_jax: interrupted; the same command goes on from what is kept", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
 
 
 if __name__ == "__main__":

@@ -226,7 +226,7 @@ def listen(host: str, port: int) -> socket.socket:
         listener.bind(address)
         listener.listen(BACKLOG)
         return listener
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter for a host's name that cannot be one
         raise OSError(f"cannot listen at {host}:{port} ({error}); choose another --host or --port") from error
 
 

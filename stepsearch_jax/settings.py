@@ -13,6 +13,7 @@ from stepsearch_jax.rl.advantages import CRITIC_ESTIMATORS, GROUP_ESTIMATORS, us
 from stepsearch_jax.rl.learner import LearnerSettings, make_optimizer
 from stepsearch_jax.rollout.episode import RolloutSettings
 from stepsearch_jax.run_folder import flatten
+from stepsearch_jax.search.bm25 import check_settings
 from stepsearch_jax.search.embeddings import DTYPES
 
 VOCABULARY_MULTIPLE = 64  # a model's vocabulary is rounded up to it, so that any sensible tensor axis divides it
@@ -110,6 +111,7 @@ def check_config(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
         for key in keys:
             if not values[key] >= least:
                 raise ValueError(f"config.{key} is {values[key]}; it must be at least {least}")
+    check_settings(s.bm25_k1, s.bm25_b)
     if s.kind == "dense" and r.search != "host":
         raise ValueError(f"search.kind=dense runs programs on the device, which a callback from inside one must not; rollout.search is {r.search!r}: set it to "
                          "host")

@@ -27,7 +27,7 @@ from stepsearch_jax.rewards.scoring import StepScores, match_rendered, score_epi
 from stepsearch_jax.rewards.tfidf import fit_similarity
 from stepsearch_jax.rollout.episode import Environment, Prompts, RolloutSettings
 from stepsearch_jax.rollout.text import Answers, encode_answers, encode_prompts
-from stepsearch_jax.search.bm25 import Bm25Index, build_index
+from stepsearch_jax.search.bm25 import Bm25Index, build_index, check_settings
 from stepsearch_jax.search.callback import SearchCallback, SearchCounts, make_search_callback
 from stepsearch_jax.search.corpus_tokens import tokenize_corpus
 from stepsearch_jax.search.prepared import hash_documents, one_at_a_time
@@ -173,6 +173,7 @@ def build_search_index(config: ml_collections.ConfigDict, documents: Sequence[Do
 def open_corpus(config: ml_collections.ConfigDict) -> tuple[Source, Bm25Index | DenseIndex | RemoteIndex]:
     """The data set and the index of a config, without a model."""
     g, s = config.mesh, config.search
+    check_settings(s.bm25_k1, s.bm25_b)
     with one_at_a_time(pathlib.Path(config.data.cache_dir)):
         source = open_source(config.data, s.bm25_k1, s.bm25_b)
         mesh = sharding.make_mesh(g.data, g.fsdp, g.tensor, g.slices, config.model.num_kv_heads)

@@ -42,7 +42,7 @@ def parse_datasets(text: str, default_split: str) -> dict[str, tuple[str, str, s
     found = {}
     for entry in text.split(","):
         kind, *rest = entry.strip().split(":")
-        if not kind or not 1 <= len(rest) <= 2:
+        if not kind or not 1 <= len(rest) <= 2 or not rest[0] and kind != "atlas":  # which has no files
             raise ValueError(f"config.evaluation.datasets holds {entry!r}; an entry is KIND:FOLDER or KIND:FOLDER:SPLIT, with commas between entries")
         folder, split = (*rest, default_split)[:2]
         name = f"{kind}-{split}"

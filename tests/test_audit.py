@@ -127,12 +127,24 @@ def test_command(tmp_path, capsys, monkeypatch):
     (["--json=nowhere/x.json"], "--json=nowhere/x.json: name a file in a folder that is there"),
     (["--config.data.path=nowhere"], "no train, validation or test file .* in nowhere: set data.path to the folder of MuSiQue, from https://"),
     (["--config.data.pth=x"], "--config.data.pth=x: the config has no such key"),
+    (["--config.search.bm25_k1=inf"], "BM25's k1 is inf, and must be finite.*change config.search.bm25_k1"),
+    (["--config.search.bm25_b=1.5"], "its b is 1.5, and must lie in"),
     (["--corpora=x"], "Unknown command line flag 'corpora'"),
 ])
 def test_mistakes_are_one_line(tmp_path, monkeypatch, arguments, message):
     monkeypatch.setattr("stepsearch_jax.preparation.options.start_logging", lambda: None)
     with pytest.raises(SystemExit, match=message):
         prepare.main(["audit", f"--config={REPO / 'configs/base.py'}", f"--config.data.cache_dir={tmp_path}", *arguments])
+
+
+def test_an_interruption_is_one_line(monkeypatch, capsys):
+    def interrupt(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare.COMMANDS["audit"], "main", interrupt)
+    with pytest.raises(SystemExit, match="130"):
+        prepare.main(["audit"])
+    assert capsys.readouterr().err == "stepsearch_jax: interrupted; the same command goes on from what is kept\n"
 
 
 def test_help_and_unknown_commands(capsys):

@@ -90,6 +90,7 @@ CASES = {
     "imitation rows": (lambda f: {"imitation.phases": ((10, 6, False, 0.0, 0.02),)}, "6 rows .* cannot be cut into 4 mesh shards"),
     "short context": (lambda f: {"rollout.context": 100}, "rollout.context=100 has no room"),
     "small observation": (lambda f: {"search.max_observation_tokens": 5}, "more than max_observation_tokens=5"),
+    "endless saturation": (lambda f: {"search.bm25_k1": float("inf")}, "BM25's k1 is inf, and must be finite and not negative"),
     "unknown split": (lambda f: {"evaluation.split": "exam"}, "no split 'exam', only train, validation, test"),
     "unknown training split": (lambda f: {"data.train_split": "exam"}, "data.train_split is 'exam'"),
     "unknown template": (lambda f: {"prompt.template": "long"}, "prompt template 'long' does not exist"),

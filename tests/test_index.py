@@ -2,6 +2,7 @@
 import gzip
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -198,7 +199,10 @@ def test_other_files_or_settings_begin_anew(tmp_path, small_pieces, monkeypatch)
     ([], '{"title": "a", "text": "b"}\n{"title": ', r"c\.jsonl, line 2: not JSON"),
     ([], '\n\n{"title": 3, "text": "b"}\n', r"c\.jsonl, line 3: field 'title' should be str, not int"),
     ([], "", "the file is empty"), ([], '{"title": "?", "text": "!"}\n', "no document of the corpus holds a word"),
-    (["--b=2"], "{}", r"--b=2 must lie in \[0, 1\]"), (["--k1=nan"], "{}", "--k1=nan must not"), (["--corpus=none"], "{}", "none is not there"),
+    (["--b=2"], "{}", r"its b is 2, and must lie in \[0, 1\]"), (["--corpus=none"], "{}", "none is not there"),
+    *(([f"--k1={k1}"], "{}", f"BM25's k1 is {k1}, and must be finite and not negative") for k1 in ("nan", "inf", "-1")),
+    (["--json=nowhere/x.json"], "{}", "--json=nowhere/x.json: name a file in a folder that is there"),
+    (["--out=."], "{}", "is there and holds no index"),
 ])
 def test_mistakes_are_named_and_leave_nothing(tmp_path, flags, content, message):
     (tmp_path / "c.jsonl").write_text(content)
@@ -213,6 +217,27 @@ def test_other_folders_are_not_touched(tmp_path):
     with pytest.raises(ValueError, match="mine is there and holds no index"):
         index_files([write_corpus(tmp_path / "c.jsonl", draw_documents(3, 0))], tmp_path / "mine", K1, B)
     assert (tmp_path / "mine/letter").read_text() == "dear"
+
+
+def test_the_folder_that_one_stands_in_becomes_the_index(tmp_path, monkeypatch):
+    path = write_corpus(tmp_path / "c.jsonl", draw_documents(9, 1))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert len(index_files([path], pathlib.Path("."), K1, B)) == 9
+    assert sorted(name.name for name in tmp_path.iterdir()) == ["c.jsonl", "here"] and len(load_index(tmp_path / "here")) == 9
+
+
+@pytest.mark.parametrize("name", [*BM25S_FILES, "corpus.jsonl", "corpus.offsets.npy"])
+@pytest.mark.parametrize("damage", [lambda raw: raw[:len(raw) // 2], lambda raw: b"", None], ids=["half", "empty", "gone"])
+def test_a_damaged_index_is_named_with_what_to_do(tmp_path, name, damage):
+    index_files([write_corpus(tmp_path / "c.jsonl", draw_documents(50, 1))], tmp_path / "index", K1, B)
+    file = tmp_path / "index" / name
+    raw = file.read_bytes()
+    file.unlink()
+    if damage:
+        file.write_bytes(damage(raw))
+    with pytest.raises((ValueError, FileNotFoundError), match=r"index (is damaged \(.*\): remove this folder, and|holds no search index; .* makes one)"):
+        load_index(tmp_path / "index")
 
 
 def test_odd_characters(tmp_path):

@@ -114,10 +114,12 @@ def test_figures_by_hand():
                  Question("r", "?", "x", sub_questions=(SubQuestion("lost", "a", missing_gold=(("T", "t"),)),))]
     assert list_hops(questions) == [(0, 0), (0, 1)]
     votes = {(0, 0, "a"): [True, False], (0, 0, "b"): [False, False], (0, 0, "c"): [True, True], (0, 1, "a"): [False, False]}
-    figures = measure_votes(questions, {(0, 0): ("a", "b", "c"), (0, 1): ("a",)}, votes, ["e1", "e2"])
+    figures = measure_votes(questions, {(0, 0): ("a", "b", "c"), (0, 1): ("a",)}, (), votes, ["e1", "e2"])
     assert figures["all"] == {
-        "sub_questions": 3, "asked": 2, "unwritten": 0, "with_key": 1, "written": 4, "kept": 2, "kept_share": 0.5,
+        "sub_questions": 3, "asked": 2, "unwritten": 0, "refused": 0, "with_key": 1, "written": 4, "kept": 2, "kept_share": 0.5,
         "engines": {"e1": {"found": 0.5, "kept_recall": 1.0, "reached": 0.5}, "e2": {"found": 0.25, "kept_recall": 0.5, "reached": 0.5}}}
+    without = measure_votes(questions, {(0, 0): (), (0, 1): ()}, {(0, 1)}, {}, ["e1"])
+    assert [without[name][kind] for kind in ("unwritten", "refused") for name in ("all", "hop 1", "hop 2")] == [2, 1, 1, 1, 0, 1]
     assert figures["hop 1"]["sub_questions"] == 2 and figures["hop 2"]["kept"] == 0 and figures["hop 2"]["engines"]["e1"]["kept_recall"] is None
 
 
@@ -154,6 +156,8 @@ def test_command_with_rules(folder, capsys, monkeypatch):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--writer=chat"], "--writer chat needs --url"),
+    *((["--writer=chat", f"--url={url}", "--model=m", "--key-env="], "is not the address of an endpoint")
+      for url in ("http:///v1", "http://host:99999/v1", "http://a b/v1", "http://a..b/v1", "http://[::1/v1")),
     (["--writer=chat", "--url=http://x/v1", "--model=m", "--key-env=NO_SUCH_KEY"], "the environment variable NO_SUCH_KEY holds no key for http://x/v1: set it"),
     (["--engines", "bm52:1:1"], "'bm52:1:1' is not an engine; one is bm25:K1:B"),
     (["--engines", "bm25:1:2"], "'bm25:1:2' is not an engine"),
@@ -271,6 +275,8 @@ def write_with(endpoint, path, asked, **changes):
 @pytest.mark.parametrize("body, queries", [
     (complete("1. Rome country\n- \"Rome nation\"\n\nmore"), ["Rome country", "Rome nation"]), (complete("one line"), ["one line"]),
     (complete("Here they are:\n\na\na\n3) b"), ["a", "b"]), ("<html>busy</html>", []), ('{"choices": []}', []), ('{"choices": [{"message": {}}]}', []),
+    (complete("<think>Rome\nor not\n</think>\n\n**Rome country**\n* _Rome_ nation"), ["Rome country", "Rome_ nation"]),
+    (complete("Rome?\nyes\n</think>a\n<think>b"), ["a"]), (complete("<think>Rome\nnot yet"), []), (complete("3.5 mm jack\n2.b\n"), ["3.5 mm jack", "b"]),
     (complete("half a \ud800 pair\nb"), ["b"]), pytest.param("[" * 200_000, [], id="deep"),
     (complete(None), []), (complete("\n ?!\n" + "x" * 400), []), ("[]", []), ("7", []), (complete(["a"]), []),
 ])
@@ -283,7 +289,7 @@ def test_failures_are_repeated_and_nonsense_is_asked_once_more(tmp_path):
         kind = question.split()[0]
         if kind == "failing" and count < 4:
             return (500, 429, 503)[count - 1], "busy", {"Retry-After": "0"}
-        return 200, "no JSON" if kind == "nonsense" else complete(f"{question} a\n{question} b\n{question} c"), {}
+        return 200, complete(None if kind == "nonsense" else f"{question} a\n{question} b\n{question} c"), {}
 
     asked = [("good one", ()), ("failing one", ("Ann",)), ("nonsense one", ()), ("good one", ())]
     with Endpoint(answer) as endpoint:
@@ -294,6 +300,26 @@ def test_failures_are_repeated_and_nonsense_is_asked_once_more(tmp_path):
         assert write_with(endpoint, tmp_path / "s", asked) == expected and sum(endpoint.asked.values()) == 7  # all of it is known, the nonsense too
         write_with(endpoint, tmp_path / "s", asked[:1], model="other", key="")
         assert sum(endpoint.asked.values()) == 8 and None in endpoint.keys
+
+
+@pytest.mark.parametrize("body", ["<html>log in</html>", '{"error": {"message": "overloaded"}}', "", complete("q")[:-3], '{"choices": [{"message": "q"}]}'])
+def test_what_is_no_completion_is_a_failure_and_not_kept(tmp_path, body):
+    with Endpoint(lambda question, count: (200, body if count < 3 else complete("q"), {})) as endpoint:
+        assert write_with(endpoint, tmp_path / "s", [("x", ())]) == [["q"]] and endpoint.asked.total() == 3
+    with Endpoint(lambda question, count: (200, body, {})) as endpoint:
+        with pytest.raises(OSError, match="failed 3 times for one request, at last with status 200: .*, which is no chat completion"):
+            write_with(endpoint, tmp_path / "t", [("x", ())], retries=2)
+        with pytest.raises(OSError, match="failed 1 times"):
+            write_with(endpoint, tmp_path / "t", [("x", ())], retries=0)
+
+
+def test_cookies_are_not_kept(tmp_path):
+    told = []
+    with Endpoint(lambda question, count: (200, complete("q"), {"Set-Cookie": "who=me; Path=/"})) as endpoint:
+        handle = endpoint.server.RequestHandlerClass.do_POST
+        endpoint.server.RequestHandlerClass.do_POST = lambda handler: (told.append(handler.headers.get("Cookie")), handle(handler))
+        write_with(endpoint, tmp_path / "s", [("x", ()), ("y", ()), ("z", ())], concurrency=1)
+    assert told == [None] * 3
 
 
 def test_refusal_and_lasting_failure_end_the_run_and_keep_what_came(tmp_path):
@@ -314,7 +340,7 @@ def test_a_question_that_is_refused_alone_gets_no_query(tmp_path):
 
     with Endpoint(filter_one) as endpoint:
         for known in (0, 2):
-            assert write_with(endpoint, tmp_path / "s", [("bad", ()), ("good", ()), ("fine", ())], concurrency=1) == [[], ["q"], ["q"]]
+            assert write_with(endpoint, tmp_path / "s", [("bad", ()), ("good", ()), ("fine", ())], concurrency=1) == [None, ["q"], ["q"]]
             assert endpoint.asked.total() == 3 + known // 2  # what was received is not asked for again, what was refused is, once
     for many in (1, 40):
         with Endpoint(lambda question, count: (400, "no such field", {})) as endpoint:
@@ -378,6 +404,12 @@ def test_a_long_pause_or_another_place_ends_the_run(tmp_path):
         assert not other.asked
 
 
+@pytest.mark.parametrize("wanted", ["9" * 5000, "Fri, 31 Dec 99999 23:59:59 GMT", "soon"])
+def test_a_pause_that_cannot_be_read_is_our_own(tmp_path, wanted):
+    with Endpoint(lambda question, count: (429, "", {"Retry-After": wanted}) if count == 1 else (200, complete("q"), {})) as endpoint:
+        assert write_with(endpoint, tmp_path / "s", [("x", ())]) == [["q"]] and endpoint.asked.total() == 2
+
+
 def test_retry_after_and_rate_are_honoured(tmp_path):
     with Endpoint(lambda question, count: (429, "", {"Retry-After": "1"}) if count == 1 else (200, complete("q"), {})) as endpoint:
         write_with(endpoint, tmp_path / "s", [("x", ())])
@@ -394,7 +426,7 @@ def test_killed_twice_it_writes_the_same_and_pays_for_nothing_twice(folder):
         number = sum(map(ord, question))
         if number % 7 == 0 and count == 1:
             return (500, 429)[number % 2], "", {"Retry-After": "0"}
-        return 200, "{" if number % 11 == 0 else complete(f"{question}\n{question.split()[-1]} {question.split()[0]}"), {}
+        return 200, complete("?!" if number % 11 == 0 else f"{question}\n{question.split()[-1]} {question.split()[0]}"), {}
 
     concurrency = 3
 

@@ -1,6 +1,7 @@
 """Loading: a changed input is a new data set, limits and mistakes; and the order in which questions are taken."""
 import os
 import pathlib
+import time
 
 import numpy as np
 import pytest
@@ -41,6 +42,38 @@ def test_epochs_and_seeds_differ():
 def test_question_rows_refuses_nonsense(arguments):
     with pytest.raises(ValueError, match="question_rows"):
         question_rows(*arguments)
+
+
+@pytest.mark.parametrize("name, damage", [("musique-train.array_record-00000-of-00001", lambda raw: raw[:len(raw) // 2]),
+                                          ("musique-corpus.array_record-00000-of-00001", lambda raw: raw[:200] + bytes(4000) + raw[4200:]),
+                                          ("musique-train.array_record-00000-of-00001", None), ("dataset_info.json", lambda raw: raw[:9]),
+                                          ("metadata.json", None)])
+def test_a_damaged_data_set_is_named_with_what_to_do(tmp_path, name, damage):
+    config = make_config(tmp_path, kind="musique", path=str(tmp_path))
+    write_rows(tmp_path / "train.jsonl", [TWO_HOP, THREE_HOP])
+    load(config)
+    (file,) = pathlib.Path(config.cache_dir).rglob(name)
+    raw = file.read_bytes()
+    file.unlink()
+    if damage:
+        file.write_bytes(damage(raw))
+    with pytest.raises(ValueError, match=r"the stored data set \S+ is damaged \(.*\): remove this folder, and it is made again"):
+        source = load(config)
+        print(source.splits["train"][0], source.documents[0])
+
+
+def test_what_killed_processes_left_is_removed_after_a_day(tmp_path):
+    config = make_config(tmp_path, kind="musique", path=str(tmp_path))
+    write_rows(tmp_path / "train.jsonl", [TWO_HOP])
+    load(config)
+    (folder,) = (path.parent.parent for path in pathlib.Path(config.cache_dir).rglob("metadata.json"))
+    for name, age in (("incomplete.OLD_1.0.0", 2 * loading.LEFT_S), ("incomplete.NEW_1.0.0", 60)):
+        (folder / name).mkdir()
+        for path in (folder / name / "part", folder / name):
+            path.exists() or path.write_text("x")
+            os.utime(path, (time.time() - age,) * 2)
+    load(config)
+    assert sorted(path.name for path in folder.iterdir()) == ["1.0.0", "incomplete.NEW_1.0.0"]
 
 
 def test_changed_input_is_read_again(tmp_path):

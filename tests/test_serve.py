@@ -235,6 +235,8 @@ def test_a_port_that_is_taken_is_named_before_anything_is_served(tmp_path, capsy
         port = taken.getsockname()[1]
         with pytest.raises(SystemExit, match=f"cannot listen at 127.0.0.1:{port} .*in use.*choose another --host or --port"):
             serve.main([f"--index={tmp_path / 'index'}", f"--port={port}"])
+    with pytest.raises(SystemExit, match="cannot listen at a..b:8000 .*choose another --host or --port"):
+        serve.main([f"--index={tmp_path / 'index'}", "--host=a..b"])
     assert "serving" not in capsys.readouterr().out
 
 

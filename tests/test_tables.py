@@ -29,7 +29,8 @@ def system(tmp_path_factory):
 def test_names_of_data_sets():
     found = tables.parse_datasets("musique:a/b, bamboogle:c:test", "validation")
     assert found == {"musique-validation": ("musique", "a/b", "validation"), "bamboogle-test": ("bamboogle", "c", "test")}
-    for text, message in (("musique", "KIND:FOLDER"), ("a:b,", "holds ''"), ("a:b:c:d", "KIND:FOLDER"), (":b", "KIND"), ("a:b,a:c", "a-dev twice")):
+    for text, message in (("musique", "KIND:FOLDER"), ("a:b,", "holds ''"), ("a:b:c:d", "KIND:FOLDER"), (":b", "KIND"), ("a:b,a:c", "a-dev twice"),
+                          ("musique:", "holds 'musique:'"), ("b:c,a::d", "holds 'a::d'")):
         with pytest.raises(ValueError, match=message):
             tables.parse_datasets(text, "dev")
 

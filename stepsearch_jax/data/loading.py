@@ -1,17 +1,21 @@
 """From a config to questions and documents; and which questions an iteration takes."""
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import inspect
 import json
 import logging
 import pathlib
-from collections.abc import Callable, Sequence
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging as absl_logging
+from google.protobuf import json_format
 
 from stepsearch_jax.data import (
     atlas,
@@ -37,6 +41,7 @@ OFFICIAL = {  # data.kind -> the builder that reads its files
     "musique": musique.Musique, "hotpotqa": hotpotqa.HotpotQA, "2wikimultihopqa": two_wiki.TwoWiki, "bamboogle": bamboogle.Bamboogle,
     "phantomwiki": phantomwiki.PhantomWiki, "stepsearch": stepsearch.StepSearch, "search_r1": search_r1.SearchR1,
 }
+LEFT_S = 24 * 3600.0  # seconds without a change after which an unfinished data set belongs to no living process
 KINDS = ("atlas", *OFFICIAL)
 
 
@@ -54,10 +59,10 @@ class Source:
 
 
 class _Rows(Sequence):
-    """The first `length` rows of a stored split, decoded when they are asked for."""
+    """The first `length` rows of a split that is stored in `folder`, decoded when they are asked for."""
 
-    def __init__(self, stored, decode: Callable, length: int):
-        self._stored, self._decode, self._length = stored, decode, length
+    def __init__(self, stored, decode: Callable, length: int, folder: pathlib.Path):
+        self._stored, self._decode, self._length, self._folder = stored, decode, length, folder
 
     def __len__(self) -> int:
         return self._length
@@ -68,11 +73,21 @@ class _Rows(Sequence):
         row = index + self._length if index < 0 else index
         if not 0 <= row < self._length:
             raise IndexError(f"row {index} of {self._length}")
-        return self._decode(self._stored[int(row)])
+        with _naming_damage(self._folder):
+            return self._decode(self._stored[int(row)])
 
     def first(self, count: int) -> _Rows:
         """The first `count` of these rows."""
-        return _Rows(self._stored, self._decode, count)
+        return _Rows(self._stored, self._decode, count, self._folder)
+
+
+@contextlib.contextmanager
+def _naming_damage(folder: pathlib.Path) -> Iterator[None]:
+    """What the stored files' readers raise for damaged ones, as a ValueError that says what to do."""
+    try:
+        yield
+    except (RuntimeError, LookupError, json.JSONDecodeError, json_format.Error) as error:
+        raise ValueError(f"the stored data set {folder} is damaged ({type(error).__name__}: {error}): remove this folder, and it is made again") from error
 
 
 def load_source(data_config, k1: float, b: float) -> Source:
@@ -93,17 +108,20 @@ def open_source(data_config, k1: float, b: float) -> Source:
     """The whole data set that data_config.kind, path, corpus and atlas name, built under data_config.cache_dir if it is not there yet.
 
     k1, b: of the BM25 that checks Atlas's search queries. Its place is named by a hash of all that made it (Atlas: arguments and generator; others: path,
-    size and time of their files), so a changed input is a new data set. Raises ValueError or FileNotFoundError for bad input.
+    size and time of their files), so a changed input is a new data set. Raises ValueError or FileNotFoundError for bad input, and for damaged stored files.
     """
     dataset, digest = _make_builder(data_config, k1, b)
     dataset = _prepare(dataset, lambda: _make_builder(data_config, k1, b)[0])
-    counts = dict(dataset.info.metadata)
-    splits = {split: _Rows(dataset.as_data_source(split), schema.decode_question, count["questions"]) for split, count in counts["splits"].items()}
+    folder = pathlib.Path(dataset.data_path)
+    read = lambda split, decode, length: _Rows(dataset.as_data_source(split), decode, length, folder)
+    with _naming_damage(folder):
+        counts = dict(dataset.info.metadata)
+        splits = {split: read(split, schema.decode_question, count["questions"]) for split, count in counts["splits"].items()}
+        documents = read(builder.CORPUS, schema.decode_document, counts["documents"])
     for split, count in counts["splits"].items():
         if count["missing_gold_documents"]:
             logger.warning("%s: the corpus lacks %d of the %d gold documents of split %s; `python -m stepsearch_jax.prepare audit` names them",
                            data_config.kind, count["missing_gold_documents"], count["missing_gold_documents"] + count["gold_documents"], split)
-    documents = _Rows(dataset.as_data_source(builder.CORPUS), schema.decode_document, counts["documents"])
     return Source(documents, splits, {"kind": data_config.kind, "hash": digest, **counts})
 
 
@@ -144,7 +162,8 @@ def _make_builder(config, k1: float, b: float) -> tuple[builder.RecordsBuilder, 
     verbosity = absl_logging.get_verbosity()
     absl_logging.set_verbosity(absl_logging.ERROR)  # every config of ours is made here, and TFDS warns of each
     try:
-        return builder_class(config=builder_config, data_dir=config.cache_dir, file_format="array_record"), digest
+        with _naming_damage(pathlib.Path(config.cache_dir) / builder_class.name / digest):
+            return builder_class(config=builder_config, data_dir=config.cache_dir, file_format="array_record"), digest
     finally:
         absl_logging.set_verbosity(verbosity)
 
@@ -156,7 +175,11 @@ def _digest(made, *modules) -> str:
 
 
 def _prepare(dataset: tfds.core.DatasetBuilder, remake: Callable) -> tfds.core.DatasetBuilder:
-    """The data set, stored. It is written beside its place and renamed; where another process was faster, its copy is used."""
+    """The data set, stored. It is written beside its place and renamed; where another process was faster, its copy is used. What killed processes have left
+    there is removed once nobody has written to it for a day."""
+    for leftover in pathlib.Path(dataset.data_path).parent.glob("incomplete.*"):
+        if time.time() - max(path.stat().st_mtime for path in (leftover, *leftover.rglob("*"))) > LEFT_S:
+            shutil.rmtree(leftover, ignore_errors=True)
     try:
         dataset.download_and_prepare()
     except OSError:

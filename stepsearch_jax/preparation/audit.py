@@ -23,7 +23,7 @@ from stepsearch_jax.data.passages import Passages, read_corpus
 from stepsearch_jax.preparation.options import make_parser, run_command
 from stepsearch_jax.records import Document, Question
 from stepsearch_jax.rewards.text_metrics import normalize
-from stepsearch_jax.search.bm25 import build_index
+from stepsearch_jax.search.bm25 import build_index, check_settings
 from stepsearch_jax.search.prepared import one_at_a_time
 from stepsearch_jax.system import locate_corpus
 
@@ -121,6 +121,7 @@ def measure_overlap(training: Sequence[Question], evaluation: Sequence[Question]
 def audit(config: ml_collections.ConfigDict, corpora: Sequence[pathlib.Path], ks: Sequence[int]) -> dict:
     """All figures of a config's data set; `corpora` are files whose passages are added to its corpus, each passage once."""
     s, cache = config.search, pathlib.Path(config.data.cache_dir)
+    check_settings(s.bm25_k1, s.bm25_b)
     with one_at_a_time(cache):
         source = open_source(config.data, s.bm25_k1, s.bm25_b)
         documents, splits = source.documents, {name: list(rows) for name, rows in source.splits.items()}

@@ -1,13 +1,14 @@
 """Search queries written by a language model behind an OpenAI-compatible endpoint: several requests at a time, none of them paid for twice.
 
-An answer is kept, whatever it says, before it is read. One that holds no query is asked for again as another request (with another `seed`), at most so
-many times.
+A chat completion is kept, whatever the model says in it, before it is read. One that holds no query is asked for again as another request (with another
+`seed`), at most so many times. Whatever else comes with status 200 (a web page, an error, half of a completion) is a request that failed.
 """
 from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
 import hashlib
+import http.cookiejar
 import json
 import logging
 import random
@@ -33,7 +34,9 @@ _SYSTEM = "You write queries for a search engine over encyclopedia passages. Ans
 _TASK = ("Write {count} different search queries, each of which should find the passage that answers the question. Vary the wording: keywords, entity and "
          "relation, a full question. Name every entity in each query.\n\nQuestion: {question}")
 _EARLIER = "\nAnswered before: {answers}"
-_MARK = re.compile(r"^\s*(?:[-*•]|\(?\d{1,2}[.):])\s*")
+_THOUGHT = re.compile(r"^.*</think>|<think>.*$", re.DOTALL)  # some models open it in their template, and some do not come to its end
+_MARK = re.compile(r"^\s*(?:[-•]|\*(?!\*)|\(?\d{1,2}[.):](?!\d))\s*")
+_AROUND = " \t\"“”*_`"  # quotes and Markdown's emphasis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +60,8 @@ class ChatSettings:
 
 
 class ChatWriter:
-    """Writes queries with a model. As far as this process knows, `sent`: requests that were sent; `received`: answers that came; `refused`: sub-questions that
-    the endpoint does not take (a content filter, say) though it takes others; these get no query."""
+    """Writes queries with a model. As far as this process knows, `sent`: requests that were sent; `received`: completions that came; `refused`: sub-questions
+    that the endpoint does not take (a content filter, say) though it takes others; these get no query."""
 
     def __init__(self, settings: ChatSettings, store: Store):
         self.settings, self._store = settings, store
@@ -68,9 +71,10 @@ class ChatWriter:
         self._stopped, self._lock, self._next = threading.Event(), threading.Lock(), 0.0
         self._session = requests.Session()
         self._session.mount(settings.url, requests.adapters.HTTPAdapter(pool_maxsize=settings.concurrency))
+        self._session.cookies.set_policy(http.cookiejar.DefaultCookiePolicy(allowed_domains=()))  # a request says the same whatever came before it
 
-    def write_all(self, asked: Sequence[tuple[str, tuple[str, ...]]]) -> list[list[str]]:
-        """For each (sub-question, answers before it): its queries, none where no answer of the model held one.
+    def write_all(self, asked: Sequence[tuple[str, tuple[str, ...]]]) -> list[list[str] | None]:
+        """For each (sub-question, answers before it): its queries, none where no answer of the model held one; None where the endpoint refused it.
 
         Raises ValueError where the endpoint refuses requests, and not those of a few sub-questions only, and OSError where it goes on failing. What was
         received until then is kept.
@@ -93,11 +97,11 @@ class ChatWriter:
             raise ValueError(self._refusal)
         return [written[of_one] for of_one in asked]
 
-    def _write(self, question: str, earlier: tuple[str, ...]) -> list[str]:
+    def _write(self, question: str, earlier: tuple[str, ...]) -> list[str] | None:
         for seed in range(self.settings.attempts):
             body = self._ask(self._make_request(question, earlier, seed))
             if body is None:
-                break
+                return None
             if queries := read_answer(body, self.settings.count):
                 return queries
         return []
@@ -127,16 +131,18 @@ class ChatWriter:
             try:
                 with self._session.post(f"{s.url}/chat/completions", json=request, timeout=s.timeout, auth=self._authorize, stream=True,
                                         allow_redirects=False) as answer:  # where one leads, the request would arrive as another one
-                    body = _read_body(answer, time.monotonic() + 2 * s.timeout)
+                    body = _read_body(answer, time.monotonic() + 2 * s.timeout).decode("utf-8", errors="replace")
             except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
                 fault = f"{type(error).__name__}: {error}"[:400]
             else:
+                fault = f"status {answer.status_code}: {body[:200]!r}"
                 if answer.status_code == 200:
-                    with self._lock:
-                        self.received += 1
-                    return body.decode("utf-8", errors="replace")
-                fault = f"status {answer.status_code}: {body.decode('utf-8', errors='replace')[:200]!r}"
-                if answer.status_code not in (408, 409, 429) and answer.status_code < 500:
+                    if _read_message(body) is not None:
+                        with self._lock:
+                            self.received += 1
+                        return body
+                    fault = f"{fault}, which is no chat completion"
+                elif answer.status_code not in (408, 409, 429) and answer.status_code < 500:
                     self._refusal = (f"{s.url} refuses a request with {fault}; check --url, --model and the key. Answers received are kept: run again to "
                                      "go on")
                     with self._lock:
@@ -181,13 +187,20 @@ def _read_body(answer: requests.Response, deadline: float) -> bytes:
     return bytes(body)
 
 
-def read_answer(body: str, count: int) -> list[str]:
-    """At most `count` queries from the body of a chat completion, none twice; [] for whatever is not one. Marks, numbers and quotes at lines are taken off."""
+def _read_message(body: str) -> dict | None:
+    """The message of a chat completion, which may lack a text; None for whatever is not one."""
     try:
-        text = json.loads(body)["choices"][0]["message"]["content"]
+        message = json.loads(body)["choices"][0]["message"]
     except (ValueError, LookupError, TypeError, RecursionError):
-        return []
-    lines = [_MARK.sub("", line).strip().strip('"“”').strip() for line in text.splitlines()] if isinstance(text, str) else []
+        return None
+    return message if isinstance(message, dict) else None
+
+
+def read_answer(body: str, count: int) -> list[str]:
+    """At most `count` queries from the body of a chat completion, none twice; [] for whatever is not one. What the model thinks aloud is left out, and marks,
+    numbers, quotes and emphasis at lines are taken off."""
+    text = (_read_message(body) or {}).get("content")
+    lines = [_MARK.sub("", line).strip(_AROUND) for line in _THOUGHT.sub("", text).splitlines()] if isinstance(text, str) else []
     fit = [line for line in lines if any(map(str.isalnum, line)) and len(line) <= MAX_QUERY and line[-1] != ":" and _is_writable(line)]
     return list(dict.fromkeys(fit))[:count]
 
@@ -204,5 +217,5 @@ def _read_retry_after(value: str | None) -> float:
     """Seconds of a Retry-After header: a number or a date; 0 for none, or one that cannot be read."""
     try:
         return urllib3.Retry().parse_retry_after(value) if value else 0.0
-    except urllib3.exceptions.InvalidHeader:
+    except (urllib3.exceptions.InvalidHeader, ValueError, OverflowError):  # the last two: thousands of digits, a year beyond the calendar
         return 0.0

@@ -16,7 +16,8 @@ from collections.abc import Iterator, Sequence
 
 from stepsearch_jax.data.passages import read_corpus
 from stepsearch_jax.metrics import write_json
-from stepsearch_jax.search.bm25 import Bm25Index, holds_index, stream_index
+from stepsearch_jax.preparation.options import check_json
+from stepsearch_jax.search.bm25 import Bm25Index, check_settings, holds_index, stream_index
 
 
 def index_files(files: Sequence[pathlib.Path], folder: pathlib.Path, k1: float, b: float) -> Bm25Index:
@@ -24,8 +25,8 @@ def index_files(files: Sequence[pathlib.Path], folder: pathlib.Path, k1: float, 
 
     Raises FileNotFoundError or ValueError for files that are not there or cannot be read, and for a folder that holds something else.
     """
-    if not k1 >= 0 or not 0 <= b <= 1:
-        raise ValueError(f"--k1={k1:g} must not be negative, and --b={b:g} must lie in [0, 1]")
+    check_settings(k1, b)
+    folder = folder.resolve()
     for path in files:
         if not path.is_file():
             raise FileNotFoundError(f"--corpus={path} is not there")
@@ -51,6 +52,7 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     start = time.monotonic()
     try:
+        check_json(options.json)
         index = index_files(options.corpus, options.out, options.k1, options.b)
         figures = {**index.describe(0), "vocabulary": index.vocabulary_size, "minutes": (time.monotonic() - start) / 60,
                    "bytes": sum(path.stat().st_size for path in options.out.iterdir()), "peak_bytes": measure_peak()}

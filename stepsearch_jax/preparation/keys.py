@@ -18,9 +18,11 @@ import json
 import logging
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import ml_collections
+import requests
+import urllib3
 
 from stepsearch_jax.data.loading import Source, open_source
 from stepsearch_jax.metrics import write_json, write_text
@@ -30,6 +32,7 @@ from stepsearch_jax.preparation.options import make_parser, run_command
 from stepsearch_jax.preparation.rules import write_queries
 from stepsearch_jax.preparation.store import Store
 from stepsearch_jax.records import Document, Question
+from stepsearch_jax.search.bm25 import check_settings
 from stepsearch_jax.search.prepared import one_at_a_time
 from stepsearch_jax.system import locate_corpus
 
@@ -43,13 +46,14 @@ def list_hops(questions: Sequence[Question]) -> list[tuple[int, int]]:
     return [(i, hop) for i, question in enumerate(questions) for hop, sub in enumerate(question.sub_questions) if sub.gold_ids]
 
 
-def measure_votes(questions: Sequence[Question], written: Keys, votes: dict[tuple[int, int, str], list[bool]], engines: Sequence[str]) -> dict:
-    """What the vote kept, over all hops and hop by hop.
+def measure_votes(questions: Sequence[Question], written: Keys, refused: Collection[tuple[int, int]], votes: dict[tuple[int, int, str], list[bool]],
+                  engines: Sequence[str]) -> dict:
+    """What the vote kept, over all hops and hop by hop. refused: the sub-questions, of those in `written`, for which the writer's endpoint would not write.
 
-    -> of each: sub_questions; asked, those with a gold document in the corpus; unwritten, of these the ones without any query; with_key, those with a kept
-    query; written and kept queries, and kept_share; and for each engine `found`, the share of the written queries for which it returns the gold document;
-    `kept_recall`, the same of the kept queries; `reached`, the share of the asked sub-questions that one of its kept queries finds there. None where there
-    is nothing to measure.
+    -> of each: sub_questions; asked, those with a gold document in the corpus; unwritten, of these the ones without any query; refused, of these again those
+    that the endpoint refused; with_key, those with a kept query; written and kept queries, and kept_share; and for each engine `found`, the share of the
+    written queries for which it returns the gold document; `kept_recall`, the same of the kept queries; `reached`, the share of the asked sub-questions that
+    one of its kept queries finds there. None where there is nothing to measure.
     """
     hops = max((len(question.sub_questions) for question in questions), default=0)
     figures = {}
@@ -60,8 +64,8 @@ def measure_votes(questions: Sequence[Question], written: Keys, votes: dict[tupl
         kept = [of_one for of_one in of_query if is_kept(of_one)]
         figures[name] = dict(
             sub_questions=sum(len([hop for hop in wanted if hop < len(question.sub_questions)]) for question in questions), asked=len(places),
-            unwritten=sum(not group for group in of_sub), with_key=sum(any(map(is_kept, group)) for group in of_sub), written=len(of_query), kept=len(kept),
-            kept_share=_share(map(is_kept, of_query)),
+            unwritten=sum(not group for group in of_sub), refused=sum(place in refused for place in places),
+            with_key=sum(any(map(is_kept, group)) for group in of_sub), written=len(of_query), kept=len(kept), kept_share=_share(map(is_kept, of_query)),
             engines={engine: dict(found=_share(of_one[e] for of_one in of_query), kept_recall=_share(of_one[e] for of_one in kept),
                                   reached=_share(any(of_one[e] for of_one in group if is_kept(of_one)) for group in of_sub))
                      for e, engine in enumerate(engines)})
@@ -99,6 +103,7 @@ def make_keys(config: ml_collections.ConfigDict, options: argparse.Namespace) ->
     for name in ("retries", "temperature", "backoff"):
         if not 0 <= getattr(options, name) <= MOST:
             raise ValueError(f"--{name} {getattr(options, name)}: 0 or more is needed, {MOST:,} at most")
+    check_settings(config.search.bm25_k1, config.search.bm25_b)
     if config.search.k < 1:
         raise ValueError(f"config.search.k is {config.search.k}; it must be at least 1")
     if options.out.exists() and not options.out.is_dir():
@@ -137,12 +142,13 @@ def make_keys(config: ml_collections.ConfigDict, options: argparse.Namespace) ->
                                 writer.received, writer.refused)
                 else:
                     queries = [write_queries(question, earlier, options.queries) for question, earlier in asked]
-                written = dict(zip(places, map(tuple, queries), strict=True))
-                found = search_all(engines, [query for group in queries for query in group], config.search.k, source.manifest["hash"], store)
+                written = {place: tuple(group or ()) for place, group in zip(places, queries, strict=True)}
+                refused = {place for place, group in zip(places, queries, strict=True) if group is None}
+                found = search_all(engines, [query for group in written.values() for query in group], config.search.k, source.manifest["hash"], store)
                 votes = {(i, hop, query): count_votes(found, query, questions[i].sub_questions[hop].gold_ids)
                          for (i, hop), group in written.items() for query in group}
                 kept = {place: [query for query in group if is_kept(votes[*place, query])] for place, group in written.items()}
-                figures["splits"][split] = measure_votes(questions, written, votes, options.engines)
+                figures["splits"][split] = measure_votes(questions, written, refused, votes, options.engines)
                 texts[split] = "".join(
                     json.dumps(make_row(question, [kept.get((i, hop), []) for hop in range(len(question.sub_questions))], source.documents),
                                ensure_ascii=False) + "\n" for i, question in enumerate(questions))
@@ -176,6 +182,11 @@ def _read_chat(options: argparse.Namespace) -> ChatSettings:
                          "(--key-env=) for an endpoint that needs none")
     if not (key.isascii() and key.isprintable()):
         raise ValueError(f"the environment variable {options.key_env} holds characters that no key has, such as a line break")  # without saying the key
+    try:
+        requests.Request("POST", options.url).prepare()
+        urllib3.util.parse_url(options.url).host.encode("idna")
+    except (requests.RequestException, UnicodeError) as error:
+        raise ValueError(f"--url {options.url} is not the address of an endpoint ({error})") from None
     return ChatSettings(url=options.url.rstrip("/"), model=options.model, key=key, count=options.queries, backoff=options.backoff,
                         **{name: getattr(options, name) for name in ("temperature", "concurrency", "rate", "timeout", "attempts", "retries")})
 
@@ -194,8 +205,9 @@ def render(figures: dict) -> str:
                          f"{show(of_hop['kept_share'])} | " + " | ".join(show(of_hop["engines"][engine]["found"]) for engine in engines) + " |")
         lines += ["", f"| {split}, engine | recall@{k} of a kept query | sub-questions that a kept query finds |", "|---|---|---|"]
         lines += [f"| {engine} | {show(of_one['kept_recall'])} | {show(of_one['reached'])} |" for engine, of_one in of_split["all"]["engines"].items()]
-        if of_split["all"]["unwritten"]:
-            lines += ["", f"{of_split['all']['unwritten']} sub-questions have no query: no answer of the model could be read"]
+        unread, refused = of_split["all"]["unwritten"] - of_split["all"]["refused"], of_split["all"]["refused"]
+        if unread or refused:
+            lines += ["", f"Sub-questions without a query: {unread} for which no answer of the model held one, {refused} that the endpoint refused"]
         lines.append("")
     return "\n".join(lines).rstrip()
 

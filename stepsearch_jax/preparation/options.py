@@ -34,6 +34,12 @@ def read_config(parser: argparse.ArgumentParser, file: str, overrides: Sequence[
     return values.config
 
 
+def check_json(path: pathlib.Path | None) -> None:
+    """Raises FileNotFoundError if --json=PATH names no file that can be written."""
+    if path and (path.is_dir() or not path.parent.is_dir()):
+        raise FileNotFoundError(f"--json={path}: name a file in a folder that is there")
+
+
 def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str], command: Callable[[ml_collections.ConfigDict, argparse.Namespace], dict],
                 render: Callable[[dict], str]) -> None:
     """Calls command(config, options) -> figures, prints them with `render` and writes them to --json. What a user can mend ends it with one line."""
@@ -41,8 +47,7 @@ def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str], comma
     config = read_config(parser, options.config, rest)
     start_logging()
     try:
-        if options.json and (options.json.is_dir() or not options.json.parent.is_dir()):
-            raise FileNotFoundError(f"--json={options.json}: name a file in a folder that is there")
+        check_json(options.json)
         figures = command(config, options)
         print(render(figures), flush=True)
         if options.json:

@@ -6,6 +6,7 @@ It scores; selecting the best documents is done here, so that ties are broken by
 """
 from __future__ import annotations
 
+import math
 import os
 import pathlib
 import shutil
@@ -76,6 +77,13 @@ def select_best(scores: np.ndarray, k: int) -> np.ndarray:
     threshold = np.partition(scores, len(scores) - count)[len(scores) - count]
     candidates = np.flatnonzero((scores >= threshold) & (scores > 0))
     return candidates[np.argsort(-scores[candidates], kind="stable")[:count]]
+
+
+def check_settings(k1: float, b: float) -> None:
+    """Raises ValueError for what is no BM25."""
+    if not 0 <= k1 < math.inf or not 0 <= b <= 1:
+        raise ValueError(f"BM25's k1 is {k1:g}, and must be finite and not negative; its b is {b:g}, and must lie in [0, 1]: change config.search.bm25_k1 and "
+                         "bm25_b, or --k1 and --b")
 
 
 def build_index(documents: Sequence[Document], folder: str | pathlib.Path, k1: float, b: float) -> Bm25Index:
@@ -161,11 +169,14 @@ def holds_index(folder: pathlib.Path) -> bool:
 
 
 def load_index(folder: str | pathlib.Path) -> Bm25Index:
-    """Opens a saved index, its postings and documents memory-mapped. Raises FileNotFoundError if `folder` holds none."""
+    """Opens a saved index, its postings and documents memory-mapped. Raises FileNotFoundError if `folder` holds none, ValueError for a damaged one."""
     folder = pathlib.Path(folder)
     manifest = read_manifest(folder)
     if manifest is None or not holds_index(folder):
         raise FileNotFoundError(f"{folder} holds no search index; python -m stepsearch_jax.prepare index makes one")
     import bm25s
 
-    return Bm25Index(bm25s.BM25.load(folder, mmap=True, show_progress=False), StoredDocuments(folder), manifest)
+    try:
+        return Bm25Index(bm25s.BM25.load(folder, mmap=True, show_progress=False), StoredDocuments(folder), manifest)
+    except (OSError, EOFError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"the index {folder} is damaged ({type(error).__name__}: {error}): remove this folder, and make it again") from error

@@ -34,11 +34,13 @@ def split_words(text: str) -> list[str]:
 
 
 class StoredDocuments:
-    """The documents of an index, memory-mapped: `documents[i].id == i`."""
+    """The documents of an index, memory-mapped: `documents[i].id == i`. Raises ValueError where the files do not belong together."""
 
     def __init__(self, folder: pathlib.Path):
         self._offsets = np.load(folder / OFFSETS, mmap_mode="r")
         self._lines = np.memmap(folder / CORPUS, np.uint8, mode="r")
+        if self._offsets[-1] != len(self._lines):
+            raise ValueError(f"{CORPUS} has {len(self._lines)} bytes instead of {self._offsets[-1]}")
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
