@@ -178,8 +178,9 @@ def _prepare(dataset: tfds.core.DatasetBuilder, remake: Callable) -> tfds.core.D
     """The data set, stored. It is written beside its place and renamed; where another process was faster, its copy is used. What killed processes have left
     there is removed once nobody has written to it for a day."""
     for leftover in pathlib.Path(dataset.data_path).parent.glob("incomplete.*"):
-        if time.time() - max(path.stat().st_mtime for path in (leftover, *leftover.rglob("*"))) > LEFT_S:
-            shutil.rmtree(leftover, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another process has just finished it, or removed it
+            if time.time() - max(path.stat().st_mtime for path in (leftover, *leftover.rglob("*"))) > LEFT_S:
+                shutil.rmtree(leftover)
     try:
         dataset.download_and_prepare()
     except OSError:
