@@ -84,7 +84,7 @@ def measure(*, repeats: int, seed: int, case: Sequence[str], peer: str, peer_pyt
     peer: "none", "transformers" or "tunix"; peer_python: the interpreter that has it. Raises ImportError where it is not installed, ValueError where it
     computes something else.
     """
-    start()
+    start(threads=CORES)  # a rollout whose rows are cut over the devices has no collectives
     rates = roofline.RateBook(model)
     found = {}
     for name in case:
@@ -99,10 +99,15 @@ def measure(*, repeats: int, seed: int, case: Sequence[str], peer: str, peer_pyt
         "device": str(jax.devices()[0])}
 
 
-def start() -> None:
-    """Sets up JAX as the commands do; on CPU with a device a core."""
+def start(threads: int) -> None:
+    """Sets up JAX as the commands do; on CPU with a device a core, which share a pool of so many threads.
+
+    The CPU runtime cuts an operation into as many parts as the pool has threads, so those beyond the cores cost time: a rollout takes half as long again with
+    64. But each device may wait in all collectives of a program at once, a thread in each, and a pool that all waits never moves again.
+    """
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={CORES}"
     start_jax(ml_collections.ConfigDict({"distributed": {"processes": 1}}))
+    os.environ["NPROC"] = str(threads)
 
 
 def make_mesh(rows: int, slots: int) -> jax.sharding.Mesh:

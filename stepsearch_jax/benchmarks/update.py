@@ -23,13 +23,14 @@ import numpy as np
 from stepsearch_jax import sharding
 from stepsearch_jax.benchmarks import roofline, sample_model
 from stepsearch_jax.benchmarks.peers.process import Peer
-from stepsearch_jax.benchmarks.rollout import CONFIGURED, Case, Inputs, find_logits, make_mesh, make_run, start
+from stepsearch_jax.benchmarks.rollout import CONFIGURED, CORES, Case, Inputs, find_logits, make_mesh, make_run, start
 from stepsearch_jax.benchmarks.timing import alternate, time_call
 from stepsearch_jax.models.transformer import ModelConfig, Policy, Value
 from stepsearch_jax.rl import learner
 from stepsearch_jax.types import Batch, ModelState, TrainState
 
 PEERS = ("tunix",)
+COLLECTIVES = 5  # of a program of the step, at most, where the rows are cut over the devices
 CASE = Case(episodes=16, prompt=128, turns=1, turn_tokens=(128,), observation=1, slots=0, **CONFIGURED)
 MODEL = dataclasses.replace(sample_model.MODEL, remat="dots")
 RULES = dict(policy_rate=7e-7, value_rate=7e-6, b1=0.9, b2=0.999, weight_decay=0.01, max_grad_norm=1.0, gamma=1.0, gae_lambda=1.0, kl_coef=1e-3, clip=0.2,
@@ -60,7 +61,7 @@ def measure(*, repeats: int, seed: int, peer: str, peer_python: str, case: Case 
     peer: "none" or "tunix"; peer_python: the interpreter that has it. Raises ImportError where it is not installed, ValueError where it computes something
     else.
     """
-    start()
+    start(threads=COLLECTIVES * CORES)
     inputs = Inputs.draw(model, case, seed)
     with contextlib.ExitStack() as stack:
         other = None
