@@ -275,8 +275,10 @@ def write_with(endpoint, path, asked, **changes):
 @pytest.mark.parametrize("body, queries", [
     (complete("1. Rome country\n- \"Rome nation\"\n\nmore"), ["Rome country", "Rome nation"]), (complete("one line"), ["one line"]),
     (complete("Here they are:\n\na\na\n3) b"), ["a", "b"]), ("<html>busy</html>", []), ('{"choices": []}', []), ('{"choices": [{"message": {}}]}', []),
-    (complete("<think>Rome\nor not\n</think>\n\n**Rome country**\n* _Rome_ nation"), ["Rome country", "Rome_ nation"]),
+    (complete("<think>Rome\nor not\n</think>\n\n**Rome country**\n* _Rome_ nation"), ["Rome country", "Rome nation"]),
     (complete("Rome?\nyes\n</think>a\n<think>b"), ["a"]), (complete("<think>Rome\nnot yet"), []), (complete("3.5 mm jack\n2.b\n"), ["3.5 mm jack", "b"]),
+    (complete("**Query:** `Rome`\n\"Ann\" of Rome"), ["Query: Rome", "\"Ann\" of Rome"]),
+    (complete("“snake_case word”\n12.30 train"), ["snake_case word", "12.30 train"]),
     (complete("half a \ud800 pair\nb"), ["b"]), pytest.param("[" * 200_000, [], id="deep"),
     (complete(None), []), (complete("\n ?!\n" + "x" * 400), []), ("[]", []), ("7", []), (complete(["a"]), []),
 ])

@@ -36,7 +36,8 @@ _TASK = ("Write {count} different search queries, each of which should find the 
 _EARLIER = "\nAnswered before: {answers}"
 _THOUGHT = re.compile(r"^.*</think>|<think>.*$", re.DOTALL)  # some models open it in their template, and some do not come to its end
 _MARK = re.compile(r"^\s*(?:[-•]|\*(?!\*)|\(?\d{1,2}[.):](?!\d))\s*")
-_AROUND = " \t\"“”*_`"  # quotes and Markdown's emphasis
+_EMPHASIS = re.compile(r"[*`]|(?<!\w)_+(?=\w)|(?<=[^\W_])_+(?!\w)")  # Markdown's
+_QUOTED = re.compile(r"[\"“]([^\"“”]*)[\"”]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,9 +201,15 @@ def read_answer(body: str, count: int) -> list[str]:
     """At most `count` queries from the body of a chat completion, none twice; [] for whatever is not one. What the model thinks aloud is left out, and marks,
     numbers, quotes and emphasis at lines are taken off."""
     text = (_read_message(body) or {}).get("content")
-    lines = [_MARK.sub("", line).strip(_AROUND) for line in _THOUGHT.sub("", text).splitlines()] if isinstance(text, str) else []
+    lines = [_clean_line(line) for line in _THOUGHT.sub("", text).splitlines()] if isinstance(text, str) else []
     fit = [line for line in lines if any(map(str.isalnum, line)) and len(line) <= MAX_QUERY and line[-1] != ":" and _is_writable(line)]
     return list(dict.fromkeys(fit))[:count]
+
+
+def _clean_line(line: str) -> str:
+    line = _EMPHASIS.sub("", _MARK.sub("", line)).strip()
+    whole = _QUOTED.fullmatch(line)
+    return whole[1].strip() if whole else line
 
 
 def _is_writable(text: str) -> bool:
