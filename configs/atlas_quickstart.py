@@ -46,6 +46,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     r.max_turn_tokens = 32
     r.context = 416
     r.attention_block = 64
+    r.prefill_tokens = 80
 
     c.rl.length_multiple = 64
     c.policy.learning_rate, c.policy.warmup = 5e-4, 0.0

@@ -129,7 +129,7 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     r.slots = 0  # episodes that run at a time, each with its rows of the KV cache; one that ends makes room for the next; 0 = all of an iteration
     r.flush_share = 0.5  # search, and fill free slots, when this share of a shard's busy slots waits, or nobody can decode
     r.prefill_rows = 16  # waiting slots prefilled at a time
-    r.prefill_tokens = 128  # tokens prefilled of each at a time
+    r.prefill_tokens = 128  # tokens prefilled of each at a time, filled up: least is wasted if a usual observation is a whole multiple
     r.attention_block = 256  # cache positions read at a time; only blocks below the live length are read
     r.dtype = "float32"  # dtype of the rollout's copy of the policy; bfloat16 on accelerators
 

@@ -1,6 +1,7 @@
 """What the commands `train` and `evaluate` share: flags, logging, devices and processes, the sampler, and the state with which a run begins."""
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -101,7 +102,10 @@ def start_jax(config) -> None:
 
     Asynchronous dispatch is off: callbacks could deadlock. Several fake devices of one process share a pool with a thread for each of them, and a device can
     wait in several collectives at once, a thread in each; a pool that all wait in never moves again, and the runtime ends the process after 40 seconds.
+    LLVM would unroll loops of 64 steps or fewer before it looks at them as vectors, and then copy rows of that length, such as a head's, number by number.
     """
+    if _has_only_cpus():
+        os.environ["XLA_FLAGS"] = f"--xla_backend_extra_options=-unroll-full-max-count=8 {os.environ.get('XLA_FLAGS', '')}"
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     d = config.distributed
     if d.processes != 1:
@@ -110,6 +114,13 @@ def start_jax(config) -> None:
         jax.distributed.initialize(**named, heartbeat_timeout_seconds=d.heartbeat_s, shutdown_timeout_seconds=d.heartbeat_s)
     elif "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         os.environ["NPROC"] = "64"  # so many threads: what the CPU runtime takes for the number of cores
+
+
+def _has_only_cpus() -> bool:
+    """Whether JAX will run on CPU, found without starting it: it is told to, or no other platform is installed."""
+    if jax.config.jax_platforms:
+        return jax.config.jax_platforms == "cpu"
+    return not importlib.metadata.entry_points(group="jax_plugins") and not any(map(importlib.util.find_spec, ("libtpu", "jax_plugins")))
 
 
 def make_sampler(system: System):

@@ -65,7 +65,7 @@ class Case:
         return self.episodes * (self.prompt - 1 + (self.turns - 1) * self.observation)
 
 
-CONFIGURED = dict(flush_share=0.5, prefill_rows=16, prefill_tokens=128)  # what configs/base.py has
+CONFIGURED = dict(flush_share=0.5, prefill_rows=16, prefill_tokens=200)  # as configs/base.py, but tokens for one observation of short, a third of long's
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 SHORT = Case(episodes=16, prompt=128, turns=4, turn_tokens=(64,), observation=192, slots=0, **CONFIGURED)
 CASES = {

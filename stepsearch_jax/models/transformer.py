@@ -135,12 +135,16 @@ def rotary_frequencies(config: ModelConfig) -> jax.Array:
     return frequencies * kept + frequencies / scaling.factor * (1 - kept)
 
 
-def rotate(x: jax.Array, positions: jax.Array, config: ModelConfig) -> jax.Array:
-    """Rotary position embedding (Su et al. 2021), halves convention. x: [B, S, N, H]; positions: [B, S]."""
-    angles = positions[..., None, None].astype(jnp.float32) * rotary_frequencies(config)  # [B, S, 1, H/2]
-    sin, cos = jnp.sin(angles), jnp.cos(angles)
-    if config.rope_scaling is not None:
-        sin, cos = sin * config.rope_scaling.attention_factor, cos * config.rope_scaling.attention_factor
+def rotary_turns(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """Sines and cosines of the angles by which `rotate` turns, each [B, S, 1, H/2] float32: the same in all layers, so found once. positions: [B, S]."""
+    angles = positions[..., None, None].astype(jnp.float32) * rotary_frequencies(config)
+    factor = 1.0 if config.rope_scaling is None else config.rope_scaling.attention_factor
+    return jnp.sin(angles) * factor, jnp.cos(angles) * factor
+
+
+def rotate(x: jax.Array, turns: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotary position embedding (Su et al. 2021), halves convention. x: [B, S, N, H]; turns: of `rotary_turns`."""
+    sin, cos = turns
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
@@ -294,9 +298,9 @@ class Block(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, carry, layer, positions, rows, branches, unread):
-        """carry: (x [b, S, D], KVCache or None); layer: []; positions: [b, S]; rows: [b] or None; unread: [], a layer of whose results only its keys and values
-        in the cache are wanted, or None -> (carry, None), as `nn.scan` wants it."""
+    def __call__(self, carry, layer, positions, turns, rows, branches, unread):
+        """carry: (x [b, S, D], KVCache or None); layer: []; positions: [b, S], turns: of `rotary_turns` for them; rows: [b] or None; unread: [], a layer of
+        whose results only its keys and values in the cache are wanted, or None -> (carry, None), as `nn.scan` wants it."""
         c = self.config
         x, cache = carry
         x = spread_rows(x)
@@ -307,7 +311,7 @@ class Block(nn.Module):
         v = Projection(c, (D,), (G, H), ("embed", "kv_heads", "head_dim"), bias=c.qkv_bias, name="v")(h)
         if c.qk_norm:
             k = RMSNorm(c, name="k_norm")(k)
-        k = rotate(k, positions, c)
+        k = rotate(k, turns)
         if cache is not None:
             index = (jnp.arange(cache.rows) if rows is None else rows)[:, None]  # [b, 1]
             cache = _write(cache, k, v, layer, index, positions)
@@ -316,7 +320,7 @@ class Block(nn.Module):
             q = Projection(c, (D,), (N, H), ("embed", "heads", "head_dim"), bias=c.qkv_bias, name="q")(h)  # [b, S, N, H]
             if c.qk_norm:
                 q = RMSNorm(c, name="q_norm")(q)
-            q = rotate(q, positions, c)
+            q = rotate(q, turns)
             attended = attend_causal(q, k, v, branches) if cache is None else attend_cached(q, cache, layer, rows, positions)
             x = x + Projection(c, (N, H), (D,), ("heads", "head_dim", "embed"), partial_sum=True, scale=residual, name="o")(attended)
             normed = RMSNorm(c, name="ffn_norm")(x)
@@ -356,7 +360,7 @@ class Trunk(nn.Module):
         self.embedding = self.param("embedding", init, (c.vocab_size, c.embed_dim), jnp.float32)
         block = Block if c.remat == "none" else nn.remat(Block, prevent_cse=False, policy=REMAT[c.remat])
         self.layers = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.num_layers,
-                              in_axes=(0, *[nn.broadcast] * 4), metadata_params={nn.PARTITION_NAME: "layers"})(c)
+                              in_axes=(0, *[nn.broadcast] * 5), metadata_params={nn.PARTITION_NAME: "layers"})(c)
         self.final_norm = RMSNorm(c)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
@@ -373,7 +377,8 @@ class Trunk(nn.Module):
         """tokens [b, S] -> (hidden [b, S, D], cache). Without positions: whole sequences from position 0."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        (x, cache), _ = self.layers((spread_rows(self.embed(tokens)), cache), jnp.arange(self.config.num_layers), positions, rows, branches, unread)
+        turns = rotary_turns(positions, self.config)
+        (x, cache), _ = self.layers((spread_rows(self.embed(tokens)), cache), jnp.arange(self.config.num_layers), positions, turns, rows, branches, unread)
         return self.final_norm(x), cache
 
 
