@@ -31,7 +31,7 @@ from stepsearch_jax.types import Batch, ModelState, TrainState
 
 PEERS = ("tunix",)
 COLLECTIVES = 5  # of a program of the step, at most, where the rows are cut over the devices
-CASE = Case(episodes=16, prompt=128, turns=1, turn_tokens=(128,), observation=1, slots=0, **CONFIGURED)
+CASE = Case(episodes=16, prompt=128, turns=1, turn_tokens=(128,), observation=1, slots=0, **CONFIGURED | {"prefill_tokens": 128})
 MODEL = dataclasses.replace(sample_model.MODEL, remat="dots")
 RULES = dict(policy_rate=7e-7, value_rate=7e-6, b1=0.9, b2=0.999, weight_decay=0.01, max_grad_norm=1.0, gamma=1.0, gae_lambda=1.0, kl_coef=1e-3, clip=0.2,
              value_clip=0.5)  # what both sides are told
