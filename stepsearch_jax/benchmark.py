@@ -15,6 +15,7 @@ from types import ModuleType
 
 from stepsearch_jax.benchmarks import figure, importing, retrieval, reward, rollout, update
 from stepsearch_jax.metrics import write_json
+from stepsearch_jax.startup import read_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +29,8 @@ class Subject:
 
 
 SUBJECTS = {
-    "rollout": Subject(rollout, 3, ("case", "peer", "peer_python"), rollout.PEERS),
-    "update": Subject(update, 5, ("peer", "peer_python"), update.PEERS),
+    "rollout": Subject(rollout, 3, ("case", "config", "episodes", "peer", "peer_python"), rollout.PEERS),
+    "update": Subject(update, 5, ("config", "episodes", "peer", "peer_python"), update.PEERS),
     "reward": Subject(reward, 7, (), ()),
     "retrieval": Subject(retrieval, 3, ("passages", "requests", "folder"), ()),
     "import": Subject(importing, 3, ("model",), ()),
@@ -77,7 +78,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name, subject in SUBJECTS.items():
         _add_subject(subjects, name, subject.module.__doc__, f"{subject.repeats}", subject.flags, subject.peers)
     _add_subject(subjects, "all", ALL, "each subject's own", SUBJECTS["rollout"].flags, SUBJECTS["rollout"].peers)
-    return parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    if getattr(options, "config", None):
+        options.config = read_config(parser, options.config, rest)
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return options
 
 
 def _add_subject(subjects, name: str, text: str, repeats: str, flags: Sequence[str], peers: Sequence[str]) -> None:
@@ -88,6 +94,10 @@ def _add_subject(subjects, name: str, text: str, repeats: str, flags: Sequence[s
     if "case" in flags:
         options.add_argument("--case", nargs="+", choices=tuple(rollout.CASES), default=["short"], help="rollouts to time (default: short)")
         options.add_argument("--figure", type=pathlib.Path, metavar="FILE", help="draw seconds and prefilled tokens against turns (needs the case turns)")
+    if "config" in flags:
+        options.add_argument("--config", metavar="FILE", help="random weights of this config's model, such as configs/musique_qwen2_5.py:0.5b, instead of the "
+                                                              "sample model; --config.KEY=VALUE changes a key")
+        options.add_argument("--episodes", type=_count(1), metavar="N", help="episodes, or rows of the update, instead of the case's own")
     if "folder" in flags:
         options.add_argument("--folder", type=pathlib.Path, metavar="FOLDER", required=True, help="for corpora and indexes, which stay there")
         options.add_argument("--passages", type=_count(1), metavar="N", nargs="+", default=[200_000], help="sizes of the corpora (default: 200000)")

@@ -210,7 +210,7 @@ def open_engine(options: argparse.Namespace, rest: Sequence[str], parser: argpar
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         index = load_index(options.index)
         return Engine(index.search, index.documents, index.describe)
-    from stepsearch_jax.preparation.options import read_config  # these bring jax, which an index does not need
+    from stepsearch_jax.startup import read_config  # these bring jax, which an index does not need
     from stepsearch_jax.system import open_corpus
 
     source, index = open_corpus(read_config(parser, options.config, rest))

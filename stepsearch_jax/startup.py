@@ -1,6 +1,7 @@
 """What the commands `train` and `evaluate` share: flags, logging, devices and processes, the sampler, and the state with which a run begins."""
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import importlib.util
 import logging
@@ -8,10 +9,11 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from absl import app, flags
 from absl import logging as absl_logging
@@ -57,6 +59,17 @@ def parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list
         if not unknown:
             raise
         raise SystemExit(f"stepsearch_jax: {unknown[0]}: the config has no such key; configs/base.py lists all of them") from error
+
+
+def read_config(parser: argparse.ArgumentParser, file: str, overrides: Sequence[str]) -> ml_collections.ConfigDict:
+    """The config of --config=FILE with --config.key=value …; whatever else `overrides` holds is refused."""
+    argv = [parser.prog, f"--config={file}", *overrides]
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values, sys_argv=argv)
+    spare = parse_flags(argv, values)[1:]
+    if spare:
+        parser.error(f"unrecognized arguments: {' '.join(spare)}")
+    return values.config
 
 
 def run_guarded(command: Callable, config, workdir: pathlib.Path) -> None:

@@ -94,14 +94,23 @@ def test_all_runs_every_subject_with_the_flags_that_it_knows(monkeypatch, capsys
     for name, module in (("rollout", rollout), ("update", update), ("reward", reward)):
         monkeypatch.setattr(module, "measure", lambda name=name, **options: seen.setdefault(name, options))
         monkeypatch.setattr(module, "render", lambda figures, name=name: f"table of {name}")
-    benchmark.main(["all", "--case", "long", "slots", "--peer", "transformers", "--peer-python", "there", "--json", str(tmp_path / "f.json")])
+    benchmark.main(["all", "--case", "long", "slots", "--episodes", "32", "--peer", "transformers", "--peer-python", "there",
+                    "--json", str(tmp_path / "f.json")])
     assert seen == {
-        "rollout": dict(repeats=3, seed=0, case=["long", "slots"], peer="transformers", peer_python="there"),
-        "update": dict(repeats=5, seed=0, peer="none", peer_python="there"),  # which has no such peer
+        "rollout": dict(repeats=3, seed=0, case=["long", "slots"], config=None, episodes=32, peer="transformers", peer_python="there"),
+        "update": dict(repeats=5, seed=0, config=None, episodes=32, peer="none", peer_python="there"),  # which has no such peer
         "reward": dict(repeats=7, seed=0),
     }
     assert json.loads((tmp_path / "f.json").read_text()) == seen
     assert capsys.readouterr().out.split("\n")[:3] == ["table of rollout", "table of update", "table of reward"]
+
+
+def test_a_config_is_read_with_its_overrides(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(rollout, "measure", lambda **options: seen.update(options))
+    monkeypatch.setattr(rollout, "render", lambda _: "")
+    benchmark.main(["rollout", "--config", f"{REPO}/configs/musique_qwen2_5.py:1.5b", "--config.model.dtype=float32"])
+    assert (seen["config"].model.embed_dim, seen["config"].model.dtype, seen["config"].rollout.dtype) == (1536, "float32", "bfloat16")
 
 
 @pytest.mark.parametrize("error", [ImportError, ChildProcessError, ValueError])
@@ -119,6 +128,9 @@ def test_a_peer_that_does_not_work_ends_it_with_one_line(error, monkeypatch):
     (["reward", "--seed", "-1"], "--seed"), (["reward", "--json", "."], "name a file"), (["rewards"], "invalid choice"),
     ([], "subject"), (["reward", "--turns", "3"], "--turns"), (["reward", "--peer", "tunix"], "--peer"),
     (["update", "--peer", "transformers"], "invalid choice"),
+    (["rollout", "--episodes", "0"], "at least 1"), (["rollout", "--case", "slots", "--confg=x"], "--confg=x"),
+    (["update", "--config.model.dtype=float32"], "--config.model.dtype"), (["update", "--config=configs/no_such.py"], "no_such.py"),
+    (["rollout", "--config=configs/musique_qwen2_5.py:9b"], "sizes are 0.5b"), (["rollout", "--config=configs/musique_qwen2_5.py", "--config.x=1"], "config.x"),
     (["rollout", "--peer", "vllm"], "invalid choice"), (["rollout", "--case", "wide"], "invalid choice"),
 ])
 def test_what_the_command_refuses(arguments, complaint, monkeypatch, capsys):

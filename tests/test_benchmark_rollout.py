@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from configs import musique_qwen2_5
 from stepsearch_jax.benchmarks import figure, rollout, sample_model
 from stepsearch_jax.benchmarks.peers.process import Peer
 from stepsearch_jax.records import TurnStatus
@@ -120,8 +121,39 @@ def test_the_figures(monkeypatch):
     assert case["floor_s"] > 0 and case["ours_to_floor"] == pytest.approx(case["ours_s"] / case["floor_s"])
     assert (case["sampled_tokens"], case["prefilled_tokens"], case["decode_steps"]) == (36, 48, 12) and len(case["ours"]["runs_s"]) == 2
     assert case["largest_logit_difference"] == 0 and case["peer"]["fake"] == "1" and found["model"]["embed_dim"] == 32
+    assert case["sampled_tokens_s"] == pytest.approx(36 / found["ours_s"])
+    least = case["roofline"]
+    assert (least["prefill"]["pieces"], least["decode step"]["pieces"]) == (3, 12)
+    assert case["floor_s"] == pytest.approx(least["prefill"]["least_s"] + least["decode step"]["least_s"])
     table = rollout.render(found)
-    assert "transformers" in table and "short" in table and "2.00 s" in table
+    assert "transformers" in table and "short" in table and "2.00 s" in table and "12 x decode step: " in table
+
+
+def test_episodes_may_be_other_than_the_cases():
+    assert [part.resize(7).episodes for part in rollout.CASES["turns"]] == [7] * 4 and SMALL.resize(None) == SMALL
+    assert SPREAD.resize(4).episodes == 4
+    with pytest.raises(ValueError, match="--episodes=3: .*groups of 2"):
+        SPREAD.resize(3)
+
+
+def test_the_model_is_the_configs():
+    config = musique_qwen2_5.get_config("0.5b")
+    learner, sampler = sample_model.choose_models(config, "transformers")
+    assert (learner.embed_dim, learner.vocab_size, learner.remat, sampler.dtype) == (896, 151936, "layers", np.dtype("bfloat16"))
+    assert dataclasses.replace(learner, dtype=sampler.dtype, remat=sampler.remat) == sampler
+    assert sample_model.choose_models(None, "tunix") == (dataclasses.replace(sample_model.MODEL, remat="dots"), sample_model.MODEL)
+
+
+@pytest.mark.parametrize("peer,changes,complaint", [
+    ("none", {"model.vocab_size": 0}, "reads no tokenizer"), ("none", {"model.dtype": "float64"}, "config.model.dtype is 'float64'"),
+    ("tunix", {"rollout.dtype": "float32"}, "--config.model.dtype=float32"), ("transformers", {"model.qkv_bias": False}, "form of Qwen2 only"),
+    ("tunix", {"model.qk_norm": True}, "form of Qwen2 only"), ("transformers", {"model.rope_scaling.kind": "linear"}, "form of Qwen2 only"),
+])
+def test_configs_that_are_refused(peer, changes, complaint):
+    config = musique_qwen2_5.get_config("0.5b")
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(ValueError, match=complaint):
+        sample_model.choose_models(config, peer)
 
 
 @pytest.mark.parametrize("error", [2e-3, np.nan])

@@ -27,6 +27,20 @@ def test_the_floor_adds_the_worse_of_arithmetic_and_memory():
     assert rates.floor_s([roofline.Work(200, 10), roofline.Work(100, 50)]) == 2.0 + 5.0
 
 
+def test_what_is_told_of_pieces():
+    rates = roofline.Rates(copy_bytes_s=2.0**30, matmul_flops_s=1e9)
+    found = rates.describe([roofline.Work(2e9, 0), roofline.Work(1e9, 4 * 2**30)])
+    assert found == {"pieces": 2, "flops": 1.5e9, "bytes": 2.0 * 2**30, "least_s": 2.0 + 4.0, "copy_bytes_s": 2.0**30, "matmul_flops_s": 1e9}
+    assert roofline.render("step", found) == "2 x step: 1.5 GFLOP and 2,048 MiB each; at least 6.00 s at 1 GFLOP/s and 1.1 GB/s"
+
+
+def test_the_traffic_of_an_optimiser_step_by_hand():
+    """Passes over the parameters: forward and backward read them; gradients are written, and read twice (norm, AdamW); AdamW reads parameters and two
+    moments, and writes them."""
+    forward, backward, gradients, adamw = 1, 1, 1 + 2, 3 + 3
+    assert roofline.update_bytes(7) == 7 * (forward + backward + gradients + adamw)
+
+
 def test_a_case_works_through_every_token_once():
     """Against a loop over the positions of an episode: all are fed but the very last token, each sees those before it and itself; logits, and the last of the
     two layers' 108 parameters beyond k and v and its attention, where a token is sampled next."""

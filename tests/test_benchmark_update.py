@@ -17,7 +17,7 @@ MEMORY = update.MemoryCase(rows=2, length=32, model=dataclasses.replace(MODEL, r
 @pytest.mark.slow
 def test_both_runs_train_both_models_and_compile_nothing():
     inputs = rollout.Inputs.draw(MODEL, CASE, seed=0)
-    step, updates = update.make_steps(MODEL, CASE, inputs, seed=0)
+    step, updates = update.make_steps(MODEL, MODEL, CASE, inputs, seed=0)
     compiled = []
     listen = lambda event, *_, **__: compiled.append(event) if event == "/jax/core/compile/backend_compile_duration" else None
     jax.monitoring.register_event_duration_secs_listener(listen)
@@ -32,6 +32,24 @@ def test_both_runs_train_both_models_and_compile_nothing():
 
 
 @pytest.mark.slow
+def test_a_step_samples_in_a_type_of_its_own(monkeypatch):
+    """The rollout reads bfloat16, its own parameters as well as the learner's, which are float32 and stay so."""
+    make, types = rollout.make_rollout, []
+
+    def spy(*arguments):
+        run = make(*arguments)
+        return lambda params, *rest: types.append({leaf.dtype.name for leaf in jax.tree.leaves(params)}) or run(params, *rest)
+
+    monkeypatch.setattr(rollout, "make_rollout", spy)
+    sampler = dataclasses.replace(MODEL, dtype=np.dtype("bfloat16"))
+    inputs = rollout.Inputs.draw(MODEL, CASE, seed=0)
+    rollout.make_run(sampler, CASE, inputs, CASE.episodes)[0](slice(None))
+    step, _ = update.make_steps(MODEL, sampler, CASE, inputs, seed=0)
+    assert np.isfinite([float(value) for value in step().values()]).all()
+    assert len(types) >= 3 and all(found == {"bfloat16"} for found in types)
+
+
+@pytest.mark.slow
 def test_the_figures(monkeypatch):
     monkeypatch.setattr(roofline, "measure_matmuls", lambda *_, **__: 1e9)
     found = update.measure(repeats=1, seed=0, peer="none", peer_python=sys.executable, case=CASE, model=MODEL, memory=MEMORY)
@@ -39,6 +57,7 @@ def test_the_figures(monkeypatch):
     assert found["model_flops"] == sum(roofline.update_flops(MODEL, 4, 11, unembeds=unembeds) for unembeds in (True, False))
     assert found["reached_flops_s"] == pytest.approx(found["model_flops"] / found["updates"]["ours_s"])
     assert found["matmul_share"] == pytest.approx(found["reached_flops_s"] / 1e9)
+    assert found["roofline"]["flops"] == found["model_flops"] and found["roofline"]["bytes"] == 11 * found["memory"]["gradient_bytes"]
     memory = found["memory"]
     # A layer: 32 * (32 + 16 + 16 + 32) + 3 * 32 * 48 + biases 32 + 16 + 16 + norms 64 = 7808; two of them, final norm 32, embedding 64 * 32: both models;
     # output table 64 * 32, value head 32.

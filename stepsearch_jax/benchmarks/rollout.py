@@ -1,12 +1,14 @@
 """Multi-turn rollouts against loops around other samplers, which read the whole context again each turn, and against lock step.
 
-Both sides have the same weights (4 layers of width 256, random), prompts, observations and token budgets, and sample at temperature 1 without top-k or top-p.
+Both sides have the same weights (4 layers of width 256, random; or the sizes and types of --config, such as configs/musique_qwen2_5.py:0.5b), prompts,
+observations and token budgets, and sample at temperature 1 without top-k or top-p.
 A random policy writes no tags, so the searches are scripted over really sampled tokens: a turn ends after a given number of them, and every search finds the
-same made-up observation. The run ends with an error unless both sides' logits after the prompts agree to 1e-3 and every episode has the asked turns.
+same made-up observation. The run ends with an error unless both sides' logits after the prompts, computed in float32, agree to 1e-3 and every episode has the
+asked turns.
 
 Cases: short (16 episodes, prompt 128, 4 turns of 64 sampled tokens, 3 observations of 192), long (8 episodes, prompt 512, 6 turns of 128, 5 observations of
-600), turns (the short one with 1, 2, 4 and 8 turns) and slots (64 episodes of 64, 128, 256 or 512 tokens in 16 slots, which take the next prompt as soon as
-they are free, against groups of 16 that wait for their longest).
+600), turns (the short one with 1, 2, 4 and 8 turns), decode (64 episodes, prompt 128, 512 sampled tokens) and slots (64 episodes of 64, 128, 256 or 512 tokens
+in 16 slots, which take the next prompt as soon as they are free, against groups of 16 that wait for their longest). --episodes changes how many there are.
 Peers: transformers calls torch's `generate` once a turn; tunix calls its sampler once a turn, compiled for each turn's length. With the peer "none", which is
 the default, the other side of slots is still timed. "floor" is the least time that this machine needs for the arithmetic and the memory traffic, from
 rates measured here (benchmarks/roofline.py has the formula).
@@ -34,7 +36,7 @@ from stepsearch_jax.benchmarks.timing import alternate, time_call
 from stepsearch_jax.models.transformer import ModelConfig, Policy
 from stepsearch_jax.records import TurnStatus
 from stepsearch_jax.rollout.episode import Environment, Prompts, RolloutSettings
-from stepsearch_jax.rollout.programs import make_rollout
+from stepsearch_jax.rollout.programs import make_rollout, make_rollout_copy
 from stepsearch_jax.startup import start_jax
 
 PEERS = ("transformers", "tunix")
@@ -59,6 +61,12 @@ class Case:
         """Tokens of the longest episode."""
         return self.prompt + self.turns * max(self.turn_tokens) + (self.turns - 1) * self.observation
 
+    def resize(self, episodes: int | None) -> Case:
+        """The case with so many episodes; None = as it is. Raises ValueError where its slots do not divide them."""
+        if episodes and self.slots and episodes % self.slots:
+            raise ValueError(f"--episodes={episodes}: the case slots compares groups of {self.slots}; choose a multiple of it")
+        return dataclasses.replace(self, episodes=episodes or self.episodes)
+
     @property
     def prefilled(self) -> int:
         """Tokens that must be read but are not sampled, all but each prompt's last one, which the first decode step reads."""
@@ -72,19 +80,22 @@ CASES = {
     "short": (SHORT,),
     "long": (Case(episodes=8, prompt=512, turns=6, turn_tokens=(128,), observation=600, slots=0, **CONFIGURED),),
     "turns": tuple(dataclasses.replace(SHORT, turns=turns) for turns in (1, 2, 4, 8)),
+    "decode": (Case(episodes=64, prompt=128, turns=1, turn_tokens=(512,), observation=1, slots=0, **CONFIGURED),),
     "slots": (Case(episodes=64, prompt=128, turns=1, turn_tokens=(64, 128, 256, 512), observation=1, slots=16, flush_share=0.05, prefill_rows=2,
                    prefill_tokens=128),),
 }
 
 
-def measure(*, repeats: int, seed: int, case: Sequence[str], peer: str, peer_python: str, cases: dict[str, tuple[Case, ...]] = CASES,
-            model: ModelConfig = sample_model.MODEL) -> dict:
+def measure(*, repeats: int, seed: int, case: Sequence[str], peer: str, peer_python: str, config: ml_collections.ConfigDict | None = None,
+            episodes: int | None = None, cases: dict[str, tuple[Case, ...]] = CASES, model: ModelConfig | None = None) -> dict:
     """-> figures of the named cases: "ours_s", "peer_s" (medians), "ratio" = peer / ours, "floor_s"; at the top those of the first case.
 
-    peer: "none", "transformers" or "tunix"; peer_python: the interpreter that has it. Raises ImportError where it is not installed, ValueError where it
-    computes something else.
+    peer: "none", "transformers" or "tunix"; peer_python: the interpreter that has it; config: whose model to run, None = `sample_model.MODEL`; episodes:
+    instead of each case's own. Raises ImportError where the peer is not installed, ValueError where it computes something else.
     """
+    cases = {name: tuple(part.resize(episodes) for part in cases[name]) for name in case}
     start(threads=CORES)  # a rollout whose rows are cut over the devices has no collectives
+    model = model or sample_model.choose_models(config, peer)[1]
     rates = roofline.RateBook(model)
     found = {}
     for name in case:
@@ -133,15 +144,17 @@ def measure_case(model: ModelConfig, case: Case, repeats: int, seed: int, peer: 
         check_episodes(case, trajectory, counters)
         times = alternate({"ours": lambda: time_call(rollout, slice(None))[0]} | sides, repeats)
         spent, _ = time_call(rollout, slice(None))
-    floor = find_floor(model, case, rates)
-    ours = times["ours"]["median_s"]
+    least = find_floor(model, case, rates)
+    ours, floor = times["ours"]["median_s"], sum(part["least_s"] for part in least.values())
     figures = {"ours_s": ours, "peer_s": None, "ratio": None, "floor_s": floor, "ours_to_floor": ours / floor, "ours": times["ours"]}
     if sides:
         theirs = times["peer"]["median_s"]
         figures |= {"peer_s": theirs, "ratio": theirs / ours, "peer": times["peer"] | other.versions, "largest_logit_difference": difference}
     (steps, flushes, _), prefilled = np.asarray(counters).max(0).tolist(), int(np.asarray(counters)[:, 2].sum())  # of the busiest device; of all
+    sampled = int(np.asarray(trajectory.action_mask).sum())
     return figures | {
-        "sampled_tokens": int(np.asarray(trajectory.action_mask).sum()), "prefilled_tokens": prefilled, "decode_steps": steps, "flushes": flushes,
+        "sampled_tokens": sampled, "sampled_tokens_s": sampled / ours, "roofline": least, "prefilled_tokens": prefilled, "decode_steps": steps,
+        "flushes": flushes,
         "one_run": clock.describe(spent), "devices": len(counters), "size": dataclasses.asdict(case)}
 
 
@@ -189,17 +202,19 @@ class Inputs:
 
 
 def make_run(model: ModelConfig, case: Case, inputs: Inputs, rows: int):
-    """-> (run(slice of `rows` episodes[, other parameters]) -> (Trajectory, counters), the clock at its searches). Rows are spread over the devices."""
+    """-> (run(slice of `rows` episodes[, the learner's parameters]) -> (Trajectory, counters), the clock at its searches). Rows are spread over the devices."""
     settings = RolloutSettings(
         max_turns=case.turns - 1, max_turn_tokens=max(case.turn_tokens), context=case.context, max_prompt_tokens=case.prompt,
         max_observation_tokens=case.observation, documents=1, top_k=0, top_p=1.0, slots=case.slots, flush_share=case.flush_share,
         prefill_rows=case.prefill_rows, prefill_tokens=case.prefill_tokens)
     mesh = make_mesh(rows, case.slots)
+    everywhere = sharding.replicated(mesh)
     specs = jax.tree.map(lambda _: jax.sharding.PartitionSpec(), inputs.params)
+    to_rollout_layout = make_rollout_copy(model, jax.tree.map(lambda _: everywhere, inputs.params))
     clock = Clock(inputs.observation, mesh.size)
     rollout = make_rollout(model, settings, mesh, specs, clock, "callback")
-    everywhere = sharding.replicated(mesh)
-    params, environment, key = jax.device_put((inputs.params, make_environment(model.vocab_size, case.turn_tokens), inputs.key), everywhere)
+    params = to_rollout_layout(jax.device_put(inputs.params, everywhere))
+    environment, key = jax.device_put((make_environment(model.vocab_size, case.turn_tokens), inputs.key), everywhere)
     ids = np.arange(case.episodes, dtype=np.int32)
 
     def place(part: slice):
@@ -207,8 +222,9 @@ def make_run(model: ModelConfig, case: Case, inputs: Inputs, rows: int):
         prompts = Prompts(inputs.prompts[part], np.full(rows, case.prompt, np.int32), own, np.ones(rows, bool))
         return sharding.rows_to_mesh(mesh, (prompts, own, own))
 
-    def run(part: slice, own=params):
+    def run(part: slice, learned=None):
         clock.start()
+        own = params if learned is None else to_rollout_layout(learned)
         return jax.block_until_ready(rollout(own, environment, *place(part), key, jnp.float32(1)))
 
     return run, clock
@@ -275,10 +291,11 @@ def check_episodes(case: Case, trajectory, counters) -> None:
 
 
 def find_logits(model: ModelConfig, inputs: Inputs) -> np.ndarray:
-    """Logits after the prompts [B, V], without cache."""
-    policy = Policy(model)
+    """Logits after the prompts [B, V] in float32, without cache."""
+    policy = Policy(dataclasses.replace(model, dtype=jnp.dtype("float32")))
     find = lambda params, tokens: policy.apply(params, policy.apply(params, tokens)[:, -1], method=Policy.unembed)
-    return np.asarray(jax.jit(find)(inputs.params, inputs.prompts))
+    with jax.default_matmul_precision("highest"):  # accelerators round the factors otherwise
+        return np.asarray(jax.jit(find)(inputs.params, inputs.prompts))
 
 
 def list_work(model: ModelConfig, case: Case) -> tuple[list[roofline.Work], list[roofline.Work]]:
@@ -293,23 +310,27 @@ def list_work(model: ModelConfig, case: Case) -> tuple[list[roofline.Work], list
     return prefills, steps
 
 
-def find_floor(model: ModelConfig, case: Case, rates: roofline.RateBook) -> float:
-    """The least seconds for a case on this machine (benchmarks/roofline.py)."""
+def find_floor(model: ModelConfig, case: Case, rates: roofline.RateBook) -> dict[str, dict]:
+    """What the prefills and the decode steps of a case need on this machine, as `roofline.Rates.describe` has it."""
     prefills, steps = list_work(model, case)
     widest = case.episodes * max(case.prompt, case.observation)
-    return rates.at(steps[-1].bytes, widest, unembeds=False).floor_s(prefills) + rates.at(steps[-1].bytes, case.episodes, unembeds=True).floor_s(steps)
+    return {"prefill": rates.at(steps[-1].bytes, widest, unembeds=False).describe(prefills),
+            "decode step": rates.at(steps[-1].bytes, case.episodes, unembeds=True).describe(steps)}
 
 
 def render(figures: dict) -> str:
     """The figures as a table."""
-    rows = [("case", "ours", f"peer ({figures['peer']})", "peer / ours", "floor", "ours / floor", "prefilled")]
+    lines, rows = [], [("case", "ours", f"peer ({figures['peer']})", "peer / ours", "floor", "ours / floor", "prefilled")]
     number = lambda value, unit: "" if value is None else f"{value:.2f}{unit}"
     for name, found in figures["cases"].items():
         for part in found.get("parts", [found]):
             label = f"{name}, {part['size']['turns']} turns" if "parts" in found else name
             rows.append((label, number(part["ours_s"], " s"), number(part["peer_s"], " s"), number(part["ratio"], "x"), number(part.get("floor_s"), " s"),
                          number(part.get("ours_to_floor"), "x"), str(part.get("prefilled_tokens", ""))))
-    lines = ["".join(f"{cell:>20}" for cell in row) for row in rows]
+            if "roofline" in part:
+                lines.append(f"{label}: {part['sampled_tokens_s']:,.0f} sampled tokens a second")
+                lines += [f"    {roofline.render(kind, least)}" for kind, least in part["roofline"].items()]
+    lines = ["".join(f"{cell:>20}" for cell in row) for row in rows] + lines
     if "turns" in figures["cases"]:
         lines.append("twice the turns take " + ", ".join(f"{x:.2f}" for x in figures["cases"]["turns"]["doubling"]) + " times as long")
     if "slots" in figures["cases"]:

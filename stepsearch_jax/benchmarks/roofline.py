@@ -9,6 +9,8 @@ N' as N with the last layer's matmuls for keys and values only, since nothing is
     floor           = sum over steps of max(FLOPs / matmul rate, bytes / copy bandwidth)
     an update of n tokens in rows of length T, forward and backward, nothing recomputed
                     FLOPs = 3 (2 n (N + V D) + 4 n L N_q H (T + 1) / 2), without V D for a value model
+                    bytes = 11 x 4 x parameters: read forward and backward; gradients written, and read for their norm; AdamW reads gradients,
+                            parameters and two moments, and writes the latter three. Activations are free
 
 The matmul rate is that of the model's own matmuls at the step's own number of rows, one after another, with each layer's own weights; the bandwidth is that
 of going over as many bytes as a decode step reads, read and written bytes both counted. Norms, rotations, softmax, sampling, embedding and the host are free.
@@ -47,6 +49,11 @@ class Rates:
         """The least time for pieces that run one after another, each bound by its arithmetic or by its memory traffic."""
         return sum(max(w.flops / self.matmul_flops_s, w.bytes / self.copy_bytes_s) for w in work)
 
+    def describe(self, work: Sequence[Work]) -> dict:
+        """The pieces, their mean FLOPs and bytes, the rates, and the least seconds of all."""
+        mean = lambda name: sum(getattr(w, name) for w in work) / len(work)
+        return {"pieces": len(work), "flops": mean("flops"), "bytes": mean("bytes"), "least_s": self.floor_s(work)} | dataclasses.asdict(self)
+
 
 def count_layer_parameters(c: ModelConfig) -> int:
     """N: matmul parameters of all layers."""
@@ -77,6 +84,11 @@ def update_flops(c: ModelConfig, rows: int, length: int, *, unembeds: bool) -> f
     return 3 * (2 * rows * length * parameters + 4 * rows * wide * length * (length + 1) / 2)
 
 
+def update_bytes(parameter_bytes: int) -> int:
+    """Least memory traffic of one optimiser step of AdamW behind clipping by the global norm; the parameters, float32, take `parameter_bytes`."""
+    return 11 * parameter_bytes
+
+
 def measure_copy(nbytes: float) -> float:
     """-> bytes per second, read and written, of going over an array of `nbytes` on the device, within one program: fresh memory would cost page faults."""
     source = jnp.arange(max(1, int(nbytes) // 4), dtype=jnp.float32)
@@ -105,6 +117,12 @@ def measure_matmuls(c: ModelConfig, rows: int, *, unembeds: bool) -> float:
 
     flops = 2 * rows * (count_layer_parameters(c) + (c.vocab_size * D if unembeds else 0))
     return flops / _best_seconds(run, draw(rows, D), layers, table)
+
+
+def render(name: str, found: dict) -> str:
+    """What `Rates.describe` found, as a line."""
+    return (f"{found['pieces']} x {name}: {found['flops'] / 1e9:.3g} GFLOP and {found['bytes'] / 2**20:,.0f} MiB each; at least {found['least_s']:.2f} s at "
+            f"{found['matmul_flops_s'] / 1e9:,.0f} GFLOP/s and {found['copy_bytes_s'] / 1e9:,.1f} GB/s")
 
 
 def _best_seconds(function, *arguments) -> float:

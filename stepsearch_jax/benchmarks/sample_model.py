@@ -1,4 +1,4 @@
-"""The model that the benchmarks of rollout and update run, and made-up weights of it that both sides read."""
+"""The models that the benchmarks of rollout and update run, and made-up weights of them that both sides read."""
 from __future__ import annotations
 
 import dataclasses
@@ -6,13 +6,35 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
+from stepsearch_jax import sharding
 from stepsearch_jax.models.transformer import ModelConfig, Policy
+from stepsearch_jax.settings import check_config, describe_models
 
 MODEL = ModelConfig(vocab_size=8192, num_layers=4, embed_dim=256, num_heads=4, num_kv_heads=2, head_dim=64, ffn_dim=1024, rope_theta=1e6,
                     rope_scaling=None, norm_eps=1e-6, qkv_bias=True, qk_norm=False, tie_embeddings=False, dtype=jnp.float32, remat="none", attention_block=256)
 LOGIT_TOLERANCE = 1e-3  # largest difference between our logits and a peer's, which spread by about 1
+
+
+def choose_models(config: ml_collections.ConfigDict | None, peer: str) -> tuple[ModelConfig, ModelConfig]:
+    """-> the model as the learner computes it, and as the rollout does: the config's sizes and types, or MODEL without one.
+
+    On CPUs MODEL's learner keeps matrix products for the backward pass (model.remat=dots), the faster way there. Raises ValueError for a config that
+    has no vocabulary of its own, and for a model that the peer does not run.
+    """
+    if config is None:
+        return dataclasses.replace(MODEL, remat="dots"), MODEL
+    if not config.model.vocab_size:
+        raise ValueError("config.model.vocab_size is 0, and a benchmark reads no tokenizer: set it to the rows of the embedding")
+    check_config(config, sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1]))
+    learner, rollout = describe_models(config, config.model.vocab_size)
+    if peer != "none" and (not rollout.qkv_bias or rollout.qk_norm or rollout.rope_scaling):
+        raise ValueError("peers run models of the form of Qwen2 only: model.qkv_bias=True, model.qk_norm=False, model.rope_scaling.kind=none")
+    if peer == "tunix" and {learner.dtype, rollout.dtype} != {jnp.dtype("float32")}:
+        raise ValueError("the peer tunix computes in float32: add --config.model.dtype=float32 --config.rollout.dtype=float32")
+    return learner, rollout
 
 
 def box_params(model):

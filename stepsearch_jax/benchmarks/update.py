@@ -1,10 +1,10 @@
 """One PPO step and its updates against tunix's PPO learner, the arithmetic that the updates reach, and the memory that they need beyond their results.
 
-Both sides: 16 rows of a prompt of 128 tokens and 128 sampled ones, the rollout benchmark's model as policy and reference, a value model of the same size,
-float32, one minibatch, one epoch, AdamW behind clipping. "step" is everything that an iteration does on the device: rollout, log-probabilities of policy and
-reference, values, advantages, both updates; "updates" is the two optimiser steps alone. Ours also finds the entropy, which the peer leaves out, and keeps only
-matrix products for the backward pass (model.remat=dots), the faster way on CPUs. The run ends with an error unless both sides' logits after the prompts agree
-to 1e-3.
+Both sides: 16 rows (--episodes) of a prompt of 128 tokens and 128 sampled ones, the rollout benchmark's model (--config) as policy and reference, a value
+model of the same size, float32 unless --config says otherwise, one minibatch, one epoch, AdamW behind clipping. "step" is everything that an iteration does
+on the device: rollout, log-probabilities of policy and reference, values, advantages, both updates; "updates" is the two optimiser steps alone. Ours also
+finds the entropy, which the peer leaves out, and without --config keeps only matrix products for the backward pass (model.remat=dots), the faster way on
+CPUs. The run ends with an error unless both sides' logits after the prompts agree to 1e-3.
 
 Model FLOPs of the updates are counted without recomputation and compared with the rate of the model's own matmuls at as many tokens
 (benchmarks/roofline.py). Temporaries are those of the compiled update at vocabulary 151936 and 4 x 2048 tokens, with a small trunk, less one
@@ -18,6 +18,7 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
 from stepsearch_jax import sharding
@@ -32,7 +33,6 @@ from stepsearch_jax.types import Batch, ModelState, TrainState
 PEERS = ("tunix",)
 COLLECTIVES = 5  # of a program of the step, at most, where the rows are cut over the devices
 CASE = Case(episodes=16, prompt=128, turns=1, turn_tokens=(128,), observation=1, slots=0, **CONFIGURED | {"prefill_tokens": 128})
-MODEL = dataclasses.replace(sample_model.MODEL, remat="dots")
 RULES = dict(policy_rate=7e-7, value_rate=7e-6, b1=0.9, b2=0.999, weight_decay=0.01, max_grad_norm=1.0, gamma=1.0, gae_lambda=1.0, kl_coef=1e-3, clip=0.2,
              value_clip=0.5)  # what both sides are told
 SETTINGS = learner.LearnerSettings(
@@ -54,14 +54,16 @@ MEMORY = MemoryCase(rows=4, length=2048, model=dataclasses.replace(sample_model.
                                                                    num_kv_heads=1, head_dim=32, ffn_dim=128, remat="layers"))
 
 
-def measure(*, repeats: int, seed: int, peer: str, peer_python: str, case: Case = CASE, model: ModelConfig = MODEL,
-            memory: MemoryCase = MEMORY) -> dict:
+def measure(*, repeats: int, seed: int, peer: str, peer_python: str, config: ml_collections.ConfigDict | None = None, episodes: int | None = None,
+            case: Case = CASE, model: ModelConfig | None = None, memory: MemoryCase = MEMORY) -> dict:
     """-> figures: "ours_s", "peer_s" (medians) and "ratio" = peer / ours of the whole step, the same of "updates", FLOP rates, and bytes of temporaries.
 
-    peer: "none" or "tunix"; peer_python: the interpreter that has it. Raises ImportError where it is not installed, ValueError where it computes something
-    else.
+    peer: "none" or "tunix"; peer_python: the interpreter that has it; config: whose model to run, None = `sample_model.MODEL`; episodes: instead of the
+    case's own. Raises ImportError where the peer is not installed, ValueError where it computes something else.
     """
+    case = case.resize(episodes)
     start(threads=COLLECTIVES * CORES)
+    model, sampler = (model, model) if model else sample_model.choose_models(config, peer)
     inputs = Inputs.draw(model, case, seed)
     with contextlib.ExitStack() as stack:
         other = None
@@ -70,7 +72,7 @@ def measure(*, repeats: int, seed: int, peer: str, peer_python: str, case: Case 
             arrays = sample_model.name_arrays(inputs.params) | {"prompts": inputs.prompts}
             other = stack.enter_context(Peer(f"{peer}_update", peer_python, job, arrays))
             difference = sample_model.check_logits(peer, find_logits(model, inputs), other.checks["logits"])
-        step, updates = make_steps(model, case, inputs, seed)
+        step, updates = make_steps(model, sampler, case, inputs, seed)
         found = {}
         for name, run in (("step", step), ("updates", updates)):
             sides = {"ours": lambda run=run: time_call(run)[0]} | ({"peer": lambda name=name: other.run(name)} if other else {})
@@ -79,17 +81,22 @@ def measure(*, repeats: int, seed: int, peer: str, peer_python: str, case: Case 
             found[name] = {"ours_s": ours, "peer_s": theirs, "ratio": theirs / ours if other else None, "runs_s": {k: v["runs_s"] for k, v in times.items()}}
     length = case.context
     flops = sum(roofline.update_flops(model, case.episodes, length, unembeds=unembeds) for unembeds in (True, False))
-    best = roofline.measure_matmuls(model, case.episodes * length, unembeds=True)
+    held = count_parameter_bytes(model)
+    rates = roofline.Rates(roofline.measure_copy(held), roofline.measure_matmuls(model, case.episodes * length, unembeds=True))
+    least = rates.describe([roofline.Work(flops, roofline.update_bytes(held))])
     reached = flops / found["updates"]["ours_s"]
     return {name: found["step"][name] for name in ("ours_s", "peer_s", "ratio")} | found | {
-        "model_flops": flops, "reached_flops_s": reached, "matmul_flops_s": best, "matmul_share": reached / best, "memory": measure_memory(memory),
+        "model_flops": flops, "reached_flops_s": reached, "matmul_share": reached / rates.matmul_flops_s, "roofline": least, "memory": measure_memory(memory),
         "peer": peer, "versions": other.versions if other else None, "largest_logit_difference": difference if other else None,
         "model": sample_model.describe(model), "size": dataclasses.asdict(case), "repeats": repeats, "seed": seed, "jax": jax.__version__,
         "device": str(jax.devices()[0])}
 
 
-def make_steps(model: ModelConfig, case: Case, inputs: Inputs, seed: int):
-    """-> (a run of the whole step, a run of both updates on a batch that is ready), each going on from the parameters that the one before left."""
+def make_steps(model: ModelConfig, sampler: ModelConfig, case: Case, inputs: Inputs, seed: int):
+    """model: as the learner computes it; sampler: as the rollout does -> (a run of the whole step, a run of both updates on a batch that is ready).
+
+    Each run goes on from the parameters that the one before left.
+    """
     value_params = sample_model.draw_params(Value(model), seed + 1)
     optimizers = make_optimizers()
     mesh = make_mesh(case.episodes, case.slots)
@@ -97,7 +104,7 @@ def make_steps(model: ModelConfig, case: Case, inputs: Inputs, seed: int):
     models = [ModelState(tree, jax.jit(optimizer.init)(tree)) for tree, optimizer in zip((params, value_params), optimizers)]
     scalars = dict(iteration=jnp.int32(0), position=jnp.int32(0), kl_coef=jnp.float32(RULES["kl_coef"]), skipped=jnp.int32(0))
     state = TrainState(*models, **jax.device_put(scalars, sharding.replicated(mesh)))
-    collect, _ = make_run(model, case, inputs, case.episodes)
+    collect, _ = make_run(sampler, case, inputs, case.episodes)
     build_batch, update = learner.make_build_batch(model, SETTINGS), learner.make_update(model, SETTINGS, *optimizers)
     step_rewards, outcome_rewards = sharding.rows_to_mesh(mesh, (np.zeros((case.episodes, case.turns), np.float32),
                                                                  np.linspace(0.0, 1.0, case.episodes, dtype=np.float32)))
@@ -126,6 +133,11 @@ def make_optimizers():
     return make(RULES["policy_rate"]), make(RULES["value_rate"])
 
 
+def count_parameter_bytes(model: ModelConfig) -> int:
+    """Of the policy and the value model."""
+    return sum(leaf.size * leaf.dtype.itemsize for kind in (Policy, Value) for leaf in jax.tree.leaves(sample_model.box_params(kind(model))))
+
+
 def measure_memory(memory: MemoryCase) -> dict:
     """Compiles the update at this size, on shapes alone -> bytes of its temporaries, of one gradient of each model, of the rest, of [B, T, V]."""
     optimizers = make_optimizers()
@@ -137,7 +149,7 @@ def measure_memory(memory: MemoryCase) -> dict:
     batch = Batch(**{field.name: jax.ShapeDtypeStruct((memory.rows, memory.length), kinds.get(field.name, jnp.float32)) for field in dataclasses.fields(Batch)})
     update = learner.make_update(memory.model, SETTINGS, *optimizers)
     temporary = update.lower(state, batch, number(jnp.float32)).compile().memory_analysis().temp_size_in_bytes
-    gradients = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+    gradients = count_parameter_bytes(memory.model)
     logits = 4 * memory.rows * memory.length * memory.model.vocab_size
     return {"temporary_bytes": temporary, "gradient_bytes": gradients, "beyond_bytes": temporary - gradients, "logits_bytes": logits,
             "share_of_logits": (temporary - gradients) / logits, "rows": memory.rows, "length": memory.length, "vocab_size": memory.model.vocab_size}
@@ -153,7 +165,7 @@ def render(figures: dict) -> str:
     memory = figures["memory"]
     return "\n".join([
         f"medians of {figures['repeats']} alternating runs", *("".join(f"{cell:>20}" for cell in row) for row in rows),
-        f"the updates reach {figures['reached_flops_s'] / 1e9:.1f} GFLOP/s, {figures['matmul_share']:.0%} of the model's own matmuls' "
-        f"{figures['matmul_flops_s'] / 1e9:.1f}",
+        f"the updates reach {figures['reached_flops_s'] / 1e9:.1f} GFLOP/s, {figures['matmul_share']:.0%} of the model's own matmuls'",
+        roofline.render("both updates", figures["roofline"]),
         f"temporaries beyond gradients at vocabulary {memory['vocab_size']} and {memory['rows']} x {memory['length']} tokens: "
         f"{memory['beyond_bytes'] / 2**20:.0f} MiB, {memory['share_of_logits']:.1%} of [B, T, V] float32"])

@@ -6,11 +6,9 @@ import pathlib
 from collections.abc import Callable, Sequence
 
 import ml_collections
-from absl import flags
-from ml_collections import config_flags
 
 from stepsearch_jax.metrics import write_json
-from stepsearch_jax.startup import parse_flags, start_logging
+from stepsearch_jax.startup import read_config, start_logging
 
 
 def make_parser(name: str, text: str) -> argparse.ArgumentParser:
@@ -21,17 +19,6 @@ def make_parser(name: str, text: str) -> argparse.ArgumentParser:
                                                                         "--config.KEY=VALUE changes a key")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write the figures to this file")
     return parser
-
-
-def read_config(parser: argparse.ArgumentParser, file: str, overrides: Sequence[str]) -> ml_collections.ConfigDict:
-    """The config of --config=FILE with --config.key=value …; whatever else `overrides` holds is refused."""
-    argv = [parser.prog, f"--config={file}", *overrides]
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values, sys_argv=argv)
-    spare = parse_flags(argv, values)[1:]
-    if spare:
-        parser.error(f"unrecognized arguments: {' '.join(spare)}")
-    return values.config
 
 
 def check_json(path: pathlib.Path | None) -> None:

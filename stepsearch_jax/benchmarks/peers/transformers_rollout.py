@@ -35,7 +35,7 @@ _LAYER = ("q/kernel", "q/bias", "k/kernel", "k/bias", "v/kernel", "v/bias", "o/k
 
 
 def make(job: dict, arrays: dict[str, np.ndarray]):
-    """As `process.serve` wants it; compared are the logits after the prompts [B, V]."""
+    """As `process.serve` wants it; compared are the logits after the prompts [B, V], in float32 whatever type is timed."""
     import torch
     import transformers
 
@@ -72,6 +72,7 @@ def make(job: dict, arrays: dict[str, np.ndarray]):
 
     with torch.inference_mode():
         logits = model(prompts, logits_to_keep=1).logits[:, -1].cpu().numpy()
+    model.to(getattr(torch, m["dtype"]))
     return {"torch": torch.__version__, "transformers": transformers.__version__, "device": str(device)}, {"logits": logits}, {"rollout": run}
 
 
