@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import pathlib
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
 from stepsearch_jax.benchmarks import figure, importing, retrieval, reward, rollout, update
-from stepsearch_jax.metrics import write_json
+from stepsearch_jax.metrics import check_output, write_json
 from stepsearch_jax.startup import read_config
 
 
@@ -43,13 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one benchmark or all, prints the tables and, with --json, writes the figures. What a user can mend ends it with one line (SystemExit)."""
     options = _parse(arguments)
     try:
-        for name in ("json", "figure"):
-            path = getattr(options, name, None)
-            if path and (path.is_dir() or not path.parent.is_dir()):
-                raise FileNotFoundError(f"--{name}={path}: name a file in a folder that is there")
         figure_path = getattr(options, "figure", None)
-        if figure_path and "turns" not in options.case:
-            raise ValueError("--figure draws the case turns: add it to --case")
+        check_output("json", options.json)
+        check_output("figure", figure_path)
+        if figure_path:
+            figure.check_ending(figure_path)
+            if "turns" not in options.case:
+                raise ValueError("--figure draws the case turns: add it to --case")
         if options.subject == "all":
             figures = {name: _run(SUBJECTS[name], options) for name in MADE_UP}
         else:
@@ -60,6 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             figure.write_figure(figure.draw_turns(figures.get("rollout", figures)), figure_path)
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"stepsearch_jax: {error}") from error
+    except KeyboardInterrupt:
+        print("stepsearch_jax: interrupted; no figures were written", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
 
 
 def _run(subject: Subject, options: argparse.Namespace) -> dict:
@@ -90,7 +94,7 @@ def _add_subject(subjects, name: str, text: str, repeats: str, flags: Sequence[s
     options = subjects.add_parser(name, help=text.splitlines()[0], description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write the figures to FILE")
     options.add_argument("--repeats", type=_count(1), metavar="N", help=f"timed runs of each side, alternating (default: {repeats})")
-    options.add_argument("--seed", type=_count(0), metavar="S", default=0, help="made-up inputs follow from it (default: %(default)s)")
+    options.add_argument("--seed", type=_count(0, 2**31 - 1), metavar="S", default=0, help="made-up inputs follow from it (default: %(default)s)")
     if "case" in flags:
         options.add_argument("--case", nargs="+", choices=tuple(rollout.CASES), default=["short"], help="rollouts to time (default: short)")
         options.add_argument("--figure", type=pathlib.Path, metavar="FILE", help="draw seconds and prefilled tokens against turns (needs the case turns)")
@@ -109,12 +113,14 @@ def _add_subject(subjects, name: str, text: str, repeats: str, flags: Sequence[s
         options.add_argument("--peer-python", metavar="PATH", default=sys.executable, help="interpreter that has the peer installed (default: this one)")
 
 
-def _count(least: int) -> Callable[[str], int]:
-    """A whole number of at least `least`, as a type of argparse."""
+def _count(least: int, most: float = float("inf")) -> Callable[[str], int]:
+    """A whole number from `least` to `most`, as a type of argparse."""
 
     def parse(text: str) -> int:
         if not text.lstrip("-").isdecimal() or int(text) < least:
             raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {least}")
+        if int(text) > most:
+            raise argparse.ArgumentTypeError(f"{text} is more than {most}")
         return int(text)
 
     return parse

@@ -10,6 +10,7 @@ import math
 import os
 import pathlib
 import sys
+import tempfile
 from collections.abc import Iterable, Mapping
 from typing import Any, TextIO
 
@@ -44,6 +45,20 @@ def write_text(path: pathlib.Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
+
+
+def check_output(flag: str, path: str | pathlib.Path | None) -> None:
+    """Raises OSError, naming the flag, if `path` is no file that can be written; None or "" is none to write."""
+    if not path:
+        return
+    path = pathlib.Path(path)
+    if path.is_dir() or not path.parent.is_dir():
+        raise FileNotFoundError(f"--{flag}={path}: name a file in a folder that is there")
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OSError(f"--{flag}={path}: nothing can be written to that folder ({error.strerror}); name another one") from None
 
 
 def in_bucket(path: os.PathLike) -> bool:

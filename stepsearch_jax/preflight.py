@@ -21,7 +21,7 @@ from ml_collections import config_flags
 from stepsearch_jax import sharding
 from stepsearch_jax.budget import hlo, lengths, programs, report, verdict
 from stepsearch_jax.budget.chips import Chip, describe_slice
-from stepsearch_jax.metrics import write_json
+from stepsearch_jax.metrics import check_output, write_json
 from stepsearch_jax.settings import rollout_settings
 from stepsearch_jax.startup import parse_flags, start_logging
 
@@ -65,8 +65,7 @@ def _with_total(need: verdict.Need) -> dict[str, float]:
 def preflight(config: ml_collections.ConfigDict, topology: str, json: str) -> int:
     """Prints the report, writes it to `json` unless that is "" -> exit status: 0 if the run fits. What a user can mend raises SystemExit with one line."""
     try:
-        if json and (pathlib.Path(json).is_dir() or not pathlib.Path(json).parent.is_dir()):
-            raise FileNotFoundError(f"--json={json}: name a file in a folder that is there")
+        check_output("json", json)
         figures = measure(config, topology, *describe_slice(topology))
     except (ValueError, OSError) as error:
         raise SystemExit(f"stepsearch_jax: {error}") from error

@@ -35,7 +35,8 @@ MINIMA = {  # the least sensible value of keys that count something; NaN is belo
     1: ("rollout.questions", "rollout.group_size", "rollout.max_turns", "rollout.max_turn_tokens", "rollout.prefill_rows", "rollout.prefill_tokens",
         "rollout.attention_block", "search.k", "search.encode_batch", "rl.minibatches", "rl.epochs", "rl.length_multiple", "rl.kl_horizon", "checkpoint.every",
         "search.attempts", "search.batch", "checkpoint.imitation_every", "checkpoint.keep", "imitation.log_every", "imitation.held_out",
-        "imitation.demonstrations", "model.num_layers", "model.embed_dim", "model.num_heads", "model.num_kv_heads", "model.head_dim", "model.ffn_dim"),
+        "imitation.demonstrations", "model.num_layers", "model.embed_dim", "model.num_heads", "model.num_kv_heads", "model.head_dim", "model.ffn_dim",
+        "search.max_observation_tokens", "prompt.max_prompt_tokens"),
 }
 
 AXIS_SIZES = {  # logical axes of the parameters -> the sizes of a model that lie along them
@@ -152,6 +153,8 @@ def check_config(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
     if r.context < needed:
         raise ValueError(f"rollout.context={r.context} has no room for one prompt, one turn and one observation ({needed} tokens): raise it, or lower "
                          "prompt.max_prompt_tokens, rollout.max_turn_tokens or search.max_observation_tokens")
+    if r.temperature == float("inf"):
+        raise ValueError("config.rollout.temperature is inf, with which every token is as likely as every other; it must be a number")
     for name, value in (("rollout.flush_share", r.flush_share), ("rollout.top_p", r.top_p)):
         if not 0 < value <= 1:
             raise ValueError(f"{name}={value} must lie in (0, 1]")

@@ -118,7 +118,7 @@ def start_jax(config) -> None:
     LLVM would unroll loops of 64 steps or fewer before it looks at them as vectors, and then copy rows of that length, such as a head's, number by number.
     """
     if _has_only_cpus():
-        os.environ["XLA_FLAGS"] = f"--xla_backend_extra_options=-unroll-full-max-count=8 {os.environ.get('XLA_FLAGS', '')}"
+        add_xla_flag("--xla_backend_extra_options=-unroll-full-max-count=8")
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     d = config.distributed
     if d.processes != 1:
@@ -127,6 +127,14 @@ def start_jax(config) -> None:
         jax.distributed.initialize(**named, heartbeat_timeout_seconds=d.heartbeat_s, shutdown_timeout_seconds=d.heartbeat_s)
     elif "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         os.environ["NPROC"] = "64"  # so many threads: what the CPU runtime takes for the number of cores
+
+
+def add_xla_flag(flag: str) -> None:
+    """Puts a flag before those of the user, whose own values therefore count. Raises ValueError where XLA_FLAGS names a file of flags instead."""
+    own = os.environ.get("XLA_FLAGS", "").strip()
+    if own and not own.startswith("-"):
+        raise ValueError(f"XLA_FLAGS={own} names a file, beside which no flag can stand: put what it holds into XLA_FLAGS itself")
+    os.environ["XLA_FLAGS"] = f"{flag} {own}".strip()
 
 
 def _has_only_cpus() -> bool:

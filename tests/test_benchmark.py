@@ -123,11 +123,23 @@ def test_a_peer_that_does_not_work_ends_it_with_one_line(error, monkeypatch):
         benchmark.main(["update", "--peer", "tunix"])
 
 
+def test_ctrl_c_ends_it_with_one_line(monkeypatch, capsys):
+    def measure(**_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reward, "measure", measure)
+    with pytest.raises(SystemExit) as error:
+        benchmark.main(["reward"])
+    assert error.value.code == 130 and capsys.readouterr().err == "stepsearch_jax: interrupted; no figures were written\n"
+
+
 @pytest.mark.parametrize("arguments,complaint", [
     (["reward", "--json", "no/such/folder/f.json"], "no/such/folder"), (["reward", "--repeats", "0"], "0 is not a whole number of at least 1"),
     (["reward", "--seed", "-1"], "--seed"), (["reward", "--json", "."], "name a file"), (["rewards"], "invalid choice"),
     ([], "subject"), (["reward", "--turns", "3"], "--turns"), (["reward", "--peer", "tunix"], "--peer"),
     (["update", "--peer", "transformers"], "invalid choice"),
+    (["reward", "--seed", str(2**31)], "more than"), (["reward", "--json", "/proc/f.json"], "--json=/proc/f.json: nothing can be written"),
+    (["rollout", "--case", "turns", "--figure", "turns"], "--figure=turns: its ending must be one of"), (["rollout", "--figure", "f.png"], "add it to --case"),
     (["rollout", "--episodes", "0"], "at least 1"), (["rollout", "--case", "slots", "--confg=x"], "--confg=x"),
     (["update", "--config.model.dtype=float32"], "--config.model.dtype"), (["update", "--config=configs/no_such.py"], "no_such.py"),
     (["rollout", "--config=configs/musique_qwen2_5.py:9b"], "sizes are 0.5b"), (["rollout", "--config=configs/musique_qwen2_5.py", "--config.x=1"], "config.x"),

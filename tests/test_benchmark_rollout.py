@@ -129,6 +129,19 @@ def test_the_figures(monkeypatch):
     assert "transformers" in table and "short" in table and "2.00 s" in table and "12 x decode step: " in table
 
 
+def test_slots_are_compared_with_lock_step_whatever_the_peer(monkeypatch):
+    """At the top stands the first case that was compared with the named peer, and never another's ratio under its name."""
+    monkeypatch.setattr(rollout, "measure_slots", lambda *_: {"ours_s": 1.0, "peer_s": 2.0, "ratio": 2.0})
+    monkeypatch.setattr(rollout, "measure_case", lambda *_: {"ours_s": 1.0, "peer_s": 5.0, "ratio": 5.0})
+    options = dict(repeats=1, seed=0, peer_python="there", model=MODEL)
+    both = rollout.measure(case=["slots", "long"], peer="tunix", **options)
+    assert (both["case"], both["peer"], both["ratio"]) == ("long", "tunix", 5.0)
+    alone = rollout.measure(case=["slots"], peer="none", **options)
+    assert (alone["case"], alone["peer"], alone["ratio"]) == ("slots", "lock step", 2.0)
+    with pytest.raises(ValueError, match="--peer=tunix: the case slots"):
+        rollout.measure(case=["slots"], peer="tunix", **options)
+
+
 def test_episodes_may_be_other_than_the_cases():
     assert [part.resize(7).episodes for part in rollout.CASES["turns"]] == [7] * 4 and SMALL.resize(None) == SMALL
     assert SPREAD.resize(4).episodes == 4
@@ -211,6 +224,8 @@ def test_an_interpreter_that_is_not_there_or_bare_is_named(tmp_path):
         Peer("transformers_rollout", "no/such/python", {}, {})
     with pytest.raises(ImportError, match="numpy_that_is_not_there"):
         Peer("transformers_rollout", write_interpreter(tmp_path / "python", "import numpy_that_is_not_there"), {}, {})
+    with pytest.raises(ChildProcessError, match="without a word; --peer-python=.*python must be a Python"):
+        Peer("transformers_rollout", write_interpreter(tmp_path / "python", ""), {}, {})
 
 
 def test_a_peer_answers_with_checks_and_seconds(tmp_path):

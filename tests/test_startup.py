@@ -37,6 +37,13 @@ def test_loops_of_other_platforms_are_left_alone(platforms, plugins, start):
     assert start("--xla_some=1", platforms, plugins) == "--xla_some=1"
 
 
+def test_a_file_of_flags_is_refused(start, tmp_path):
+    """XLA reads a value that does not begin with - as the name of a file; behind a flag the name would be lost, and all that the file holds."""
+    with pytest.raises(ValueError, match="names a file"):
+        start(str(tmp_path / "flags"), "cpu", ())
+    assert start(str(tmp_path / "flags"), "tpu", ()) == str(tmp_path / "flags")
+
+
 def test_flags_of_the_user_come_last_and_so_count(start):
     own = "--xla_backend_extra_options=-unroll-full-max-count=64 --xla_force_host_platform_device_count=2"
     assert start(own, "cpu", ()).split() == [VECTORS, *own.split()]

@@ -114,6 +114,8 @@ def test_failed_searches_stop_the_run_above_their_limit(limit, failed, stops):
 @pytest.mark.parametrize("changes,message", [
     ({"rl.minibatches": 0}, "config.rl.minibatches is 0; it must be at least 1"), ({"rl.epochs": 0}, "rl.epochs"),
     ({"checkpoint.every": 0}, "checkpoint.every"), ({"rollout.prefill_rows": 0}, "rollout.prefill_rows"),
+    ({"search.max_observation_tokens": 0}, "search.max_observation_tokens"), ({"prompt.max_prompt_tokens": 0}, "prompt.max_prompt_tokens"),
+    ({"rollout.temperature": float("inf")}, "config.rollout.temperature is inf"),
     ({"rollout.temperature": -1.0}, "config.rollout.temperature is -1.0; it must be at least 0"),
     ({"rl.kl_coef": float("nan")}, "config.rl.kl_coef is nan"), ({"model.num_kv_heads": 3}, "must be a multiple of model.num_kv_heads=3"),
     ({"model.rope_scaling.factor": 0.0}, "config.model.rope_scaling.factor is 0.0"), ({"model.rope_scaling.factor": float("nan")}, "factor is nan"),

@@ -41,6 +41,13 @@ def count_read_again(size: dict) -> int:
     return size["episodes"] * sum(size["prompt"] + number * turn for number in range(size["turns"]))
 
 
+def check_ending(path: pathlib.Path) -> None:
+    """Raises ValueError if a figure cannot be written in the form that the name's ending says."""
+    known = Figure().canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in known:
+        raise ValueError(f"--figure={path}: its ending must be one of {', '.join(sorted(known))}")
+
+
 def write_figure(figure: Figure, path: pathlib.Path) -> None:
     """Writes it whole or not at all, in the form that the name's ending says."""
     temporary = path.with_name(f".{os.getpid()}.{path.name}")

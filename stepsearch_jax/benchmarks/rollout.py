@@ -37,9 +37,10 @@ from stepsearch_jax.models.transformer import ModelConfig, Policy
 from stepsearch_jax.records import TurnStatus
 from stepsearch_jax.rollout.episode import Environment, Prompts, RolloutSettings
 from stepsearch_jax.rollout.programs import make_rollout, make_rollout_copy
-from stepsearch_jax.startup import start_jax
+from stepsearch_jax.startup import add_xla_flag, start_jax
 
 PEERS = ("transformers", "tunix")
+LOCK_STEP = "lock step"  # the other side of slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Case:
     turn_tokens: tuple[int, ...]
     observation: int
     slots: int  # episodes that run at a time; 0 = all
-    flush_share: float  # this and the rest: as in `configs/base.py`
+    flush_share: float  # this and the rest: what the keys of `configs/base.py` are called so
     prefill_rows: int
     prefill_tokens: int
 
@@ -88,13 +89,16 @@ CASES = {
 
 def measure(*, repeats: int, seed: int, case: Sequence[str], peer: str, peer_python: str, config: ml_collections.ConfigDict | None = None,
             episodes: int | None = None, cases: dict[str, tuple[Case, ...]] = CASES, model: ModelConfig | None = None) -> dict:
-    """-> figures of the named cases: "ours_s", "peer_s" (medians), "ratio" = peer / ours, "floor_s"; at the top those of the first case.
+    """-> figures of the named cases: "ours_s", "peer_s" (medians), "ratio" = peer / ours, "floor_s"; at the top those of the first case
+    with that peer ("case").
 
     peer: "none", "transformers" or "tunix"; peer_python: the interpreter that has it; config: whose model to run, None = `sample_model.MODEL`; episodes:
     instead of each case's own. Raises ImportError where the peer is not installed, ValueError where it computes something else.
     """
+    if peer != "none" and set(case) == {"slots"}:
+        raise ValueError(f"--peer={peer}: the case slots is compared with {LOCK_STEP} of our own; leave --peer out, or add a case")
     cases = {name: tuple(part.resize(episodes) for part in cases[name]) for name in case}
-    start(threads=CORES)  # a rollout whose rows are cut over the devices has no collectives
+    start()
     model = model or sample_model.choose_models(config, peer)[1]
     rates = roofline.RateBook(model)
     found = {}
@@ -104,21 +108,21 @@ def measure(*, repeats: int, seed: int, case: Sequence[str], peer: str, peer_pyt
         else:
             parts = [measure_case(model, part, repeats, seed, peer, peer_python, rates) for part in cases[name]]
             found[name] = parts[0] if len(parts) == 1 else join_turns(parts)
-    first = found[case[0]]
-    return {name: first[name] for name in ("ours_s", "peer_s", "ratio")} | {
-        "peer": peer, "cases": found, "model": sample_model.describe(model), "repeats": repeats, "seed": seed, "jax": jax.__version__,
-        "device": str(jax.devices()[0])}
+    first = next((name for name in case if name != "slots"), "slots")
+    return {name: found[first][name] for name in ("ours_s", "peer_s", "ratio")} | {
+        "case": first, "peer": LOCK_STEP if first == "slots" else peer, "cases": found, "model": sample_model.describe(model), "repeats": repeats,
+        "seed": seed, "jax": jax.__version__, "device": str(jax.devices()[0])}
 
 
-def start(threads: int) -> None:
-    """Sets up JAX as the commands do; on CPU with a device a core, which share a pool of so many threads.
+def start() -> None:
+    """Sets up JAX as the commands do; on CPU with a device a core, which share a pool of a thread a core.
 
     The CPU runtime cuts an operation into as many parts as the pool has threads, so those beyond the cores cost time: a rollout takes half as long again with
-    64. But each device may wait in all collectives of a program at once, a thread in each, and a pool that all waits never moves again.
+    64, which programs with collectives on several devices may need (`startup.start_jax`). No program here has any.
     """
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={CORES}"
+    add_xla_flag(f"--xla_force_host_platform_device_count={CORES}")
     start_jax(ml_collections.ConfigDict({"distributed": {"processes": 1}}))
-    os.environ["NPROC"] = str(threads)
+    os.environ["NPROC"] = str(CORES)
 
 
 def make_mesh(rows: int, slots: int) -> jax.sharding.Mesh:
@@ -180,7 +184,7 @@ def measure_slots(model: ModelConfig, case: Case, repeats: int, seed: int) -> di
     times = alternate({"ours": lambda: time_call(in_slots, slice(None))[0], "peer": lambda: time_call(in_lock_step)[0]}, repeats)
     ours, theirs = times["ours"]["median_s"], times["peer"]["median_s"]
     steps, other_steps = (sum(int(part[:, 0].max()) for part in counted) for counted in ([np.asarray(counters)], other_counters))  # of the busiest device
-    return {"ours_s": ours, "peer_s": theirs, "ratio": theirs / ours, "ours": times["ours"], "peer": times["peer"],
+    return {"ours_s": ours, "peer_s": theirs, "ratio": theirs / ours, "ours": times["ours"], "peer": times["peer"] | {"name": LOCK_STEP},
             "sampled_tokens": int(np.asarray(trajectory.action_mask).sum()), "decode_steps": steps, "peer_decode_steps": other_steps,
             "devices": len(counters), "size": dataclasses.asdict(case)}
 
@@ -201,13 +205,13 @@ class Inputs:
         return Inputs(sample_model.draw_params(Policy(model), seed), draw(case.episodes, case.prompt), draw(case.observation), jax.random.key(seed))
 
 
-def make_run(model: ModelConfig, case: Case, inputs: Inputs, rows: int):
-    """-> (run(slice of `rows` episodes[, the learner's parameters]) -> (Trajectory, counters), the clock at its searches). Rows are spread over the devices."""
+def make_run(model: ModelConfig, case: Case, inputs: Inputs, rows: int, mesh: jax.sharding.Mesh | None = None):
+    """-> (run(slice of `rows` episodes[, the learner's parameters]) -> (Trajectory, counters), the clock at its searches). mesh: None = that of make_mesh."""
     settings = RolloutSettings(
         max_turns=case.turns - 1, max_turn_tokens=max(case.turn_tokens), context=case.context, max_prompt_tokens=case.prompt,
         max_observation_tokens=case.observation, documents=1, top_k=0, top_p=1.0, slots=case.slots, flush_share=case.flush_share,
         prefill_rows=case.prefill_rows, prefill_tokens=case.prefill_tokens)
-    mesh = make_mesh(rows, case.slots)
+    mesh = mesh or make_mesh(rows, case.slots)
     everywhere = sharding.replicated(mesh)
     specs = jax.tree.map(lambda _: jax.sharding.PartitionSpec(), inputs.params)
     to_rollout_layout = make_rollout_copy(model, jax.tree.map(lambda _: everywhere, inputs.params))

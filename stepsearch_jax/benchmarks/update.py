@@ -1,10 +1,10 @@
 """One PPO step and its updates against tunix's PPO learner, the arithmetic that the updates reach, and the memory that they need beyond their results.
 
 Both sides: 16 rows (--episodes) of a prompt of 128 tokens and 128 sampled ones, the rollout benchmark's model (--config) as policy and reference, a value
-model of the same size, float32 unless --config says otherwise, one minibatch, one epoch, AdamW behind clipping. "step" is everything that an iteration does
-on the device: rollout, log-probabilities of policy and reference, values, advantages, both updates; "updates" is the two optimiser steps alone. Ours also
-finds the entropy, which the peer leaves out, and without --config keeps only matrix products for the backward pass (model.remat=dots), the faster way on
-CPUs. The run ends with an error unless both sides' logits after the prompts agree to 1e-3.
+model of the same size, one device (on CPU with a thread a core), float32 unless --config says otherwise, one minibatch, one epoch, AdamW behind clipping.
+"step" is everything that an iteration does on the device: rollout, log-probabilities of policy and reference, values, advantages, both updates; "updates" is
+the two optimiser steps alone. Ours also finds the entropy, which the peer leaves out, and without --config keeps only matrix products for the backward pass
+(model.remat=dots), the faster way on CPUs. The run ends with an error unless both sides' logits after the prompts agree to 1e-3.
 
 Model FLOPs of the updates are counted without recomputation and compared with the rate of the model's own matmuls at as many tokens
 (benchmarks/roofline.py). Temporaries are those of the compiled update at vocabulary 151936 and 4 x 2048 tokens, with a small trunk, less one
@@ -24,14 +24,13 @@ import numpy as np
 from stepsearch_jax import sharding
 from stepsearch_jax.benchmarks import roofline, sample_model
 from stepsearch_jax.benchmarks.peers.process import Peer
-from stepsearch_jax.benchmarks.rollout import CONFIGURED, CORES, Case, Inputs, find_logits, make_mesh, make_run, start
+from stepsearch_jax.benchmarks.rollout import CONFIGURED, Case, Inputs, find_logits, make_run, start
 from stepsearch_jax.benchmarks.timing import alternate, time_call
 from stepsearch_jax.models.transformer import ModelConfig, Policy, Value
 from stepsearch_jax.rl import learner
 from stepsearch_jax.types import Batch, ModelState, TrainState
 
 PEERS = ("tunix",)
-COLLECTIVES = 5  # of a program of the step, at most, where the rows are cut over the devices
 CASE = Case(episodes=16, prompt=128, turns=1, turn_tokens=(128,), observation=1, slots=0, **CONFIGURED | {"prefill_tokens": 128})
 RULES = dict(policy_rate=7e-7, value_rate=7e-6, b1=0.9, b2=0.999, weight_decay=0.01, max_grad_norm=1.0, gamma=1.0, gae_lambda=1.0, kl_coef=1e-3, clip=0.2,
              value_clip=0.5)  # what both sides are told
@@ -62,7 +61,7 @@ def measure(*, repeats: int, seed: int, peer: str, peer_python: str, config: ml_
     case's own. Raises ImportError where the peer is not installed, ValueError where it computes something else.
     """
     case = case.resize(episodes)
-    start(threads=COLLECTIVES * CORES)
+    start()
     model, sampler = (model, model) if model else sample_model.choose_models(config, peer)
     inputs = Inputs.draw(model, case, seed)
     with contextlib.ExitStack() as stack:
@@ -99,12 +98,12 @@ def make_steps(model: ModelConfig, sampler: ModelConfig, case: Case, inputs: Inp
     """
     value_params = sample_model.draw_params(Value(model), seed + 1)
     optimizers = make_optimizers()
-    mesh = make_mesh(case.episodes, case.slots)
+    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     params, value_params, reference = jax.device_put((inputs.params, value_params, jax.tree.map(np.copy, inputs.params)), sharding.replicated(mesh))
     models = [ModelState(tree, jax.jit(optimizer.init)(tree)) for tree, optimizer in zip((params, value_params), optimizers)]
     scalars = dict(iteration=jnp.int32(0), position=jnp.int32(0), kl_coef=jnp.float32(RULES["kl_coef"]), skipped=jnp.int32(0))
     state = TrainState(*models, **jax.device_put(scalars, sharding.replicated(mesh)))
-    collect, _ = make_run(sampler, case, inputs, case.episodes)
+    collect, _ = make_run(sampler, case, inputs, case.episodes, mesh)
     build_batch, update = learner.make_build_batch(model, SETTINGS), learner.make_update(model, SETTINGS, *optimizers)
     step_rewards, outcome_rewards = sharding.rows_to_mesh(mesh, (np.zeros((case.episodes, case.turns), np.float32),
                                                                  np.linspace(0.0, 1.0, case.episodes, dtype=np.float32)))

@@ -15,8 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from stepsearch_jax.data.passages import read_corpus
-from stepsearch_jax.metrics import write_json
-from stepsearch_jax.preparation.options import check_json
+from stepsearch_jax.metrics import check_output, write_json
 from stepsearch_jax.search.bm25 import Bm25Index, check_settings, holds_index, stream_index
 
 
@@ -52,7 +51,7 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     start = time.monotonic()
     try:
-        check_json(options.json)
+        check_output("json", options.json)
         index = index_files(options.corpus, options.out, options.k1, options.b)
         figures = {**index.describe(0), "vocabulary": index.vocabulary_size, "minutes": (time.monotonic() - start) / 60,
                    "bytes": sum(path.stat().st_size for path in options.out.iterdir()), "peak_bytes": measure_peak()}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import ml_collections
 
-from stepsearch_jax.metrics import write_json
+from stepsearch_jax.metrics import check_output, write_json
 from stepsearch_jax.startup import read_config, start_logging
 
 
@@ -21,12 +21,6 @@ def make_parser(name: str, text: str) -> argparse.ArgumentParser:
     return parser
 
 
-def check_json(path: pathlib.Path | None) -> None:
-    """Raises FileNotFoundError if --json=PATH names no file that can be written."""
-    if path and (path.is_dir() or not path.parent.is_dir()):
-        raise FileNotFoundError(f"--json={path}: name a file in a folder that is there")
-
-
 def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str], command: Callable[[ml_collections.ConfigDict, argparse.Namespace], dict],
                 render: Callable[[dict], str]) -> None:
     """Calls command(config, options) -> figures, prints them with `render` and writes them to --json. What a user can mend ends it with one line."""
@@ -34,7 +28,7 @@ def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str], comma
     config = read_config(parser, options.config, rest)
     start_logging()
     try:
-        check_json(options.json)
+        check_output("json", options.json)
         figures = command(config, options)
         print(render(figures), flush=True)
         if options.json:

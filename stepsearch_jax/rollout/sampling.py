@@ -113,7 +113,7 @@ def sample(logits: jax.Array, key: jax.Array, episode_ids: jax.Array, token_inde
     drawn = block * size + jnp.argmax(inner + noise[:, blocks:], axis=-1)
 
     peak = logits.max(-1, keepdims=True)
-    best = jnp.where(logits == peak, jnp.arange(width), width - 1).min(-1)  # as argmax, in a seventh of its time on CPU
+    best = jnp.where(logits == peak, jnp.arange(width), width - 1).min(-1)  # as argmax, but for NaN, in a seventh of its time on CPU
     peaks = gather_slices(peak, axis)  # [b, slices]
     first = jnp.argmax(peaks, axis=-1)[:, None]
     greedy = first[:, 0] * width + jnp.take_along_axis(gather_slices(best[:, None], axis), first, axis=1)[:, 0]

@@ -62,7 +62,8 @@ class Peer:
     def _answer(self) -> dict:
         line = self._process.stdout.readline()
         if not line:
-            last = (self._log.read_text().strip().splitlines() or ["without a word"])[-1]
+            silent = f"it ended without a word; --peer-python={self._process.args[0]} must be a Python interpreter"
+            last = (self._log.read_text().strip().splitlines() or [silent])[-1]
             answer = {"missing" if last.startswith("ModuleNotFoundError") else "failed": last}
         else:
             answer = json.loads(line)
