@@ -53,7 +53,7 @@ class Case:
     turn_tokens: tuple[int, ...]
     observation: int
     slots: int  # episodes that run at a time; 0 = all
-    flush_share: float  # this and the rest: what the keys of `configs/base.py` are called so
+    flush_share: float  # this and the rest: config.rollout's keys of the same names
     prefill_rows: int
     prefill_tokens: int
 
