@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib.metadata
 import importlib.util
 import logging
@@ -32,6 +33,8 @@ from stepsearch_jax.types import TrainState
 from stepsearch_jax.warm_start import warm_start
 
 logger = logging.getLogger("stepsearch_jax")
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
 
 def run_command(command: Callable) -> None:
@@ -119,6 +122,7 @@ def start_jax(config) -> None:
     """
     if _has_only_cpus():
         add_xla_flag("--xla_backend_extra_options=-unroll-full-max-count=8")
+        keep_freed_memory()
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     d = config.distributed
     if d.processes != 1:
@@ -127,6 +131,18 @@ def start_jax(config) -> None:
         jax.distributed.initialize(**named, heartbeat_timeout_seconds=d.heartbeat_s, shutdown_timeout_seconds=d.heartbeat_s)
     elif "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         os.environ["NPROC"] = "64"  # so many threads: what the CPU runtime takes for the number of cores
+
+
+def keep_freed_memory() -> None:
+    """Lets this process reuse the memory that it frees, where malloc is glibc's (mallopt(3)); elsewhere nothing changes.
+
+    Each call of a program allocates its temporary arrays. Large ones would go back to the system afterwards, and every page of the next ones would be a page
+    fault: a tenth of an update's time.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def add_xla_flag(flag: str) -> None:

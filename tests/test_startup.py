@@ -1,5 +1,8 @@
 """What is set before JAX starts."""
+import ctypes
 import os
+import subprocess
+import sys
 import types
 
 import ml_collections
@@ -21,6 +24,7 @@ def start(monkeypatch):
         monkeypatch.setattr(startup.importlib.metadata, "entry_points", lambda group: plugins if group == "jax_plugins" else ())
         monkeypatch.setattr(startup.importlib.util, "find_spec", lambda name: None)
         monkeypatch.setattr(startup, "jax", types.SimpleNamespace(config=types.SimpleNamespace(jax_platforms=platforms, update=lambda *_: None)))
+        monkeypatch.setattr(startup, "keep_freed_memory", lambda: None)  # this process's own would stay changed
         startup.start_jax(ONE_PROCESS)
         return os.environ["XLA_FLAGS"]
 
@@ -47,3 +51,31 @@ def test_a_file_of_flags_is_refused(start, tmp_path):
 def test_flags_of_the_user_come_last_and_so_count(start):
     own = "--xla_backend_extra_options=-unroll-full-max-count=64 --xla_force_host_platform_device_count=2"
     assert start(own, "cpu", ()).split() == [VECTORS, *own.split()]
+
+
+PAGES = """
+import resource, sys
+import jax, jax.numpy as jnp
+from ml_collections import ConfigDict
+from stepsearch_jax import startup
+
+if sys.argv[1] == "left":
+    startup.keep_freed_memory = lambda: None
+startup.start_jax(ConfigDict({"distributed": {"processes": 1}}))
+double = jax.jit(lambda x: x[:, None] * jnp.ones(2))
+x = jnp.ones(8 * 2**20)
+faults = []
+for _ in range(12):  # 64 MiB are allocated and freed each time
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    double(x).block_until_ready().delete()
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(sorted(faults)[6] * resource.getpagesize() // 2**20)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt") or sys.platform != "linux", reason="malloc is not glibc's")
+@pytest.mark.parametrize("memory, fresh", [("kept", range(0, 8)), ("left", range(48, 80))])
+def test_memory_is_used_again_instead_of_asked_for_anew(memory, fresh):
+    """MiB of pages that a call of a program faults in, the median of twelve: the hole that a block leaves may be a little too small for the next one."""
+    found = subprocess.run([sys.executable, "-c", PAGES, memory], env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=True)
+    assert int(found.stdout) in fresh
