@@ -162,6 +162,10 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     l.whiten_advantages = True  # of gae and turn_gae, over action tokens
     l.clip_low = 0.2  # a ratio below 1 - clip_low is clipped [P]
     l.clip_high = 0.2  # a ratio above 1 + clip_high is clipped [P]
+    # What ratios compare with. learner: the learner's own log-probabilities before the updates, by a forward pass more [C] | sampler: those recorded while
+    # sampling, without it; where rollout.dtype is not model.dtype they differ a little, and ratios are not 1 before the first update (docs/losses.md) [O]
+    l.old_logprobs = "learner"
+    l.max_ratio = 2.0  # of old_logprobs="sampler": ratios above it weigh as much as it (truncated importance weights) [O]
     l.aggregation = "token_mean"  # token_mean: every action token of a minibatch counts the same [P] | sequence_mean: every episode does
     l.value_clip = 0.5  # [C]
     l.entropy_coef = 0.0  # 1e-3 in the released code [C]

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 import ml_collections
@@ -24,7 +25,8 @@ CHOICES = {  # keys whose value is one of a few words, checked before anything e
     "reward.redundancy_scope": ("earlier_turns", "rendered"), "reward.tfidf_fit": ("corpus", "pair"), "reward.placement": ("step", "merged"),
     "reward.step_reward": ("gain", "answer_logprob"),
     "rl.advantage": (*CRITIC_ESTIMATORS, *GROUP_ESTIMATORS), "rl.aggregation": ("token_mean", "sequence_mean"), "rl.kl_placement": ("reward", "loss"),
-    "rl.kl_estimator": ("k1", "k2", "k3", "abs"), "policy.optimizer": ("adamw", "sgd"), "value.optimizer": ("adamw", "sgd"),
+    "rl.kl_estimator": ("k1", "k2", "k3", "abs"), "rl.old_logprobs": ("learner", "sampler"),
+    "policy.optimizer": ("adamw", "sgd"), "value.optimizer": ("adamw", "sgd"),
     "imitation.optimizer": ("adamw", "muon"), "search.kind": ("bm25", "dense", "remote"), "search.embedding_dtype": DTYPES,
 }
 
@@ -87,9 +89,12 @@ def rollout_settings(config: ml_collections.ConfigDict) -> RolloutSettings:
 
 def learner_settings(config: ml_collections.ConfigDict) -> LearnerSettings:
     """The rl section, and what the reward section says about places."""
-    return LearnerSettings(placement=config.reward.placement, outcome_overwrites=config.reward.outcome_overwrites, **{key: config.rl[key] for key in (
-        "advantage", "gamma", "gae_lambda", "over_observations", "whiten_advantages", "clip_low", "clip_high", "aggregation", "value_clip", "entropy_coef",
-        "kl_placement", "kl_estimator", "kl_target", "kl_horizon", "minibatches", "epochs", "micro_rows")})
+    w, l = config.reward, config.rl
+    return LearnerSettings(
+        placement=w.placement, outcome_overwrites=w.outcome_overwrites, max_ratio=l.max_ratio if l.old_logprobs == "sampler" else math.inf,
+        **{key: l[key] for key in (
+            "advantage", "gamma", "gae_lambda", "over_observations", "whiten_advantages", "clip_low", "clip_high", "old_logprobs", "aggregation", "value_clip",
+            "entropy_coef", "kl_placement", "kl_estimator", "kl_target", "kl_horizon", "minibatches", "epochs", "micro_rows")})
 
 
 def make_optimizers(config):
@@ -144,6 +149,8 @@ def check_config(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
     if l.advantage in GROUP_ESTIMATORS and r.group_size < 2:
         raise ValueError(f"rl.advantage={l.advantage} compares the episodes of one question, but rollout.group_size is {r.group_size}: set it to 2 or more "
                          f"(and lower rollout.questions by as much), or rl.advantage to {' or '.join(CRITIC_ESTIMATORS)}")
+    if l.old_logprobs == "sampler" and not l.max_ratio >= 1 + l.clip_high:
+        raise ValueError(f"rl.max_ratio={l.max_ratio} must be at least 1 + rl.clip_high={1 + l.clip_high:g}, above which ratios are clipped anyway")
     if l.over_observations and l.advantage != "gae":
         raise ValueError(f"rl.over_observations=True widens token GAE, but rl.advantage is {l.advantage}: set it to gae, or rl.over_observations to False")
     for rows in ((*(phase[1] for phase in i.phases), i.held_out) if i.phases else ()):

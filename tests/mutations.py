@@ -57,6 +57,8 @@ FAULTS = (
     Fault("the policy loss has its sign flipped", LOSSES, "loss = -mean(jnp.minimum", "loss = mean(jnp.minimum", "test_losses.py"),
     Fault("the clip bounds are swapped", LOSSES, "clip(ratio, 1 - clip_low, 1 + clip_high)", "clip(ratio, 1 - clip_high, 1 + clip_low)", "test_losses.py"),
     Fault("the larger of the clipped terms", LOSSES, "jnp.minimum(unclipped, clipped)", "jnp.maximum(unclipped, clipped)", "test_losses.py"),
+    Fault("a cut ratio loses its gradient", LOSSES, "ratio = ratio * jax.lax.stop_gradient(jnp.minimum(1, max_ratio / ratio))",
+          "ratio = jnp.minimum(ratio, max_ratio)", "test_losses.py"),
     Fault("the policy loss drops its mask", LOSSES, "aggregate, mask=action_mask", "aggregate, mask=jnp.ones_like(action_mask)", "test_losses.py"),
     Fault("the value loss takes the smaller error", LOSSES, "jnp.maximum(unclipped, clipped)", "jnp.minimum(unclipped, clipped)", "test_losses.py"),
     Fault("returns carry a gradient", LOSSES, "old_values, returns = jax.lax.stop_gradient((old_values, returns))\n", "\n", "test_losses.py"),
@@ -67,6 +69,9 @@ FAULTS = (
           "part, loss_normalizer({'policy': part.action_mask, 'value': part.value_mask}[name], aggregation=aggregation), kl_coef",
           "test_learner.py -k same_update"),
     Fault("one finite gradient is enough for a step", LEARNER, ".values()))).all()", ".values()))).any()", "test_learner.py -k not_finite"),
+    Fault("the learner cuts no ratio", LEARNER, "max_ratio=settings.max_ratio", "max_ratio=jnp.inf", "test_learner.py"),
+    Fault("the sampler's log-probabilities are not used", LEARNER, "old[0] if by_learner else trajectory.sampler_logprobs",
+          "old[0] if by_learner else ref_logprobs", "test_learner.py"),
     Fault("groups are not passed on", LEARNER, "trajectory.turn_ids, trajectory.group_ids", "trajectory.turn_ids, jnp.arange(len(mask))",
           "test_learner.py -k batch_of_a_rollout"),
 )

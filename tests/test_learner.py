@@ -20,9 +20,9 @@ CONFIG = dataclasses.replace(tiny.CONFIG, vocab_size=24, embed_dim=16, head_dim=
 POLICY, VALUE = Policy(CONFIG), Value(CONFIG)
 RULES = tiny.ROLLOUT_RULES | {"embed": "fsdp"}
 SETTINGS = learner.LearnerSettings(
-    advantage="gae", gamma=1.0, gae_lambda=1.0, over_observations=False, whiten_advantages=True, clip_low=0.2, clip_high=0.3, aggregation="token_mean",
-    value_clip=0.5, entropy_coef=0.01, kl_placement="reward", kl_estimator="k1", kl_target=0.0, kl_horizon=1000.0, minibatches=1, epochs=1, micro_rows=0,
-    placement="step", outcome_overwrites=False)
+    advantage="gae", gamma=1.0, gae_lambda=1.0, over_observations=False, whiten_advantages=True, clip_low=0.2, clip_high=0.3, old_logprobs="learner",
+    max_ratio=1.35, aggregation="token_mean", value_clip=0.5, entropy_coef=0.01, kl_placement="reward", kl_estimator="k1", kl_target=0.0, kl_horizon=1000.0,
+    minibatches=1, epochs=1, micro_rows=0, placement="step", outcome_overwrites=False)
 ROWS, LENGTH = 16, 12
 ONE = (1, 1, 1)
 
@@ -93,6 +93,7 @@ def to_host(tree):
 # ---- make_update: on meshes, by micro-batches, against the loss function ---------------------------------------------------------------------------
 
 
+LOSS_ONLY = ("aggregation", "old_logprobs", "max_ratio")  # of the keys, those that no advantage depends on
 # An update without a value model, with all else that is not default.
 CRITIC_FREE = dict(advantage="grpo", aggregation="sequence_mean", kl_placement="loss", kl_estimator="k3")
 
@@ -147,11 +148,11 @@ def test_every_mesh_starts_alike(shape):
 
 @pytest.mark.parametrize("change,critic", [
     (dict(advantage="gae"), True), (dict(advantage="gae", over_observations=True, outcome_overwrites=True, placement="merged"), True),
-    (CRITIC_FREE, False),
+    (CRITIC_FREE, False), (dict(advantage="gae", old_logprobs="sampler"), True),
     pytest.param(dict(advantage="turn_gae", aggregation="sequence_mean", kl_placement="loss", kl_estimator="k3"), True, marks=pytest.mark.slow),
     pytest.param(dict(advantage="rloo", kl_placement="loss"), False, marks=pytest.mark.slow),
     pytest.param(dict(advantage="turn_return", aggregation="sequence_mean"), False, marks=pytest.mark.slow),
-], ids=lambda x: x.get("advantage") + "_observations" * x.get("over_observations", False) if isinstance(x, dict) else "")
+], ids=lambda x: x["advantage"] + "_observations" * ("over_observations" in x) + "_sampler" * ("old_logprobs" in x) if isinstance(x, dict) else "")
 def test_gradient_is_that_of_the_loss_function(change, critic):
     """An update's gradients against `stepwise_ppo_loss` differentiated through both models, on the same trajectories."""
     rng, batch = np.random.default_rng(4), split(make_batch(), 0)
@@ -161,7 +162,8 @@ def test_gradient_is_that_of_the_loss_function(change, critic):
     rewards = rng.normal(size=(rows, 2)).astype(np.float32), rng.normal(size=rows).astype(np.float32)
     arrays = batch.token_mask, batch.action_mask, turn_ids, np.array([3, 1, 3, 3, 1, 1, 0, 3], np.int32), search_end, *rewards
     fixed = dict(gamma=0.9, gae_lambda=0.8, over_observations=False, kl_coef=0.1, kl_placement="reward", kl_estimator="k2", placement="step",
-                 outcome_overwrites=False, whiten_advantages=True) | {key: x for key, x in change.items() if key != "aggregation"}
+                 outcome_overwrites=False, whiten_advantages=True) | {key: x for key, x in change.items() if key not in LOSS_ONLY}
+    loss_keys = {key: change.get(key, getattr(SETTINGS, key)) for key in LOSS_ONLY}
 
     @jax.jit
     def differentiate(*params):
@@ -170,23 +172,24 @@ def test_gradient_is_that_of_the_loss_function(change, critic):
             values = score_values(VALUE, value_params, batch.tokens)
             return stepwise_ppo_loss(
                 logprobs, batch.old_logprobs, batch.ref_logprobs, values, batch.old_values, entropy, *arrays, clip_low=0.2, clip_high=0.3, value_clip=0.5,
-                value_coef=1.0, entropy_coef=0.01, aggregation=change.get("aggregation", "token_mean"), **fixed)
+                value_coef=1.0, entropy_coef=0.01, **{key: x for key, x in loss_keys.items() if key != "old_logprobs"}, **fixed)
 
         return jax.grad(loss, argnums=(0, 1), has_aux=True)(*params)
 
     expected, expected_metrics = differentiate(tiny.draw_params(POLICY, 1), tiny.draw_params(VALUE, 1))
     advantages, returns, value_mask, _ = stepwise_advantages(batch.old_logprobs, batch.ref_logprobs, batch.old_values, *arrays, **fixed)
     batch = batch.replace(advantages=advantages, returns=returns, value_mask=value_mask)
-    step = one_step(**{key: fixed[key] for key in ("advantage", "kl_placement", "kl_estimator")}, aggregation=change.get("aggregation", "token_mean"))
+    step = one_step(**{key: fixed[key] for key in ("advantage", "kl_placement", "kl_estimator")}, **loss_keys)
     state, metrics = step(make_state(critic=critic), batch, jnp.float32(0))
     assert len(models_of(state)) == 1 + critic
     for found, wanted in zip(first_gradients(state), expected):
         close_to_leaf_maximum(found, wanted, 1e-5)
-    assert metrics.keys() - {"policy_grad_norm", "value_grad_norm"} == expected_metrics.keys() - {"kl", "reward", "entropy"}
+    found_before = {"kl", "reward"} | ({"entropy"} if loss_keys["old_logprobs"] == "learner" else set())  # by make_build_batch
+    assert metrics.keys() - {"policy_grad_norm", "value_grad_norm"} == expected_metrics.keys() - found_before
     for name in metrics.keys() & expected_metrics.keys():
         np.testing.assert_allclose(metrics[name], expected_metrics[name], rtol=1e-4, err_msg=name)
-    for name in {"clip_fraction", "value_clip_fraction"} & metrics.keys():
-        assert 0.02 < metrics[name] < 0.98  # both sides of both clips are in it
+    for name in {"clip_fraction", "truncated_fraction", "value_clip_fraction"} & metrics.keys():
+        assert 0.02 < metrics[name] < 0.98  # both sides of every bound are in it
 
 
 # ---- make_update: steps, skips and the KL coefficient ------------------------------------------------------------------------------------------------
@@ -320,7 +323,8 @@ def sampled() -> Trajectory:
 
 
 @pytest.mark.parametrize("change", [
-    dict(kl_estimator="k3"), dict(advantage="turn_return", kl_placement="loss"), pytest.param(dict(over_observations=True), marks=pytest.mark.slow),
+    dict(kl_estimator="k3"), dict(advantage="turn_return", kl_placement="loss"), dict(old_logprobs="sampler"),
+    pytest.param(dict(over_observations=True), marks=pytest.mark.slow),
 ], ids=lambda change: next(iter(change)))
 def test_batch_of_a_rollout(change):
     """Log-probabilities of the sampler are the learner's; a fresh value model says 0; all else is `stepwise_advantages`, scored in parts of 4 rows."""
@@ -338,13 +342,15 @@ def test_batch_of_a_rollout(change):
     mask = trajectory.action_mask
     assert mask.sum() > 200
     np.testing.assert_allclose(batch.old_logprobs[mask], trajectory.sampler_logprobs[mask], atol=1e-4)
-    assert metrics["sampler_mismatch"] < 1e-4
+    by_learner = settings.old_logprobs == "learner"
+    assert by_learner != np.array_equal(batch.old_logprobs, trajectory.sampler_logprobs)
+    assert metrics.get("sampler_mismatch", 0) < 1e-4 and ("sampler_mismatch" in metrics) == by_learner
     np.testing.assert_array_equal(batch.old_values, 0)
     for name in ("tokens", "token_mask", "action_mask"):
         np.testing.assert_array_equal(getattr(batch, name), getattr(trajectory, name))
     score = jax.jit(functools.partial(score_tokens, Policy(tiny.CONFIG)))
     (old_logprobs, entropy), (ref_logprobs, _) = (score(params, trajectory.tokens) for params in (policy_params, reference_params))
-    np.testing.assert_allclose(batch.old_logprobs, old_logprobs, atol=1e-4)
+    np.testing.assert_allclose(np.where(mask, batch.old_logprobs, 0), np.where(mask, old_logprobs, 0), atol=1e-4)
     np.testing.assert_allclose(batch.ref_logprobs, ref_logprobs, atol=1e-4)
     advantages, returns, value_mask, expected = stepwise_advantages(
         batch.old_logprobs, ref_logprobs, batch.old_values, trajectory.token_mask, mask, trajectory.turn_ids, trajectory.group_ids, trajectory.search_end,
@@ -355,7 +361,8 @@ def test_batch_of_a_rollout(change):
     np.testing.assert_array_equal(batch.value_mask, value_mask)
     np.testing.assert_allclose(metrics["kl"], expected["kl"], rtol=1e-4)
     np.testing.assert_allclose(metrics["reward"], expected["reward"], rtol=1e-4)
-    np.testing.assert_allclose(metrics["entropy"], np.asarray(entropy)[mask].mean(), rtol=1e-4)
+    if by_learner:
+        np.testing.assert_allclose(metrics["entropy"], np.asarray(entropy)[mask].mean(), rtol=1e-4)
     assert np.abs(metrics["kl"]) > 0.01 and metrics["action_tokens"] == mask.sum() and ("value_explained" in metrics) == critic == value_mask.any()
     if critic:  # values of 0 explain nothing: 1 - mean(R^2) / var(R)
         learned = batch.returns[value_mask]

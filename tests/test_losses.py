@@ -22,7 +22,7 @@ KEYWORDS = dict(
 STATIC = ("advantage", "whiten_advantages", "aggregation", "kl_placement", "kl_estimator", "placement", "outcome_overwrites", "over_observations")
 # What a config may ask for, so that every word stands in some case.
 CASES = {
-    "gae": {}, "not whitened": dict(whiten_advantages=False), "merged": dict(placement="merged", kl_estimator="k2"),
+    "gae": {}, "truncated": dict(max_ratio=1.4), "not whitened": dict(whiten_advantages=False), "merged": dict(placement="merged", kl_estimator="k2"),
     "observations": dict(over_observations=True, outcome_overwrites=True, kl_estimator="k3"),
     "sequences": dict(aggregation="sequence_mean", kl_placement="loss", kl_estimator="k3"),
     "turn_gae": dict(advantage="turn_gae", aggregation="sequence_mean", kl_estimator="abs"),
@@ -57,8 +57,8 @@ def penalty(x: float, estimator: str) -> float:
     return {"k1": x, "k2": x * x / 2, "k3": math.exp(-x) - 1 + x, "abs": abs(x)}[estimator]
 
 
-def loop_loss(batch, *, clip_low, clip_high, aggregation, value_clip, value_coef, entropy_coef, kl_coef, kl_placement, kl_estimator, placement,
-              outcome_overwrites, over_observations, advantage, **estimating):
+def loop_loss(batch, *, clip_low, clip_high, max_ratio=math.inf, aggregation, value_clip, value_coef, entropy_coef, kl_coef, kl_placement, kl_estimator,
+              placement, outcome_overwrites, over_observations, advantage, **estimating):
     """The objective from its definition, one Python float at a time. step_rewards None: plain outcome-only PPO."""
     mask, f = batch["action_mask"], lambda name, b, t: float(batch[name][b, t])
     rewards = np.zeros(mask.shape)
@@ -84,7 +84,7 @@ def loop_loss(batch, *, clip_low, clip_high, aggregation, value_clip, value_coef
         return np.mean([np.mean(row) for row in rows] if aggregation == "sequence_mean" else sum(rows, [])) if rows else 0.0
 
     def policy_term(b, t):
-        ratio = math.exp(f("logprobs", b, t) - f("old_logprobs", b, t))
+        ratio = min(math.exp(f("logprobs", b, t) - f("old_logprobs", b, t)), max_ratio)
         return -min(ratio * advantages[b, t], min(max(ratio, 1 - clip_low), 1 + clip_high) * advantages[b, t])
 
     def value_term(b, t):
@@ -119,6 +119,24 @@ def test_policy_loss_by_hand():
     np.testing.assert_allclose(gradient, [[0, 1.5 * 2 / 4, 0, -1.25 / 4, 0]], rtol=1e-5)
     # k3 of KL(old || new): (r - 1 - log r) / 4 over the four tokens.
     assert metrics["approx_kl"] == pytest.approx(sum(r - 1 - math.log(r) for r in (1.5, 1.5, 0.5, 1.25)) / 4, rel=1e-5)
+
+
+def test_truncated_ratios_by_hand():
+    """Cut at 2; four action tokens and an observation.
+
+    ratio 4, A -1: at most 2, so -2; gradient that of a weight of 2     ratio 4, A  1: min(2, 1.3) = 1.3, clipped: no gradient
+    ratio 1.5, A -1: -1.5, as without the cut                           ratio .5, A 1: .5, the same
+    Sum -1.7; loss = 1.7 / 4. Of four, two ratios were cut.
+    """
+    ratio, advantages = jnp.array([[4.0, 4, 1.5, 0.5, 9]]), jnp.array([[-1.0, 1, -1, 1, -1]])
+    old, mask = jnp.full((1, 5), -3.0), jnp.array([[True] * 4 + [False]])
+    run = lambda x, **limit: policy_loss(x, old, advantages, mask, clip_low=0.2, clip_high=0.3, normalizer=4, **TOKENS, **limit)
+    (loss, metrics), gradient = jax.value_and_grad(run, has_aux=True)(old + jnp.log(ratio), max_ratio=2.0)
+    assert loss == pytest.approx(1.7 / 4, rel=1e-5)
+    assert metrics["truncated_fraction"] == 0.5 and metrics["clip_fraction"] == 0.25
+    np.testing.assert_allclose(gradient, [[2 / 4, 0, 1.5 / 4, -0.5 / 4, 0]], rtol=1e-5)
+    whole, metrics = run(old + jnp.log(ratio))
+    assert whole == pytest.approx(3.7 / 4, rel=1e-5) and metrics["truncated_fraction"] == 0
 
 
 def test_value_loss_by_hand():

@@ -1,4 +1,6 @@
 """The presets of configs/base.py, what the choices of rl and reward ask of a config, and whole runs without a value model."""
+import math
+
 import jax
 import ml_collections
 import numpy as np
@@ -10,7 +12,7 @@ from configs import base
 from stepsearch_jax import checkpoint, sharding, startup, train
 from stepsearch_jax.models.transformer import Policy
 from stepsearch_jax.rl import learner
-from stepsearch_jax.settings import check_config, make_optimizers
+from stepsearch_jax.settings import check_config, learner_settings, make_optimizers
 from stepsearch_jax.system import build_system
 
 # The closed list in which the released code differs from the paper, with the released script's numbers.
@@ -65,6 +67,14 @@ def test_only_token_gae_runs_over_observations(tmp_path_factory):
     check(tmp_path_factory, **{"rl.over_observations": True})
 
 
+def test_ratios_to_the_sampler_are_truncated_above_the_clip(tmp_path_factory):
+    with pytest.raises(ValueError, match=r"rl.max_ratio=1.1 must be at least 1 \+ rl.clip_high=1.2"):
+        check(tmp_path_factory, **{"rl.old_logprobs": "sampler", "rl.max_ratio": 1.1})
+    check(tmp_path_factory, **{"rl.max_ratio": 1.1})
+    learner_only, sampler = (learner_settings(make_config(tmp_path_factory, **{"rl.old_logprobs": word})) for word in ("learner", "sampler"))
+    assert (learner_only.max_ratio, sampler.max_ratio) == (math.inf, 2.0)
+
+
 @pytest.mark.slow
 def test_without_a_critic_there_is_no_value_model(tmp_path, tmp_path_factory):
     """No parameters, no optimiser; the policy and the frozen reference are those of a run with one."""
@@ -83,7 +93,7 @@ def test_without_a_critic_there_is_no_value_model(tmp_path, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("change", [
     {"rl.advantage": "grpo", "rl.aggregation": "sequence_mean", "rl.kl_placement": "loss", "rl.kl_estimator": "k3", **GROUPS},
-    {"rl.advantage": "turn_gae", "rl.gamma": 0.9}, {"reward.outcome_overwrites": True, "rl.over_observations": True},
+    {"rl.advantage": "turn_gae", "rl.gamma": 0.9, "rl.old_logprobs": "sampler"}, {"reward.outcome_overwrites": True, "rl.over_observations": True},
 ], ids=lambda change: change.get("rl.advantage", "gae over observations"))
 def test_a_run_and_its_continuation(tmp_path, tmp_path_factory, change):
     """Two iterations at once, and one after the other by way of a checkpoint: the same parameters, and they have moved."""

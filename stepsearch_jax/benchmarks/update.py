@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 
 import flax.linen as nn
 import jax
@@ -36,8 +37,9 @@ RULES = dict(policy_rate=7e-7, value_rate=7e-6, b1=0.9, b2=0.999, weight_decay=0
              value_clip=0.5)  # what both sides are told
 SETTINGS = learner.LearnerSettings(
     advantage="gae", gamma=RULES["gamma"], gae_lambda=RULES["gae_lambda"], over_observations=False, whiten_advantages=True, clip_low=RULES["clip"],
-    clip_high=RULES["clip"], aggregation="token_mean", value_clip=RULES["value_clip"], entropy_coef=0.0, kl_placement="reward", kl_estimator="k1",
-    kl_target=0.0, kl_horizon=1e4, minibatches=1, epochs=1, micro_rows=0, placement="step", outcome_overwrites=False)
+    clip_high=RULES["clip"], old_logprobs="learner", max_ratio=math.inf, aggregation="token_mean", value_clip=RULES["value_clip"], entropy_coef=0.0,
+    kl_placement="reward", kl_estimator="k1", kl_target=0.0, kl_horizon=1e4, minibatches=1, epochs=1, micro_rows=0, placement="step",
+    outcome_overwrites=False)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -199,5 +199,6 @@ def count_model_flops(config: ml_collections.ConfigDict, parts: Parts, plan: Rol
     episodes = config.rollout.questions * config.rollout.group_size
     tokens = episodes * config.rollout.context
     each = 8 if config.model.remat == "layers" else 6
-    return {"copy": 0, "rollout": 2 * policy * episodes * plan.episode_tokens, "score": 2 * tokens * (2 * policy + value),
+    passes = policy * (2 if config.rl.old_logprobs == "learner" else 1) + value
+    return {"copy": 0, "rollout": 2 * policy * episodes * plan.episode_tokens, "score": 2 * tokens * passes,
             "update": each * tokens * config.rl.epochs * (policy + value), "rule": f"{each}·N·D (update), 2·N·D (each pass, rollout)"}

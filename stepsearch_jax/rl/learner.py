@@ -34,6 +34,8 @@ class LearnerSettings:
     whiten_advantages: bool
     clip_low: float
     clip_high: float
+    old_logprobs: str
+    max_ratio: float
     aggregation: str
     value_clip: float
     entropy_coef: float
@@ -130,31 +132,32 @@ def make_build_batch(model: ModelConfig, settings: LearnerSettings):
     """-> build_batch(state, reference_params, trajectory, step_rewards [B, K], outcome_rewards [B]) -> (Batch, metrics).
 
     One forward pass of policy, reference and value model, if there is one; then rewards to tokens, advantages and returns. The whole rollout is one batch
-    here, so that groups are whole, however it is split afterwards.
+    here, so that groups are whole, however it is split afterwards. With old_logprobs "sampler" the policy has no pass: the log-probabilities with which the
+    tokens were sampled stand in, entropy is found in the updates, and how far the two are apart shows there, in `approx_kl` and `truncated_fraction`.
+    Reference: the paper is silent on this; its released code has the pass.
     """
-    policy, value, critic = Policy(model), Value(model), uses_critic(settings.advantage)
+    policy, value, critic, by_learner = Policy(model), Value(model), uses_critic(settings.advantage), settings.old_logprobs == "learner"
 
     @jax.jit
     def build_batch(state: TrainState, reference_params, trajectory: Trajectory, step_rewards, outcome_rewards):
         def score(tokens):
-            logprobs, entropy = score_tokens(policy, state.policy.params, tokens)
-            values = score_values(value, state.value.params, tokens) if critic else jnp.zeros_like(logprobs)
-            return logprobs, entropy, score_tokens(policy, reference_params, tokens)[0], values
+            old = score_tokens(policy, state.policy.params, tokens) if by_learner else ()
+            ref_logprobs = score_tokens(policy, reference_params, tokens)[0]
+            return *old, ref_logprobs, score_values(value, state.value.params, tokens) if critic else jnp.zeros_like(ref_logprobs)
 
         rows = trajectory.tokens.shape[0]
         parts = 1 if not settings.micro_rows else max(1, rows // settings.micro_rows)
-        old_logprobs, entropy, ref_logprobs, old_values = join_rows(jax.lax.map(score, split_rows(trajectory.tokens, parts)))
-        mask = trajectory.action_mask
+        *old, ref_logprobs, old_values = join_rows(jax.lax.map(score, split_rows(trajectory.tokens, parts)))
+        old_logprobs, mask = old[0] if by_learner else trajectory.sampler_logprobs, trajectory.action_mask
         advantages, returns, value_mask, metrics = stepwise_advantages(
             old_logprobs, ref_logprobs, old_values, trajectory.token_mask, mask, trajectory.turn_ids, trajectory.group_ids, trajectory.search_end,
             step_rewards, outcome_rewards, advantage=settings.advantage, gamma=settings.gamma, gae_lambda=settings.gae_lambda, kl_coef=state.kl_coef,
             kl_placement=settings.kl_placement, kl_estimator=settings.kl_estimator, placement=settings.placement,
             outcome_overwrites=settings.outcome_overwrites, over_observations=settings.over_observations, whiten_advantages=settings.whiten_advantages)
-        metrics |= {
-            "entropy": masked_mean(entropy, mask),
-            "sampler_mismatch": jnp.where(mask, jnp.abs(old_logprobs - trajectory.sampler_logprobs), 0).max(),
-            "action_tokens": mask.sum(),
-        }
+        metrics["action_tokens"] = mask.sum()
+        if by_learner:
+            metrics["entropy"] = masked_mean(old[1], mask)
+            metrics["sampler_mismatch"] = jnp.where(mask, jnp.abs(old_logprobs - trajectory.sampler_logprobs), 0).max()
         if critic:
             metrics["value_explained"] = 1 - masked_mean(jnp.square(old_values - returns), value_mask) / jnp.maximum(masked_var(returns, value_mask), 1e-8)
         return Batch(trajectory.tokens, trajectory.token_mask, mask, value_mask, old_logprobs, ref_logprobs, old_values, advantages, returns), metrics
@@ -196,9 +199,12 @@ def make_gradients(model: ModelConfig, settings: LearnerSettings):
         logprobs, entropy = score_tokens(policy, params, part.tokens)
         over_actions = dict(aggregation=aggregation, normalizer=normalizer)
         loss, metrics = policy_loss(
-            logprobs, part.old_logprobs, part.advantages, part.action_mask, clip_low=settings.clip_low, clip_high=settings.clip_high, **over_actions)
-        bonus, _ = entropy_bonus(entropy, part.action_mask, **over_actions)
+            logprobs, part.old_logprobs, part.advantages, part.action_mask, clip_low=settings.clip_low, clip_high=settings.clip_high,
+            max_ratio=settings.max_ratio, **over_actions)
+        bonus, entropy_metrics = entropy_bonus(entropy, part.action_mask, **over_actions)
         objective, metrics = loss - settings.entropy_coef * bonus, metrics | {"policy_loss": loss}
+        if settings.old_logprobs == "sampler":  # otherwise `make_build_batch` finds it
+            metrics |= entropy_metrics
         if settings.kl_placement == "loss":
             kl, kl_metrics = kl_loss(logprobs, part.ref_logprobs, part.action_mask, estimator=settings.kl_estimator, **over_actions)
             objective, metrics = objective + kl_coef * kl, metrics | kl_metrics

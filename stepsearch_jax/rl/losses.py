@@ -7,6 +7,7 @@ the token they describe; nothing outside a loss's mask reaches its result or a g
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -54,27 +55,34 @@ def policy_loss(
     *,
     clip_low: float,
     clip_high: float,
+    max_ratio: float = math.inf,
     aggregation: str,
     normalizer: jax.Array,
 ) -> tuple[jax.Array, Metrics]:
     """logprobs, old_logprobs, advantages, action_mask [B, T] -> (loss [], metrics) (Schulman et al. 2017, eq. 7; minimised, hence the sign).
 
-        rho = exp(logprobs - old_logprobs)
+        rho = exp(logprobs - old_logprobs), at most max_ratio
         loss = -aggregate(min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A))
 
-    Differentiable in logprobs; advantages and old_logprobs are constants. log rho is limited to ±20.
-    metrics: `clip_fraction`, share of tokens where the clipped term is the smaller; `approx_kl`, k3 estimate of KL(old || new) per token; both aggregated
-    as the loss is.
-    Reference: the paper and its code have one bound for both sides, 0.2; two are from DAPO (arXiv 2503.14476, 3.1).
+    Differentiable in logprobs; advantages and old_logprobs are constants. log rho is limited to ±20. A rho that is cut to max_ratio keeps its gradient, with
+    that weight, max_ratio A ∇logprobs: the clip leaves what is to become less likely (A < 0) without a bound above, and one token far from the policy that
+    sampled it could outweigh a batch. max_ratio: 1 + clip_high or more; inf = nothing is cut.
+    metrics: `clip_fraction`, share of tokens where the clipped term is the smaller; `truncated_fraction`, share of those with rho > max_ratio; `approx_kl`, k3
+    estimate of KL(old || new) per token; all aggregated as the loss is.
+    Reference: the paper and its code have one bound for both sides, 0.2, and cut no ratio; two bounds are from DAPO (arXiv 2503.14476, 3.1). Weights truncated
+      from above: Ionides 2008, "Truncated importance sampling"; V-trace has them for lagging samplers (arXiv 1802.01561, 4.1).
     """
     old_logprobs, advantages = jax.lax.stop_gradient((old_logprobs, advantages))
     # Zeros stand in outside the mask before exp: whatever lies there (padding at -inf) must not poison the gradient.
     logprobs, old_logprobs = jnp.where(action_mask, logprobs, 0), jnp.where(action_mask, old_logprobs, 0)
     ratio = jnp.exp(bounded_log_ratio(logprobs, old_logprobs))
+    truncated = action_mask & (ratio > max_ratio)
+    ratio = ratio * jax.lax.stop_gradient(jnp.minimum(1, max_ratio / ratio))
     unclipped, clipped = ratio * advantages, jnp.clip(ratio, 1 - clip_low, 1 + clip_high) * advantages
     mean = functools.partial(aggregate, mask=action_mask, aggregation=aggregation, normalizer=normalizer)
     loss = -mean(jnp.minimum(unclipped, clipped))
-    metrics = {"clip_fraction": mean(clipped < unclipped), "approx_kl": mean(kl_penalty(old_logprobs, logprobs, estimator="k3"))}
+    metrics = {"clip_fraction": mean(clipped < unclipped), "truncated_fraction": mean(truncated),
+               "approx_kl": mean(kl_penalty(old_logprobs, logprobs, estimator="k3"))}
     return loss, jax.lax.stop_gradient(metrics)
 
 
@@ -162,6 +170,7 @@ def stepwise_ppo_loss(
     whiten_advantages: bool,
     clip_low: float,
     clip_high: float,
+    max_ratio: float = math.inf,
     aggregation: str,
     value_clip: float,
     value_coef: float,
@@ -214,7 +223,8 @@ def stepwise_ppo_loss(
         )
     )
     over_actions = dict(aggregation=aggregation, normalizer=loss_normalizer(action_mask, aggregation=aggregation))
-    policy, policy_metrics = policy_loss(logprobs, old_logprobs, advantages, action_mask, clip_low=clip_low, clip_high=clip_high, **over_actions)
+    policy, policy_metrics = policy_loss(logprobs, old_logprobs, advantages, action_mask, clip_low=clip_low, clip_high=clip_high, max_ratio=max_ratio,
+                                         **over_actions)
     bonus, entropy_metrics = entropy_bonus(entropy, action_mask, **over_actions)
     loss = policy - entropy_coef * bonus
     metrics |= {"policy_loss": policy} | policy_metrics | entropy_metrics
