@@ -113,7 +113,9 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     m.qk_norm = False  # RMSNorm over each head of queries and keys (Qwen3)
     m.tie_embeddings = True  # one table for embedding and output
     m.previous_token_peak = 0.0  # > 0: random policies start with heads that look at the tokens just before, with this peak logit (needs qkv_bias)
-    m.dtype = "float32"  # dtype of the learner's computation: float32 | bfloat16; master weights are float32
+    # Dtype of the learner's computation: float32 | bfloat16; master weights are float32. TPUs and GPUs multiply float32 in lower precision unless
+    # JAX_DEFAULT_MATMUL_PRECISION=highest is set.
+    m.dtype = "float32"
     m.remat = "layers"  # computed again in the backward pass: none | dots: all but matrix products | layers: everything within a layer; the least memory
 
     c.rollout = r = ml_collections.ConfigDict()
@@ -173,7 +175,7 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     l.kl_placement = "reward"  # reward: of the sampling policy, a constant [P] | loss: of the current policy, differentiated, as GRPO has it
     l.kl_estimator = "k1"  # k1 | k2 | k3 | abs; in the loss k1 has no gradient in expectation: take k2 or k3 there
     l.kl_target = 0.0  # adapt beta towards this mean KL per token; 0 = beta is fixed
-    l.kl_horizon = 10000.0  # tokens over which the adaptive controller reacts
+    l.kl_horizon = 10000.0  # episodes over which the adaptive controller reacts: it moves beta by at most a fifth in so many [C]
     l.minibatches = 4  # optimiser steps per epoch over a rollout [P]
     l.epochs = 1  # passes over a rollout, in the same order each
     l.length_multiple = 128  # a rollout is cut to its longest episode, rounded up to this; one compiled program per length

@@ -77,7 +77,7 @@ class Question:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Turn:
-    """One turn: the text that the policy wrote (`action`) and what came back.
+    """One turn: the text that the policy wrote, up to its closing tag (`action`), and what came back.
 
     `query` is set on search turns, `answer` on the answer turn. `doc_ids` are the retrieved corpus ids, best first, empty when the search failed
     (`search_ok=False`) or nothing was searched. `observation` is the environment's text, never parsed by anything.

@@ -151,6 +151,11 @@ def check_config(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
                          f"(and lower rollout.questions by as much), or rl.advantage to {' or '.join(CRITIC_ESTIMATORS)}")
     if l.old_logprobs == "sampler" and not l.max_ratio >= 1 + l.clip_high:
         raise ValueError(f"rl.max_ratio={l.max_ratio} must be at least 1 + rl.clip_high={1 + l.clip_high:g}, above which ratios are clipped anyway")
+    if l.advantage in ("grpo", "turn_return") and l.kl_placement == "reward" and l.kl_coef > 0:
+        raise ValueError(f"rl.advantage={l.advantage} divides rewards by their deviation within a group, and the KL in them too: where all episodes earn "
+                         "the same it would be all that is learned from. Set rl.kl_placement to loss and rl.kl_estimator to k3, or rl.kl_coef to 0")
+    if config.reward.shuffle and episodes < 2:
+        raise ValueError("reward.shuffle gives every episode another one's rewards, but an iteration has one episode (rollout.questions x rollout.group_size)")
     if l.over_observations and l.advantage != "gae":
         raise ValueError(f"rl.over_observations=True widens token GAE, but rl.advantage is {l.advantage}: set it to gae, or rl.over_observations to False")
     for rows in ((*(phase[1] for phase in i.phases), i.held_out) if i.phases else ()):

@@ -67,8 +67,7 @@ def train(config, workdir: pathlib.Path, search=None) -> dict:
             trajectory = cut_padding(got, l.length_multiple)
             clock.lap("rollout")
             # Rewards to their tokens, less the KL; advantages and returns. All this stays fixed during the optimiser steps.
-            step_rewards, outcome_rewards = choose_rewards(config, got.scores, got.rows.search_end, iteration)
-            rewards = rows_to_mesh(mesh, (step_rewards, outcome_rewards))
+            rewards = rows_to_mesh(mesh, choose_rewards(config, got, iteration))
             batch, batch_metrics = build_batch(state, reference_params, trajectory, *rewards)
             clock.lap("score")
             # Optimiser steps, a minibatch each, on the policy's clipped loss and the value model's.
@@ -105,19 +104,22 @@ def cut_padding(got: measuring.Collected, multiple: int) -> Trajectory:
     return got.trajectory.replace(**{name: getattr(got.trajectory, name)[:, :width] for name in per_token})
 
 
-def choose_rewards(config, scores, search_end: np.ndarray, iteration: int) -> tuple[np.ndarray, np.ndarray]:
-    """This process's step rewards [b, K] and outcome rewards [b]; the shuffled control gives every episode those of another.
+def choose_rewards(config, got: measuring.Collected, iteration: int) -> tuple[np.ndarray, np.ndarray]:
+    """This process's step rewards [b, K] and outcome rewards [b]; the shuffled control gives every episode those of another one, of any process.
 
-    search_end: [b, K], -1 on turns without a search. There the control adds another's step reward to the outcome reward: were it lost, an episode could
-    raise its return by its number of searches alone, and poor searches, which come late, would still be punished.
+    On turns without a search, or with a failed one, the control adds the other's step reward to the outcome reward: were it lost, an episode could raise its
+    return by its number of searches alone, and poor searches, which come late, would still be punished.
     """
+    mine = got.scores.step_rewards, got.scores.outcome_rewards
     if not config.reward.shuffle:
-        return scores.step_rewards, scores.outcome_rewards
-    order = np.random.default_rng([config.seed, iteration]).permutation(len(scores.outcome_rewards))
+        return mine
+    steps, outcomes = (np.concatenate(multihost_utils.process_allgather(x).reshape(jax.process_count(), *x.shape)) for x in mine)
+    order = np.random.default_rng([config.seed, iteration]).permutation(len(outcomes))
     other = np.empty_like(order)
     other[order] = np.roll(order, 1)  # one cycle through all episodes: nobody keeps its own
-    steps, searched = scores.step_rewards[other], search_end >= 0
-    return np.where(searched, steps, 0), scores.outcome_rewards[other] + np.where(searched, 0, steps).sum(1)
+    other = other.reshape(jax.process_count(), -1)[jax.process_index()]
+    searched = (got.rows.search_end >= 0) & got.rows.search_ok
+    return np.where(searched, steps[other], 0), outcomes[other] + np.where(searched, 0, steps[other]).sum(1)
 
 
 def rollout_metrics(got: measuring.Collected) -> dict[str, float]:

@@ -59,14 +59,14 @@ def test_k3_stays_finite():
 
 
 def test_adaptive_controller_by_hand():
-    """target .1, horizon 1000, 100 tokens. KL .11: e = .1, beta' = beta (1 + .1 * .1). KL .3: e clipped to .2: 1.02. KL 0: .98."""
-    adapt = lambda kl, n=100: float(adapt_kl_coef(0.5, kl, target=0.1, horizon=1000.0, num_tokens=n))
+    """target .1, horizon 1000, 100 episodes. KL .11: e = .1, beta' = beta (1 + .1 * .1). KL .3: e clipped to .2: 1.02. KL 0: .98."""
+    adapt = lambda kl, n=100: float(adapt_kl_coef(0.5, kl, target=0.1, horizon=1000.0, num_episodes=n))
     assert adapt(0.1) == pytest.approx(0.5)
     assert adapt(0.11) == pytest.approx(0.5 * 1.01, rel=1e-5)
     assert adapt(0.3) == pytest.approx(0.5 * 1.02, rel=1e-5)
     assert adapt(0.0) == pytest.approx(0.5 * 0.98, rel=1e-5)
     assert adapt(float("nan")) == 0.5
-    assert adapt(0.0, n=10_000_000) == pytest.approx(0.5 * 0.8)  # many horizons of tokens in one iteration count as one: never negative
+    assert adapt(0.0, n=10_000_000) == pytest.approx(0.5 * 0.8)  # many horizons in one iteration count as one: never negative
 
 
 # GAE

@@ -58,7 +58,15 @@ def check(tmp_path_factory, **change) -> None:
 def test_groups_need_more_than_one_episode(tmp_path_factory, advantage):
     with pytest.raises(ValueError, match=f"rl.advantage={advantage} compares .* rollout.group_size is 1: set it to 2 or more.*gae or turn_gae"):
         check(tmp_path_factory, **{"rl.advantage": advantage})
-    check(tmp_path_factory, **{"rl.advantage": advantage}, **GROUPS)
+    check(tmp_path_factory, **{"rl.advantage": advantage, "rl.kl_placement": "loss", "rl.kl_estimator": "k3"}, **GROUPS)
+
+
+@pytest.mark.parametrize("advantage", ["grpo", "turn_return"])
+def test_what_divides_by_the_deviation_has_the_kl_in_the_loss(tmp_path_factory, advantage):
+    change = {"rl.advantage": advantage, **GROUPS}
+    with pytest.raises(ValueError, match=f"rl.advantage={advantage} divides rewards .*Set rl.kl_placement to loss"):
+        check(tmp_path_factory, **change)
+    check(tmp_path_factory, **change, **{"rl.kl_coef": 0.0})
 
 
 def test_only_token_gae_runs_over_observations(tmp_path_factory):

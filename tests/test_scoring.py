@@ -120,6 +120,13 @@ def test_key_reward_by_hand():
     assert key_reward(queries[::-1], question, key_match="overwrite") == pytest.approx(0.5)
 
 
+def test_a_query_that_fits_nothing_overwrites_nothing():
+    """"red fox" fits sub 0 exactly; "owl" neither, nor does an empty query."""
+    question = make_question(keys=(("red fox",), ("river paris",)))
+    for queries in (("red fox", "owl"), ("red fox", "")):
+        assert key_reward(queries, question, key_match="overwrite") == pytest.approx(0.5)
+
+
 def test_one_query_serves_two_sub_questions_only_by_max():
     """"river france": F1 1/2 with both groups' "capital france" (2*1/(2+2)) and "river paris"; overwriting gives it to the first alone."""
     question = make_question(keys=(("capital france",), ("river paris",)))
@@ -207,7 +214,9 @@ GATES = {  # name: (turns, strict, ends with answer)
     "crossed": ((search("a", think="<think><plan></think></plan>"), answer("b")), False, True),
     "own information": ((search("a", think="<information>x</information>"), answer("b")), False, True),
     "own warning": ((search("a", think="<warning>x</warning>"), answer("b")), False, True),
-    "closing tag only": ((search("a"), invalid("b</answer>")), False, True),
+    "closing tag only": ((search("a"), invalid("b</answer>")), False, False),
+    "another tag closed": ((search("a"), invalid("<answer>b</search></answer>")), False, True),
+    "closing tag only, after an answer": ((search("a", think="<answer>b</answer>"), invalid("c</answer>")), False, False),
     "split over turns": ((search("a"), invalid("<answer>b</ans"), invalid("wer>")), False, False),
 }
 

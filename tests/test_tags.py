@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepsearch_jax.prompting.tags import TAGS, decode_query, make_tag_automaton, parse_action
+from stepsearch_jax.prompting.tags import TAGS, cut_action, decode_query, make_tag_automaton, parse_action
 from stepsearch_jax.prompting.tokenizers import load_tokenizer
 from stepsearch_jax.records import TurnStatus
 
@@ -71,6 +71,14 @@ def run_automaton(ids, automaton):
 )
 def test_parse_action_by_hand(text, expected):
     assert parse_action(text) == expected
+
+
+@pytest.mark.parametrize("text,cut", [
+    ("<answer> b </answer>.", "<answer> b </answer>"), ("a<search>q</search>\n\n", "a<search>q</search>"), ("x</search></answer>", "x</search>"),
+    ("<answer>b</answer>", "<answer>b</answer>"), ("<answer>b", "<answer>b"), ("", ""),
+])
+def test_an_action_ends_with_its_closing_tag(text, cut):
+    assert cut_action(text) == cut and parse_action(cut) == parse_action(text)
 
 
 BYTES = [bytes([i]) for i in range(256)] + [b""]  # one token a byte, and a control token

@@ -24,17 +24,19 @@ def test_shuffled_rewards_stay_together():
     """The control gives each episode the step and outcome rewards of one other episode, and differently in every iteration."""
     Scores = collections.namedtuple("Scores", "step_rewards outcome_rewards")
     Config = collections.namedtuple("Config", "reward seed")
-    Reward = collections.namedtuple("Reward", "shuffle")
+    Reward, Rows, Got = collections.namedtuple("Reward", "shuffle"), collections.namedtuple("Rows", "search_end search_ok"), collections.namedtuple(
+        "Got", "scores rows")
     scores = Scores(np.arange(16.0)[:, None] * [1, 10], np.arange(16.0) + 0.5)
-    everywhere = np.zeros((16, 2), int)
-    assert train.choose_rewards(Config(Reward(False), 0), scores, everywhere, 3) == (scores.step_rewards, scores.outcome_rewards)
-    steps, outcomes = train.choose_rewards(Config(Reward(True), 0), scores, everywhere, 3)
+    choose = lambda shuffle, rows, iteration: train.choose_rewards(Config(Reward(shuffle), 0), Got(scores, rows), iteration)
+    everywhere = Rows(np.zeros((16, 2), int), np.ones((16, 2), bool))
+    assert choose(False, everywhere, 3) == (scores.step_rewards, scores.outcome_rewards)
+    steps, outcomes = choose(True, everywhere, 3)
     assert sorted(outcomes) == scores.outcome_rewards.tolist() and (steps == (outcomes[:, None] - 0.5) * [1, 10]).all()
-    assert (outcomes != scores.outcome_rewards).all() and (outcomes != train.choose_rewards(Config(Reward(True), 0), scores, everywhere, 4)[1]).any()
-    # Whatever an episode does, it is paid all that the other one was: what it has no search for comes with the answer.
-    ends = np.where(np.arange(16)[:, None] % 3 > [0, 1], 5, -1)
-    fewer, more = train.choose_rewards(Config(Reward(True), 0), scores, ends, 3)
-    assert (fewer == np.where(ends >= 0, steps, 0)).all() and (fewer.sum(1) + more == steps.sum(1) + outcomes).all() and (more > outcomes).sum() >= 10
+    assert (outcomes != scores.outcome_rewards).all() and (outcomes != choose(True, everywhere, 4)[1]).any()
+    # Whatever an episode does, it is paid all that the other one was: what it has no search for, or one that failed, comes with the answer.
+    ends, ok = np.where(np.arange(16)[:, None] % 3 > [0, 1], 5, -1), np.arange(32).reshape(16, 2) % 7 > 0
+    fewer, more = choose(True, Rows(ends, ok), 3)
+    assert (fewer == np.where((ends >= 0) & ok, steps, 0)).all() and (fewer.sum(1) + more == steps.sum(1) + outcomes).all() and (more > outcomes).sum() >= 10
 
 
 def test_compiled_programs_are_counted(caplog):

@@ -105,6 +105,12 @@ def _make_byte_automaton() -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     return next_state, mode_of, event_of, number["", 0]
 
 
+def cut_action(text: str) -> str:
+    """One turn's text without what the token that completed its closing tag holds beyond the tag."""
+    closing = re.search("</(" + "|".join(KINDS) + ")>", text)
+    return text[: closing.end()] if closing else text
+
+
 def parse_action(text: str) -> tuple[TurnStatus, str | None]:
     """Status and content of one turn, from the text of its action tokens alone (never a text that holds documents).
 

@@ -4,7 +4,7 @@
     step reward     r_step^t = step_scale * (G^t - P^t) - search_cost                   [B, K], belongs on the token that closes turn t's search
 
 Only `action`, `query`, `answer`, `doc_ids`, `status` and `search_ok` of a turn are read. Observations never are, so no document can earn or lose
-anything by the tags that it contains.
+anything by the tags that it contains. A search is paid for what it found, also where the context had no room left to show it.
 """
 from __future__ import annotations
 
@@ -169,7 +169,8 @@ def information_gain(episodes: Sequence[Episode], similarity: Similarity, *, num
 def redundancy_by_id(turns: Sequence[Turn]) -> np.ndarray:
     """P [len(turns)] (paper, redundancy penalty): P^t = (1/k) Σ_j [d_j^t seen in an earlier turn], compared by corpus id. Needs no gold documents.
 
-    A failed search is not penalised and adds nothing to what was seen.
+    k counts the documents that came back, which a small corpus or a rare query may leave below config.search.k. A failed search is not penalised and adds
+    nothing to what was seen.
     """
     penalty, seen = np.zeros(len(turns)), set()
     for t, turn in enumerate(turns):
@@ -205,7 +206,7 @@ def key_reward(queries: Sequence[str], question: Question, *, key_match: str) ->
     q_t are the emitted queries, k_ij the accepted queries of sub-question i.
     M counts the sub-questions that have accepted queries; with none, or without a search, r_key = 0.
     Reference ("overwrite"): the released code gives each query to the one sub-question that it fits best and overwrites what stood there, so a later,
-      worse query lowers the reward and one query never serves two sub-questions. Ties go to the first.
+      worse query lowers the reward and one query never serves two sub-questions. Ties go to the first; a query that fits none overwrites nothing.
     """
     groups = [sub.queries for sub in question.sub_questions if sub.queries]
     if not groups or not queries:
@@ -216,7 +217,8 @@ def key_reward(queries: Sequence[str], question: Question, *, key_match: str) ->
     matched = [0.0] * len(groups)
     for row in matches:
         best = max(row)
-        matched[row.index(best)] = best
+        if best > 0:
+            matched[row.index(best)] = best
     return sum(matched) / len(groups)
 
 
@@ -245,11 +247,14 @@ def passes_strict_gate(episode: Episode) -> bool:
 
 
 def passes_ending_gate(episode: Episode) -> bool:
-    """The text ends with </answer>, white space aside.
+    """The text ends with a whole <answer>…</answer>, white space aside.
 
-    Reference: the released code asks for no more. It reads the whole text; here only the policy's last action is read.
+    Reference: the released code asks for no more. It reads the whole text, documents included; here only the policy's actions are read.
     """
-    return bool(episode.turns) and episode.turns[-1].action.rstrip().endswith("</answer>")
+    if not episode.turns or not episode.turns[-1].action.rstrip().endswith("</answer>"):
+        return False
+    text = "".join(turn.action for turn in episode.turns).rstrip()
+    return "<answer>" in text[text[:-1].rfind("</answer>") + 1:]  # opened since the last one was closed
 
 
 _GATES = {"strict": passes_strict_gate, "ends_with_answer": passes_ending_gate}

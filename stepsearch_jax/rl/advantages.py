@@ -48,17 +48,16 @@ def kl_penalty(logprobs: jax.Array, ref_logprobs: jax.Array, *, estimator: str) 
 
 
 @jax.jit
-def adapt_kl_coef(kl_coef: jax.Array, mean_kl: jax.Array, *, target: float, horizon: float, num_tokens: jax.Array) -> jax.Array:
-    """The next beta [] (adaptive controller of Ziegler et al. 2019, section 2.2; target > 0).
+def adapt_kl_coef(kl_coef: jax.Array, mean_kl: jax.Array, *, target: float, horizon: float, num_episodes: int | jax.Array) -> jax.Array:
+    """The next beta [] (adaptive controller of Ziegler et al. 2019, section 2.2, with the horizon of their code; target > 0).
 
-        e = clip(mean_kl / target - 1, -0.2, 0.2);  beta' = beta * (1 + e * min(num_tokens / horizon, 1))
+        e = clip(mean_kl / target - 1, -0.2, 0.2);  beta' = beta * (1 + e * min(num_episodes / horizon, 1))
 
-    mean_kl: mean over the action tokens of the iteration; num_tokens: how many there were.
-    A mean KL that is not finite leaves beta as it is.
-    Reference: without the min, as Ziegler et al. have it, beta turns negative as soon as one iteration holds more than 5 horizons of tokens.
+    mean_kl: mean over the action tokens of the iteration; num_episodes: how many it had. A mean KL that is not finite leaves beta as it is.
+    Reference: the released code has no min; beta would turn negative as soon as one iteration held more than 5 horizons.
     """
     error = jnp.clip(mean_kl / target - 1, -0.2, 0.2)
-    return jnp.where(jnp.isfinite(mean_kl), kl_coef * (1 + error * jnp.minimum(num_tokens / horizon, 1)), kl_coef)
+    return jnp.where(jnp.isfinite(mean_kl), kl_coef * (1 + error * jnp.minimum(num_episodes / horizon, 1)), kl_coef)
 
 
 @jax.jit

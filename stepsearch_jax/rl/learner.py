@@ -159,10 +159,16 @@ def make_build_batch(model: ModelConfig, settings: LearnerSettings):
             metrics["entropy"] = masked_mean(old[1], mask)
             metrics["sampler_mismatch"] = jnp.where(mask, jnp.abs(old_logprobs - trajectory.sampler_logprobs), 0).max()
         if critic:
-            metrics["value_explained"] = 1 - masked_mean(jnp.square(old_values - returns), value_mask) / jnp.maximum(masked_var(returns, value_mask), 1e-8)
+            metrics["value_explained"] = explained_variance(old_values, returns, value_mask)
         return Batch(trajectory.tokens, trajectory.token_mask, mask, value_mask, old_logprobs, ref_logprobs, old_values, advantages, returns), metrics
 
     return build_batch
+
+
+def explained_variance(values: jax.Array, returns: jax.Array, mask: jax.Array) -> jax.Array:
+    """values, returns, mask [B, T] -> []: 1 - mean squared error / variance of the returns, 1 at best; NaN where all returns are equal."""
+    variance = masked_var(returns, mask)
+    return jnp.where(variance > 1e-8, 1 - masked_mean(jnp.square(values - returns), mask) / variance, jnp.nan)
 
 
 def make_answer_gain(model: ModelConfig, opening: int, micro_rows: int):
@@ -243,23 +249,22 @@ def make_update(model: ModelConfig, settings: LearnerSettings, policy_optimizer:
                 value_optimizer: optax.GradientTransformation | None):
     """-> update(state, batch, mean_kl) -> (state, metrics): all optimiser steps of an iteration. The state is donated.
 
-    A step whose gradient is not finite changes nothing and is counted in `state.skipped`. mean_kl []: drives the adaptive coefficient.
+    A step whose gradient or update is not finite changes nothing and is counted in `state.skipped`. mean_kl []: drives the adaptive coefficient.
     Without a value model state.value and value_optimizer are None.
     """
     gradients = make_gradients(model, settings)
     optimizers = {"policy": policy_optimizer} | ({"value": value_optimizer} if uses_critic(settings.advantage) else {})
 
-    def apply(optimizer, model_state: ModelState, gradient, finite):
-        updates, opt_state = optimizer.update(gradient, model_state.opt_state, model_state.params)
-        new = ModelState(optax.apply_updates(model_state.params, updates), opt_state)
-        return jax.tree.map(partial(jnp.where, finite), new, model_state)
-
     def step(state: TrainState, minibatch: Batch):
         models = {name: getattr(state, name) for name in optimizers}
         found, metrics = gradients({name: models[name].params for name in models}, minibatch, state.kl_coef)
         norms = {name: optax.global_norm(found[name]) for name in models}
-        finite = jnp.isfinite(jnp.stack(list(norms.values()))).all()
-        new = {name: apply(optimizers[name], models[name], found[name], finite) for name in models}
+        updates, opt_states = {}, {}
+        for name, model in models.items():
+            updates[name], opt_states[name] = optimizers[name].update(found[name], model.opt_state, model.params)
+        finite = jnp.isfinite(jnp.stack([*norms.values(), *map(optax.global_norm, updates.values())])).all()
+        stepped = {name: ModelState(optax.apply_updates(model.params, updates[name]), opt_states[name]) for name, model in models.items()}
+        new = jax.tree.map(partial(jnp.where, finite), stepped, models)
         return state.replace(**new, skipped=state.skipped + ~finite), metrics | {f"{name}_grad_norm": norm for name, norm in norms.items()}
 
     @partial(jax.jit, donate_argnums=0)
@@ -270,7 +275,7 @@ def make_update(model: ModelConfig, settings: LearnerSettings, policy_optimizer:
         state, metrics = jax.lax.scan(step, state, minibatches)
         if settings.kl_target > 0:
             state = state.replace(kl_coef=adapt_kl_coef(
-                state.kl_coef, mean_kl, target=settings.kl_target, horizon=settings.kl_horizon, num_tokens=batch.action_mask.sum()))
+                state.kl_coef, mean_kl, target=settings.kl_target, horizon=settings.kl_horizon, num_episodes=len(batch.tokens)))
         return state.replace(iteration=state.iteration + 1), jax.tree.map(lambda x: x.mean(0), metrics)
 
     return update

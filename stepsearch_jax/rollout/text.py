@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from stepsearch_jax.prompting.tags import parse_action
+from stepsearch_jax.prompting.tags import cut_action, parse_action
 from stepsearch_jax.prompting.tokenizers import Tokenizer
 from stepsearch_jax.records import Episode, Question, Turn, TurnStatus
 from stepsearch_jax.types import Trajectory
@@ -22,7 +22,7 @@ def _to_episode(trajectory: Trajectory, b: int, question: Question, tokenizer: T
     tokens, turn_ids, is_action = (array[b, :length] for array in (trajectory.tokens, trajectory.turn_ids, trajectory.action_mask))
     turns = []
     for k in range(int(turn_ids.max(initial=-1)) + 1):
-        action = tokenizer.decode(tokens[(turn_ids == k) & is_action])
+        action = cut_action(tokenizer.decode(tokens[(turn_ids == k) & is_action]))
         status = TurnStatus(int(trajectory.turn_status[b, k]))
         content = parse_action(action)[1]
         turns.append(Turn(
