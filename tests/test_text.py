@@ -17,7 +17,8 @@ def test_an_episode_by_hand():
     trajectory = Trajectory(
         tokens=tokens, token_mask=place < 10, action_mask=(place > 0) & (place < 10) & (place != 5), sampler_logprobs=np.zeros(tokens.shape, np.float32),
         turn_ids=np.array([[-1, 0, 0, 0, 0, 0, 1, 1, 1, 1, -1, -1]], np.int32), search_end=np.array([[4, -1, -1]]),
-        doc_ids=np.array([[[7, -1]] + [[-1, -1]] * 2]), turn_status=np.array([[TurnStatus.SEARCH, TurnStatus.ANSWER, TurnStatus.NONE]]), search_ok=np.array([[True, False, False]]), length=np.array([10]),
+        doc_ids=np.array([[[7, -1]] + [[-1, -1]] * 2]), turn_status=np.array([[TurnStatus.SEARCH, TurnStatus.ANSWER, TurnStatus.NONE]]),
+        search_ok=np.array([[True, False, False]]), length=np.array([10]),
         prompt_length=np.array([1]), finished=np.array([True]), truncated=np.array([False]), question_ids=np.array([0]), group_ids=np.array([0]))
     decode = lambda ids: "".join(PIECES[i] for i in ids)
     (episode,) = to_episodes(trajectory, ["the question"], types.SimpleNamespace(decode=decode))
