@@ -19,9 +19,9 @@ _RESUMABLE = ("iterations", "evaluation.", "checkpoint.", "distributed.", "mesh.
               "search.encode_batch", "search.url", "search.attempt", "search.backoff_s", "search.batch", "rollout.search",
               "rollout.flush_share", "rollout.slots", "rollout.prefill_rows", "rollout.prefill_tokens", "rollout.attention_block",
               "rl.micro_rows", "model.remat", "imitation.log_every")
-# What a checkpoint cannot be read without.
-_STATE = ("model.num", "model.embed_dim", "model.head_dim", "model.ffn_dim", "model.qkv_bias", "model.qk_norm", "model.tie_embeddings", "prompt.tokenizer",
-          "rl.advantage", "policy.optimizer", "value.optimizer")
+# What a checkpoint cannot be read without, and without which its policy would be another one.
+_STATE = ("model.num", "model.embed_dim", "model.head_dim", "model.ffn_dim", "model.rope", "model.norm_eps", "model.qkv_bias", "model.qk_norm",
+          "model.tie_embeddings", "prompt.tokenizer", "rl.advantage", "policy.optimizer", "value.optimizer")
 
 
 def remember_config(workdir: pathlib.Path, config: ConfigDict) -> None:
@@ -31,18 +31,21 @@ def remember_config(workdir: pathlib.Path, config: ConfigDict) -> None:
 
 
 def check_resumable(workdir: pathlib.Path, config: ConfigDict) -> None:
-    """Raises ValueError if WORKDIR holds a run that was begun with other settings: its results would bear the wrong names."""
+    """Raises ValueError if WORKDIR holds a run that was begun with other settings, or nobody knows which: its results would bear the wrong names."""
     if any((workdir / name).is_dir() for name in _BEGUN):
         _check(workdir, config, lambda key: not key.startswith(_RESUMABLE), "choose another --workdir, or remove this one to begin anew")
 
 
 def check_readable(workdir: pathlib.Path, config: ConfigDict) -> None:
-    """Raises ValueError if the checkpoints of WORKDIR belong to another kind of model, tokenizer or optimiser."""
+    """Raises ValueError if the run in WORKDIR has another kind of model, tokenizer or optimiser, or nobody knows which."""
     _check(workdir, config, lambda key: key.startswith(_STATE), "give the flags that the run was trained with")
 
 
 def _check(workdir: pathlib.Path, config: ConfigDict, matters: Callable[[str], bool], remedy: str) -> None:
-    old, new = (flatten(tree) for tree in (read_json(workdir / CONFIG_FILE) or {}, to_json(config)))
+    trained = read_json(workdir / CONFIG_FILE)
+    if trained is None:
+        raise ValueError(f"{workdir} holds a run without its {CONFIG_FILE}, the settings it was begun with: put that file back, or choose another --workdir")
+    old, new = flatten(trained), flatten(to_json(config))
     common = [key for key in old.keys() & new.keys() if matters(key)]  # a key that one of them lacks was not there yet, or is gone: another version's
     if told := describe_difference({key: old[key] for key in common}, {key: new[key] for key in common}):
         raise ValueError(f"{workdir} holds a run with another config ({told}): {remedy}")

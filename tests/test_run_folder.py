@@ -40,7 +40,8 @@ def test_what_may_not(run, key, value):
 
 
 @pytest.mark.parametrize("key,value,refused", [("rl.advantage", "grpo", True), ("model.num_layers", 3, True), ("policy.optimizer", "sgd", True),
-                                               ("model.qk_norm", True, True),
+                                               ("model.qk_norm", True, True), ("model.rope_theta", 1e4, True), ("model.norm_eps", 1e-5, True),
+                                               ("model.rope_scaling.kind", "yarn", True), ("model.rope_scaling.factor", 4.0, True),
                                                ("rollout.max_turns", 1, False), ("seed", 1, False), ("model.dtype", "bfloat16", False)])
 def test_what_evaluation_needs(run, key, value, refused):
     folder, config = run
@@ -49,6 +50,16 @@ def test_what_evaluation_needs(run, key, value, refused):
         return check_readable(folder, config)
     with pytest.raises(ValueError, match=f"another config .{key}: .*give the flags that the run was trained with"):
         check_readable(folder, config)
+
+
+def test_a_run_without_its_config_is_refused(run):
+    folder, config = run
+    (folder / "config.json").unlink()
+    for check in (check_resumable, check_readable):
+        with pytest.raises(ValueError, match=f"{folder} holds a run without its config.json, .*: put that file back, or choose another --workdir"):
+            check(folder, config)
+    (folder / "start").rmdir()
+    check_resumable(folder, config)
 
 
 def test_keys_of_another_version_do_not_count(run):
