@@ -1,15 +1,17 @@
-"""What the folder of a run remembers of its config (config.json), and which other configs may go on with it."""
+"""What the folder of a run remembers of its config (config.json), and which other configs may go on with it; and that one process at a time does."""
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from stepsearch_jax.metrics import read_json, write_json
+from stepsearch_jax.metrics import in_bucket, read_json, write_json
 
 CONFIG_FILE = "config.json"
 _BEGUN = ("imitation", "start", "checkpoints")  # one of these stands in WORKDIR as soon as there is something to lose
@@ -22,6 +24,26 @@ _RESUMABLE = ("iterations", "evaluation.", "checkpoint.", "distributed.", "mesh.
 # What a checkpoint cannot be read without, and without which its policy would be another one.
 _STATE = ("model.num", "model.embed_dim", "model.head_dim", "model.ffn_dim", "model.rope", "model.norm_eps", "model.qkv_bias", "model.qk_norm",
           "model.tie_embeddings", "prompt.tokenizer", "rl.advantage", "policy.optimizer", "value.optimizer")
+
+
+@contextlib.contextmanager
+def lock(workdir: pathlib.Path) -> Iterator[int | None]:
+    """Keeps other runs, or sweeps, out of `workdir` -> the lock's file descriptor: processes that get it hold the lock, too, should this one be killed.
+
+    Raises ValueError where another process holds it. A bucket (None) and some file systems know no locks: there nobody is kept out.
+    """
+    if in_bucket(workdir):
+        yield None
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    with open(workdir / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process, or a run that it left, is at work in {workdir}: wait for it, end it, or choose another --workdir") from None
+        except OSError:  # no locks here
+            pass
+        yield file.fileno()
 
 
 def remember_config(workdir: pathlib.Path, config: ConfigDict) -> None:

@@ -7,6 +7,7 @@ A DIR with a checkpoint is resumed: the result is the same, bit for bit, as with
 """
 from __future__ import annotations
 
+import contextlib
 import logging
 import pathlib
 import time
@@ -20,7 +21,7 @@ from stepsearch_jax import measuring, sharding
 from stepsearch_jax.data.loading import question_rows
 from stepsearch_jax.metrics import MetricsWriter, progress
 from stepsearch_jax.rl import learner
-from stepsearch_jax.run_folder import check_resumable, remember_config
+from stepsearch_jax.run_folder import check_resumable, lock, remember_config
 from stepsearch_jax.settings import learner_settings, make_optimizers
 from stepsearch_jax.sharding import rows_to_mesh
 from stepsearch_jax.startup import begin_run, bind_answer_gain, make_sampler, run_command
@@ -32,12 +33,18 @@ logger = logging.getLogger("stepsearch_jax")
 
 def train(config, workdir: pathlib.Path, search=None) -> dict:
     """Runs (or resumes) the whole of a training run -> the contents of evaluation.json. `search`: see `build_system`."""
-    # ---- The parts. Everything that can be wrong with the input is found here. -------------------------------------------------------------------
-    data_split, eval_split = config.data.train_split, config.evaluation.split
     held_out = [config.imitation.held_out_split] if config.imitation.phases else []
-    system = build_system(config, list(dict.fromkeys((data_split, eval_split, *held_out))), search)
-    split, mesh, r, l, k = system.splits[data_split], system.mesh, config.rollout, config.rl, config.checkpoint
-    prepare_workdir(system, workdir)
+    system = build_system(config, list(dict.fromkeys((config.data.train_split, config.evaluation.split, *held_out))), search)
+    with lock(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
+        prepare_workdir(system, workdir)
+        return run_iterations(system, workdir)
+
+
+def run_iterations(system: System, workdir: pathlib.Path) -> dict:
+    """What `train` does once everything that can be wrong with the input has been looked for."""
+    # ---- The parts. ------------------------------------------------------------------------------------------------------------------------------
+    config, mesh = system.config, system.mesh
+    split, r, l, k = system.splits[config.data.train_split], config.rollout, config.rl, config.checkpoint
     settings = learner_settings(config)
     build_batch = learner.make_build_batch(system.learner_model, settings)
     update = learner.make_update(system.learner_model, settings, *make_optimizers(config))
@@ -47,7 +54,7 @@ def train(config, workdir: pathlib.Path, search=None) -> dict:
 
     answer_gain = bind_answer_gain(system)  # None, unless searches are paid by what they do for the answer
     collect = partial(measuring.collect, system, sample_episodes, answer_gain=answer_gain)
-    measure = partial(measuring.evaluate_policy, system, sample_episodes, split_name=eval_split, answer_gain=answer_gain)
+    measure = partial(measuring.evaluate_policy, system, sample_episodes, split_name=config.evaluation.split, answer_gain=answer_gain)
 
     before, dumps = measure(to_rollout_layout(reference_params), description="before RL:")
 

@@ -1,10 +1,14 @@
 """A run's folder refuses configs under which its results would be something else."""
+import fcntl
 import json
 
 import pytest
+import running
 import tiny_config
+from etils import epath
 
-from stepsearch_jax.run_folder import check_readable, check_resumable, describe_difference, remember_config
+from stepsearch_jax import train
+from stepsearch_jax.run_folder import check_readable, check_resumable, describe_difference, lock, remember_config
 
 
 @pytest.fixture
@@ -60,6 +64,27 @@ def test_a_run_without_its_config_is_refused(run):
             check(folder, config)
     (folder / "start").rmdir()
     check_resumable(folder, config)
+
+
+def test_one_run_at_a_time(tmp_path, tmp_path_factory):
+    """A second start of the same command, beside the first, touches nothing."""
+    config, folder = running.here(tiny_config.get_config(str(running.shared_cache(tmp_path_factory)))), tmp_path / "run"
+    with lock(folder), pytest.raises(ValueError, match=f"at work in {folder}: wait for it, end it, or choose another --workdir"):
+        train.train(config, folder)
+    assert [path.name for path in folder.iterdir()] == [".lock"]
+    with lock(folder):  # the first has ended
+        pass
+
+
+def test_where_there_are_no_locks_nobody_is_kept_out(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError("not supported")
+
+    with lock(epath.Path("gs://bucket/run")) as held:
+        assert held is None
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with lock(tmp_path), lock(tmp_path):
+        pass
 
 
 def test_keys_of_another_version_do_not_count(run):
