@@ -16,7 +16,7 @@ import pathlib
 from functools import partial
 
 from stepsearch_jax.measuring import evaluate_policy, write_results
-from stepsearch_jax.run_folder import check_readable
+from stepsearch_jax.run_folder import check_data, check_readable
 from stepsearch_jax.startup import begin_run, bind_answer_gain, make_sampler, run_command
 from stepsearch_jax.system import build_system
 from stepsearch_jax.tables import evaluate_datasets
@@ -31,6 +31,7 @@ def evaluate_command(config, workdir: pathlib.Path) -> None:
     check_readable(workdir, config)
     split = config.evaluation.split
     system = build_system(config, [split])
+    check_data(workdir, system.describe_data(), "or name what else to measure it on in config.evaluation.datasets")
     state, reference_params, _, _ = begin_run(system, workdir)
     sample_episodes, to_rollout_layout = make_sampler(system)
     measure = partial(evaluate_policy, system, sample_episodes, split_name=split, answer_gain=bind_answer_gain(system))

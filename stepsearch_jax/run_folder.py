@@ -1,4 +1,5 @@
-"""What the folder of a run remembers of its config (config.json), and which other configs may go on with it; and that one process at a time does."""
+"""What the folder of a run remembers: its config (config.json), and what it began with (begun.json); which other configs and data may go on with it; and that
+one process at a time does."""
 from __future__ import annotations
 
 import contextlib
@@ -14,6 +15,7 @@ from ml_collections import ConfigDict
 from stepsearch_jax.metrics import in_bucket, read_json, write_json
 
 CONFIG_FILE = "config.json"
+BEGUN_FILE = "begun.json"
 _BEGUN = ("imitation", "start", "checkpoints")  # one of these stands in WORKDIR as soon as there is something to lose
 
 # What a resumed run may have otherwise than before: how long it goes on, what is measured and kept, and on which machines it computes the same.
@@ -52,10 +54,33 @@ def remember_config(workdir: pathlib.Path, config: ConfigDict) -> None:
     write_json(workdir / CONFIG_FILE, to_json(config))
 
 
-def check_resumable(workdir: pathlib.Path, config: ConfigDict) -> None:
-    """Raises ValueError if WORKDIR holds a run that was begun with other settings, or nobody knows which: its results would bear the wrong names."""
+def remember_beginning(workdir: pathlib.Path, beginning: Mapping[str, Any]) -> None:
+    """Writes WORKDIR/begun.json."""
+    write_json(workdir / BEGUN_FILE, beginning)
+
+
+def check_resumable(workdir: pathlib.Path, config: ConfigDict, data: Mapping[str, str]) -> dict[str, Any]:
+    """-> what the run in WORKDIR began with, or begins with now: {"iterations", the first, however long it goes on; "data": `data` of all splits so far}.
+
+    data: `System.describe_data`. Raises ValueError if WORKDIR holds a run that was begun with other settings, or nobody knows which, or with other data: its
+    results would bear the wrong names.
+    """
+    began = {"iterations": config.iterations, "data": {}}
     if any((workdir / name).is_dir() for name in _BEGUN):
-        _check(workdir, config, lambda key: not key.startswith(_RESUMABLE), "choose another --workdir, or remove this one to begin anew")
+        remedy = "choose another --workdir, or remove this one to begin anew"
+        _check(workdir, config, lambda key: not key.startswith(_RESUMABLE), remedy)
+        check_data(workdir, data, remedy)
+        began = read_json(workdir / BEGUN_FILE) or began
+    if not any((workdir / "checkpoints").glob("[0-9]*")):  # nothing is left of its iterations
+        began["iterations"] = config.iterations
+    return began | {"data": began["data"] | dict(data)}
+
+
+def check_data(workdir: pathlib.Path, data: Mapping[str, str], remedy: str) -> None:
+    """Raises ValueError if the run in WORKDIR began with another corpus, or with other questions of the same split (`System.describe_data`)."""
+    began = (read_json(workdir / BEGUN_FILE) or {"data": {}})["data"]
+    if other := [name for name in data if began.get(name, data[name]) != data[name]]:
+        raise ValueError(f"{workdir} holds a run with other data ({', '.join(other)}): give it the files that it began with, {remedy}")
 
 
 def check_readable(workdir: pathlib.Path, config: ConfigDict) -> None:
