@@ -142,10 +142,10 @@ def dump_episode(system: System, episode: Episode, scores: StepScores, b: int) -
     }
 
 
-def write_transcripts(workdir: pathlib.Path, dumps: dict[str, list[dict]]) -> None:
+def write_transcripts(folder: pathlib.Path, dumps: dict[str, list[dict]]) -> None:
     """Writes transcripts.jsonl from {"before": […], "after": […]}."""
     lines = [json.dumps({"when": when} | episode) + "\n" for when, episodes in dumps.items() for episode in episodes]
-    write_text(workdir / "transcripts.jsonl", "".join(lines))
+    write_text(folder / "transcripts.jsonl", "".join(lines))
 
 
 def evaluate_controls(system: System, split_name: str) -> dict[str, dict[str, float]]:
@@ -154,18 +154,20 @@ def evaluate_controls(system: System, split_name: str) -> dict[str, dict[str, fl
             "perfect searcher": evaluate_script(system, split_name, PERFECT)}
 
 
-def write_results(system: System, workdir: pathlib.Path, before: dict, after: dict, dumps: dict[str, list[dict]]) -> dict:
-    """Writes evaluation.json, transcripts.jsonl and report.html (process 0) and prints the table -> the contents of evaluation.json."""
+def write_results(system: System, folder: pathlib.Path, before: dict, after: dict, dumps: dict[str, list[dict]]) -> dict:
+    """Writes evaluation.json, transcripts.jsonl and report.html into `folder` (process 0) and prints the table -> the contents of evaluation.json."""
     e = system.config.evaluation
     result = {"questions": count_questions(system, e.split), "before": before, "after": after, "retrieval": system.retrieval}
-    if e.controls:
+    if jax.process_index() == 0:
+        write_transcripts(folder, dumps)
+        write_json(folder / "evaluation.json", result)
+    if e.controls:  # last: a script may fail, where its episode does not fit
         result["controls"] = evaluate_controls(system, e.split)
     if jax.process_index() == 0:
-        write_json(workdir / "evaluation.json", result)
-        write_transcripts(workdir, dumps)
+        write_json(folder / "evaluation.json", result)
         rows = {"before RL": before, "after RL": after} | result.get("controls", {})
         print(f"{result['questions']} questions of {e.split}".ljust(36) + "".join(name.rjust(12) for name in MEANS))
         for name, means in rows.items():
             print(name.ljust(36) + "".join(f"{means[mean]:12.3f}" for mean in MEANS))
-        print(f"report: {write_report(workdir)}", flush=True)
+        print(f"report: {write_report(folder)}", flush=True)
     return result

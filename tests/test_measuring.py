@@ -84,6 +84,19 @@ def test_groups_are_episodes_of_one_question(system):
     assert got.searches.failed == 0 and got.scores.step_rewards.shape == (8, 4)
 
 
+def test_results_are_written_before_the_controls(system, tmp_path, monkeypatch):
+    """What a script cannot do costs no more than its own figures."""
+    def fail(*_):
+        raise ValueError("a scripted episode does not fit")
+
+    monkeypatch.setattr(measuring, "evaluate_controls", fail)
+    monkeypatch.setitem(system.config.evaluation, "controls", True)
+    means = dict.fromkeys(measuring.MEANS, 0.5)
+    with pytest.raises(ValueError, match="does not fit"):
+        measuring.write_results(system, tmp_path, means, means, {"before": [], "after": []})
+    assert json.loads((tmp_path / "evaluation.json").read_text())["after"] == means and (tmp_path / "transcripts.jsonl").exists()
+
+
 def test_transcripts_say_what_happened_and_make_a_report(system, tmp_path):
     _, dumps = measuring.evaluate_policy(system, Scripted(system, POOR), None, "validation", "scripted")
     questions, seen_again = {question.uid: question for question in system.splits["validation"].questions}, 0
