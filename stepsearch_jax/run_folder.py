@@ -49,8 +49,10 @@ def lock(workdir: pathlib.Path) -> Iterator[int | None]:
 
 
 def remember_config(workdir: pathlib.Path, config: ConfigDict) -> None:
-    """Writes WORKDIR/config.json."""
+    """Writes WORKDIR/config.json. Results under another config are not this run's: evaluation.json goes, by which a sweep knows what is finished."""
     workdir.mkdir(parents=True, exist_ok=True)
+    if read_json(workdir / CONFIG_FILE) != to_json(config):
+        (workdir / "evaluation.json").unlink(missing_ok=True)
     write_json(workdir / CONFIG_FILE, to_json(config))
 
 

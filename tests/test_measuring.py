@@ -1,5 +1,6 @@
 """Evaluation counts every question once, says of each what happened, and its files are those that the report reads."""
 import json
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +8,11 @@ import pytest
 import running
 import tiny_config
 
-from stepsearch_jax import measuring
+from stepsearch_jax import evaluate, measuring
 from stepsearch_jax.metrics import MetricsWriter
 from stepsearch_jax.report import write_report
 from stepsearch_jax.rollout.scripted import PERFECT, run_script
+from stepsearch_jax.run_folder import remember_config
 from stepsearch_jax.sharding import rows_from_mesh, rows_to_mesh
 from stepsearch_jax.system import System, build_system
 
@@ -95,6 +97,21 @@ def test_results_are_written_before_the_controls(system, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="does not fit"):
         measuring.write_results(system, tmp_path, means, means, {"before": [], "after": []})
     assert json.loads((tmp_path / "evaluation.json").read_text())["after"] == means and (tmp_path / "transcripts.jsonl").exists()
+
+
+def test_evaluate_leaves_what_training_wrote(system, tmp_path, monkeypatch):
+    """A sweep takes a run for finished by its evaluation.json, and its table is made of it."""
+    policy = types.SimpleNamespace(policy=types.SimpleNamespace(params=None))
+    monkeypatch.setattr(evaluate, "build_system", lambda *_: system)
+    monkeypatch.setattr(evaluate, "begin_run", lambda *_: (policy, None, None, None))
+    monkeypatch.setattr(evaluate, "make_sampler", lambda _: (Scripted(system, PERFECT), lambda params: params))
+    remember_config(tmp_path, system.config)
+    (tmp_path / "start").mkdir()
+    evaluate.evaluate_command(system.config, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "start", "evaluation"}
+    folder = tmp_path / "evaluation/validation"
+    assert {path.name for path in folder.iterdir()} == {"config.json", "evaluation.json", "transcripts.jsonl", "report.html"}
+    assert json.loads((folder / "evaluation.json").read_text())["questions"] == 20 and "After RL" in (folder / "report.html").read_text()
 
 
 def test_transcripts_say_what_happened_and_make_a_report(system, tmp_path):

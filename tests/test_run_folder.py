@@ -110,6 +110,17 @@ def test_train_and_evaluate_look_at_what_the_run_began_with(tmp_path, tmp_path_f
         evaluate.evaluate_command(config, tmp_path)
 
 
+def test_results_under_another_config_go(run):
+    """They would make a run that goes on with more iterations look finished."""
+    folder, config = run
+    (folder / "evaluation.json").write_text("{}")
+    remember_config(folder, config)
+    assert (folder / "evaluation.json").exists()
+    config.iterations = 9
+    remember_config(folder, config)
+    assert not (folder / "evaluation.json").exists()
+
+
 def test_a_run_without_its_config_is_refused(run):
     folder, config = run
     (folder / "config.json").unlink()
