@@ -1,6 +1,8 @@
 """Evaluation counts every question once, says of each what happened, and its files are those that the report reads."""
 import json
+import threading
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import jax.numpy as jnp
 import numpy as np
@@ -84,6 +86,24 @@ def test_groups_are_episodes_of_one_question(system):
     assert rollout.asked[0][1].tolist() == [7, 7, 2, 2, 9, 9, 4, 4] and rollout.asked[0][2].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert [episode.question.uid for episode in got.episodes[::2]] == [f"validation-{n}" for n in (7, 2, 9, 4)]
     assert got.searches.failed == 0 and got.scores.step_rewards.shape == (8, 4)
+
+
+def test_dumps_of_all_processes_come_in_the_order_of_the_questions(monkeypatch):
+    """Two threads stand in for processes; what they pass on must have one shape."""
+    found = [{0: {"uid": "a"}, 3: {"uid": "d", "text": "é" * 50}}, {1: {"uid": "b", "f1": 1 / 3}, 2: {"uid": "c"}}]
+    barrier, passed = threading.Barrier(2), {}
+
+    def gather(array):
+        passed[threading.get_ident()] = array
+        barrier.wait(10)
+        stacked = np.stack([passed[thread] for thread in sorted(passed)])
+        barrier.wait(10)
+        return stacked
+
+    monkeypatch.setattr(measuring.multihost_utils, "process_allgather", gather)
+    with ThreadPoolExecutor(2) as threads:
+        gathered = list(threads.map(measuring.gather_dumps, found))
+    assert gathered == [[found[0][0], found[1][1], found[1][2], found[0][3]]] * 2
 
 
 def test_results_are_written_before_the_controls(system, tmp_path, monkeypatch):
