@@ -2,7 +2,8 @@
 
     python -m stepsearch_jax.evaluate --config=configs/X.py[:arg] --workdir=DIR [--config.evaluation.split=test …]
 
-measures the run in DIR before RL (its warm start) and after (its newest checkpoint) and writes DIR/evaluation.json, DIR/transcripts.jsonl and DIR/report.html.
+measures the run in DIR before RL (its warm start) and after (its newest checkpoint) and writes config.json, evaluation.json, transcripts.jsonl and report.html
+into DIR/evaluation/SPLIT; what training wrote into DIR stays as it is.
 With --config.evaluation.controls=True also: the scripted searcher that the warm start imitated, and a perfect one.
 
     python -m stepsearch_jax.evaluate --config=configs/X.py --workdir=DIR --config.evaluation.datasets=musique:FOLDER,bamboogle:FOLDER:test …
@@ -15,8 +16,10 @@ from __future__ import annotations
 import pathlib
 from functools import partial
 
+import jax
+
 from stepsearch_jax.measuring import evaluate_policy, write_results
-from stepsearch_jax.run_folder import check_readable
+from stepsearch_jax.run_folder import check_data, check_readable, remember_config
 from stepsearch_jax.startup import begin_run, bind_answer_gain, make_sampler, run_command
 from stepsearch_jax.system import build_system
 from stepsearch_jax.tables import evaluate_datasets
@@ -31,12 +34,16 @@ def evaluate_command(config, workdir: pathlib.Path) -> None:
     check_readable(workdir, config)
     split = config.evaluation.split
     system = build_system(config, [split])
+    check_data(workdir, system.describe_data(), "or name what else to measure it on in config.evaluation.datasets")
     state, reference_params, _, _ = begin_run(system, workdir)
     sample_episodes, to_rollout_layout = make_sampler(system)
     measure = partial(evaluate_policy, system, sample_episodes, split_name=split, answer_gain=bind_answer_gain(system))
     before, dumps = measure(to_rollout_layout(reference_params), description="before RL:")
     after, after_dumps = measure(to_rollout_layout(state.policy.params), description="after RL:")
-    write_results(system, workdir, before, after, {"before": dumps, "after": after_dumps})
+    folder = workdir / "evaluation" / split
+    if jax.process_index() == 0:
+        remember_config(folder, config)
+    write_results(system, folder, before, after, {"before": dumps, "after": after_dumps})
 
 
 if __name__ == "__main__":

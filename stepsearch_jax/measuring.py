@@ -4,6 +4,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import operator
 import pathlib
 from collections.abc import Iterator
 
@@ -25,6 +26,7 @@ from stepsearch_jax.types import Trajectory
 
 logger = logging.getLogger("stepsearch_jax")
 
+GATHERED_BYTES = 1 << 20  # what processes tell one another is filled up to a multiple of it: one program passes on many lengths
 MEANS = ("em", "f1", "gold_recall", "searches", "invalid", "truncated")
 
 
@@ -80,22 +82,32 @@ def collect_greedily(system: System, sample_episodes, params, split_name: str, d
 
 
 def evaluate_policy(system: System, sample_episodes, params, split_name: str, description: str, answer_gain=None) -> tuple[dict[str, float], list[dict]]:
-    """Greedy, every question of the split exactly once -> (means: em, f1, gold_recall, searches, invalid, truncated; one dump per question).
+    """Greedy, every question of the split exactly once -> (means: em, f1, gold_recall, searches, invalid, truncated; one dump per question, in their order).
 
-    On several processes the means are over all of them; the dumps are this process's.
+    On several processes both are of all of them.
     """
     total = count_questions(system, split_name)
-    sums, dumps = np.zeros(len(MEANS) + 2), []
+    sums, dumps = np.zeros(len(MEANS) + 2), {}
     for rows, got in collect_greedily(system, sample_episodes, params, split_name, description, answer_gain):
         sums += _sum_measures(got.episodes, got.scores, rows >= 0)
-        dumps += [dump_episode(system, got.episodes[b], got.scores, b) for b in np.flatnonzero(rows >= 0)]
+        dumps |= {int(rows[b]): dump_episode(system, got.episodes[b], got.scores, b) for b in np.flatnonzero(rows >= 0)}
     sums = multihost_utils.process_allgather(sums).reshape(-1, len(sums)).sum(0)
     if sums[0] != total:
         raise RuntimeError(f"evaluation counted {int(sums[0])} questions instead of {total}")
     means = _divide(sums)
     logger.info("%s %d questions of %s, %d searches: %s", description, total, split_name, round(means["searches"] * total),
                 ", ".join(f"{name} {value:.3f}" for name, value in means.items()))
-    return means, dumps
+    return means, gather_dumps(dumps)
+
+
+def gather_dumps(dumps: dict[int, dict]) -> list[dict]:
+    """Row of each of this process's questions -> what is told of it; -> the same of all processes, in the order of the rows."""
+    raw = np.frombuffer(json.dumps(list(dumps.items())).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(raw)))
+    padded = np.zeros(-(-int(sizes.max()) // GATHERED_BYTES) * GATHERED_BYTES, np.uint8)
+    padded[:len(raw)] = raw
+    pairs = [pair for part, size in zip(multihost_utils.process_allgather(padded), sizes) for pair in json.loads(part[:size].tobytes())]
+    return [dump for _, dump in sorted(pairs, key=operator.itemgetter(0))]
 
 
 def evaluate_script(system: System, split_name: str, shares: dict[str, float]) -> dict[str, float]:
@@ -142,10 +154,10 @@ def dump_episode(system: System, episode: Episode, scores: StepScores, b: int) -
     }
 
 
-def write_transcripts(workdir: pathlib.Path, dumps: dict[str, list[dict]]) -> None:
+def write_transcripts(folder: pathlib.Path, dumps: dict[str, list[dict]]) -> None:
     """Writes transcripts.jsonl from {"before": […], "after": […]}."""
     lines = [json.dumps({"when": when} | episode) + "\n" for when, episodes in dumps.items() for episode in episodes]
-    write_text(workdir / "transcripts.jsonl", "".join(lines))
+    write_text(folder / "transcripts.jsonl", "".join(lines))
 
 
 def evaluate_controls(system: System, split_name: str) -> dict[str, dict[str, float]]:
@@ -154,18 +166,20 @@ def evaluate_controls(system: System, split_name: str) -> dict[str, dict[str, fl
             "perfect searcher": evaluate_script(system, split_name, PERFECT)}
 
 
-def write_results(system: System, workdir: pathlib.Path, before: dict, after: dict, dumps: dict[str, list[dict]]) -> dict:
-    """Writes evaluation.json, transcripts.jsonl and report.html (process 0) and prints the table -> the contents of evaluation.json."""
+def write_results(system: System, folder: pathlib.Path, before: dict, after: dict, dumps: dict[str, list[dict]]) -> dict:
+    """Writes evaluation.json, transcripts.jsonl and report.html into `folder` (process 0) and prints the table -> the contents of evaluation.json."""
     e = system.config.evaluation
     result = {"questions": count_questions(system, e.split), "before": before, "after": after, "retrieval": system.retrieval}
-    if e.controls:
+    if jax.process_index() == 0:
+        write_transcripts(folder, dumps)
+        write_json(folder / "evaluation.json", result)
+    if e.controls:  # last: a script may fail, where its episode does not fit
         result["controls"] = evaluate_controls(system, e.split)
     if jax.process_index() == 0:
-        write_json(workdir / "evaluation.json", result)
-        write_transcripts(workdir, dumps)
+        write_json(folder / "evaluation.json", result)
         rows = {"before RL": before, "after RL": after} | result.get("controls", {})
         print(f"{result['questions']} questions of {e.split}".ljust(36) + "".join(name.rjust(12) for name in MEANS))
         for name, means in rows.items():
             print(name.ljust(36) + "".join(f"{means[mean]:12.3f}" for mean in MEANS))
-        print(f"report: {write_report(workdir)}", flush=True)
+        print(f"report: {write_report(folder)}", flush=True)
     return result

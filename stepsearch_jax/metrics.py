@@ -1,7 +1,7 @@
 """What a run reports about itself while it runs: `metrics.jsonl`, TensorBoard events and progress bars; and how its JSON files are read and written.
 
-`metrics.jsonl` is the record that everything else reads: one JSON object a line, `{"stage": "rl", "iteration": 12, "f1": 0.41, …}`. It holds no clock
-and no host name, so the file of a run that was killed and resumed equals the file of a run that was not.
+`metrics.jsonl` is the record that everything else reads: one JSON object a line, `{"stage": "rl", "iteration": 12, "f1": 0.41, …}`. But for `seconds/…` and
+`compiled_programs`, which tell of the process, the file of a run that was killed and resumed equals the file of a run that was not.
 """
 from __future__ import annotations
 

@@ -97,12 +97,12 @@ def learner_settings(config: ml_collections.ConfigDict) -> LearnerSettings:
             "entropy_coef", "kl_placement", "kl_estimator", "kl_target", "kl_horizon", "minibatches", "epochs", "micro_rows")})
 
 
-def make_optimizers(config):
-    """-> (policy optimiser, value optimiser, which is None with an advantage estimator that reads no values)."""
+def make_optimizers(config, iterations: int):
+    """-> (policy optimiser, value optimiser, which is None with an advantage estimator that reads no values). iterations: of which warm-ups are shares."""
     steps = config.rl.minibatches * config.rl.epochs
     policy, value = (
-        make_optimizer(o.optimizer, o.learning_rate, warmup=o.warmup, iterations=config.iterations, steps_per_iteration=steps, b1=o.b1, b2=o.b2,
-                               weight_decay=o.weight_decay, max_grad_norm=o.max_grad_norm) for o in (config.policy, config.value))
+        make_optimizer(o.optimizer, o.learning_rate, warmup=o.warmup, iterations=iterations, steps_per_iteration=steps, b1=o.b1, b2=o.b2,
+                       weight_decay=o.weight_decay, max_grad_norm=o.max_grad_norm) for o in (config.policy, config.value))
     return policy, value if uses_critic(config.rl.advantage) else None
 
 

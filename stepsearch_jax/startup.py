@@ -202,7 +202,7 @@ def begin_run(system: System, workdir: pathlib.Path):
     policy_key, value_key, rollout_key = jax.random.split(jax.random.key(config.seed), 3)
     like, specs = learner.describe_params(Policy(model), mesh, rules)
     reference_params = warm_start(system, like, specs, policy_key, workdir)
-    policy_optimizer, value_optimizer = make_optimizers(config)
+    policy_optimizer, value_optimizer = make_optimizers(config, config.iterations)
     value = None
     if value_optimizer is not None:
         value_params, value_specs = learner.init_value_params(Value(model), mesh, rules, value_key, reference_params)

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from stepsearch_jax import sharding
 from stepsearch_jax.data import atlas_grammar
 from stepsearch_jax.data.loading import Source, load_source, open_source
+from stepsearch_jax.data.schema import encode_question
 from stepsearch_jax.dense import DenseIndex, build_dense_index, load_text_encoder
 from stepsearch_jax.models.huggingface import open_checkpoint
 from stepsearch_jax.models.stored import StoredModel, check_architecture
@@ -30,7 +31,7 @@ from stepsearch_jax.rollout.text import Answers, encode_answers, encode_prompts
 from stepsearch_jax.search.bm25 import Bm25Index, build_index, check_settings
 from stepsearch_jax.search.callback import SearchCallback, SearchCounts, make_search_callback
 from stepsearch_jax.search.corpus_tokens import tokenize_corpus
-from stepsearch_jax.search.prepared import hash_documents, one_at_a_time
+from stepsearch_jax.search.prepared import hash_documents, hash_texts, one_at_a_time
 from stepsearch_jax.search.remote import RemoteIndex, open_remote
 from stepsearch_jax.search.watchdog import Watchdog
 from stepsearch_jax.settings import check_config, check_cuts, describe_models, rollout_settings, round_vocabulary
@@ -77,6 +78,12 @@ class System:
         subs = [sub for question in self.splits[split_name].questions for sub in question.sub_questions if sub.gold_ids]
         found = self.search_documents([sub.question for sub in subs]) if subs else []
         return float(np.mean([bool(set(sub.gold_ids).intersection(ids.tolist())) for sub, ids in zip(subs, found)])) if subs else float("nan")
+
+    def describe_data(self) -> dict[str, str]:
+        """What a run is trained and measured on, wherever its files lie: "corpus" and, for every split, "questions of NAME" -> a hash of all that they hold."""
+        splits = {f"questions of {name}": hash_texts(text for question in split.questions for text in encode_question(question).values())
+                  for name, split in self.splits.items()}
+        return {"corpus": self.retrieval["corpus"], **splits}
 
     def score(self, episodes: Sequence[Episode], gain: np.ndarray | None = None) -> StepScores:
         """Rewards of episodes, by the config's reward section. gain [B, K]: stands in for the information gain of the retrieved documents."""

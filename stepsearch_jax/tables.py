@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from stepsearch_jax.baselines import make_baselines
-from stepsearch_jax.measuring import MEANS, collect_greedily, count_questions, dump_episode, write_transcripts
+from stepsearch_jax.measuring import MEANS, collect_greedily, count_questions, dump_episode, gather_dumps, write_transcripts
 from stepsearch_jax.metrics import write_json, write_text
 from stepsearch_jax.models.stored import load_policy
 from stepsearch_jax.models.transformer import Policy
@@ -132,9 +132,9 @@ def measure_dataset(system: System, policies: dict[str, object], name: str, fold
 
 def measure_method(system: System, sample, params, split_name: str, description: str, given: Sequence[tuple[int, ...]] | None, count: int, hops: int
                    ) -> tuple[dict[str, Estimate], list[dict]]:
-    """Greedy, every one of the `count` questions once -> (every measure, over all processes; of this process's questions a dump with the measures in it)."""
+    """Greedy, every one of the `count` questions once -> (every measure; of every question a dump with the measures in it, in their order)."""
     names, texts = list_measures(hops), read_texts(system.source.documents)
-    pairs, seen, dumps = np.zeros((count, len(names), 2)), np.zeros(count, int), []
+    pairs, seen, dumps = np.zeros((count, len(names), 2)), np.zeros(count, int), {}
     for rows, got in collect_greedily(system, sample, params, split_name, description):
         for b in np.flatnonzero(rows >= 0):
             row = int(rows[b])
@@ -142,13 +142,13 @@ def measure_method(system: System, sample, params, split_name: str, description:
             pairs[row] = measure_episode(got.episodes[b], None if given is None else given[row], texts, hops)
             told = {name: amount / weight if weight else None for name, (amount, weight) in zip(names, pairs[row].tolist())}
             shown = {} if given is None else {"given": list(given[row])}
-            dumps.append(dump_episode(system, got.episodes[b], got.scores, b) | shown | {"measures": told})
+            dumps[row] = dump_episode(system, got.episodes[b], got.scores, b) | shown | {"measures": told}
     seen, pairs = (multihost_utils.process_allgather(x).reshape(-1, *x.shape).sum(0) for x in (seen, pairs))
     if (seen != 1).any():
         raise RuntimeError(f"{description}: question {int(np.flatnonzero(seen != 1)[0])} was answered {int(seen[seen != 1][0])} times instead of once")
     estimates = dict(zip(names, estimate(pairs, system.config.evaluation.resamples, system.config.seed)))
     logger.info("%s: %d questions, EM %.3f, F1 %.3f", description, count, estimates["em"].mean, estimates["f1"].mean)
-    return estimates, dumps
+    return estimates, gather_dumps(dumps)
 
 
 def render_table(table: dict) -> str:

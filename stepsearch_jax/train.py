@@ -2,11 +2,13 @@
 
     python -m stepsearch_jax.train --config=configs/X.py[:arg] --workdir=DIR [--config.key=value …]
 
-DIR receives config.json, metrics.jsonl, tensorboard/, checkpoints/, start/ (the policy before RL), evaluation.json, transcripts.jsonl and report.html.
+DIR receives config.json, begun.json, metrics.jsonl, tensorboard/, checkpoints/, start/ (the policy before RL), evaluation.json, transcripts.jsonl and
+report.html.
 A DIR with a checkpoint is resumed: the result is the same, bit for bit, as without the interruption.
 """
 from __future__ import annotations
 
+import contextlib
 import logging
 import pathlib
 import time
@@ -20,7 +22,7 @@ from stepsearch_jax import measuring, sharding
 from stepsearch_jax.data.loading import question_rows
 from stepsearch_jax.metrics import MetricsWriter, progress
 from stepsearch_jax.rl import learner
-from stepsearch_jax.run_folder import check_resumable, remember_config
+from stepsearch_jax.run_folder import check_resumable, lock, remember_beginning, remember_config
 from stepsearch_jax.settings import learner_settings, make_optimizers
 from stepsearch_jax.sharding import rows_to_mesh
 from stepsearch_jax.startup import begin_run, bind_answer_gain, make_sampler, run_command
@@ -32,22 +34,27 @@ logger = logging.getLogger("stepsearch_jax")
 
 def train(config, workdir: pathlib.Path, search=None) -> dict:
     """Runs (or resumes) the whole of a training run -> the contents of evaluation.json. `search`: see `build_system`."""
-    # ---- The parts. Everything that can be wrong with the input is found here. -------------------------------------------------------------------
-    data_split, eval_split = config.data.train_split, config.evaluation.split
     held_out = [config.imitation.held_out_split] if config.imitation.phases else []
-    system = build_system(config, list(dict.fromkeys((data_split, eval_split, *held_out))), search)
-    split, mesh, r, l, k = system.splits[data_split], system.mesh, config.rollout, config.rl, config.checkpoint
-    prepare_workdir(system, workdir)
+    system = build_system(config, list(dict.fromkeys((config.data.train_split, config.evaluation.split, *held_out))), search)
+    with lock(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
+        return run_iterations(system, workdir, prepare_workdir(system, workdir))
+
+
+def run_iterations(system: System, workdir: pathlib.Path, first_iterations: int) -> dict:
+    """What `train` does once everything that can be wrong with the input has been looked for. first_iterations: with which the run began."""
+    # ---- The parts. ------------------------------------------------------------------------------------------------------------------------------
+    config, mesh = system.config, system.mesh
+    split, r, l, k = system.splits[config.data.train_split], config.rollout, config.rl, config.checkpoint
     settings = learner_settings(config)
     build_batch = learner.make_build_batch(system.learner_model, settings)
-    update = learner.make_update(system.learner_model, settings, *make_optimizers(config))
+    update = learner.make_update(system.learner_model, settings, *make_optimizers(config, first_iterations))
     sample_episodes, to_rollout_layout = make_sampler(system)
     state, reference_params, checkpoints, rollout_key = begin_run(system, workdir)
     start = int(state.iteration)
 
     answer_gain = bind_answer_gain(system)  # None, unless searches are paid by what they do for the answer
     collect = partial(measuring.collect, system, sample_episodes, answer_gain=answer_gain)
-    measure = partial(measuring.evaluate_policy, system, sample_episodes, split_name=eval_split, answer_gain=answer_gain)
+    measure = partial(measuring.evaluate_policy, system, sample_episodes, split_name=config.evaluation.split, answer_gain=answer_gain)
 
     before, dumps = measure(to_rollout_layout(reference_params), description="before RL:")
 
@@ -184,15 +191,18 @@ class _NoWriter:
         pass
 
 
-def prepare_workdir(system: System, workdir: pathlib.Path) -> None:
-    """Writes config.json, unless another config has begun a run here (ValueError), and logs what the data holds."""
-    check_resumable(workdir, system.config)
+def prepare_workdir(system: System, workdir: pathlib.Path) -> int:
+    """Writes config.json and begun.json, unless another config or other data have begun a run here (ValueError), and logs what the data holds -> the iterations
+    with which the run began."""
+    beginning = check_resumable(workdir, system.config, system.describe_data())
     if jax.process_index() == 0:
         remember_config(workdir, system.config)
+        remember_beginning(workdir, beginning)
     for name, split in system.splits.items():
         recall = system.measure_retrieval(name)
         logger.info("%s: %d questions; %d passages; recall@%d of the gold passages for the gold sub-questions: %.3f", name, len(split.questions),
                      len(system.source.documents), system.config.search.k, recall)
+    return beginning["iterations"]
 
 
 def dump_batch(workdir: pathlib.Path, iteration: int, batch) -> None:

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from stepsearch_jax import dense, measuring, startup
 from stepsearch_jax.dense import DenseIndex, build_dense_index, load_text_encoder
 from stepsearch_jax.records import Document
+from stepsearch_jax.search import prepared
 from stepsearch_jax.search.embeddings import embed_corpus
 from stepsearch_jax.system import build_system
 
@@ -165,6 +166,20 @@ def test_interrupted_work_goes_on(tmp_path):
         embed_corpus(texts, tmp_path / "y", lambda shard: np.full((len(shard), 3), np.nan), 3, "float32", 4, "encoder")
     with pytest.raises(ValueError, match="corpus is empty"):
         make(embed, [])
+
+
+def test_an_end_at_the_last_step_loses_no_vectors(tmp_path, monkeypatch):
+    """All is there but the manifest, after which the folder gets its name: nothing is embedded again."""
+    texts, vectors = ["a", "b", "c"], np.arange(9.0, dtype=np.float32).reshape(3, 3)
+
+    def end(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(prepared, "write_manifest", end)
+        embed_corpus(texts, tmp_path / "x", lambda shard: vectors[:len(shard)], 3, "float32", 4, "encoder")
+    assert (embed_corpus(texts, tmp_path / "x", end, 3, "float32", 4, "encoder") == vectors).all()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x"]
 
 
 def change(file: pathlib.Path, **fields) -> None:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from stepsearch_jax import prepare
 from stepsearch_jax.preparation.index import index_files
 from stepsearch_jax.records import Document
-from stepsearch_jax.search import postings
+from stepsearch_jax.search import postings, prepared
 from stepsearch_jax.search.bm25 import build_index, load_index, split_words
 from stepsearch_jax.search.prepared import hash_documents
 
@@ -162,6 +162,57 @@ def test_a_killed_process_goes_on(tmp_path):
     done = subprocess.run([sys.executable, "-c", BUILD, "fast", *arguments], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "| documents | 2000 |" in done.stdout, done.stderr[-2000:]
     check_equal(tmp_path / "index", documents, tmp_path / "oracle")
+
+
+KILLED_AT_LAST = """
+import os, signal, sys
+from stepsearch_jax import prepare
+from stepsearch_jax.search import postings, prepared
+postings.SHARD_WORDS, postings.MERGE_POSTINGS = 40, 25
+prepared.write_manifest = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+prepare.main(["index", *sys.argv[1:]])
+"""
+
+
+@pytest.mark.parametrize("how,links", [(signal.SIGKILL, True), (KeyboardInterrupt(), True), (OSError(28, "No space left on device"), True),
+                                       (KeyboardInterrupt(), False)], ids=["kill", "ctrl-c", "full disk", "copied"])
+def test_an_end_at_the_last_step_loses_nothing(tmp_path, small_pieces, monkeypatch, how, links):
+    """All is there but the manifest, after which the folder gets its name; then the same once more, to its end."""
+    documents = [Document(d.id, d.title, d.text or "?") for d in draw_documents(120, 1)]
+    path = write_corpus(tmp_path / "c.jsonl", documents)
+
+    def refuse(*_):
+        raise how
+
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(PermissionError(1, "Operation not permitted")))
+    if how == signal.SIGKILL:
+        command = [sys.executable, "-c", KILLED_AT_LAST, "--corpus", path, "--out", tmp_path / "index"]
+        assert subprocess.run(command, env=os.environ | {"PYTHONPATH": str(running.REPO)}, stderr=subprocess.DEVNULL, timeout=120).returncode == -how
+    else:
+        with monkeypatch.context() as patch, pytest.raises(type(how)):
+            patch.setattr(prepared, "write_manifest", refuse)  # of the whole index: what stands in begun/ is written by others
+            index_files([path], tmp_path / "index", K1, B)
+    assert not (tmp_path / "index").exists()
+    monkeypatch.setattr(postings, "split_words", refuse)  # nothing of the first pass is done again
+    index = index_files([path], tmp_path / "index", K1, B)
+    assert [index.documents[i] for i in range(120)] == documents and index.describe(1)["corpus"] == hash_documents(documents)
+    check_equal(tmp_path / "index", documents, tmp_path / "oracle")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["c.jsonl", "index", "oracle"]
+
+
+def test_shards_without_their_documents_are_made_anew(tmp_path, small_pieces, monkeypatch):
+    from stepsearch_jax.search import bm25
+
+    documents = [Document(d.id, d.title, d.text or "?") for d in draw_documents(120, 1)]
+    path = write_corpus(tmp_path / "c.jsonl", documents)
+    with monkeypatch.context() as patch:
+        patch.setattr(bm25, "merge_shards", lambda *_: (_ for _ in ()).throw(Killed()))
+        with pytest.raises(Killed):
+            index_files([path], tmp_path / "index", K1, B)
+    os.truncate(tmp_path / "index.unfinished/begun/corpus.jsonl", 1000)
+    index = index_files([path], tmp_path / "index", K1, B)
+    assert [index.documents[i] for i in range(120)] == documents
 
 
 def test_a_build_interrupted_while_merging_splits_nothing_again(tmp_path, small_pieces, monkeypatch):

@@ -267,7 +267,7 @@ def test_every_link_within_the_readme_leads_somewhere():
 
 def test_the_loop_is_that_of_train_py():
     """Every line of the README's loop stands in train.py's, in this order."""
-    train = next(node for node in ast.parse((REPO / "stepsearch_jax/train.py").read_text()).body if getattr(node, "name", "") == "train")
+    train = next(node for node in ast.parse((REPO / "stepsearch_jax/train.py").read_text()).body if getattr(node, "name", "") == "run_iterations")
     loop = next(node for node in ast.walk(train) if isinstance(node, ast.For) and ast.unparse(node.target) == "iteration")
     lines = iter(line.strip() for line in (REPO / "stepsearch_jax/train.py").read_text().splitlines()[loop.lineno - 1 : loop.end_lineno])
     shown = find_section("The loop").split("```python\n")[1].split("```")[0].splitlines()

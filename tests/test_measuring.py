@@ -1,5 +1,8 @@
 """Evaluation counts every question once, says of each what happened, and its files are those that the report reads."""
 import json
+import threading
+import types
+from concurrent.futures import ThreadPoolExecutor
 
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +10,11 @@ import pytest
 import running
 import tiny_config
 
-from stepsearch_jax import measuring
+from stepsearch_jax import evaluate, measuring
 from stepsearch_jax.metrics import MetricsWriter
 from stepsearch_jax.report import write_report
 from stepsearch_jax.rollout.scripted import PERFECT, run_script
+from stepsearch_jax.run_folder import remember_config
 from stepsearch_jax.sharding import rows_from_mesh, rows_to_mesh
 from stepsearch_jax.system import System, build_system
 
@@ -82,6 +86,52 @@ def test_groups_are_episodes_of_one_question(system):
     assert rollout.asked[0][1].tolist() == [7, 7, 2, 2, 9, 9, 4, 4] and rollout.asked[0][2].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert [episode.question.uid for episode in got.episodes[::2]] == [f"validation-{n}" for n in (7, 2, 9, 4)]
     assert got.searches.failed == 0 and got.scores.step_rewards.shape == (8, 4)
+
+
+def test_dumps_of_all_processes_come_in_the_order_of_the_questions(monkeypatch):
+    """Two threads stand in for processes; what they pass on must have one shape."""
+    found = [{0: {"uid": "a"}, 3: {"uid": "d", "text": "é" * 50}}, {1: {"uid": "b", "f1": 1 / 3}, 2: {"uid": "c"}}]
+    barrier, passed = threading.Barrier(2), {}
+
+    def gather(array):
+        passed[threading.get_ident()] = array
+        barrier.wait(10)
+        stacked = np.stack([passed[thread] for thread in sorted(passed)])
+        barrier.wait(10)
+        return stacked
+
+    monkeypatch.setattr(measuring.multihost_utils, "process_allgather", gather)
+    with ThreadPoolExecutor(2) as threads:
+        gathered = list(threads.map(measuring.gather_dumps, found))
+    assert gathered == [[found[0][0], found[1][1], found[1][2], found[0][3]]] * 2
+
+
+def test_results_are_written_before_the_controls(system, tmp_path, monkeypatch):
+    """What a script cannot do costs no more than its own figures."""
+    def fail(*_):
+        raise ValueError("a scripted episode does not fit")
+
+    monkeypatch.setattr(measuring, "evaluate_controls", fail)
+    monkeypatch.setitem(system.config.evaluation, "controls", True)
+    means = dict.fromkeys(measuring.MEANS, 0.5)
+    with pytest.raises(ValueError, match="does not fit"):
+        measuring.write_results(system, tmp_path, means, means, {"before": [], "after": []})
+    assert json.loads((tmp_path / "evaluation.json").read_text())["after"] == means and (tmp_path / "transcripts.jsonl").exists()
+
+
+def test_evaluate_leaves_what_training_wrote(system, tmp_path, monkeypatch):
+    """A sweep takes a run for finished by its evaluation.json, and its table is made of it."""
+    policy = types.SimpleNamespace(policy=types.SimpleNamespace(params=None))
+    monkeypatch.setattr(evaluate, "build_system", lambda *_: system)
+    monkeypatch.setattr(evaluate, "begin_run", lambda *_: (policy, None, None, None))
+    monkeypatch.setattr(evaluate, "make_sampler", lambda _: (Scripted(system, PERFECT), lambda params: params))
+    remember_config(tmp_path, system.config)
+    (tmp_path / "start").mkdir()
+    evaluate.evaluate_command(system.config, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "start", "evaluation"}
+    folder = tmp_path / "evaluation/validation"
+    assert {path.name for path in folder.iterdir()} == {"config.json", "evaluation.json", "transcripts.jsonl", "report.html"}
+    assert json.loads((folder / "evaluation.json").read_text())["questions"] == 20 and "After RL" in (folder / "report.html").read_text()
 
 
 def test_transcripts_say_what_happened_and_make_a_report(system, tmp_path):

@@ -89,7 +89,7 @@ def test_without_a_critic_there_is_no_value_model(tmp_path, tmp_path_factory):
     states = []
     for change in ({}, {"rl.advantage": "rloo", **GROUPS}):
         config = make_config(tmp_path_factory, **change)
-        optimizers = make_optimizers(config)
+        optimizers = make_optimizers(config, config.iterations)
         state, reference, checkpoints, _ = startup.begin_run(build_system(config, ["train"]), tmp_path / str(len(states)))
         checkpoints.close()
         assert (state.value is None) == (optimizers[1] is None) == bool(change)

@@ -148,7 +148,7 @@ def test_several_processes_train_as_one(tmp_path, tmp_path_factory):
 
 
 def compare_figures(got, expected) -> None:
-    """Metrics of every iteration and the evaluation's means; times excepted."""
+    """Metrics of every iteration, the evaluation's means and every prediction; times excepted."""
     lines, wanted = ([json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()] for workdir in (got, expected))
     assert len(lines) == len(wanted) == ITERATIONS
     for a, b in zip(lines, wanted):
@@ -160,6 +160,9 @@ def compare_figures(got, expected) -> None:
     assert a["questions"] == b["questions"] == QUESTIONS
     for when in ("before", "after"):
         np.testing.assert_allclose(list(a[when].values()), list(b[when].values()), atol=1e-4)
+    a, b = ([json.loads(line) for line in (workdir / "transcripts.jsonl").read_text().splitlines()] for workdir in (got, expected))
+    told = [[(episode["when"], episode["uid"], episode["prediction"]) for episode in episodes] for episodes in (a, b)]
+    assert told[0] == told[1] and len(a) == 2 * QUESTIONS
 
 
 # ---- Once a host -----------------------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 """The parts that a config becomes: rows of processes, padded batches, the vocabulary's unused ids, the measure of the retrieval, failed searches."""
+import dataclasses
 import types
 
 import jax
@@ -45,6 +46,17 @@ def test_rows_of_minus_one_fill_up_a_batch(system):
     for row, question in enumerate(questions[:2]):
         text = system.tokenizer.decode(prompts.tokens[row, : prompts.length[row]])
         assert text == f" Question: {question.question}\n" and not prompts.tokens[row, prompts.length[row]:].any()
+
+
+def test_data_is_known_by_what_it_holds(system):
+    """The order of questions counts, and their number, and whatever they say."""
+    found, questions = system.describe_data(), system.splits["train"].questions
+    assert list(found) == ["corpus", "questions of train", "questions of validation"] and len(set(found.values())) == 3
+    changed = dataclasses.replace(questions[0].sub_questions[0], queries=("another",))
+    first = dataclasses.replace(questions[0], sub_questions=(changed, *questions[0].sub_questions[1:]))
+    others = [list(questions), questions[::-1], questions[:-1], [first, *questions[1:]]]
+    hashes = [dataclasses.replace(system, splits={"train": dataclasses.replace(system.splits["train"], questions=other)}).describe_data() for other in others]
+    assert [other["questions of train"] == found["questions of train"] for other in hashes] == [True, False, False, False]
 
 
 def test_unused_ids_of_the_vocabulary_change_nothing(system):

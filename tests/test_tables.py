@@ -12,6 +12,7 @@ from stepsearch_jax import baselines, tables
 from stepsearch_jax.baselines import DIRECT, GOLD, SINGLE_SEARCH, make_baselines
 from stepsearch_jax.models.huggingface import open_checkpoint
 from stepsearch_jax.prompting import templates
+from stepsearch_jax.run_folder import remember_config
 from stepsearch_jax.system import build_system
 
 
@@ -81,6 +82,7 @@ def read_lines(path):
 
 def test_a_run_on_two_data_sets(tmp_path_factory, tmp_path, capsys):
     shutil.copytree(running.searching_start(tmp_path_factory), tmp_path / "start")
+    remember_config(tmp_path, configure(tmp_path_factory))
     table = tables.evaluate_datasets(configure(tmp_path_factory), tmp_path)
     folder = tmp_path / "evaluation"
     assert json.loads((folder / "table.json").read_text()) == table and list(table["data_sets"]) == ["atlas-test", "atlas-validation"]

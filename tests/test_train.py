@@ -82,11 +82,12 @@ def test_a_run_and_its_continuation(tmp_path, tmp_path_factory):
     assert sum(row["searches"] for row in rows if row["stage"] == "rl") > 0
     first = json.loads((workdir / "evaluation.json").read_text())
 
-    # The same figures from the command that only evaluates, here on another split's questions first.
+    # The same figures from the command that only evaluates, here on another split's questions first; in files of its own.
     running.run_command("evaluate", cache, workdir, "--config.evaluation.split=test", "--config.evaluation.questions=10")
-    assert json.loads((workdir / "evaluation.json").read_text())["questions"] == 10
+    assert json.loads((workdir / "evaluation/test/evaluation.json").read_text())["questions"] == 10
     running.run_command("evaluate", cache, workdir, "--config.evaluation.controls=True")
-    again = json.loads((workdir / "evaluation.json").read_text())
+    again = json.loads((workdir / "evaluation/validation/evaluation.json").read_text())
+    check_results(workdir, 2)
     assert {name: again[name] for name in first} == first and set(again["controls"]) >= {"scripted searcher", "perfect searcher"}
 
     # More iterations go on from where the run stopped; the start and the figures before RL stay.

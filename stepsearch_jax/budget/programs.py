@@ -93,7 +93,7 @@ def describe_parts(config: ml_collections.ConfigDict, mesh: Mesh) -> Parts:
     """Shapes and places of everything that stays on the device, as `startup.begin_run` makes them."""
     model, rollout_model = describe_models(config, round_vocabulary(config.model.vocab_size))
     rules = dict(config.mesh.train_rules)
-    policy_optimizer, value_optimizer = make_optimizers(config)
+    policy_optimizer, value_optimizer = make_optimizers(config, config.iterations)
     params, specs = learner.describe_params(Policy(model), mesh, rules)
     policy = learner.describe_model_state(policy_optimizer, mesh, params, specs)
     value = None
@@ -125,7 +125,7 @@ def compile_programs(config: ml_collections.ConfigDict, parts: Parts, tell: Call
     """Phase -> its program, compiled for the mesh of `parts`. tell: hears of each before it begins, compiling takes minutes."""
     mesh, r = parts.mesh, config.rollout
     model, rollout_model = describe_models(config, round_vocabulary(config.model.vocab_size))
-    settings, optimizers = learner_settings(config), make_optimizers(config)
+    settings, optimizers = learner_settings(config), make_optimizers(config, config.iterations)
     compiled = {}
 
     def compile_one(phase: str, function, *arguments):

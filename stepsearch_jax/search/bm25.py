@@ -18,7 +18,7 @@ import numpy as np
 
 from stepsearch_jax.records import Document
 from stepsearch_jax.search.postings import CORPUS, OFFSETS, StoredDocuments, collect_shards, merge_shards, split_words
-from stepsearch_jax.search.prepared import describe_search, hash_documents, one_at_a_time, prepare_folder, read_manifest, write_manifest
+from stepsearch_jax.search.prepared import describe_search, hash_documents, link_file, one_at_a_time, prepare_folder, read_manifest, write_manifest
 
 if TYPE_CHECKING:
     import bm25s
@@ -150,9 +150,9 @@ def _build(documents: Iterable[tuple[str, str]], begun: pathlib.Path, folder: pa
         for name, part, dtype in (("data", "scores", np.float32), ("indices", "documents", np.int32)):
             _save_raw(made / f"{name}.csc.index.npy", begun / part, np.dtype(dtype), int(begins[-1]))
         for name in (CORPUS, OFFSETS):
-            os.rename(begun / name, made / name)
+            link_file(begun / name, made / name)  # the shards are nothing without them, until the index is whole
 
-    prepare_folder(folder, {**wanted, "corpus": collected.corpus, "documents": collected.documents}, finish)
+    prepare_folder(folder, {**wanted, "corpus": collected.corpus, "documents": collected.documents}, finish, begun.parent)
 
 
 def _save_raw(path: pathlib.Path, raw: pathlib.Path, dtype: np.dtype, count: int) -> None:

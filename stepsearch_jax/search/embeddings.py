@@ -11,7 +11,7 @@ import ml_dtypes  # noqa: F401  (gives NumPy the type bfloat16)
 import numpy as np
 import tqdm
 
-from stepsearch_jax.search.prepared import MANIFEST, hash_texts, prepare_folder, read_manifest
+from stepsearch_jax.search.prepared import MANIFEST, hash_texts, link_file, prepare_folder, read_manifest
 
 EMBEDDINGS = "embeddings.bin"
 DTYPES = ("float32", "bfloat16")
@@ -36,7 +36,7 @@ def embed_corpus(texts: Sequence[str], folder: str | pathlib.Path, embed: Callab
             unfinished.mkdir(parents=True)
             (unfinished / MANIFEST).write_text(json.dumps(manifest))
         _write_shards(texts, unfinished / EMBEDDINGS, embed, width, np.dtype(dtype), shard_rows)
-        prepare_folder(folder, manifest, lambda made: os.rename(unfinished / EMBEDDINGS, made / EMBEDDINGS))
+        prepare_folder(folder, manifest, lambda made: link_file(unfinished / EMBEDDINGS, made / EMBEDDINGS), unfinished)
         shutil.rmtree(unfinished, ignore_errors=True)
     return np.memmap(folder / EMBEDDINGS, np.dtype(dtype), mode="r", shape=(len(texts), width))
 

@@ -70,9 +70,15 @@ class Collected:
 def collect_shards(documents: Iterable[tuple[str, str]], folder: pathlib.Path) -> Collected:
     """Reads (title, text) of every document into shards in `folder`, behind those that are there already from the same documents.
 
-    Words are numbered as they first appear. Also writes the documents themselves (`CORPUS`, `OFFSETS`). Raises ValueError if there are none, or no words.
+    Words are numbered as they first appear. Also writes the documents themselves (`CORPUS`, `OFFSETS`). Shards whose documents are not there are made anew.
+    Raises ValueError if there are none, or no words.
     """
     shards = [json.loads((folder / f"{n}.json").read_text()) for n in range(len(list(folder.glob("[0-9]*.json"))))]
+    (folder / CORPUS).touch()
+    if shards and (folder / CORPUS).stat().st_size < shards[-1]["bytes"]:
+        for n in reversed(range(len(shards))):
+            (folder / f"{n}.json").unlink()
+        shards = []
     vocabulary: dict[str, int] = {}
     for n in range(len(shards)):
         for word in (folder / f"{n}.words").read_text(encoding="utf-8").splitlines():

@@ -56,15 +56,24 @@ def write_manifest(folder: pathlib.Path, manifest: dict, name: str = MANIFEST) -
     temporary.replace(folder / name)
 
 
-def prepare_folder(folder: pathlib.Path, manifest: dict, write: Callable[[pathlib.Path], None]) -> bool:
+def link_file(file: pathlib.Path, place: pathlib.Path) -> None:
+    """Puts a file into a second place; the first keeps it. Only where the file system knows no links it is copied."""
+    try:
+        os.link(file, place)
+    except OSError:
+        shutil.copyfile(file, place)
+
+
+def prepare_folder(folder: pathlib.Path, manifest: dict, write: Callable[[pathlib.Path], None], aside: pathlib.Path | None = None) -> bool:
     """Makes `folder` with `write`, unless it is there and its manifest says the same. Returns whether it was made.
 
-    `write` gets an empty folder beside the final one, which takes the final place by renaming when it is complete. Several processes may prepare the
-    same folder at once: the last one to finish wins, and all have written the same.
+    `write` gets an empty folder, which takes the final place by renaming when it is complete. It lies beside the final one, and several processes may prepare
+    the same folder at once: the last one to finish wins, and all have written the same. Or it lies in `aside`, a folder on the same disk in which one process
+    at a time works: what a kill leaves there is gone with it.
     """
     if read_manifest(folder) == manifest:
         return False
-    made, old = (folder.with_name(f".{folder.name}.{kind}.{os.getpid()}") for kind in ("made", "old"))
+    made, old = (aside / kind if aside else folder.with_name(f".{folder.name}.{kind}.{os.getpid()}") for kind in ("made", "old"))
     for leftover in (made, old):
         shutil.rmtree(leftover, ignore_errors=True)
     made.mkdir(parents=True)

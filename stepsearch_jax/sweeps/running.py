@@ -3,15 +3,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import os
 import pathlib
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from stepsearch_jax.metrics import progress, read_json, write_json
-from stepsearch_jax.run_folder import CONFIG_FILE, describe_difference
+from stepsearch_jax.run_folder import CONFIG_FILE, describe_difference, lock
 from stepsearch_jax.sweeps.points import Point
 
 POINTS = "points"  # WORKDIR/points/NAME is the folder of a run, WORKDIR/points/NAME.log what it said
@@ -33,18 +32,6 @@ def is_finished(point: Point, workdir: pathlib.Path) -> bool:
 def make_command(train: Sequence[str], config_file: str, point: Point, workdir: pathlib.Path) -> list[str]:
     """The arguments of the process that runs, or resumes, a point. `train`: the training command, without flags."""
     return [*train, f"--config={config_file}", f"--workdir={workdir / POINTS / point.name}", *point.flags]
-
-
-@contextlib.contextmanager
-def lock(workdir: pathlib.Path) -> Iterator[int]:
-    """Keeps a second sweep out of `workdir` -> the lock's file descriptor, to be passed to the runs: they hold it too, should this process be killed."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    with open(workdir / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another sweep, or a run that it left, is at work in {workdir}: wait for it, end it, or choose another --workdir") from None
-        yield file.fileno()
 
 
 @dataclasses.dataclass
