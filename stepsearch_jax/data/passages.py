@@ -57,13 +57,17 @@ def _squeeze(text: str) -> str:
 
 
 def read_passage(row: Row) -> tuple[str, str]:
-    """Title and text of a row of a corpus: fields `title` and `text` (PhantomWiki: `article`), or `contents` alone, in Search-R1's form '"title"\\ntext'."""
+    """Title and text of a row of a corpus: fields `title` and `text` (PhantomWiki: `article`), or `contents` alone, in Search-R1's form '"title"\\ntext'.
+
+    One pair of quotes is taken off a title that begins and ends with one: "Heroes" (David Bowie album) keeps its own.
+    """
     if row.has("text") or row.has("article") or not row.has("contents"):
         return row.text("title"), row.text("text", "article")
-    title, newline, text = row.text("contents").partition("\n")
-    if not newline or not text.strip() or not title.strip('" '):
+    line, _, text = row.text("contents").partition("\n")
+    title = line.strip()
+    if not text.strip() or not title.replace('"', "").strip():
         raise row.fault("'contents' should be a title, a line break and a text")
-    return title.strip().removeprefix('"').removesuffix('"'), text
+    return title[1:-1] if title[0] == title[-1] == '"' else title, text
 
 
 def read_corpus(paths: Sequence[pathlib.Path]) -> Iterator[tuple[str, str]]:
