@@ -251,12 +251,12 @@ def test_what_is_served_is_told(tmp_path, capsys, monkeypatch):
 
 
 def test_a_config_is_served_too(tmp_path, tmp_path_factory):
-    """The data set of a config, without a policy."""
+    """The data set of a config, without a policy: the run's mesh need not fit the devices here."""
     import argparse
 
     parser = argparse.ArgumentParser()
     options = argparse.Namespace(index=None, config=f"{running.REPO}/tests/tiny_config.py:{running.shared_cache(tmp_path_factory)}")
-    engine = serve.open_engine(options, ["--config.mesh.data=4", "--config.mesh.tensor=2"], parser)
+    engine = serve.open_engine(options, ["--config.mesh.data=1", "--config.mesh.fsdp=8", "--config.mesh.tensor=2"], parser)
     assert engine.describe(2)["corpus"] == hash_documents(engine.documents) and engine.describe(2)["k"] == 2
     title = engine.documents[5].title
     assert 5 in engine.search([title], 3)[0]
