@@ -256,7 +256,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         listener = listen(options.host, options.port)
     except (ValueError, OSError) as error:
         raise SystemExit(f"stepsearch_jax: {error}") from error
-    print(f"serving {len(engine.documents)} documents at http://{options.host}:{options.port}", flush=True)
+    count = len(engine.documents)
+    print(f"serving {count} document{'s' * (count > 1)} at http://{options.host}:{options.port}", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         settings = uvicorn.Config(make_app(engine, options.topk, limits), log_level="warning", access_log=False, timeout_graceful_shutdown=5,
                                   http=make_protocol(limits.transfer_seconds))

@@ -115,7 +115,7 @@ def build_system(config: ml_collections.ConfigDict, splits: Sequence[str], searc
     with one_at_a_time(pathlib.Path(config.data.cache_dir)):
         source = load_source(config.data, s.bm25_k1, s.bm25_b)
         folder = locate_corpus(config, source)
-        index = build_search_index(config, source.documents, folder, mesh)
+        index = build_search_index(config, source.documents, folder, mesh.local_devices)
         texts = [render_document(document) for document in source.documents]
         document_tokens = tokenize_corpus(texts, folder / f"tokens-{tokenizer.fingerprint[:16]}", tokenizer.encode_batch, tokenizer.fingerprint)
 
@@ -164,27 +164,26 @@ def build_system(config: ml_collections.ConfigDict, splits: Sequence[str], searc
         _texts=plain if config.reward.retrieved_answer_credit else None)
 
 
-def build_search_index(config: ml_collections.ConfigDict, documents: Sequence[Document], folder: pathlib.Path, mesh: Mesh
-                       ) -> Bm25Index | DenseIndex | RemoteIndex:
-    """The index that config.search asks for, kept in `folder`; a dense one lies on this process's devices of the mesh, a remote one at its server."""
+def build_search_index(config: ml_collections.ConfigDict, documents: Sequence[Document], folder: pathlib.Path,
+                       devices: Sequence[jax.Device]) -> Bm25Index | DenseIndex | RemoteIndex:
+    """The index that config.search asks for, kept in `folder`; a dense one lies on `devices`, of this process, a remote one at its server."""
     s = config.search
     if s.kind == "remote":
         return open_remote(s.url, documents, hash_documents(documents), s.attempt_s, s.attempts, s.backoff_s, s.batch)
     if s.kind == "bm25":
         return build_index(documents, folder / f"bm25-{s.bm25_k1}-{s.bm25_b}", s.bm25_k1, s.bm25_b)
-    devices = mesh.local_devices
     encoder = load_text_encoder(s.encoder, s.encode_batch, devices)
     return build_dense_index(documents, folder, encoder, query_prefix=s.query_prefix, passage_prefix=s.passage_prefix, dtype=s.embedding_dtype, devices=devices)
 
 
 def open_corpus(config: ml_collections.ConfigDict) -> tuple[Source, Bm25Index | DenseIndex | RemoteIndex]:
-    """The data set and the index of a config, without a model."""
-    g, s = config.mesh, config.search
+    """The data set and the index of a config, without a model or its mesh: a dense index takes all devices here, the others none."""
+    s = config.search
     check_settings(s.bm25_k1, s.bm25_b)
     with one_at_a_time(pathlib.Path(config.data.cache_dir)):
         source = open_source(config.data, s.bm25_k1, s.bm25_b)
-        mesh = sharding.make_mesh(g.data, g.fsdp, g.tensor, g.slices, config.model.num_kv_heads)
-        return source, build_search_index(config, source.documents, locate_corpus(config, source), mesh)
+        devices = jax.local_devices() if s.kind == "dense" else ()
+        return source, build_search_index(config, source.documents, locate_corpus(config, source), devices)
 
 
 def locate_corpus(config: ml_collections.ConfigDict, source: Source) -> pathlib.Path:

@@ -93,15 +93,18 @@ def test_ties_equal_bm25s_in_memory(tmp_path, small_pieces):
 
 
 def test_files_and_memory_give_the_same_index(tmp_path, small_pieces):
-    documents = [Document(d.id, d.title, d.text or "?") for d in draw_documents(120, 0)]
-    paths = [write_corpus(tmp_path / "a.jsonl", documents[:70]), write_corpus(tmp_path / "b.jsonl.gz", documents[70:])]
+    drawn = [Document(d.id, d.title, d.text or "?") for d in draw_documents(120, 0)]
+    paths = [write_corpus(tmp_path / "a.jsonl", drawn[:70]), write_corpus(tmp_path / "b.jsonl.gz", drawn[70:])]
     index = index_files(paths, tmp_path / "index", K1, B)
+    first = {(d.title, d.text) for d in drawn[:70]}  # is not taken again from the second file
+    documents = [Document(i, d.title, d.text) for i, d in enumerate(drawn[:70] + [d for d in drawn[70:] if (d.title, d.text) not in first])]
+    assert 70 < len(documents) < 120
     check_equal(tmp_path / "index", documents, tmp_path / "oracle")
     assert index.describe(3) == build_index(documents, tmp_path / "other", K1, B).describe(3) == {
-        "corpus": hash_documents(documents), "documents": 120, "retriever": "bm25-lucene", "k": 3, "settings": {"k1": K1, "b": B}}
+        "corpus": hash_documents(documents), "documents": len(documents), "retriever": "bm25-lucene", "k": 3, "settings": {"k1": K1, "b": B}}
     assert [index.documents[i] for i in range(len(index.documents))] == documents
-    for bad in (-1, 120):
-        with pytest.raises(IndexError, match=f"document {bad} of 120"):
+    for bad in (-1, len(documents)):
+        with pytest.raises(IndexError, match=f"document {bad} of {len(documents)}"):
             index.documents[bad]
 
 

@@ -13,7 +13,9 @@ from stepsearch_jax.data.loading import OFFICIAL, load_source, open_source
 from stepsearch_jax.data.official import find_inputs, read_files
 from stepsearch_jax.data.rows import hash_file
 from stepsearch_jax.data.two_wiki import match_titles
+from stepsearch_jax.preparation.index import index_files
 from stepsearch_jax.records import Question, SubQuestion
+from stepsearch_jax.search.prepared import hash_documents
 
 CORPUS = [{"title": "Noise", "text": "Nothing."}, {"title": "Film", "text": "Film is a film. It is by Ann."},
           {"title": "Ann (director)", "text": "Ann died in May."}, {"title": "Rome", "text": "A city."}]
@@ -213,6 +215,8 @@ def test_another_corpus_stands_in_for_the_one_beside(tmp_path, caplog, monkeypat
     source = open_source(config, 0.9, 0.4)
     assert [document.title for document in source.documents] == ["Noise", "More", "Film", "Ann (director)", "Rome"]
     assert source.manifest["hash"] != beside.manifest["hash"] and set(source.manifest["files"]) == {"test", "corpus", "corpus 1"}
+    index = index_files([tmp_path / "more.jsonl", tmp_path / "corpus.jsonl"], tmp_path / "index", 0.9, 0.4)  # to be served to a run with this corpus
+    assert index.describe(1)["corpus"] == hash_documents(source.documents) and len(index) == 5
     config.corpus = str(tmp_path / "none.jsonl")
     with pytest.raises(FileNotFoundError, match=r"the corpus .*none\.jsonl is not there: change data.corpus"):
         open_source(config, 0.9, 0.4)

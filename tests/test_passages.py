@@ -37,6 +37,8 @@ def test_missing_gold_is_found_in_a_larger_corpus():
     ({"title": "A", "article": "# a"}, ("A", "# a")),
     ({"contents": '"A "b" c"\ntext\nmore'}, ('A "b" c', "text\nmore")),
     ({"id": 0, "contents": "A\ntext"}, ("A", "text")),
+    ({"contents": '"Heroes" (album)\ntext'}, ('"Heroes" (album)', "text")), ({"contents": 'Toys "R" "Us"\ntext'}, ('Toys "R" "Us"', "text")),
+    ({"contents": '""Heroes" (album)"\nx'}, ('"Heroes" (album)', "x")), ({"contents": '""Heroes" and "Low""\ntext'}, ('"Heroes" and "Low"', "text")),
 ])
 def test_forms_of_a_corpus_row(row, expected):
     assert read_passage(Row(row, "f, line 1", 1)) == expected
@@ -45,6 +47,7 @@ def test_forms_of_a_corpus_row(row, expected):
 @pytest.mark.parametrize("row, message", [
     ({"title": "A"}, "field 'text' is missing"), ({"text": "a"}, "field 'title' is missing"), ({"contents": "no title"}, "'contents' should be a title"),
     ({"contents": '""\ntext'}, "'contents' should be"), ({"contents": "A\n "}, "'contents' should be"),
+    ({"contents": "\t\ntext"}, "'contents' should be"),
 ])
 def test_malformed_corpus_rows(row, message):
     with pytest.raises(ValueError, match=f"f, line 1: {message}"):

@@ -12,7 +12,10 @@ import urllib3
 from test_index import draw_documents, write_corpus
 
 from stepsearch_jax.benchmarks.retrieval import run_server
+from stepsearch_jax.data.passages import read_passage
+from stepsearch_jax.data.rows import Row, read_rows
 from stepsearch_jax.preparation.index import index_files
+from stepsearch_jax.records import Document
 from stepsearch_jax.search.remote import RemoteIndex, open_remote, render_contents
 
 QUERIES = ["w0é w3é", "w1é", "nothing", "", "w2é w2é w40é"]
@@ -162,6 +165,33 @@ def test_nonsense_fails_at_once(index, status, body):
     with fake_server(lambda h, n: h.say(status, body)) as (url, times), pytest.raises(ValueError, match="answer"):
         open_client(url, index).search(["a"], 2)
     assert len(times) == 1
+
+
+TITLES = ["Paris", '"Heroes" (David Bowie album)', '"Heroes" and "Low"', 'Toys "R" Us', "two\nlines"]
+
+
+@pytest.mark.parametrize("send", [
+    lambda d: {"contents": f"{d.title}\n{d.text}"}, lambda d: {"contents": f'"{d.title}"\n{d.text}'}, lambda d: {"contents": render_contents(d)},
+    lambda d: {"title": d.title, "text": d.text}], ids=["bare", "in quotes", "as serve has it", "fields"])
+def test_a_document_may_be_sent_in_any_form_of_a_corpus(send):
+    documents = [Document(i, title, f'{title} is "so".\nAnd so.') for i, title in enumerate(TITLES)]
+    answer = {"result": [[{"document": {"id": str(d.id), **send(d)}, "score": 1.0} for d in documents]]}
+    with fake_server(lambda h, n: h.say(200, json.dumps(answer).encode())) as (url, _):
+        client = RemoteIndex(url, documents, "hash", attempt_s=2.0, attempts=1, backoff_s=0.0, batch=2)
+        assert client.search(["a"], 5)[0].tolist() == [[0, 1, 2, 3, 4]]
+        answer["result"][0][3]["document"] = {"id": "3", "contents": "Toys\nwere us"}
+        with pytest.raises(ValueError, match="document 3 of the server is another one than here"):
+            client.search(["a"], 5)
+
+
+def test_documents_survive_the_form_of_an_answer(shared_data):
+    """Written as answers have it and read as rows of a corpus are, white space in titles apart, real ones are what they were."""
+    with contextlib.closing(read_rows(shared_data / "wiki18_sample" / "corpus.jsonl.gz")) as rows:
+        passages = [(row.text("title"), row.text("text")) for row in rows]
+    assert sum("\n" in title for title, _ in passages) > 30
+    for title, text in passages + [(title, "x") for title in TITLES]:
+        read = read_passage(Row({"contents": render_contents(Document(0, title, text))}, "", 1))
+        assert read == (" ".join(title.split()), text)
 
 
 OTHER_CORPUS, CHANGED = "holds the corpus other, but this run needs", "has changed: its {}, at first .*, is now .*: serve the first index again"

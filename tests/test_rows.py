@@ -75,6 +75,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, name, kind, places):
     pytest.param("rows.json", b'[{"a": 1},\n' + b"[" * 100_000, "line 2: lists and objects lie too deep", id="deep array"),
     pytest.param("rows.jsonl", b'{"a": 1}\n{"a": ' + b"7" * 5000 + b"}\n", "line 2: .*4300", id="long number"),
     pytest.param("rows.csv", b"a,b\n1,2\n" + b"x" * 200_000 + b",3\n", "line 3: .*field limit", id="long field"),
+    pytest.param("rows.csv", b"\n" + b"x" * 200_000 + b",b\n", "line 2: .*field limit", id="long name"),
     pytest.param("rows.csv", b'a,b\n1,"2\n' + b"x" * 200_000 + b"\n", "line 3: .*field limit", id="open quotes"),
     ("rows.txt", b"{}", "the name should end in one of .jsonl"),
 ])
@@ -90,6 +91,16 @@ def test_a_byte_order_mark_belongs_to_no_row(tmp_path, name, content):
     raw = content.encode("utf-8-sig")
     (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
     assert [row.values for row in read_rows(tmp_path / name)] == [{"a": "é"}, {"a": "b"}]
+
+
+def test_empty_lines_before_a_table_are_skipped_and_counted(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_bytes("\ufeff\r\n\na,b\n\n1,2\n".encode())
+    (row,) = read_rows(path)
+    assert row.values == {"a": "1", "b": "2"} and row.where == f"{path}, line 5"
+    path.write_text("\n\n")
+    with pytest.raises(ValueError, match="the file is empty"):
+        list(read_rows(path))
 
 
 def test_damaged_pages_of_a_table_are_told_by_row(tmp_path):

@@ -240,13 +240,23 @@ def test_a_port_that_is_taken_is_named_before_anything_is_served(tmp_path, capsy
     assert "serving" not in capsys.readouterr().out
 
 
+def test_what_is_served_is_told(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(serve.uvicorn, "Config", lambda *_, **__: None)  # which would set up logging
+    monkeypatch.setattr(serve.uvicorn.Server, "__init__", lambda *_: None)
+    monkeypatch.setattr(serve.uvicorn.Server, "run", lambda _, sockets: sockets[0].close())
+    for count, told in ((1, "serving 1 document at "), (2, "serving 2 documents at ")):
+        index_files([write_corpus(tmp_path / "corpus.jsonl", draw_documents(count, 1))], tmp_path / f"index-{count}", 1.2, 0.75)
+        serve.main([f"--index={tmp_path}/index-{count}", f"--port={running.free_port()}"])
+        assert told in capsys.readouterr().out
+
+
 def test_a_config_is_served_too(tmp_path, tmp_path_factory):
-    """The data set of a config, without a policy."""
+    """The data set of a config, without a policy: the run's mesh need not fit the devices here."""
     import argparse
 
     parser = argparse.ArgumentParser()
     options = argparse.Namespace(index=None, config=f"{running.REPO}/tests/tiny_config.py:{running.shared_cache(tmp_path_factory)}")
-    engine = serve.open_engine(options, ["--config.mesh.data=4", "--config.mesh.tensor=2"], parser)
+    engine = serve.open_engine(options, ["--config.mesh.data=1", "--config.mesh.fsdp=8", "--config.mesh.tensor=2"], parser)
     assert engine.describe(2)["corpus"] == hash_documents(engine.documents) and engine.describe(2)["k"] == 2
     title = engine.documents[5].title
     assert 5 in engine.search([title], 3)[0]

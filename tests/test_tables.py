@@ -61,6 +61,21 @@ def test_prompts_of_baselines(system):
     assert {split.prompts.shape[1] for split in made.system.splits.values()} == {settings.max_prompt_tokens}
 
 
+def test_of_many_gold_documents_as_many_are_given_as_searches_would_bring(system, monkeypatch):
+    """Two searches of one document each. Where the context has no room for the second, one."""
+    question = system.splits["validation"].questions[0]
+    many = baselines.dataclasses.replace(question, loose_gold_ids=tuple(range(100)))
+    monkeypatch.setitem(system.splits, "validation", baselines.dataclasses.replace(system.splits["validation"], questions=[many, question]))
+    made = make_baselines(system, "validation", 2)
+    assert many.gold_ids[:2] == question.gold_ids and made.given[GOLD] == [question.gold_ids] * 2
+    assert read_prompts(made, GOLD)[0] == read_prompts(made, GOLD)[1]
+    length = int(system.splits["validation"].prompt_length[0])
+    narrow = baselines.dataclasses.replace(system.settings, context=length + 25 + 60)
+    made = make_baselines(baselines.dataclasses.replace(system, settings=narrow), "validation", 2)
+    assert made.given[GOLD] == [question.gold_ids[:1]] * 2 and [prompt.count("Title:") for prompt in read_prompts(made, GOLD)] == [1, 1]
+    assert [len(ids) for ids in made.given[SINGLE_SEARCH]] == [1, 1]
+
+
 def test_without_gold_documents_there_is_no_such_baseline(system, monkeypatch):
     bare = [baselines.dataclasses.replace(question, sub_questions=()) for question in system.splits["validation"].questions[:3]]
     monkeypatch.setitem(system.splits, "validation", baselines.dataclasses.replace(system.splits["validation"], questions=bare))

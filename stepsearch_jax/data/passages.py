@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -57,25 +58,33 @@ def _squeeze(text: str) -> str:
 
 
 def read_passage(row: Row) -> tuple[str, str]:
-    """Title and text of a row of a corpus: fields `title` and `text` (PhantomWiki: `article`), or `contents` alone, in Search-R1's form '"title"\\ntext'."""
+    """Title and text of a row of a corpus: fields `title` and `text` (PhantomWiki: `article`), or `contents` alone, in Search-R1's form '"title"\\ntext'.
+
+    One pair of quotes is taken off a title that begins and ends with one: "Heroes" (David Bowie album) keeps its own.
+    """
     if row.has("text") or row.has("article") or not row.has("contents"):
         return row.text("title"), row.text("text", "article")
-    title, newline, text = row.text("contents").partition("\n")
-    if not newline or not text.strip() or not title.strip('" '):
+    line, _, text = row.text("contents").partition("\n")
+    title = line.strip()
+    if not text.strip() or not title.replace('"', "").strip():
         raise row.fault("'contents' should be a title, a line break and a text")
-    return title.strip().removeprefix('"').removesuffix('"'), text
+    return title[1:-1] if title[0] == title[-1] == '"' else title, text
 
 
 def read_corpus(paths: Sequence[pathlib.Path]) -> Iterator[tuple[str, str]]:
-    """Title and text of the passages of all these files: of the first file every row, of the others what no file before them holds."""
-    seen: set[tuple[str, str]] = set()
-    for n, path in enumerate(paths):
-        before = frozenset(seen) if n else frozenset()
+    """Title and text of the passages of all these files: of the first file every row, of the others what no file before them holds.
+
+    Of a single file nothing is remembered, of several a hash of each passage that stands before the last.
+    """
+    seen: set[bytes] = set()
+    for n, path in enumerate(paths, start=1):
+        own = []
         with contextlib.closing(read_rows(path)) as rows:
             for row in rows:
                 title, text = read_passage(row)
-                key = _squeeze(title), _squeeze(text)
-                if key not in before:
-                    if n < len(paths) - 1:
-                        seen.add(key)
+                key = hashlib.blake2b(f"{_squeeze(title)}\n{_squeeze(text)}".encode(), digest_size=16).digest() if len(paths) > 1 else b""
+                if key not in seen:
+                    if n < len(paths):
+                        own.append(key)
                     yield title, text
+        seen.update(own)

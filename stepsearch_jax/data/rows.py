@@ -168,6 +168,7 @@ def _decode_lines(path: pathlib.Path, file: Iterable[bytes]) -> Iterator[str]:
 def _read_table(path: pathlib.Path, file: Iterable[bytes]) -> Iterator[tuple[str, object]]:
     reader = csv.DictReader(_decode_lines(path, file))
     try:
+        reader.fieldnames = next(filter(None, reader.reader), None)  # by itself it skips empty lines only behind them
         for values in reader:
             yield f"line {reader.line_num}", values
     except csv.Error as error:

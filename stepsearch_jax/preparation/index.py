@@ -2,8 +2,9 @@
 
     python -m stepsearch_jax.prepare index --corpus FILE … --out FOLDER [--k1 0.9] [--b 0.4] [--json FILE]
 
-Rows hold `title` and `text`, or `contents` in Search-R1's form (.jsonl, .csv, each also gzipped, .parquet); every row of every file is a document, and its
-number is its id. Memory does not grow with the number of documents, only with that of different words. Interrupted, the same command goes on where it was.
+Rows hold `title` and `text`, or `contents` in Search-R1's form (.jsonl, .csv, each also gzipped, .parquet). Documents and their numbers, which
+are their ids, are those of config.data.corpus with the same files: of the second and later ones only what is not in those before. Memory grows with the number
+of different words, not with that of documents, but for a hash of each in all files but the last. Interrupted, the same command goes on where it was.
 """
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import pathlib
 import re
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from stepsearch_jax.data.passages import read_corpus
 from stepsearch_jax.metrics import check_output, write_json
@@ -31,13 +32,8 @@ def index_files(files: Sequence[pathlib.Path], folder: pathlib.Path, k1: float, 
             raise FileNotFoundError(f"--corpus={path} is not there")
     if folder.exists() and not holds_index(folder) and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"--out={folder} is there and holds no index: choose another place, or remove it")
-
-    def read() -> Iterator[tuple[str, str]]:
-        for path in files:  # one by one: what stands twice is kept, so that nothing need be remembered
-            yield from read_corpus([path])
-
     made_from = {"files": [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]}
-    return stream_index(read, made_from, folder, k1, b)
+    return stream_index(lambda: read_corpus(files), made_from, folder, k1, b)
 
 
 def main(arguments: Sequence[str]) -> None:

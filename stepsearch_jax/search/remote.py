@@ -23,8 +23,13 @@ _SERVER_AT_FAULT = (408, 429, 500, 502, 503, 504)  # worth another attempt
 
 
 def render_contents(document: Document) -> str:
-    """Title and text in one string, as Search-R1's corpora have them."""
-    return f'"{document.title}"\n{document.text}'
+    """Title and text in one string, as Search-R1's corpora have them: the first line, in quotes, is the title, however many lines it has here."""
+    return f'"{" ".join(document.title.split())}"\n{document.text}'
+
+
+def _spell(contents: str) -> str:
+    """What two forms of one document have in common: a title may stand in quotes or not, and white space does not count."""
+    return "".join(contents.replace('"', "").split())
 
 
 def read_address(url: str) -> str:
@@ -117,9 +122,8 @@ class RemoteIndex:
         number = int(shown["id"])
         if not 0 <= number < len(self._documents):
             raise ValueError(f"document {number} is none of the {len(self._documents)} of the corpus")
-        own = render_contents(self._documents[number])
         sent = shown["contents"] if "contents" in shown else render_contents(Document(number, shown["title"], shown["text"]))
-        if sent.split() != own.split():
+        if _spell(sent) != _spell(render_contents(self._documents[number])):
             raise ValueError(f"document {number} of the server is another one than here: it holds another corpus")
         return number
 
