@@ -116,6 +116,18 @@ def test_plain_folder_loads_and_gives_the_same_ids(tmp_path):
     assert tokenizer.eos_ids == TOKENIZER.eos_ids and tokenizer.token_bytes == TOKENIZER.token_bytes
 
 
+def test_padding_and_truncation_of_a_file_are_ignored(tmp_path):
+    """Hugging Face saves those of the last batch; they would fill up and cut prompts and documents."""
+    inner = Inner.from_str(TOKENIZER.to_json())
+    inner.enable_padding(length=12, pad_id=1, pad_token="<|pad|>")
+    inner.enable_truncation(3)
+    (tmp_path / "tokenizer.json").write_text(inner.to_str())
+    tokenizer, texts = load_tokenizer(str(tmp_path), ()), [" Rome", " Rome is the capital of Italy."]
+    assert inner.encode_batch(texts)[1].ids != TOKENIZER.encode(texts[1])
+    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts] == TOKENIZER.encode_batch(texts)
+    assert tokenizer.fingerprint == TOKENIZER.fingerprint
+
+
 def test_config_names_end_and_padding(tmp_path):
     folder = write_tokenizer(tmp_path / "t")
     (tmp_path / "t" / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "Ġof"}, "pad_token": "<|pad|>"}))

@@ -45,6 +45,9 @@ class Tokenizer:
     def __init__(self, inner: tokenizers.Tokenizer, end_tokens: Sequence[str], pad_token: str):
         # Text never turns into control tokens, so a document cannot end a text, and every text is encoded to its own bytes.
         inner.encode_special_tokens = True
+        # Nor is it filled up or cut here, whatever a batch was when the file was saved.
+        inner.no_padding()
+        inner.no_truncation()
         self._inner = inner
         ids = inner.get_vocab(with_added_tokens=True)
         self.vocab_size = max(ids.values()) + 1
