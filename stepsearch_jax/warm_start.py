@@ -148,7 +148,7 @@ def imitate(system: System, params, specs, workdir: pathlib.Path):
             bar.update(1)
             finished = step + 1
             if finished % i.log_every == 0 or finished == first + steps:
-                held_out_value, exact = held_out_loss(state.params, *exam)
+                held_out_value, exact = held_out_loss(state.params, *exam, rows=rows)
                 metrics = {"loss": float(loss), "held_out_loss": float(held_out_value), "held_out_exact": float(exact.mean()), "phase": number}
                 bar.set_postfix({name: f"{value:.3f}" for name, value in metrics.items()})
                 logger.info("imitation step %d: %s", finished, ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))

@@ -1,5 +1,8 @@
 """The imitation of demonstrations: it learns, from action tokens alone, at the rates of its phases."""
+import dataclasses
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +12,7 @@ import tiny
 from test_learner import CONFIG, ONE, POLICY, make_model_state, sgd
 
 from stepsearch_jax import sharding
+from stepsearch_jax.models import scoring
 from stepsearch_jax.models.transformer import Policy
 from stepsearch_jax.rl.imitation import make_imitate, make_imitation_optimizer
 
@@ -39,23 +43,38 @@ def test_imitation_learns(name, rate, shape, steps):
     assert losses[0] > 1.5 and np.mean(losses[-5:]) < 0.5 * losses[0]
 
 
-def test_imitation_counts_action_tokens_alone():
+@pytest.mark.parametrize("rows,chunk,shape", [(6, 3 * CONFIG.vocab_size, ONE), (4, 1 << 20, (2, 2, 2))])
+def test_imitation_counts_action_tokens_alone(rows, chunk, shape, monkeypatch):
+    """Against all logits at once, in NumPy: by 2 rows and one position at a time, and by 4 whole rows on a mesh."""
+    monkeypatch.setattr(scoring, "LOGITS_PER_CHUNK", chunk)
     tokens, action_mask = copy_task(8)
     action_mask[2] = False
     action_mask[0, 6] = False
     _, held_out_loss = make_imitate(CONFIG, sgd())
-    params = tiny.draw_params(POLICY, 1)
-    logits = np.asarray(jax.jit(functools.partial(POLICY.apply, method=Policy.init_all))(params, tokens), np.float64)
+    params, all_logits = tiny.draw_params(POLICY, 1), jax.jit(functools.partial(POLICY.apply, method=Policy.init_all))
+    logits = np.asarray(all_logits(params, tokens), np.float64)
     best = logits.argmax(-1)
     tokens[1, 5] = best[1, 4]  # given the five before it
     action_mask[1, 6:] = False
-    logits = np.asarray(jax.jit(functools.partial(POLICY.apply, method=Policy.init_all))(params, tokens), np.float64)
+    logits = np.asarray(all_logits(params, tokens), np.float64)
     logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     terms = [logprobs[b, t - 1, tokens[b, t]] for b, t in np.argwhere(action_mask)]
-    loss, exact = held_out_loss(params, tokens, action_mask)
+    placed = make_model_state(POLICY, sgd(), shape).params
+    loss, exact = held_out_loss(placed, *sharding.rows_to_mesh(tiny.mesh_of(shape), (tokens, action_mask)), rows=rows)
     np.testing.assert_allclose(loss, -np.mean(terms), rtol=1e-5)
     expected = [all(logits[b, t - 1].argmax() == tokens[b, t] for t in np.flatnonzero(action_mask[b])) for b in range(8)]
     assert exact.tolist() == expected and expected[1] and expected[2] and not all(expected)
+
+
+def test_held_out_logits_are_never_all_there(monkeypatch):
+    """8 rows of 40 tokens in parts of 4 rows, 5 positions at a time: no array over the vocabulary is larger than the logits of these."""
+    config = dataclasses.replace(CONFIG, vocab_size=211)  # like no other size of the program
+    monkeypatch.setattr(scoring, "LOGITS_PER_CHUNK", 5 * 4 * 211)
+    _, held_out_loss = make_imitate(config, sgd())
+    arguments = tiny.draw_params(Policy(config), 1), np.zeros((8, 40), np.int32), np.ones((8, 40), bool)
+    text = held_out_loss.lower(*arguments, rows=4).compile().as_text()
+    shapes = [[int(n) for n in shape.split(",")] for shape in re.findall(r"\w\[([\d,]+)\]", text)]
+    assert max(math.prod(shape) for shape in shapes if 211 in shape) == 5 * 4 * 211
 
 
 def test_imitation_rates_by_phase():

@@ -29,7 +29,7 @@ def held_out(tmp_path_factory):
     i = config.imitation
     system = build_system(config, [i.held_out_split])
     last = len(i.phases) - 1
-    *_, single_hop, spoilt, _ = i.phases[last]
+    _, rows, single_hop, spoilt, _ = i.phases[last]
     exam = warm_start.demonstrate(system, i.held_out_split, i.held_out, single_hop=single_hop, spoilt=spoilt, seed=config.seed + 1000 + last)
     optimizer = make_imitation_optimizer("adamw", [(1, 0.0)], warmup_steps=0, final_share=1.0, b2=0.9, weight_decay=0.0, max_grad_norm=1.0)
     _, held_out_loss = make_imitate(system.learner_model, optimizer)
@@ -37,7 +37,7 @@ def held_out(tmp_path_factory):
     like, _ = learner.init_params(Policy(system.learner_model), mesh, dict(config.mesh.train_rules), jax.random.key(0))
 
     def measure(folder):
-        loss, exact = held_out_loss(checkpoint.load_params(folder, like), exam.tokens, exam.action_mask)
+        loss, exact = held_out_loss(checkpoint.load_params(folder, like), exam.tokens, exam.action_mask, rows=rows)
         return float(loss), float(np.mean(exact))
 
     return measure

@@ -21,12 +21,27 @@ def score_tokens(policy: Policy, params, tokens: jax.Array) -> tuple[jax.Array, 
 
     Logits exist for one chunk of positions at a time, forward and backward: never [B, T, V].
     """
-    logprobs, entropy = _score_hidden(policy, params, policy.apply(params, tokens), jnp.pad(tokens[:, 1:], ((0, 0), (0, 1))))
-    return shift_to_tokens(logprobs), shift_to_tokens(entropy)
+    return _score(policy, params, tokens, _find_entropy)
 
 
-def _score_hidden(policy: Policy, params, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """hidden [B, T, D], targets [B, T] -> log-probability of each target, and the entropy, [B, T] each: indexed by the token read, not yet shifted."""
+def examine_tokens(policy: Policy, params, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """-> (logprobs float32, likeliest bool), [B, T] each: as `score_tokens`, and whether greedy decoding chooses the same token; 0 and False at t = 0."""
+    return _score(policy, params, tokens, lambda logits, target, _: jnp.argmax(logits, axis=-1) == target)
+
+
+def _find_entropy(logits: jax.Array, target: jax.Array, log_total: jax.Array) -> jax.Array:
+    return log_total - jnp.einsum("bwv,bwv->bw", jax.nn.softmax(logits), logits)
+
+
+def _score(policy: Policy, params, tokens: jax.Array, measure) -> tuple[jax.Array, jax.Array]:
+    """What `_score_hidden` finds, of each token given those before it; 0 at t = 0."""
+    found = _score_hidden(policy, params, policy.apply(params, tokens), jnp.pad(tokens[:, 1:], ((0, 0), (0, 1))), measure)
+    return tuple(map(shift_to_tokens, found))
+
+
+def _score_hidden(policy: Policy, params, hidden: jax.Array, targets: jax.Array, measure) -> tuple[jax.Array, jax.Array]:
+    """hidden [B, T, D], targets [B, T] -> log-probability of each target, and what `measure` finds in its place: [B, T] each, indexed by the token read, not
+    yet shifted. measure(logits [B, w, V], target [B, w], log_total [B, w]) -> [B, w]; log_total: the logarithm of the sum of exp(logits)."""
     B, T = targets.shape
     devices = max(1, jax.typeof(hidden).sharding.mesh.size)  # 0 without a mesh
     width = max(1, min(T, LOGITS_PER_CHUNK * devices // (B * policy.config.vocab_size)))
@@ -38,17 +53,14 @@ def _score_hidden(policy: Policy, params, hidden: jax.Array, targets: jax.Array)
         logits = policy.apply(params, spread_rows(h), method=Policy.unembed)
         log_total = jax.nn.logsumexp(logits, axis=-1)
         logprobs = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0] - log_total
-        entropy = log_total - jnp.einsum("bwv,bwv->bw", jax.nn.softmax(logits), logits)
-        return logprobs, entropy
+        return logprobs, measure(logits, target, log_total)
 
     if chunks == 1:
-        logprobs, entropy = score_chunk((hidden, targets))
-    else:
-        pad = chunks * width - T
-        hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0))).reshape(B, chunks, width, -1).swapaxes(0, 1)
-        targets = jnp.pad(targets, ((0, 0), (0, pad))).reshape(B, chunks, width).swapaxes(0, 1)
-        logprobs, entropy = (x.swapaxes(0, 1).reshape(B, -1)[:, :T] for x in jax.lax.map(score_chunk, (hidden, targets)))
-    return logprobs, entropy
+        return score_chunk((hidden, targets))
+    pad = chunks * width - T
+    hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0))).reshape(B, chunks, width, -1).swapaxes(0, 1)
+    targets = jnp.pad(targets, ((0, 0), (0, pad))).reshape(B, chunks, width).swapaxes(0, 1)
+    return tuple(x.swapaxes(0, 1).reshape(B, -1)[:, :T] for x in jax.lax.map(score_chunk, (hidden, targets)))
 
 
 def score_answers(policy: Policy, params, tokens: jax.Array, seen: jax.Array, answers: jax.Array, opening: jax.Array, length: jax.Array) -> jax.Array:
@@ -71,7 +83,7 @@ def score_answers(policy: Policy, params, tokens: jax.Array, seen: jax.Array, an
         positions=jnp.concatenate([zeros + jnp.arange(T), behind + offset], axis=1))
     hidden = policy.apply(params, jnp.concatenate([tokens, jnp.tile(answers, (1, P))], axis=1), branches, method=Policy.branch)[:, T:]
     targets = jnp.pad(answers[:, 1:], ((0, 0), (0, 1)))
-    logprobs = shift_to_tokens(_score_hidden(policy, params, hidden, jnp.tile(targets, (1, P)))[0]).reshape(B, P, A)
+    logprobs = shift_to_tokens(_score_hidden(policy, params, hidden, jnp.tile(targets, (1, P)), _find_entropy)[0]).reshape(B, P, A)
     place = jnp.arange(A)
     scored = ((place >= jnp.maximum(opening, 1)) & (place < length[:, None]))[:, None]  # token 0 of a copy is described by the beginning, not the copy
     return jnp.where(scored, logprobs, 0).sum(-1) / jnp.maximum(scored.sum(-1), 1)

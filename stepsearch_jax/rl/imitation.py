@@ -1,17 +1,18 @@
 """Supervised imitation: the optimiser and the jitted steps of a warm start."""
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from stepsearch_jax.masking import masked_mean
-from stepsearch_jax.models.scoring import score_tokens
+from stepsearch_jax.models.scoring import examine_tokens, score_tokens
 from stepsearch_jax.models.transformer import ModelConfig, Policy
+from stepsearch_jax.rl.learner import join_rows, split_rows
 from stepsearch_jax.types import ModelState
 
 # Which axes of each stacked kernel are inputs and outputs of its matrix; axis 0 counts layers.
@@ -57,8 +58,9 @@ def make_imitate(model: ModelConfig, optimizer: optax.GradientTransformation):
     """-> (imitate, held_out_loss), both jitted.
 
     imitate(state, tokens [B, T], action_mask [B, T]) -> (state, loss []): one optimiser step; the state is donated.
-    held_out_loss(params, tokens [B, T], action_mask [B, T]) -> (loss [], exact [B] bool): the loss, and whether the likeliest token is the demonstrated one on
-    every action token of the row. The loss is the mean of -log p over action tokens.
+    held_out_loss(params, tokens [B, T], action_mask [B, T], rows=) -> (loss [], exact [B] bool): the loss, and whether the likeliest token is the demonstrated
+    one on every action token of the row. rows: of a minibatch; no more go through the model at a time, in equal parts. The loss is the mean of -log p over
+    action tokens.
     """
     policy = Policy(model)
 
@@ -71,11 +73,10 @@ def make_imitate(model: ModelConfig, optimizer: optax.GradientTransformation):
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         return ModelState(optax.apply_updates(state.params, updates), opt_state), loss
 
-    @jax.jit
-    def held_out_loss(params, tokens, action_mask):
-        hidden = policy.apply(params, tokens)[:, :-1]
-        best = jnp.argmax(policy.apply(params, hidden, method=Policy.unembed), axis=-1)
-        right = (best == tokens[:, 1:]) | ~action_mask[:, 1:]
-        return objective(params, tokens, action_mask), right.all(axis=1)
+    @partial(jax.jit, static_argnames="rows")
+    def held_out_loss(params, tokens, action_mask, *, rows: int):
+        parts = len(tokens) // math.gcd(len(tokens), rows)
+        logprobs, likeliest = join_rows(jax.lax.map(partial(examine_tokens, policy, params), split_rows(tokens, parts)))
+        return -masked_mean(logprobs, action_mask), (likeliest | ~action_mask)[:, 1:].all(axis=1)
 
     return imitate, held_out_loss
