@@ -119,8 +119,15 @@ def demonstrate(system: System, split_name: str, count: int, *, single_hop: bool
 
 
 def imitate(system: System, params, specs, workdir: pathlib.Path):
-    """Runs all phases -> parameters. Interrupted, it goes on from its newest checkpoint; the data of every step follows from the seed and its number."""
+    """Runs all phases -> parameters. Interrupted, it goes on from its newest checkpoint; the data of every step follows from the seed and its number.
+
+    Raises ValueError, before any step, where single hops are asked of questions that have none.
+    """
     config, i, mesh = system.config, system.config.imitation, system.mesh
+    for name in (config.data.train_split, i.held_out_split):
+        if any(phase[2] for phase in i.phases) and not any(question.sub_questions for question in system.splits[name].questions):
+            raise ValueError(f"imitation.phases={i.phases} ask sub-questions alone, but no question of {name} (data.kind={config.data.kind}) has any: set the "
+                             "third entry of each phase to False")
     total = sum(phase[0] for phase in i.phases)
     optimizer = make_imitation_optimizer(i.optimizer, [(phase[0], phase[-1]) for phase in i.phases], warmup_steps=i.warmup_steps, final_share=i.final_share,
                                          b2=i.b2, weight_decay=i.weight_decay, max_grad_norm=i.max_grad_norm)

@@ -16,7 +16,7 @@ from stepsearch_jax.rl import learner
 from stepsearch_jax.rollout.scripted import PERFECT, run_script
 from stepsearch_jax.rollout.text import to_episodes
 from stepsearch_jax.system import System, build_system
-from stepsearch_jax.warm_start import LENGTH_GROUPS, LENGTH_MULTIPLE, Demonstrations, demonstrate, warm_start
+from stepsearch_jax.warm_start import LENGTH_GROUPS, LENGTH_MULTIPLE, Demonstrations, demonstrate, imitate, warm_start
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +171,18 @@ def test_a_minibatch_comes_from_one_group_of_lengths():
         assert set(drawn[:, 0]) <= set(group) and drawn.shape == mask.shape == (5, min(320, -(-group[-1] // LENGTH_MULTIPLE) * LENGTH_MULTIPLE))
         widths.add(drawn.shape[1])
     assert widths == {64, 128, 256, 320}
+
+
+def test_single_hops_of_questions_without_any(system, tmp_path):
+    """Known before any step, though a later phase is the first that asks them, and though it is only the held-out questions that have none."""
+    config = system.config.copy_and_resolve_references()
+    config.imitation.phases = ((10, 8, False, 0.0, 0.02), (10, 8, True, 0.0, 0.02))
+    for name in ("train", "validation"):
+        bare = [dataclasses.replace(question, sub_questions=()) for question in system.splits[name].questions]
+        lacking = dataclasses.replace(system, config=config, splits=system.splits | {name: dataclasses.replace(system.splits[name], questions=bare)})
+        with pytest.raises(ValueError, match=f"ask sub-questions alone, but no question of {name} .data.kind=atlas. has any"):
+            imitate(lacking, None, None, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 # ---- the exchange of names ---------------------------------------------------------------------------------------------------------------------------
