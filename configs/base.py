@@ -173,8 +173,8 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     l.entropy_coef = 0.0  # 1e-3 in the released code [C]
     l.kl_coef = 1e-3  # beta, charged on action tokens [P]
     l.kl_placement = "reward"  # reward: of the sampling policy, a constant [P] | loss: of the current policy, differentiated, as GRPO has it
-    l.kl_estimator = "k1"  # k1 | k2 | k3 | abs; in the loss k1 has no gradient in expectation: take k2 or k3 there
-    l.kl_target = 0.0  # adapt beta towards this mean KL per token; 0 = beta is fixed
+    l.kl_estimator = "k1"  # k1 | k2 | k3 | abs; in the loss k1 has no gradient in expectation, and is refused: take k2 or k3 there
+    l.kl_target = 0.0  # adapt beta, which must not be 0, towards this mean KL per token; 0 = beta is fixed
     l.kl_horizon = 10000.0  # episodes over which the adaptive controller reacts: it moves beta by at most a fifth in so many [C]
     l.minibatches = 4  # optimiser steps per epoch over a rollout [P]
     l.epochs = 1  # passes over a rollout, in the same order each
@@ -189,7 +189,7 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
         o.b1 = 0.9  # AdamW: decay of the mean gradient
         o.b2 = 0.999  # AdamW: decay of the mean squared gradient
         o.weight_decay = 0.01  # AdamW
-        o.max_grad_norm = 1.0  # gradients are clipped to this global norm
+        o.max_grad_norm = 1.0  # gradients are clipped to this global norm; inf = never
 
     c.imitation = i = ml_collections.ConfigDict()
     # Begin with these parameters: a folder that `train` wrote as WORKDIR/start, also relative to the repository; "" = random ones. Phases, if any, come on top.
@@ -199,12 +199,12 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     i.final_share = 0.05  # then it decays linearly, to this share of itself at the phase's end
     i.b2 = 0.98  # decay of the mean squared gradient
     i.weight_decay = 0.01  # as in the policy's optimiser
-    i.max_grad_norm = 1.0  # gradients are clipped to this global norm
-    i.demonstrations = 4000  # scripted episodes made for each phase, from the training questions
+    i.max_grad_norm = 1.0  # gradients are clipped to this global norm; inf = never
+    i.demonstrations = 4000  # scripted episodes made for each phase, from the training questions; at least 6
     i.held_out_split = "validation"  # scripted episodes on questions of this split are never trained on; their loss is the logged one
     i.held_out = 128  # how many
     i.log_every = 50  # steps between two looks at the held-out episodes
-    i.rename = False  # give names new words in every minibatch (atlas), so that facts cannot be learned by heart
+    i.rename = False  # give names new words in every minibatch, so that facts cannot be learned by heart; needs prompt.tokenizer="atlas"
     # Phases run one after the other: (optimiser steps, rows a step, whether each sub-question is asked alone, share of the script's decisions that
     # are taken poorly, learning rate: 0.05 to 0.01 suits muon from scratch, 1e-3 adamw).
     i.phases = ()

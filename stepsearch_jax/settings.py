@@ -18,6 +18,7 @@ from stepsearch_jax.search.bm25 import check_settings
 from stepsearch_jax.search.embeddings import DTYPES
 
 VOCABULARY_MULTIPLE = 64  # a model's vocabulary is rounded up to it, so that any sensible tensor axis divides it
+LENGTH_GROUPS = 6  # demonstrations are grouped by length, a step of imitation takes all its rows from one group and is cut to its longest
 CHOICES = {  # keys whose value is one of a few words, checked before anything else
     "rollout.search": ("callback", "host"), "rollout.dtype": ("float32", "bfloat16"), "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "layers"), "model.rope_scaling.kind": ("none", "linear", "llama3", "yarn"),
@@ -30,16 +31,28 @@ CHOICES = {  # keys whose value is one of a few words, checked before anything e
     "imitation.optimizer": ("adamw", "muon"), "search.kind": ("bm25", "dense", "remote"), "search.embedding_dtype": DTYPES,
 }
 
-MINIMA = {  # the least sensible value of keys that count something; NaN is below all of them
-    0: ("iterations", "model.vocab_size", "rollout.temperature", "rollout.top_k", "rollout.slots", "rl.micro_rows", "rl.kl_coef", "rl.kl_target", "rl.clip_low",
-        "rl.clip_high", "rl.value_clip", "evaluation.every", "evaluation.questions", "evaluation.resamples", "data.train_questions", "policy.learning_rate",
-        "value.learning_rate", "policy.warmup", "value.warmup", "checkpoint.minutes", "search.backoff_s"),
-    1: ("rollout.questions", "rollout.group_size", "rollout.max_turns", "rollout.max_turn_tokens", "rollout.prefill_rows", "rollout.prefill_tokens",
-        "rollout.attention_block", "search.k", "search.encode_batch", "rl.minibatches", "rl.epochs", "rl.length_multiple", "rl.kl_horizon", "checkpoint.every",
-        "search.attempts", "search.batch", "checkpoint.imitation_every", "checkpoint.keep", "imitation.log_every", "imitation.held_out",
-        "imitation.demonstrations", "model.num_layers", "model.embed_dim", "model.num_heads", "model.num_kv_heads", "model.head_dim", "model.ffn_dim",
-        "search.max_observation_tokens", "prompt.max_prompt_tokens"),
+RANGES = {  # where numbers lie, as mathematics writes it: ("(", 0, 1, "]") is without 0; inf is allowed where it means something: that nothing is cut off
+    ("[", 0, math.inf, ")"): (
+        "seed", "iterations", "data.train_questions", "data.atlas.seed", "search.backoff_s", "model.vocab_size", "model.norm_eps", "model.previous_token_peak",
+        "rollout.temperature", "rollout.top_k", "rollout.slots", "reward.gamma_key", "reward.step_scale", "reward.search_cost",
+        "reward.retrieved_answer_credit", "rl.entropy_coef", "rl.kl_coef", "rl.kl_target", "rl.micro_rows", "policy.learning_rate", "value.learning_rate",
+        "policy.weight_decay", "value.weight_decay", "imitation.weight_decay", "imitation.warmup_steps", "imitation.shares.good", "imitation.shares.vague",
+        "imitation.shares.repeat", "imitation.shares.wrong", "imitation.shares.early", "evaluation.questions", "evaluation.every", "evaluation.resamples",
+        "checkpoint.minutes"),
+    ("[", 1, math.inf, ")"): (
+        "prompt.max_prompt_tokens", "search.attempts", "search.batch", "search.k", "search.encode_batch", "search.max_observation_tokens", "model.num_layers",
+        "model.embed_dim", "model.num_heads", "model.num_kv_heads", "model.head_dim", "model.ffn_dim", "rollout.questions", "rollout.group_size",
+        "rollout.max_turns", "rollout.max_turn_tokens", "rollout.prefill_rows", "rollout.prefill_tokens", "rollout.attention_block", "rl.kl_horizon",
+        "rl.minibatches", "rl.epochs", "rl.length_multiple", "imitation.demonstrations", "imitation.held_out", "imitation.log_every", "checkpoint.every",
+        "checkpoint.imitation_every", "checkpoint.keep"),
+    ("(", 0, math.inf, ")"): ("search.timeout_s", "model.rope_theta", "model.rope_scaling.factor"),
+    ("[", 0, math.inf, "]"): ("rl.clip_low", "rl.clip_high", "rl.value_clip", "rl.max_ratio"),
+    ("(", 0, math.inf, "]"): ("policy.max_grad_norm", "value.max_grad_norm", "imitation.max_grad_norm"),
+    ("[", 0, 1, "]"): ("search.max_failure_share", "rl.gamma", "rl.gae_lambda", "policy.warmup", "value.warmup", "imitation.skill", "imitation.final_share"),
+    ("[", 0, 1, ")"): ("policy.b1", "policy.b2", "value.b1", "value.b2", "imitation.b2"),
+    ("(", 0, 1, "]"): ("rollout.flush_share", "rollout.top_p"),
 }
+NUMBERS = ("(", -math.inf, math.inf, ")")  # where all others lie
 
 AXIS_SIZES = {  # logical axes of the parameters -> the sizes of a model that lie along them
     "vocab": ("vocab_size",), "embed": ("embed_dim",), "heads": ("num_heads",), "kv_heads": ("num_kv_heads",), "head_dim": ("head_dim",),
@@ -113,11 +126,13 @@ def check_config(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
     for key, choices in CHOICES.items():
         if values[key] not in choices:
             raise ValueError(f"config.{key} is {values[key]!r}; it must be one of {', '.join(choices)}")
-    for least, keys in MINIMA.items():
-        for key in keys:
-            if not values[key] >= least:
-                raise ValueError(f"config.{key} is {values[key]}; it must be at least {least}")
     check_settings(s.bm25_k1, s.bm25_b)
+    ranges = {key: bounds for bounds, keys in RANGES.items() for key in keys}
+    for key, value in values.items():
+        below, least, greatest, above = ranges.get(key, NUMBERS)
+        open_ends = [least] * (below == "(") + [greatest] * (above == ")")
+        if isinstance(value, int | float) and (not least <= value <= greatest or value in open_ends):  # NaN lies nowhere
+            raise ValueError(f"config.{key} is {value}; it must lie in {below}{least}, {greatest}{above}")
     if s.kind == "dense" and r.search != "host":
         raise ValueError(f"search.kind=dense runs programs on the device, which a callback from inside one must not; rollout.search is {r.search!r}: set it to "
                          "host")
@@ -129,13 +144,25 @@ def check_config(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
                          f"search.backoff_s={s.backoff_s} on, take {longest:g} s; search.timeout_s={s.timeout_s} must be more, and they more than 0")
     if m.num_heads % m.num_kv_heads or m.head_dim % 2:
         raise ValueError(f"model.num_heads={m.num_heads} must be a multiple of model.num_kv_heads={m.num_kv_heads}, and model.head_dim={m.head_dim} even")
-    if not m.rope_scaling.factor > 0:
-        raise ValueError(f"config.model.rope_scaling.factor is {m.rope_scaling.factor}; wavelengths are multiplied by it: it must be more than 0")
+    scaling = m.rope_scaling
+    if scaling.kind in ("llama3", "yarn") and not (0 < scaling.slow < scaling.fast and scaling.original_context > 0):
+        raise ValueError(f"model.rope_scaling.kind={scaling.kind} mixes frequencies between slow={scaling.slow} and fast={scaling.fast} turns in "
+                         f"original_context={scaling.original_context} tokens: all must be more than 0, and slow less than fast")
+    if m.previous_token_peak and not m.qkv_bias:
+        raise ValueError(f"model.previous_token_peak={m.previous_token_peak} is set by biases of queries and keys: set model.qkv_bias to True, or it to 0")
     if m.checkpoint and (i.checkpoint or m.previous_token_peak):
         raise ValueError("config.model.checkpoint gives the policy its parameters; imitation.checkpoint must be empty, and model.previous_token_peak 0")
     for phase in i.phases:
-        if len(phase) != 5 or phase[0] < 1 or phase[1] < 1 or not 0 <= phase[3] <= 1 or not phase[4] >= 0:
+        if len(phase) != 5 or phase[0] < 1 or phase[1] < 1 or not 0 <= phase[3] <= 1 or not 0 <= phase[4] < math.inf:
             raise ValueError(f"imitation.phases holds {tuple(phase)}; a phase is (steps, rows, single hops, share spoilt, learning rate)")
+    if i.phases and i.demonstrations < LENGTH_GROUPS:
+        raise ValueError(f"imitation.demonstrations={i.demonstrations} cannot be cut into the {LENGTH_GROUPS} groups of equal length that minibatches come "
+                         f"from: make it at least {LENGTH_GROUPS}")
+    if i.phases and i.rename and p.tokenizer != "atlas":
+        raise ValueError(f"imitation.rename=True exchanges the words of names, which only prompt.tokenizer=atlas has whole; it is {p.tokenizer}: set "
+                         "imitation.rename to False")
+    if not sum(dict(i.shares).values()) > 0:
+        raise ValueError("config.imitation.shares are all 0: one of them must be more, or the script could not decide anything")
     episodes, shards = r.questions * r.group_size, sharding.row_shards(mesh)
     if episodes % (shards * l.minibatches):
         raise ValueError(f"{episodes} episodes an iteration (rollout.questions x rollout.group_size) cannot be cut into {shards} mesh shards "
@@ -156,6 +183,12 @@ def check_config(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
                          "the same it would be all that is learned from. Set rl.kl_placement to loss and rl.kl_estimator to k3, or rl.kl_coef to 0")
     if config.reward.shuffle and episodes < 2:
         raise ValueError("reward.shuffle gives every episode another one's rewards, but an iteration has one episode (rollout.questions x rollout.group_size)")
+    if l.kl_target > 0 and l.kl_coef == 0:
+        raise ValueError(f"rl.kl_target={l.kl_target} is approached by multiplying rl.kl_coef, which is 0 and would stay so: set it above 0, such as 0.001, or "
+                         "rl.kl_target to 0")
+    if l.kl_placement == "loss" and l.kl_estimator == "k1" and l.kl_coef > 0:
+        raise ValueError("rl.kl_estimator=k1 has no gradient in expectation, so rl.kl_placement=loss would hold the policy to nothing: take k2 or k3, or "
+                         "rl.kl_placement=reward")
     if l.over_observations and l.advantage != "gae":
         raise ValueError(f"rl.over_observations=True widens token GAE, but rl.advantage is {l.advantage}: set it to gae, or rl.over_observations to False")
     for rows in ((*(phase[1] for phase in i.phases), i.held_out) if i.phases else ()):
@@ -165,8 +198,3 @@ def check_config(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
     if r.context < needed:
         raise ValueError(f"rollout.context={r.context} has no room for one prompt, one turn and one observation ({needed} tokens): raise it, or lower "
                          "prompt.max_prompt_tokens, rollout.max_turn_tokens or search.max_observation_tokens")
-    if r.temperature == float("inf"):
-        raise ValueError("config.rollout.temperature is inf, with which every token is as likely as every other; it must be a number")
-    for name, value in (("rollout.flush_share", r.flush_share), ("rollout.top_p", r.top_p)):
-        if not 0 < value <= 1:
-            raise ValueError(f"{name}={value} must lie in (0, 1]")

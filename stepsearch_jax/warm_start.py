@@ -24,14 +24,14 @@ from stepsearch_jax.rl.imitation import make_imitate, make_imitation_optimizer
 from stepsearch_jax.rl.learner import init_model_state, init_params
 from stepsearch_jax.rollout.scripted import KINDS, PERFECT, run_script
 from stepsearch_jax.rollout.text import encode_prompts
+from stepsearch_jax.settings import LENGTH_GROUPS
 from stepsearch_jax.sharding import rows_to_mesh
 from stepsearch_jax.system import System, check_searches, process_rows
 
 logger = logging.getLogger("stepsearch_jax")
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
-LENGTH_GROUPS = 6  # demonstrations are grouped by length, a step takes all its rows from one group and is cut to its longest
-LENGTH_MULTIPLE = 64  # rounded up to this, so that few programs are compiled
+LENGTH_MULTIPLE = 64  # minibatches are cut to a length rounded up to this, so that few programs are compiled
 
 
 def warm_start(system: System, like, specs, key: jax.Array, workdir: pathlib.Path):

@@ -5,11 +5,16 @@ import pathlib
 
 import ml_collections
 import pytest
+from jax.sharding import AbstractMesh
 
 from configs import base
+from stepsearch_jax.settings import check_config
+from stepsearch_jax.sharding import AXES
+from stepsearch_jax.sweeps.points import list_points, load_sweeps
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
 CONFIGS = sorted(path for path in (REPO / "configs").rglob("*.py") if "def get_config" in path.read_text())
+SWEEPS = sorted((REPO / "configs" / "sweeps").glob("[!_]*.py"))
 SECTION_METHODS = set(dir(ml_collections.ConfigDict))
 
 
@@ -40,6 +45,25 @@ def test_config_loads_and_changes_only_keys_of_base(path):
         own = list_keys(config)
         assert sorted(own.keys() ^ known.keys()) == []
         assert [key for key in own if type(own[key]) is not type(known[key])] == []
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """What `train` asks of a config before it reads files, on as many devices as the mesh names; on one where it takes all that there are."""
+    check_config(config, AbstractMesh(tuple(max(1, config.mesh[axis]) for axis in AXES), AXES))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(REPO)))
+def test_config_is_one_that_trains(path):
+    for config in load(path):
+        check(config)
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_runs_of_a_sweep_are_ones_that_train(path):
+    points = list_points(load_sweeps([str(path)], str(REPO / "configs" / "atlas_sweep.py"), ()))
+    assert points
+    for point in points:
+        check(ml_collections.ConfigDict(point.config))
 
 
 def test_unknown_key_is_refused_once_a_config_is_locked():

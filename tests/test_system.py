@@ -11,7 +11,6 @@ import tiny_config
 from stepsearch_jax import sharding
 from stepsearch_jax.records import TurnStatus
 from stepsearch_jax.search.callback import SearchCounts
-from stepsearch_jax.settings import check_config
 from stepsearch_jax.system import WATCHED_QUERIES, System, build_system, check_searches, process_rows
 
 
@@ -121,20 +120,3 @@ def test_failed_searches_stop_the_run_above_their_limit(limit, failed, stops):
         return
     with pytest.raises(SystemExit, match=rf"the search failed for {failed} of 20 queries \(process 0: TimeoutError: slow\).*max_failure_share={limit}"):
         check_searches(system)
-
-
-@pytest.mark.parametrize("changes,message", [
-    ({"rl.minibatches": 0}, "config.rl.minibatches is 0; it must be at least 1"), ({"rl.epochs": 0}, "rl.epochs"),
-    ({"checkpoint.every": 0}, "checkpoint.every"), ({"rollout.prefill_rows": 0}, "rollout.prefill_rows"),
-    ({"search.max_observation_tokens": 0}, "search.max_observation_tokens"), ({"prompt.max_prompt_tokens": 0}, "prompt.max_prompt_tokens"),
-    ({"rollout.temperature": float("inf")}, "config.rollout.temperature is inf"),
-    ({"rollout.temperature": -1.0}, "config.rollout.temperature is -1.0; it must be at least 0"),
-    ({"rl.kl_coef": float("nan")}, "config.rl.kl_coef is nan"), ({"model.num_kv_heads": 3}, "must be a multiple of model.num_kv_heads=3"),
-    ({"model.rope_scaling.factor": 0.0}, "config.model.rope_scaling.factor is 0.0"), ({"model.rope_scaling.factor": float("nan")}, "factor is nan"),
-    ({"model.head_dim": 7}, "model.head_dim=7 even"), ({"imitation.phases": ((10, 8, True, 0.0),)}, "a phase is .steps, rows"),
-])
-def test_numbers_that_make_no_sense(changes, message):
-    config = tiny_config.get_config("cache")
-    config.update_from_flattened_dict(changes)
-    with pytest.raises(ValueError, match=message):
-        check_config(config, sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1]))
