@@ -125,9 +125,10 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     r.max_turns = 5  # turns that may search; one more follows that may only answer [P]
     r.max_turn_tokens = 800  # tokens of one turn; a longer one is invalid [C]
     r.context = 4096  # prompt, actions and observations together; beyond it an episode ends truncated [C]
-    r.temperature = 1.0  # [P]
+    # So training samples; evaluation is greedy. Log-probabilities are of temperature 1 over the whole vocabulary: ratios and KL are exact only at 1, 0, 1.
+    r.temperature = 1.0  # above 0 [P]
     r.top_k = 0  # keep only the k likeliest tokens; 0 = all
-    r.top_p = 1.0  # keep the likeliest tokens up to this probability; train with 1.0
+    r.top_p = 1.0  # keep the likeliest tokens up to this probability
     r.slots = 0  # episodes that run at a time, each with its rows of the KV cache; one that ends makes room for the next; 0 = all of an iteration
     r.flush_share = 0.5  # search, and fill free slots, when this share of a shard's busy slots waits, or nobody can decode
     r.prefill_rows = 16  # waiting slots prefilled at a time
@@ -165,7 +166,8 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     l.clip_low = 0.2  # a ratio below 1 - clip_low is clipped [P]
     l.clip_high = 0.2  # a ratio above 1 + clip_high is clipped [P]
     # What ratios compare with. learner: the learner's own log-probabilities before the updates, by a forward pass more [C] | sampler: those recorded while
-    # sampling, without it; where rollout.dtype is not model.dtype they differ a little, and ratios are not 1 before the first update (docs/losses.md) [O]
+    # sampling, without it, which needs rollout.temperature=1, top_k=0, top_p=1; where rollout.dtype is not model.dtype they differ a little, and ratios are not
+    # 1 before the first update (docs/losses.md) [O]
     l.old_logprobs = "learner"
     l.max_ratio = 2.0  # of old_logprobs="sampler": ratios above it weigh as much as it (truncated importance weights) [O]
     l.aggregation = "token_mean"  # token_mean: every action token of a minibatch counts the same [P] | sequence_mean: every episode does

@@ -198,3 +198,17 @@ def check_config(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
     if r.context < needed:
         raise ValueError(f"rollout.context={r.context} has no room for one prompt, one turn and one observation ({needed} tokens): raise it, or lower "
                          "prompt.max_prompt_tokens, rollout.max_turn_tokens or search.max_observation_tokens")
+
+
+def check_sampling(config: ml_collections.ConfigDict) -> None:
+    """Raises ValueError where RL could not learn from what the rollout samples. Evaluation is greedy of itself, whatever the config says."""
+    r, l = config.rollout, config.rl
+    if not config.iterations:
+        return
+    if r.temperature == 0:
+        raise ValueError("config.rollout.temperature is 0, with which all episodes of a question are the same one, and nothing is tried: set it to 1 to train "
+                         "(evaluation is greedy in any case)")
+    if l.old_logprobs == "sampler" and (r.temperature, r.top_k, r.top_p) != (1, 0, 1):
+        raise ValueError("rl.old_logprobs=sampler takes the recorded log-probabilities for those with which tokens were drawn, and they are of temperature 1 "
+                         f"over the whole vocabulary: rollout.temperature={r.temperature}, top_k={r.top_k}, top_p={r.top_p} must be 1, 0 and 1, or "
+                         "rl.old_logprobs learner")

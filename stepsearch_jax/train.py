@@ -23,7 +23,7 @@ from stepsearch_jax.data.loading import question_rows
 from stepsearch_jax.metrics import MetricsWriter, progress
 from stepsearch_jax.rl import learner
 from stepsearch_jax.run_folder import check_resumable, lock, remember_beginning, remember_config
-from stepsearch_jax.settings import learner_settings, make_optimizers
+from stepsearch_jax.settings import check_sampling, learner_settings, make_optimizers
 from stepsearch_jax.sharding import rows_to_mesh
 from stepsearch_jax.startup import begin_run, bind_answer_gain, make_sampler, run_command
 from stepsearch_jax.system import System, build_system
@@ -34,6 +34,7 @@ logger = logging.getLogger("stepsearch_jax")
 
 def train(config, workdir: pathlib.Path, search=None) -> dict:
     """Runs (or resumes) the whole of a training run -> the contents of evaluation.json. `search`: see `build_system`."""
+    check_sampling(config)
     held_out = [config.imitation.held_out_split] if config.imitation.phases else []
     system = build_system(config, list(dict.fromkeys((config.data.train_split, config.evaluation.split, *held_out))), search)
     with lock(workdir) if jax.process_index() == 0 else contextlib.nullcontext():

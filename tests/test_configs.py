@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from configs import base
-from stepsearch_jax.settings import check_config
+from stepsearch_jax.settings import check_config, check_sampling
 from stepsearch_jax.sharding import AXES
 from stepsearch_jax.sweeps.points import list_points, load_sweeps
 
@@ -50,6 +50,7 @@ def test_config_loads_and_changes_only_keys_of_base(path):
 def check(config: ml_collections.ConfigDict) -> None:
     """What `train` asks of a config before it reads files, on as many devices as the mesh names; on one where it takes all that there are."""
     check_config(config, AbstractMesh(tuple(max(1, config.mesh[axis]) for axis in AXES), AXES))
+    check_sampling(config)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(REPO)))

@@ -6,13 +6,14 @@ import pytest
 import tiny_config
 
 from configs import base
-from stepsearch_jax import sharding
+from stepsearch_jax import sharding, train
 from stepsearch_jax.run_folder import flatten
-from stepsearch_jax.settings import CHOICES, RANGES, check_config
+from stepsearch_jax.settings import CHOICES, RANGES, check_config, check_sampling
 
 KEYS = flatten(base.get_config().to_dict())
 INFINITE = {"rl.clip_low", "rl.clip_high", "rl.value_clip", "rl.max_ratio", "policy.max_grad_norm", "value.max_grad_norm", "imitation.max_grad_norm"}
 PHASE = (10, 8, False, 0.0, 0.02)
+SAMPLER = {"rl.old_logprobs": "sampler"}
 
 
 def change(changes):
@@ -94,3 +95,21 @@ def test_settings_that_do_not_fit_together(name):
     with pytest.raises(ValueError, match=message):
         check(wrong)
     check(wrong | remedy)
+
+
+@pytest.mark.parametrize("wrong,message", [
+    ({"rollout.temperature": 0.0}, "config.rollout.temperature is 0, with which all episodes of a question are the same"),
+    (SAMPLER | {"rollout.temperature": 0.8}, "rollout.temperature=0.8, top_k=0, top_p=1.0 must be 1, 0 and 1"),
+    (SAMPLER | {"rollout.top_k": 50}, "top_k=50"), (SAMPLER | {"rollout.top_p": 0.95}, "top_p=0.95")])
+def test_sampling_that_the_learner_does_not_know(wrong, message, tmp_path):
+    """Refused where there are iterations to run, and by training alone: evaluation is greedy, whatever the run was trained with."""
+    with pytest.raises(ValueError, match=message):
+        train.train(change(wrong), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    check(wrong)
+    check_sampling(change(wrong | {"iterations": 0}))
+
+
+def test_sampling_that_it_knows():
+    for right in (SAMPLER, {"rollout.temperature": 0.8, "rollout.top_p": 0.95}):
+        check_sampling(change(right))

@@ -21,7 +21,7 @@ from stepsearch_jax.prompting.templates import encode_environment
 from stepsearch_jax.rl import learner
 from stepsearch_jax.rollout.episode import Environment, Prompts
 from stepsearch_jax.rollout.programs import make_rollout, make_rollout_copy
-from stepsearch_jax.settings import check_config, describe_models, learner_settings, make_optimizers, rollout_settings, round_vocabulary
+from stepsearch_jax.settings import check_config, check_sampling, describe_models, learner_settings, make_optimizers, rollout_settings, round_vocabulary
 from stepsearch_jax.types import TrainState
 
 PHASES = ("copy", "rollout", "score", "update")  # in the order of an iteration
@@ -77,7 +77,7 @@ def count_bytes(tree) -> float:
 
 
 def make_mesh(config: ml_collections.ConfigDict, devices) -> Mesh:
-    """The config's mesh over these devices, checked against the rest of the config. Raises ValueError as `sharding.make_mesh` and `check_config` do."""
+    """The config's mesh over these devices, checked against the rest of the config. Raises ValueError as `train.py` would."""
     g, m = config.mesh, config.model
     if config.rollout.search != "callback":
         raise ValueError(f"config.rollout.search is {config.rollout.search!r}; the budget is made for the one program of \"callback\"")
@@ -86,6 +86,7 @@ def make_mesh(config: ml_collections.ConfigDict, devices) -> Mesh:
                          "embedding (151936 for Qwen2.5 up to 3B)")
     mesh = sharding.make_mesh(g.data, g.fsdp, g.tensor, g.slices, m.num_kv_heads, devices=devices)
     check_config(config, mesh)
+    check_sampling(config)
     return mesh
 
 
