@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import urllib3
 from test_index import draw_documents, write_corpus
+from test_time_limit import DRIPS, dripping
 
 from stepsearch_jax.benchmarks.retrieval import run_server
 from stepsearch_jax.data.passages import read_passage
@@ -136,19 +137,12 @@ def test_passing_faults_are_tried_again(index, fault):
         assert len(times) == 3
 
 
-def test_dribbling_does_not_buy_time(index):
-    def dribble(handler, _):
-        handler.send_response(200)
-        handler.send_header("Content-Length", "1000000")
-        handler.end_headers()
-        for _ in range(100):
-            handler.wfile.write(b" ")
-            time.sleep(0.1)
-
+@pytest.mark.parametrize("drip", ["first line", "headers", "body"])
+def test_dribbling_does_not_buy_time(index, drip):
     start = time.monotonic()
-    with fake_server(dribble) as (url, times), pytest.raises(urllib3.exceptions.TimeoutError, match="took longer than"):
-        open_client(url, index, attempt_s=0.3, attempts=1).search(["a"], 2)
-    assert time.monotonic() - start < 3
+    with dripping(*DRIPS[drip]) as url, pytest.raises(urllib3.exceptions.TimeoutError, match="took longer than 0.6 s"):
+        open_client(url, index, attempt_s=0.3, attempts=2).search(["a"], 2)
+    assert 1.2 <= time.monotonic() - start < 5
 
 
 SHOWN = {"id": "7", "contents": "other"}

@@ -15,6 +15,7 @@ import urllib3
 
 from stepsearch_jax.records import Document
 from stepsearch_jax.search.prepared import describe_search
+from stepsearch_jax.search.time_limit import limit_connections, limit_time
 
 MAX_ANSWER_BYTES = 1 << 26
 _AT_ONCE = 32  # requests under way
@@ -57,7 +58,7 @@ class RemoteIndex:
                              f"backoff_s={backoff_s} at least 0")
         self._url, self._documents = read_address(url), documents
         self._attempt_s, self._attempts, self._backoff_s, self._batch = attempt_s, attempts, backoff_s, batch
-        self._http = urllib3.PoolManager(maxsize=_AT_ONCE, retries=False)
+        self._http = limit_connections(urllib3.PoolManager(maxsize=_AT_ONCE, retries=False))
         self._threads = ThreadPoolExecutor(_AT_ONCE, "remote search")
         self._about = {"corpus": corpus}  # and retriever and settings, once the server has said them
 
@@ -138,30 +139,29 @@ class RemoteIndex:
             time.sleep(self._backoff_s * 2**attempt * random.uniform(0.5, 1.0))
 
     def _ask(self, method: str, path: str, body: dict | None):
-        deadline = time.monotonic() + 2 * self._attempt_s
-        answer = self._http.request(method, self._url + path, body=None if body is None else json.dumps(body), preload_content=False,
-                                    headers={"Content-Type": "application/json"}, timeout=urllib3.Timeout(self._attempt_s))
-        try:
-            raw = bytearray()
-            while part := answer.read1(1 << 16):
-                raw += part
-                if time.monotonic() > deadline:  # a little now and then does not get more time
-                    raise urllib3.exceptions.TimeoutError(f"the answer took longer than {2 * self._attempt_s:g} s")
-                if len(raw) > MAX_ANSWER_BYTES:
-                    raise ValueError(f"the answer of {self._url} is longer than {MAX_ANSWER_BYTES} bytes")
-            told = f"{self._url} answered {answer.status}: {raw[:200].decode(errors='replace')}"
-            if answer.status in _SERVER_AT_FAULT:
-                raise urllib3.exceptions.HTTPError(told)
-            if answer.status != 200:
-                raise ValueError(told)
-            answer.release_conn()
+        """The answer to one attempt, which takes 2 * attempt_s at most."""
+        with limit_time(2 * self._attempt_s):
+            answer = self._http.request(method, self._url + path, body=None if body is None else json.dumps(body), preload_content=False,
+                                        headers={"Content-Type": "application/json"}, timeout=urllib3.Timeout(self._attempt_s))
             try:
-                return json.loads(raw)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"the answer of {self._url} is not JSON ({error}): {raw[:200].decode(errors='replace')!r}") from None
-        except BaseException:
-            answer.close()
-            raise
+                raw = bytearray()
+                while part := answer.read1(1 << 16):
+                    raw += part
+                    if len(raw) > MAX_ANSWER_BYTES:
+                        raise ValueError(f"the answer of {self._url} is longer than {MAX_ANSWER_BYTES} bytes")
+            except BaseException:
+                answer.close()
+                raise
+        answer.release_conn()
+        told = f"{self._url} answered {answer.status}: {raw[:200].decode(errors='replace')}"
+        if answer.status in _SERVER_AT_FAULT:
+            raise urllib3.exceptions.HTTPError(told)
+        if answer.status != 200:
+            raise ValueError(told)
+        try:
+            return json.loads(raw)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"the answer of {self._url} is not JSON ({error}): {raw[:200].decode(errors='replace')!r}") from None
 
 
 def open_remote(url: str, documents: Sequence[Document], corpus: str, attempt_s: float, attempts: int, backoff_s: float, batch: int) -> RemoteIndex:
