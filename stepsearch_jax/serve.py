@@ -36,7 +36,8 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from stepsearch_jax.records import Document
 from stepsearch_jax.search.bm25 import load_index
-from stepsearch_jax.search.remote import render_contents
+from stepsearch_jax.search.callback import MAX_QUERY_CHARACTERS
+from stepsearch_jax.search.remote import MAX_BODY_BYTES, render_contents
 
 logger = logging.getLogger("stepsearch_jax")
 
@@ -196,9 +197,9 @@ def make_protocol(seconds: float) -> type[AutoHTTPProtocol]:
 
 
 FLAGS = {  # of the limits: default, help
-    "body_bytes": (1 << 20, "longest body of a request"), "queries": (512, "queries a request"),
+    "body_bytes": (MAX_BODY_BYTES, "longest body of a request"), "queries": (512, "queries a request"),
     "transfer_seconds": (10.0, "time for a request's headers to arrive, again for its body, and again for its answer to be taken"),
-    "query_characters": (4096, "longest query"), "topk": (100, "most documents a query"), "searches": (4, "requests searched for at a time"),
+    "query_characters": (MAX_QUERY_CHARACTERS, "longest query"), "topk": (100, "most documents a query"), "searches": (4, "requests searched for at a time"),
     "waiting": (256, "requests that may wait for it; more are answered 503"),
 }
 

@@ -29,7 +29,7 @@ from stepsearch_jax.rewards.tfidf import fit_similarity
 from stepsearch_jax.rollout.episode import Environment, Prompts, RolloutSettings
 from stepsearch_jax.rollout.text import Answers, encode_answers, encode_prompts
 from stepsearch_jax.search.bm25 import Bm25Index, build_index, check_settings
-from stepsearch_jax.search.callback import SearchCallback, SearchCounts, make_search_callback
+from stepsearch_jax.search.callback import MAX_QUERY_CHARACTERS, SearchCallback, SearchCounts, make_search_callback
 from stepsearch_jax.search.corpus_tokens import tokenize_corpus
 from stepsearch_jax.search.prepared import hash_documents, hash_texts, one_at_a_time
 from stepsearch_jax.search.remote import RemoteIndex, open_remote
@@ -137,7 +137,7 @@ def build_system(config: ml_collections.ConfigDict, splits: Sequence[str], searc
         for start in range(0, len(queries), WATCHED_QUERIES):
             with watchdog.watching("the search"):
                 try:
-                    found.append(search(queries[start:start + WATCHED_QUERIES]))
+                    found.append(search([query[:MAX_QUERY_CHARACTERS] for query in queries[start:start + WATCHED_QUERIES]]))
                 except Exception as error:
                     raise ValueError(f"the search failed: {type(error).__name__}: {error}") from error
         return np.concatenate(found)

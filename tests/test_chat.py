@@ -1,6 +1,5 @@
 """Search keys written by a language model's endpoint that is slow, fails, refuses and talks nonsense."""
 import collections
-import contextlib
 import http.server
 import json
 import re
@@ -9,6 +8,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from test_time_limit import DRIPS, HEAD, dripping
 
 from stepsearch_jax.preparation.chat import MAX_ANSWER_BYTES, MAX_REFUSED, ChatSettings, ChatWriter, read_answer
 from stepsearch_jax.preparation.store import Store
@@ -158,38 +158,17 @@ def test_an_endpoint_that_refuses_everything_after_a_while_ends_the_run(tmp_path
         assert endpoint.asked.total() <= 3 + 9 + 1
 
 
-def test_an_answer_without_end_is_a_failure(tmp_path):
-    """A byte now and then, or more than any answer has."""
-    def serve(write):
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(handler):
-                handler.rfile.read(int(handler.headers["Content-Length"]))
-                handler.send_response(200)
-                handler.end_headers()
-                with contextlib.suppress(OSError):
-                    write(handler.wfile)
+@pytest.mark.parametrize("drip", ["first line", "headers", "body"])
+def test_an_answer_that_comes_a_byte_at_a_time_is_a_failure(tmp_path, drip):
+    told = "failed 1 times for one request, at last with TimeoutError: the answer took longer than 1 s"
+    with dripping(*DRIPS[drip]) as url, pytest.raises(OSError, match=told):
+        write_with(SimpleNamespace(url=url), tmp_path / "s", [("x", ())], retries=0, timeout=0.5)
 
-            def log_message(handler, *arguments):
-                pass
 
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        return server
-
-    def dribble(file):
-        for _ in range(100):
-            file.write(b" ")
-            time.sleep(0.05)
-
-    for write, told in ((dribble, "did not come to an end in time"), (lambda file: file.write(b" " * (MAX_ANSWER_BYTES + 1)), "is longer than")):
-        server = serve(write)
-        try:
-            endpoint = SimpleNamespace(url=f"http://127.0.0.1:{server.server_port}/v1")
-            with pytest.raises(OSError, match=f"failed 1 times for one request, at last with HTTPError: the answer {told}"):
-                write_with(endpoint, tmp_path / "s", [("x", ())], retries=0, timeout=0.5)
-        finally:
-            server.shutdown()
-            server.server_close()
+def test_an_answer_longer_than_any_is_a_failure(tmp_path):
+    with dripping(HEAD + b"Connection: close\r\n\r\n", b" " * (MAX_ANSWER_BYTES + 1)) as url, \
+            pytest.raises(OSError, match="failed 1 times for one request, at last with HTTPError: the answer is longer than"):
+        write_with(SimpleNamespace(url=url), tmp_path / "s", [("x", ())], retries=0, timeout=5.0)
 
 
 def test_a_long_pause_or_another_place_ends_the_run(tmp_path):

@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import urllib3
 from test_index import draw_documents, write_corpus
+from test_time_limit import DRIPS, dripping
 
 from stepsearch_jax.benchmarks.retrieval import run_server
 from stepsearch_jax.data.passages import read_passage
 from stepsearch_jax.data.rows import Row, read_rows
 from stepsearch_jax.preparation.index import index_files
 from stepsearch_jax.records import Document
-from stepsearch_jax.search.remote import RemoteIndex, open_remote, render_contents
+from stepsearch_jax.search.callback import MAX_QUERY_CHARACTERS, SomeFailedError
+from stepsearch_jax.search.remote import MAX_BODY_BYTES, RemoteIndex, open_remote, render_contents
 
 QUERIES = ["w0é w3é", "w1é", "nothing", "", "w2é w2é w40é"]
 
@@ -136,19 +138,12 @@ def test_passing_faults_are_tried_again(index, fault):
         assert len(times) == 3
 
 
-def test_dribbling_does_not_buy_time(index):
-    def dribble(handler, _):
-        handler.send_response(200)
-        handler.send_header("Content-Length", "1000000")
-        handler.end_headers()
-        for _ in range(100):
-            handler.wfile.write(b" ")
-            time.sleep(0.1)
-
+@pytest.mark.parametrize("drip", ["first line", "headers", "body"])
+def test_dribbling_does_not_buy_time(index, drip):
     start = time.monotonic()
-    with fake_server(dribble) as (url, times), pytest.raises(urllib3.exceptions.TimeoutError, match="took longer than"):
-        open_client(url, index, attempt_s=0.3, attempts=1).search(["a"], 2)
-    assert time.monotonic() - start < 3
+    with dripping(*DRIPS[drip]) as url, pytest.raises(urllib3.exceptions.TimeoutError, match="took longer than 0.6 s"):
+        open_client(url, index, attempt_s=0.3, attempts=2).search(["a"], 2)
+    assert 1.2 <= time.monotonic() - start < 5
 
 
 SHOWN = {"id": "7", "contents": "other"}
@@ -165,6 +160,29 @@ def test_nonsense_fails_at_once(index, status, body):
     with fake_server(lambda h, n: h.say(status, body)) as (url, times), pytest.raises(ValueError, match="answer"):
         open_client(url, index).search(["a"], 2)
     assert len(times) == 1
+
+
+def test_a_query_that_the_server_refuses_fails_alone(url, index):
+    """Whatever its place among others; a limit of the server on queries at a time costs none."""
+    long = "w0é " * 1100
+    for queries in (["w0é", long, "w1é", "w3é", "w2é"], [long], ["w1é", "w0é", long, long]):
+        alone = [n for n, query in enumerate(queries) if query == long]
+        with pytest.raises(SomeFailedError, match="answered 400: .*a query is longer than 4096 characters") as raised:
+            open_client(url, index, batch=4).search(queries, 3)
+        expected = index.search(["" if query == long else query for query in queries], 3)[0]
+        np.testing.assert_array_equal(raised.value.found, expected)
+        assert list(raised.value.failures) == alone
+    many = [f"w{n % 40}é w{n // 40}é" for n in range(700)]
+    np.testing.assert_array_equal(open_client(url, index, batch=700).search(many, 3)[0], index.search(many, 3)[0])
+
+
+def test_many_long_queries_are_asked_for_in_requests_that_servers_take(url, index):
+    """4,096 characters, the longest allowed, take up to 49,152 bytes of a request; a server may hang up on what is longer before it is sent."""
+    queries = [("w1é " + sign * 5000)[:MAX_QUERY_CHARACTERS - n] for n, sign in enumerate("漢😀" * 32)]
+    assert len(json.dumps(queries)) > 2 * MAX_BODY_BYTES
+    for found, expected in zip(open_client(url, index, batch=64, attempts=1).search(queries, 3), index.search(queries, 3), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    assert 'status="413"' not in urllib3.request("GET", f"{url}/metrics").data.decode()
 
 
 TITLES = ["Paris", '"Heroes" (David Bowie album)', '"Heroes" and "Low"', 'Toys "R" Us', "two\nlines"]

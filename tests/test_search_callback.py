@@ -16,7 +16,7 @@ from stepsearch_jax.prompting.tags import decode_query
 from stepsearch_jax.prompting.tokenizers import make_word_tokenizer
 from stepsearch_jax.records import Document
 from stepsearch_jax.search.bm25 import build_index
-from stepsearch_jax.search.callback import SearchCounts, make_search_callback
+from stepsearch_jax.search.callback import MAX_QUERY_CHARACTERS, SearchCounts, SomeFailedError, make_search_callback
 from stepsearch_jax.search.corpus_tokens import tokenize_corpus
 from stepsearch_jax.search.observations import EnvironmentTokens, build_observation, share_out
 from stepsearch_jax.search.watchdog import EXIT_CODE, Watchdog
@@ -164,6 +164,27 @@ def test_a_failure_halfway_leaves_no_half_written_rows():
     """The first query's documents are fine, the second's do not exist: all rows of the call fail alike."""
     callback = make_callback(lambda queries: np.array([[1, 0], [9, -1]]))
     assert call(callback, [1], [2]) == [(FAILED, [-1, -1], False)] * 2
+
+
+def test_queries_may_fail_alone():
+    def search(queries):
+        assert queries == ["a", "ab", "b"]
+        raise SomeFailedError(np.array([[1, 0], [-1, -1], [2, -1]]), {1: "ValueError: too odd"})
+
+    callback = make_callback(search)
+    first, third = ([1, 11, 200, 12, 100, 101, 102, 2, 3], [1, 0], True), ([1, 11, 300, 301, 302, 303, 304, 305, 2, 3], [2, -1], True)
+    assert call(callback, [1], [1, 2], [2], [1, 2]) == [first, (FAILED, [-1, -1], False), third, (FAILED, [-1, -1], False)]
+    counts = callback.take_counts()
+    assert (counts.searches, counts.failed, counts.first_error) == (4, 2, "ValueError: too odd")
+
+
+def test_engines_see_the_beginning_of_a_long_query():
+    asked = []
+    texts = ["x" * (MAX_QUERY_CHARACTERS + 5), "é" * MAX_QUERY_CHARACTERS + "a", "é" * MAX_QUERY_CHARACTERS + "b"]
+    callback = make_search_callback(lambda queries: asked.append(queries) or np.array([[1, -1]] * len(queries)), lambda ids: texts[ids[0]], DOCUMENTS,
+                                    ENVIRONMENT, 20, 2, WATCHDOG)
+    assert [ok for _, _, ok in call(callback, [0], [1], [2])] == [True] * 3
+    assert asked == [["x" * MAX_QUERY_CHARACTERS, "é" * MAX_QUERY_CHARACTERS]]
 
 
 def test_it_works_again_after_a_failure():

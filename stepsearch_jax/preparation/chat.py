@@ -22,6 +22,7 @@ import urllib3
 from tqdm import tqdm
 
 from stepsearch_jax.preparation.store import Store
+from stepsearch_jax.search.time_limit import limit_connections, limit_time
 
 logger = logging.getLogger("stepsearch_jax")
 
@@ -71,7 +72,7 @@ class ChatWriter:
         self._most_refused = MAX_REFUSED
         self._stopped, self._lock, self._next = threading.Event(), threading.Lock(), 0.0
         self._session = requests.Session()
-        self._session.mount(settings.url, requests.adapters.HTTPAdapter(pool_maxsize=settings.concurrency))
+        self._session.mount(settings.url, _Adapter(pool_maxsize=settings.concurrency))
         self._session.cookies.set_policy(http.cookiejar.DefaultCookiePolicy(allowed_domains=()))  # a request says the same whatever came before it
 
     def write_all(self, asked: Sequence[tuple[str, tuple[str, ...]]]) -> list[list[str] | None]:
@@ -130,9 +131,10 @@ class ChatWriter:
             self._pace()
             pause = min(60.0, s.backoff * 2 ** min(attempt, 30)) * random.uniform(0.5, 1.5)
             try:
-                with self._session.post(f"{s.url}/chat/completions", json=request, timeout=s.timeout, auth=self._authorize, stream=True,
-                                        allow_redirects=False) as answer:  # where one leads, the request would arrive as another one
-                    body = _read_body(answer, time.monotonic() + 2 * s.timeout).decode("utf-8", errors="replace")
+                with limit_time(2 * s.timeout), \
+                        self._session.post(f"{s.url}/chat/completions", json=request, timeout=s.timeout, auth=self._authorize, stream=True,
+                                           allow_redirects=False) as answer:  # where one leads, the request would arrive as another one
+                    body = _read_body(answer).decode("utf-8", errors="replace")
             except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
                 fault = f"{type(error).__name__}: {error}"[:400]
             else:
@@ -176,15 +178,24 @@ class ChatWriter:
             raise OSError("stopped")
 
 
-def _read_body(answer: requests.Response, deadline: float) -> bytes:
-    """All of an answer. Raises urllib3's HTTPError for one that is too long, or not there at the deadline: a little now and then does not get more time."""
+class _Adapter(requests.adapters.HTTPAdapter):
+    """Its connections, to proxies as well, obey `limit_time`."""
+
+    def init_poolmanager(self, *arguments, **options) -> None:
+        super().init_poolmanager(*arguments, **options)
+        limit_connections(self.poolmanager)
+
+    def proxy_manager_for(self, *arguments, **options) -> urllib3.ProxyManager:
+        return limit_connections(super().proxy_manager_for(*arguments, **options))
+
+
+def _read_body(answer: requests.Response) -> bytes:
+    """All of an answer. Raises urllib3's HTTPError for one that is too long."""
     body = bytearray()
     while part := answer.raw.read1(1 << 16, decode_content=True):
         body += part
         if len(body) > MAX_ANSWER_BYTES:
             raise urllib3.exceptions.HTTPError(f"the answer is longer than {MAX_ANSWER_BYTES} bytes")
-        if time.monotonic() > deadline:
-            raise urllib3.exceptions.HTTPError("the answer did not come to an end in time")
     return bytes(body)
 
 

@@ -16,6 +16,16 @@ import numpy as np
 from stepsearch_jax.search.observations import EnvironmentTokens, build_observation
 from stepsearch_jax.search.watchdog import Watchdog
 
+MAX_QUERY_CHARACTERS = 4096  # the beginning of a query that engines see, of whatever kind; a search server takes no longer ones
+
+
+class SomeFailedError(ValueError):
+    """A search that failed for some of its queries alone. found: what it would return, for the others; failures: place of a query -> why it failed."""
+
+    def __init__(self, found: np.ndarray, failures: dict[int, str]):
+        super().__init__(next(iter(failures.values())))
+        self.found, self.failures = found, failures
+
 
 class SearchResult(NamedTuple):
     """observation_tokens [b, O] int32, 0 beyond the length; observation_length [b] int32; doc_ids [b, D] int32, best first, -1 = none; ok [b] bool.
@@ -93,21 +103,27 @@ class SearchCallback:
         return tuple(result)
 
     def _fill(self, result: SearchResult, tokens: np.ndarray, length: np.ndarray, wanted: np.ndarray, failures: dict[int, str]) -> None:
-        """Writes the rows that want documents; rows whose query cannot be read go to `failures` (row -> message) and do not disturb the others."""
+        """Writes the rows that want documents; those whose query cannot be read or fails alone go to `failures` (row -> message) and do not disturb others."""
         rows_of: dict[str, list[int]] = {}
         for row in np.flatnonzero(wanted).tolist():
             try:
-                rows_of.setdefault(self._decode_query(tokens[row, : length[row]]), []).append(row)
+                rows_of.setdefault(self._decode_query(tokens[row, : length[row]])[:MAX_QUERY_CHARACTERS], []).append(row)
             except Exception as error:
                 failures[row] = _describe(error)
         for row in rows_of.pop("", []):
             _put(result, row, self._nothing, ())
         if not rows_of:
             return
-        found = np.asarray(self._search(list(rows_of)))
+        try:
+            found, failed = np.asarray(self._search(list(rows_of))), {}
+        except SomeFailedError as error:
+            found, failed = error.found, error.failures
         if found.shape != (len(rows_of), self.k) or found.dtype.kind != "i":
             raise ValueError(f"the search returned {found.dtype} {found.shape}; expected integer ids of shape {(len(rows_of), self.k)}")
-        for ids, rows in zip(found, rows_of.values(), strict=True):
+        for place, (ids, rows) in enumerate(zip(found, rows_of.values(), strict=True)):
+            if place in failed:
+                failures.update(dict.fromkeys(rows, failed[place]))
+                continue
             ids = ids[ids >= 0]
             observation = build_observation(self._environment, [self._document_tokens[int(i)] for i in ids], self.max_observation_tokens)
             for row in rows:
@@ -139,9 +155,10 @@ def make_search_callback(
 ) -> SearchCallback:
     """A search callback for the rollout.
 
-    search: q distinct, non-empty queries -> corpus ids [q, k], best first, -1 = none. decode_query: token ids -> query, "" for an empty one (which
-    finds nothing and is no failure). document_tokens: corpus id -> token ids. max_observation_tokens: O, the width of an observation. k: D,
-    documents a search. Raises ValueError if the environment's texts do not fit into an observation or have no prefix for each rank.
+    search: q distinct, non-empty queries of at most MAX_QUERY_CHARACTERS -> corpus ids [q, k], best first, -1 = none; SomeFailedError if only some failed.
+    decode_query: token ids -> query, "" for an empty one (which finds nothing and is no failure). document_tokens: corpus id -> token ids.
+    max_observation_tokens: O, the width of an observation. k: D, documents a search. Raises ValueError if the environment's texts do not fit into an
+    observation or have no prefix for each rank.
     """
     if len(environment.ranks) != k:
         raise ValueError(f"the environment has texts for {len(environment.ranks)} ranks, but a search returns {k} documents")

@@ -14,12 +14,16 @@ import numpy as np
 import urllib3
 
 from stepsearch_jax.records import Document
+from stepsearch_jax.search.callback import SomeFailedError
 from stepsearch_jax.search.prepared import describe_search
+from stepsearch_jax.search.time_limit import limit_connections, limit_time
 
 MAX_ANSWER_BYTES = 1 << 26
+MAX_BODY_BYTES = 1 << 20  # of a request, unless a server is told otherwise
 _AT_ONCE = 32  # requests under way
 _SAID = {"corpus": str, "retriever": str, "settings": dict}  # of a manifest: what must not change
 _SERVER_AT_FAULT = (408, 429, 500, 502, 503, 504)  # worth another attempt
+_QUERY_AT_FAULT = (400, 413)  # perhaps: worth an attempt for each half of the queries
 
 
 def render_contents(document: Document) -> str:
@@ -30,6 +34,10 @@ def render_contents(document: Document) -> str:
 def _spell(contents: str) -> str:
     """What two forms of one document have in common: a title may stand in quotes or not, and white space does not count."""
     return "".join(contents.replace('"', "").split())
+
+
+class _RefusedError(ValueError):
+    """A request that the server does not take, perhaps for one of its queries."""
 
 
 def read_address(url: str) -> str:
@@ -57,7 +65,7 @@ class RemoteIndex:
                              f"backoff_s={backoff_s} at least 0")
         self._url, self._documents = read_address(url), documents
         self._attempt_s, self._attempts, self._backoff_s, self._batch = attempt_s, attempts, backoff_s, batch
-        self._http = urllib3.PoolManager(maxsize=_AT_ONCE, retries=False)
+        self._http = limit_connections(urllib3.PoolManager(maxsize=_AT_ONCE, retries=False))
         self._threads = ThreadPoolExecutor(_AT_ONCE, "remote search")
         self._about = {"corpus": corpus}  # and retriever and settings, once the server has said them
 
@@ -98,16 +106,35 @@ class RemoteIndex:
     def search(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         """The server's k documents for each of q queries: (ids [q, k] int32, best first, -1 where there are no more; scores [q, k] float32, 0 there).
 
-        Raises urllib3's HTTPError when all attempts have failed, and ValueError for an answer that makes no sense, or whose manifest is of another index.
+        Raises urllib3's HTTPError when all attempts have failed, ValueError for an answer that makes no sense, or whose manifest is of another index, and
+        SomeFailedError (with the ids) where the server refuses some of the queries even alone.
         """
-        batches = [list(queries[start:start + self._batch]) for start in range(0, len(queries), self._batch)]
-        found = list(self._threads.map(lambda batch: self._search_batch(batch, k), batches))
-        nothing = np.zeros((0, k), np.int32), np.zeros((0, k), np.float32)
-        ids, scores = zip(nothing, *found)
-        return np.concatenate(ids), np.concatenate(scores)
+        ids, scores, refused = np.full((len(queries), k), -1, np.int32), np.zeros((len(queries), k), np.float32), {}
+        batches = [range(start, min(start + self._batch, len(queries))) for start in range(0, len(queries), self._batch)]
+        while batches:
+            answers = list(self._threads.map(lambda rows: self._search_batch(queries[rows.start:rows.stop], k), batches))
+            halves = []
+            for rows, answer in zip(batches, answers):
+                if not isinstance(answer, str):
+                    ids[rows.start:rows.stop], scores[rows.start:rows.stop] = answer
+                elif len(rows) > 1:  # perhaps for one of them alone
+                    halves += [rows[:len(rows) // 2], rows[len(rows) // 2:]]
+                else:
+                    refused[rows.start] = answer
+            batches = halves
+        if refused:
+            raise SomeFailedError(ids, refused)
+        return ids, scores
 
-    def _search_batch(self, queries: list[str], k: int) -> tuple[np.ndarray, np.ndarray]:
-        answer = self._repeat("POST", "/retrieve", {"queries": queries, "topk": k, "return_scores": True})
+    def _search_batch(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray] | str:
+        """Ids and scores, or why these queries cannot be asked for together."""
+        body = json.dumps({"queries": list(queries), "topk": k, "return_scores": True})
+        if len(body) > MAX_BODY_BYTES:
+            return f"a request of {len(body)} bytes is longer than the {MAX_BODY_BYTES} that a server takes"
+        try:
+            answer = self._repeat("POST", "/retrieve", body)
+        except _RefusedError as refusal:
+            return str(refusal)
         self._read_manifest(answer.get("manifest") if isinstance(answer, dict) else None)
         ids, scores = np.full((len(queries), k), -1, np.int32), np.zeros((len(queries), k), np.float32)
         try:
@@ -127,7 +154,7 @@ class RemoteIndex:
             raise ValueError(f"document {number} of the server is another one than here: it holds another corpus")
         return number
 
-    def _repeat(self, method: str, path: str, body: dict | None):
+    def _repeat(self, method: str, path: str, body: str | None):
         """The answer of the first attempt that succeeds. Pauses are random, so that many clients do not come back at once."""
         for attempt in range(self._attempts):
             try:
@@ -137,31 +164,30 @@ class RemoteIndex:
                     raise
             time.sleep(self._backoff_s * 2**attempt * random.uniform(0.5, 1.0))
 
-    def _ask(self, method: str, path: str, body: dict | None):
-        deadline = time.monotonic() + 2 * self._attempt_s
-        answer = self._http.request(method, self._url + path, body=None if body is None else json.dumps(body), preload_content=False,
-                                    headers={"Content-Type": "application/json"}, timeout=urllib3.Timeout(self._attempt_s))
-        try:
-            raw = bytearray()
-            while part := answer.read1(1 << 16):
-                raw += part
-                if time.monotonic() > deadline:  # a little now and then does not get more time
-                    raise urllib3.exceptions.TimeoutError(f"the answer took longer than {2 * self._attempt_s:g} s")
-                if len(raw) > MAX_ANSWER_BYTES:
-                    raise ValueError(f"the answer of {self._url} is longer than {MAX_ANSWER_BYTES} bytes")
-            told = f"{self._url} answered {answer.status}: {raw[:200].decode(errors='replace')}"
-            if answer.status in _SERVER_AT_FAULT:
-                raise urllib3.exceptions.HTTPError(told)
-            if answer.status != 200:
-                raise ValueError(told)
-            answer.release_conn()
+    def _ask(self, method: str, path: str, body: str | None):
+        """The answer to one attempt, which takes 2 * attempt_s at most."""
+        with limit_time(2 * self._attempt_s):
+            answer = self._http.request(method, self._url + path, body=body, preload_content=False,
+                                        headers={"Content-Type": "application/json"}, timeout=urllib3.Timeout(self._attempt_s))
             try:
-                return json.loads(raw)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"the answer of {self._url} is not JSON ({error}): {raw[:200].decode(errors='replace')!r}") from None
-        except BaseException:
-            answer.close()
-            raise
+                raw = bytearray()
+                while part := answer.read1(1 << 16):
+                    raw += part
+                    if len(raw) > MAX_ANSWER_BYTES:
+                        raise ValueError(f"the answer of {self._url} is longer than {MAX_ANSWER_BYTES} bytes")
+            except BaseException:
+                answer.close()
+                raise
+        answer.release_conn()
+        told = f"{self._url} answered {answer.status}: {raw[:200].decode(errors='replace')}"
+        if answer.status in _SERVER_AT_FAULT:
+            raise urllib3.exceptions.HTTPError(told)
+        if answer.status != 200:
+            raise (_RefusedError if answer.status in _QUERY_AT_FAULT else ValueError)(told)
+        try:
+            return json.loads(raw)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"the answer of {self._url} is not JSON ({error}): {raw[:200].decode(errors='replace')!r}") from None
 
 
 def open_remote(url: str, documents: Sequence[Document], corpus: str, attempt_s: float, attempts: int, backoff_s: float, batch: int) -> RemoteIndex:
