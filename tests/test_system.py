@@ -10,7 +10,7 @@ import tiny_config
 
 from stepsearch_jax import sharding
 from stepsearch_jax.records import TurnStatus
-from stepsearch_jax.search.callback import SearchCounts
+from stepsearch_jax.search.callback import MAX_QUERY_CHARACTERS, SearchCounts
 from stepsearch_jax.system import WATCHED_QUERIES, System, build_system, check_searches, process_rows
 
 
@@ -100,6 +100,13 @@ def test_retrieval_is_measured_by_gold_documents(config):
     assert [len(part) for part in asked] == [WATCHED_QUERIES, WATCHED_QUERIES, 144 - 2 * WATCHED_QUERIES]
     repeated.splits["train"].questions.clear()
     assert np.isnan(repeated.measure_retrieval("train"))
+
+
+def test_a_long_query_is_cut_outside_episodes_too(config):
+    asked = []
+    system = build_system(config, ["train"], lambda queries: asked.extend(queries) or np.zeros((len(queries), 1), np.int32))
+    system.search_documents(["a", "b" * (MAX_QUERY_CHARACTERS + 1)])
+    assert asked == ["a", "b" * MAX_QUERY_CHARACTERS]
 
 
 def test_a_search_that_fails_outside_episodes_is_named(config):
