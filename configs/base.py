@@ -76,7 +76,7 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     s.embedding_dtype = "bfloat16"  # dense: of the documents' vectors and of the products with them: float32 | bfloat16
     s.encode_batch = 64  # dense: texts embedded at a time on each device
     s.max_observation_tokens = 800  # an observation, header and documents together; documents are cut to share it [C]
-    s.timeout_s = 30.0  # a search that takes longer ends the run with a message
+    s.timeout_s = 30.0  # a search that takes longer ends the run with a message; remote: time in which a request must be answered or given up
     s.max_failure_share = 0.0  # share of failed searches in an iteration above which the run stops
 
     c.mesh = g = ml_collections.ConfigDict()

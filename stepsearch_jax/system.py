@@ -107,6 +107,7 @@ def build_system(config: ml_collections.ConfigDict, splits: Sequence[str], searc
     g, s, p = config.mesh, config.search, config.prompt
     mesh = sharding.make_mesh(g.data, g.fsdp, g.tensor, g.slices, config.model.num_kv_heads)
     check_config(config, mesh)
+    watchdog = Watchdog(s.timeout_s, "config.search.timeout_s")
     stored = open_checkpoint(pathlib.Path(config.model.checkpoint)) if config.model.checkpoint else None
 
     # Texts: data set, corpus, index, tokenizer. All are kept under cache_dir and only made when they are not there yet: once a host.
@@ -115,7 +116,7 @@ def build_system(config: ml_collections.ConfigDict, splits: Sequence[str], searc
     with one_at_a_time(pathlib.Path(config.data.cache_dir)):
         source = load_source(config.data, s.bm25_k1, s.bm25_b)
         folder = locate_corpus(config, source)
-        index = build_search_index(config, source.documents, folder, mesh.local_devices)
+        index = build_search_index(config, source.documents, folder, mesh.local_devices, watchdog.renew)
         texts = [render_document(document) for document in source.documents]
         document_tokens = tokenize_corpus(texts, folder / f"tokens-{tokenizer.fingerprint[:16]}", tokenizer.encode_batch, tokenizer.fingerprint)
 
@@ -127,7 +128,6 @@ def build_system(config: ml_collections.ConfigDict, splits: Sequence[str], searc
     unused = np.broadcast_to(own[:, None], (len(own), vocabulary - tokenizer.vocab_size))  # ids without bytes leave the automaton where it is
     environment = Environment(np.concatenate([automaton.next_state, unused], axis=1), automaton.event, np.int32(automaton.start),
                               fixed.invalid_warning, fixed.last_turn_warning)
-    watchdog = Watchdog(s.timeout_s, "config.search.timeout_s")
     search = search or (lambda queries: index.search(queries, s.k)[0])
     token_bytes = [*tokenizer.token_bytes, *[b""] * (vocabulary - tokenizer.vocab_size)]  # a policy may sample the unused ids, too
     callback = make_search_callback(search, partial(decode_query, token_bytes=token_bytes), document_tokens, fixed, s.max_observation_tokens, s.k, watchdog)
@@ -164,12 +164,15 @@ def build_system(config: ml_collections.ConfigDict, splits: Sequence[str], searc
         _texts=plain if config.reward.retrieved_answer_credit else None)
 
 
-def build_search_index(config: ml_collections.ConfigDict, documents: Sequence[Document], folder: pathlib.Path,
-                       devices: Sequence[jax.Device]) -> Bm25Index | DenseIndex | RemoteIndex:
-    """The index that config.search asks for, kept in `folder`; a dense one lies on `devices`, of this process, a remote one at its server."""
+def build_search_index(config: ml_collections.ConfigDict, documents: Sequence[Document], folder: pathlib.Path, devices: Sequence[jax.Device],
+                       ended: Callable[[], None] = lambda: None) -> Bm25Index | DenseIndex | RemoteIndex:
+    """The index that config.search asks for, kept in `folder`; a dense one lies on `devices`, of this process, a remote one at its server.
+
+    ended: is called whenever a request to the server is answered or given up.
+    """
     s = config.search
     if s.kind == "remote":
-        return open_remote(s.url, documents, hash_documents(documents), s.attempt_s, s.attempts, s.backoff_s, s.batch)
+        return open_remote(s.url, documents, hash_documents(documents), s.attempt_s, s.attempts, s.backoff_s, s.batch, ended)
     if s.kind == "bm25":
         return build_index(documents, folder / f"bm25-{s.bm25_k1}-{s.bm25_b}", s.bm25_k1, s.bm25_b)
     encoder = load_text_encoder(s.encoder, s.encode_batch, devices)

@@ -176,6 +176,19 @@ def test_a_query_that_the_server_refuses_fails_alone(url, index):
     np.testing.assert_array_equal(open_client(url, index, batch=700).search(many, 3)[0], index.search(many, 3)[0])
 
 
+def test_the_end_of_every_request_is_told(url, index):
+    ended = []
+    tell = lambda: ended.append(1)
+    open_client(url, index, ended=tell).search(QUERIES, 3)
+    assert len(ended) == 3
+    with pytest.raises(SomeFailedError):
+        open_client(url, index, ended=tell).search(["a", "w0é " * 1100], 3)
+    assert len(ended) == 3 + 3  # both together, and each alone
+    with fake_server(lambda h, n: h.say(503, b"busy")) as (busy, times), pytest.raises(urllib3.exceptions.HTTPError):
+        open_client(busy, index, ended=tell).search(["a"], 3)
+    assert len(times) == 3 and len(ended) == 3 + 3 + 1
+
+
 def test_many_long_queries_are_asked_for_in_requests_that_servers_take(url, index):
     """4,096 characters, the longest allowed, take up to 49,152 bytes of a request; a server may hang up on what is longer before it is sent."""
     queries = [("w1é " + sign * 5000)[:MAX_QUERY_CHARACTERS - n] for n, sign in enumerate("漢😀" * 32)]

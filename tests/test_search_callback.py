@@ -322,6 +322,18 @@ def test_many_short_calls_and_failing_ones_do_not_add_up():
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
 
 
+def test_a_call_that_goes_forward_may_take_longer():
+    """Eight parts of 0.3 s under a limit of 1.5 s, then one that hangs."""
+    program = (
+        "import time\nfrom stepsearch_jax.search.watchdog import Watchdog\nwatchdog = Watchdog(1.5, 'limit')\n"
+        "with watchdog.watching('a call'):\n"
+        "    for _ in range(8): time.sleep(0.3); watchdog.renew()\n"
+        "    print('done', flush=True); time.sleep(600)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (EXIT_CODE, "done\n") and re.match(r"stepsearch_jax: a call has not returned for 1\.\d s", done.stderr)
+
+
 def test_a_limit_must_be_positive():
     with pytest.raises(ValueError, match="search.timeout_s = 0: a time limit must be positive"):
         Watchdog(0, "search.timeout_s")

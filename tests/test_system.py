@@ -9,6 +9,7 @@ import running
 import tiny_config
 
 from stepsearch_jax import sharding
+from stepsearch_jax import system as system_module
 from stepsearch_jax.records import TurnStatus
 from stepsearch_jax.search.callback import MAX_QUERY_CHARACTERS, SearchCounts
 from stepsearch_jax.system import WATCHED_QUERIES, System, build_system, check_searches, process_rows
@@ -107,6 +108,16 @@ def test_a_long_query_is_cut_outside_episodes_too(config):
     system = build_system(config, ["train"], lambda queries: asked.extend(queries) or np.zeros((len(queries), 1), np.int32))
     system.search_documents(["a", "b" * (MAX_QUERY_CHARACTERS + 1)])
     assert asked == ["a", "b" * MAX_QUERY_CHARACTERS]
+
+
+def test_requests_to_a_server_renew_the_time_of_a_search(config, system, monkeypatch):
+    """So that many of them, one after the other, may take longer than config.search.timeout_s."""
+    opened = []
+    monkeypatch.setattr(system_module, "open_remote", lambda *arguments: opened.append(arguments) or types.SimpleNamespace(describe=system.retrieval.get))
+    remote = config.copy_and_resolve_references()
+    remote.search.kind, remote.search.attempts = "remote", 1
+    callback = build_system(remote, ["train"]).search
+    assert opened[0][-1] == callback._watchdog.renew
 
 
 def test_a_search_that_fails_outside_episodes_is_named(config):

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -55,15 +55,16 @@ class RemoteIndex:
     """N documents that a server searches. May be searched from several threads at once.
 
     documents: the same ones, here; corpus: their hash. attempt_s: time for one attempt's connection and again for its answer; attempts: before a search has
-    failed; backoff_s: longest first pause between two, doubled each time; batch: queries in one request. Raises ValueError for an address that is none, and
-    for numbers that are too small.
+    failed; backoff_s: longest first pause between two, doubled each time; batch: queries in one request. ended: is called whenever a request is answered or
+    given up. Raises ValueError for an address that is none, and for numbers that are too small.
     """
 
-    def __init__(self, url: str, documents: Sequence[Document], corpus: str, attempt_s: float, attempts: int, backoff_s: float, batch: int):
+    def __init__(self, url: str, documents: Sequence[Document], corpus: str, attempt_s: float, attempts: int, backoff_s: float, batch: int,
+                 ended: Callable[[], None] = lambda: None):
         if not (attempt_s > 0 and attempts >= 1 and backoff_s >= 0 and batch >= 1):
             raise ValueError(f"config.search.attempt_s={attempt_s} must be more than 0, attempts={attempts} and batch={batch} at least 1, and "
                              f"backoff_s={backoff_s} at least 0")
-        self._url, self._documents = read_address(url), documents
+        self._url, self._documents, self._ended = read_address(url), documents, ended
         self._attempt_s, self._attempts, self._backoff_s, self._batch = attempt_s, attempts, backoff_s, batch
         self._http = limit_connections(urllib3.PoolManager(maxsize=_AT_ONCE, retries=False))
         self._threads = ThreadPoolExecutor(_AT_ONCE, "remote search")
@@ -135,6 +136,8 @@ class RemoteIndex:
             answer = self._repeat("POST", "/retrieve", body)
         except _RefusedError as refusal:
             return str(refusal)
+        finally:
+            self._ended()
         self._read_manifest(answer.get("manifest") if isinstance(answer, dict) else None)
         ids, scores = np.full((len(queries), k), -1, np.int32), np.zeros((len(queries), k), np.float32)
         try:
@@ -190,8 +193,9 @@ class RemoteIndex:
             raise ValueError(f"the answer of {self._url} is not JSON ({error}): {raw[:200].decode(errors='replace')!r}") from None
 
 
-def open_remote(url: str, documents: Sequence[Document], corpus: str, attempt_s: float, attempts: int, backoff_s: float, batch: int) -> RemoteIndex:
+def open_remote(url: str, documents: Sequence[Document], corpus: str, attempt_s: float, attempts: int, backoff_s: float, batch: int,
+                ended: Callable[[], None] = lambda: None) -> RemoteIndex:
     """A `RemoteIndex` whose server has been asked what it holds. Raises ValueError as that does."""
-    index = RemoteIndex(url, documents, corpus, attempt_s, attempts, backoff_s, batch)
+    index = RemoteIndex(url, documents, corpus, attempt_s, attempts, backoff_s, batch, ended)
     index.check()
     return index

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -64,6 +65,7 @@ class Watchdog:
         self._timeout_s = timeout_s
         self._name = name
         self._calls: dict[int, tuple[str, float]] = {}  # in the order of their starts
+        self._renewed = -math.inf
         _start_witness()
         threading.Thread(target=self._watch, name=f"watchdog of {name}", daemon=True).start()
 
@@ -79,12 +81,16 @@ class Watchdog:
             del self._calls[number]
             _tell_witness(str(number))
 
+    def renew(self) -> None:
+        """Something that is watched goes forward: the time of all calls begins anew."""
+        self._renewed = time.monotonic()
+
     def _watch(self) -> None:
         interval = min(1.0, self._timeout_s / 4)
         while True:
             time.sleep(interval)
             for what, start in list(self._calls.values()):
-                waited = time.monotonic() - start
+                waited = time.monotonic() - max(start, self._renewed)
                 if waited > self._timeout_s:
                     limit = f"limit: {self._name} = {self._timeout_s:g}"
                     _tell_witness("end")
