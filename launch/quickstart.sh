@@ -18,11 +18,13 @@ source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 variant= workdir= fresh=0 arguments=()
 for argument in "$@"; do
   case $argument in
-    -h | --help) sed -n '2,/^set /{s/^# \{0,1\}//;/^set /!p;}' launch/quickstart.sh; exit ;;
+    -h | --help) print_help launch/quickstart.sh; exit ;;
     --fresh) fresh=1 ;;
     --workdir=?*) workdir=${argument#--workdir=} ;;
     --config.*=*) arguments+=("$argument") ;;
-    [a-z]*) variant=$argument ;;
+    anew | continued | shuffled | one_search)
+      if [[ -n $variant ]]; then echo "quickstart.sh takes one variant, not $variant and $argument" >&2; exit 2; fi
+      variant=$argument ;;
     *) echo "quickstart.sh does not know the argument $argument; see bash launch/quickstart.sh --help" >&2; exit 2 ;;
   esac
 done

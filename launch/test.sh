@@ -9,6 +9,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then print_help launch/test.sh; exit; fi
 if [[ ${SLOW:-} != 1 ]]; then unset SLOW; fi  # pytest reads it; anything but 1 means no
 use_venv requirements.txt requirements-test.txt
 run .venv/bin/python -m ruff check --quiet --output-format=concise .

@@ -1,7 +1,10 @@
-# Sourced by the launch scripts: puts them into the repository's root, and holds the virtual environment and the dry run that they share.
+# Sourced by the launch scripts: puts them into the repository's root, and holds the help, the virtual environment and the dry run that they share.
 
 unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+# Prints the header of a script, without its comment signs.
+print_help() { sed -n '2,/^set /{s/^# \{0,1\}//;/^set /!p;}' "$1"; }
 
 # Runs a command; with DRY_RUN=1 prints it instead.
 run() {

@@ -4,7 +4,7 @@
 
 The programs are those of `train.py`: the rollout with its search callback, the scoring passes, the update, and the copy of the parameters for the rollout.
 Nothing is read but the config: no data, no weights. It ends with status 0 if the run fits the chips' memory, 1 if not, or if something is wrong with the
-config, which it says in one line. Needs libtpu: pip install -r requirements-tpu.txt
+config, which it says in one line. Needs libtpu, best in an environment of its own: pip install -r requirements.txt -r requirements-tpu.txt
 """
 from __future__ import annotations
 

@@ -32,8 +32,9 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def shared_data() -> pathlib.Path:
-    """The folder with real data sets; tests that need it are skipped, by name, where it is missing."""
-    path = REPO.parent / "shared" / "data"
+    """The folder with real data sets, by their names in `data.kind` and more: $STEPSEARCH_DATA, or shared/data beside the repository. Tests that need it are
+    skipped where it is missing."""
+    path = pathlib.Path(os.environ.get("STEPSEARCH_DATA", REPO.parent / "shared/data"))
     if not path.is_dir():
-        pytest.skip(f"real data not found at {path}")
+        pytest.skip(f"real data not found at {path}: name its folder with STEPSEARCH_DATA")
     return path

@@ -1,4 +1,4 @@
-"""The launch scripts with a fake Python, and the README against the tree, the commands, the keys and the loop that it speaks of."""
+"""The launch scripts with a fake Python, and the README against the tree, the defaults and the loop that it speaks of."""
 import ast
 import os
 import pathlib
@@ -8,10 +8,10 @@ import stat
 import subprocess
 import sys
 
-import ml_collections
 import pytest
 
 from configs import base
+from configs.atlas_quickstart import VARIANTS
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
 README = (REPO / "README.md").read_text()
@@ -196,8 +196,20 @@ def test_quickstart_explains_itself_and_refuses_what_it_does_not_know(clone):
     done = clone.run("launch/quickstart.sh", "--help", PYTHON="/no/such/python")
     assert done.returncode == 0 and all(word in done.stdout for word in ("--fresh", "--workdir", "DRY_RUN", "--config.seed=1"))
     assert "pipefail" not in done.stdout and "#" not in done.stdout
-    done = clone.run("launch/quickstart.sh", "--sede=1")
-    assert done.returncode != 0 and "--sede=1" in done.stderr and clone.take_log() == []
+    for arguments in (["--sede=1"], ["bogus"], ["seed=1"], ["continued", "shuffled"]):
+        done = clone.run("launch/quickstart.sh", *arguments)
+        assert done.returncode == 2 and arguments[-1] in done.stderr and clone.take_log() == []
+
+
+def test_quickstart_knows_the_variants_of_its_config(clone):
+    for variant in VARIANTS:
+        done = clone.run("launch/quickstart.sh", *[variant] * bool(variant), DRY_RUN="1")
+        assert f"--config=configs/atlas_quickstart.py{':' * bool(variant)}{variant} " in done.stdout
+
+
+def test_test_script_explains_itself(clone):
+    done = clone.run("launch/test.sh", "--help", PYTHON="/no/such/python")
+    assert done.returncode == 0 and "SLOW=1" in done.stdout and "pipefail" not in done.stdout and clone.take_log() == []
 
 
 # --- the README
@@ -227,22 +239,6 @@ def test_every_module_config_and_script_is_in_the_tree():
     assert len(files) > 40
     named = list_tree()
     assert [name for path in files if path.name != "__init__.py" and (name := str(path.relative_to(REPO))) not in named] == []
-
-
-def test_every_command_config_and_key_of_the_readme_exists():
-    for module in re.findall(r"python -m (stepsearch_jax\.\w+)", README):
-        assert '__name__ == "__main__"' in (REPO / module.replace(".", "/")).with_suffix(".py").read_text(), module
-    for path in re.findall(r"(?:configs|launch)/\w+\.(?:py|sh)", README):
-        assert (REPO / path).is_file(), path
-    config = base.get_config()
-    keys = re.findall(r"--config\.([a-z][\w.]*)=", README)
-    keys += [key for key in re.findall(r"`([a-z]\w*\.[a-z]\w*)`", README) if key.split(".")[0] in config and not key.endswith(".json")]
-    assert len(keys) > 20
-    for key in keys:
-        section = config
-        for name in key.split("."):
-            assert isinstance(section, ml_collections.ConfigDict) and name in section, key
-            section = section[name]
 
 
 def test_differences_name_the_defaults():

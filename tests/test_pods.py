@@ -48,6 +48,13 @@ def test_missing_names_are_named(script, cloud):
     assert cloud.take_calls() == []
 
 
+@pytest.mark.parametrize("arguments", [(), ("train",), ("train", "attempt-1"), ("copy", "gs://b/x"), ("stop",), ("instal",)])
+def test_host_shows_its_help_where_arguments_lack(arguments, tmp_path):
+    environment = os.environ | {"HOME": str(tmp_path)}
+    done = subprocess.run(["bash", REPO / "launch/pod/host.sh", *arguments], env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (2, "") and done.stdout.startswith("What the pod scripts run on every host")
+
+
 # --- create and delete
 
 

@@ -220,6 +220,16 @@ def test_unknown_slices_are_refused_with_those_that_work(name):
         describe_slice(name)
 
 
+def test_a_missing_libtpu_is_told_with_what_brings_it(monkeypatch):
+    def refuse(**_):
+        raise RuntimeError("no libtpu")
+
+    monkeypatch.setattr(chips.topologies, "get_topology_desc", refuse)
+    monkeypatch.setattr(chips.os, "environ", dict(os.environ))
+    with pytest.raises(ValueError, match="no libtpu .*pip install -r requirements.txt -r requirements-tpu.txt"):
+        describe_slice("v5e:4x4")
+
+
 @pytest.mark.parametrize("change,complaint", [
     ({"model.vocab_size": 0}, "model.vocab_size is 0.*embedding"),
     ({"rollout.search": "host"}, "rollout.search is 'host'"),

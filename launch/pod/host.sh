@@ -14,8 +14,8 @@ place=$HOME/.stepsearch-training  # of the training on this host: attempt, comma
 
 running() { [[ -f $place/pid ]] && kill -0 "$(cat "$place/pid")" 2>/dev/null; }
 
-case ${1:-} in
-  install)
+case ${1:-}:$# in
+  install:1)
     if ! find_python >/dev/null 2>&1; then  # the TPU images come with Python 3.10
       run python3 -m pip install --quiet --user uv
       run python3 -m uv python install --quiet 3.12
@@ -23,11 +23,11 @@ case ${1:-} in
     fi
     use_venv requirements.txt requirements-tpu.txt
     ;;
-  copy)
+  copy:3)
     run mkdir -p "$3"
     run gcloud storage rsync --recursive "$2" "$3"
     ;;
-  train)
+  train:[3-9] | train:[1-9][0-9])
     attempt=$2
     shift 2
     printf -v command '%q ' "$@"
@@ -51,7 +51,7 @@ case ${1:-} in
     tail -n +1 -f -s 0.2 --pid="$(cat "$place/pid")" "$place/log"
     exit "$(cat "$place/status" 2>/dev/null || echo 137)"  # no status: the shell around it was killed, too
     ;;
-  stop)
+  stop:2)
     if running; then
       pid=$(cat "$place/pid")
       kill -TERM -- "-$pid" 2>/dev/null || true
@@ -63,7 +63,7 @@ case ${1:-} in
     fi
     ;;
   *)
-    sed -n '2,/^set /{s/^# \{0,1\}//;/^set /!p;}' launch/pod/host.sh
+    print_help launch/pod/host.sh
     if [[ ${1:-} != -h && ${1:-} != --help ]]; then exit 2; fi
     ;;
 esac

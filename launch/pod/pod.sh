@@ -4,9 +4,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/../venv.sh"
 
 HOST_FOLDER=stepsearch  # the repository on every host, in the home folder
 
-# Prints the header of a script, without its comment signs.
-print_help() { sed -n '2,/^set /{s/^# \{0,1\}//;/^set /!p;}' "$1"; }
-
 # Ends the script unless every named variable has a value.
 require() {
   local variable meaning
