@@ -4,9 +4,12 @@
         --config.data.path=FOLDER --config.prompt.tokenizer=FOLDER
 
 data.path: a folder with the official files, train and validation as .jsonl or .jsonl.gz, and optionally corpus.jsonl(.gz); prompt.tokenizer: a folder with
-Qwen2.5's tokenizer.json(.gz), which `hf download Qwen/Qwen2.5-0.5B tokenizer.json --local-dir data/tokenizer_qwen2_5` fetches. A short
-imitation teaches the form of a search, no more: the policy will not answer well.
+Qwen2.5's tokenizer.json(.gz), which `hf download Qwen/Qwen2.5-0.5B tokenizer.json --local-dir data/tokenizer_qwen2_5` fetches. Without the two flags they are
+`musique` and `tokenizer_qwen2_5` in the folder that STEPSEARCH_DATA names. A short imitation teaches the form of a search, no more: the policy will not answer
+well.
 """
+import os
+
 import ml_collections
 
 from configs import base
@@ -17,8 +20,9 @@ def get_config() -> ml_collections.ConfigDict:
     c.iterations = 5
 
     c.data.kind = "musique"
-    c.data.path = "data/musique"
-    c.prompt.tokenizer = "data/tokenizer_qwen2_5"
+    folder = os.environ.get("STEPSEARCH_DATA", "../shared/data")
+    c.data.path = f"{folder}/musique"
+    c.prompt.tokenizer = f"{folder}/tokenizer_qwen2_5"
     c.prompt.template = "short"
     c.prompt.max_prompt_tokens = 96
 

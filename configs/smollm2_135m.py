@@ -12,6 +12,8 @@ configs/musique_tiny.py. Written for one GPU or TPU chip with 16 GB or more. On 
 
 The cold start imitates a searcher that asks the gold sub-questions one after another, which teaches the form; what the policy searches for is left to RL.
 """
+import os
+
 import ml_collections
 
 from configs import base
@@ -21,7 +23,7 @@ def get_config() -> ml_collections.ConfigDict:
     c = base.get_config()
     c.iterations = 100
 
-    c.data.path = "data/musique"
+    c.data.path = f"{os.environ.get('STEPSEARCH_DATA', '../shared/data')}/musique"
     c.prompt.tokenizer = c.model.checkpoint = "SmolLM2-135M-Instruct.Q4_1.gguf"
     c.prompt.template = "short"
     c.prompt.max_prompt_tokens = 128

@@ -45,7 +45,6 @@ def test_config_loads_and_changes_only_keys_of_base(path):
         own = list_keys(config)
         assert sorted(own.keys() ^ known.keys()) == []
         assert [key for key in own if type(own[key]) is not type(known[key])] == []
-        assert [key for key, value in own.items() if isinstance(value, str) and value.startswith(("..", "/"))] == [], "a path outside the repository"
 
 
 def check(config: ml_collections.ConfigDict) -> None:
