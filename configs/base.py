@@ -107,7 +107,7 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     m.head_dim = 128  # width of a head
     m.ffn_dim = 11008  # hidden width of the SwiGLU layers
     m.rope_theta = 1e6  # base of the rotary positions' wavelengths
-    # Lower frequencies for longer contexts (models/transformer.py:RopeScaling). kind: none | linear | llama3 | yarn; slow, fast: its low_freq_factor and
+    # Lower frequencies for longer contexts (models/architecture.py:RopeScaling). kind: none | linear | llama3 | yarn; slow, fast: its low_freq_factor and
     # high_freq_factor (llama3), or beta_slow and beta_fast (yarn).
     m.rope_scaling = ml_collections.ConfigDict(
         dict(kind="none", factor=1.0, original_context=32768, slow=1.0, fast=32.0, attention_factor=1.0))

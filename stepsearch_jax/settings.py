@@ -9,7 +9,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from stepsearch_jax import sharding
-from stepsearch_jax.models.transformer import ModelConfig, RopeScaling
+from stepsearch_jax.models.architecture import ModelConfig, RopeScaling
 from stepsearch_jax.rl.advantages import CRITIC_ESTIMATORS, GROUP_ESTIMATORS, uses_critic
 from stepsearch_jax.rl.learner import LearnerSettings, make_optimizer
 from stepsearch_jax.rollout.episode import RolloutSettings

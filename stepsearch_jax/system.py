@@ -17,9 +17,9 @@ from stepsearch_jax.data import atlas_grammar
 from stepsearch_jax.data.loading import Source, load_source, open_source
 from stepsearch_jax.data.schema import encode_question
 from stepsearch_jax.dense import DenseIndex, build_dense_index, load_text_encoder
+from stepsearch_jax.models.architecture import ModelConfig
 from stepsearch_jax.models.huggingface import open_checkpoint
 from stepsearch_jax.models.stored import StoredModel, check_architecture
-from stepsearch_jax.models.transformer import ModelConfig
 from stepsearch_jax.prompting.tags import decode_query, make_tag_automaton
 from stepsearch_jax.prompting.templates import encode_environment, render_document, render_prompt
 from stepsearch_jax.prompting.tokenizers import Tokenizer, load_tokenizer

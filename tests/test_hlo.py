@@ -155,7 +155,7 @@ def write_by_mask(cache, k, v, layer, rows, positions):
     return cache.replace(k=build(cache.k.swapaxes(-1, -2), k).swapaxes(-1, -2), v=build(cache.v, v))
 
 
-@pytest.mark.parametrize("name,fault", [("attend_cached", attend_whole_layer), ("_write", write_by_mask)])
+@pytest.mark.parametrize("name,fault", [("attend_cached", attend_whole_layer), ("write_cache", write_by_mask)])
 def test_detector_sees_copies_in_the_program(monkeypatch, name, fault):
     monkeypatch.setattr(transformer, name, fault)
     computations, loop = compile_rollout()

@@ -13,7 +13,8 @@ import tiny
 
 from configs import base
 from stepsearch_jax import sharding
-from stepsearch_jax.models.transformer import Policy, RopeScaling, Value
+from stepsearch_jax.models.architecture import RopeScaling
+from stepsearch_jax.models.transformer import Policy, Value
 from stepsearch_jax.rl import learner
 from stepsearch_jax.settings import learner_settings
 

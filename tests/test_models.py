@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import tiny
 
-from stepsearch_jax.models import scoring, transformer
-from stepsearch_jax.models.transformer import ModelConfig, Policy, Value, make_cache
+from stepsearch_jax.models import attention, scoring, transformer
+from stepsearch_jax.models.architecture import ModelConfig
+from stepsearch_jax.models.attention import make_cache
+from stepsearch_jax.models.transformer import Policy, Value
 from stepsearch_jax.sharding import make_mesh
 
 CONFIG = ModelConfig(vocab_size=22, num_layers=2, embed_dim=12, num_heads=6, num_kv_heads=2, head_dim=4, ffn_dim=20, rope_theta=1e4,
@@ -127,11 +129,11 @@ def test_causal_attention_in_blocks(monkeypatch):
     expected, gradients = attend_plainly(q, k, v), []
 
     def objective(q, k, v):
-        out = transformer.attend_causal(q, k, v, None)
+        out = attention.attend_causal(q, k, v, None)
         return jnp.sin(out).sum(), out
 
     for block in (512, 3, 5):
-        monkeypatch.setattr(transformer, "ATTENTION_QUERY_BLOCK", block)
+        monkeypatch.setattr(attention, "ATTENTION_QUERY_BLOCK", block)
         gradient, out = jax.jit(lambda *a: jax.grad(objective, argnums=(0, 1, 2), has_aux=True)(*a))(q, k, v)
         np.testing.assert_allclose(out, expected, atol=1e-5)
         gradients.append(gradient)
@@ -296,7 +298,7 @@ def test_score_tokens_in_chunks(monkeypatch):
 @pytest.mark.parametrize("block", [512, 4])
 def test_score_answers_equals_one_forward_an_answer(monkeypatch, block):
     """Against a forward pass of its own for every beginning with the answer behind it; blocks of 4 queries do not divide the 10 + 3 x 5 tokens."""
-    monkeypatch.setattr(transformer, "ATTENTION_QUERY_BLOCK", block)
+    monkeypatch.setattr(attention, "ATTENTION_QUERY_BLOCK", block)
     policy, rng = Policy(CONFIG), np.random.default_rng(5)
     params = make_params(policy)
     seen = np.array([[2, 5, 10], [1, 1, 9], [3, 7, 8]], np.int32)

@@ -12,8 +12,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from stepsearch_jax import sharding
+from stepsearch_jax.models.architecture import ModelConfig
 from stepsearch_jax.models.scoring import score_tokens, score_values
-from stepsearch_jax.models.transformer import ModelConfig, Policy, Value
+from stepsearch_jax.models.transformer import Policy, Value
 from stepsearch_jax.prompting.tags import make_tag_automaton
 from stepsearch_jax.records import TurnStatus
 from stepsearch_jax.rollout.episode import Environment, Prompts, RolloutSettings

@@ -33,7 +33,8 @@ from stepsearch_jax import sharding
 from stepsearch_jax.benchmarks import roofline, sample_model
 from stepsearch_jax.benchmarks.peers.process import Peer
 from stepsearch_jax.benchmarks.timing import alternate, time_call
-from stepsearch_jax.models.transformer import ModelConfig, Policy
+from stepsearch_jax.models.architecture import ModelConfig
+from stepsearch_jax.models.transformer import Policy
 from stepsearch_jax.records import TurnStatus
 from stepsearch_jax.rollout.episode import Environment, Prompts, RolloutSettings
 from stepsearch_jax.rollout.programs import make_rollout, make_rollout_copy

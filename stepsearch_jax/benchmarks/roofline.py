@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from stepsearch_jax.models.transformer import ModelConfig
+from stepsearch_jax.models.architecture import ModelConfig
 
 MEASURE_SECONDS = 0.3  # how long each rate is measured
 COPIES = 32  # in one program

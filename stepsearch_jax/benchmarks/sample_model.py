@@ -10,7 +10,8 @@ import ml_collections
 import numpy as np
 
 from stepsearch_jax import sharding
-from stepsearch_jax.models.transformer import ModelConfig, Policy
+from stepsearch_jax.models.architecture import ModelConfig
+from stepsearch_jax.models.transformer import Policy
 from stepsearch_jax.settings import check_config, describe_models
 
 MODEL = ModelConfig(vocab_size=8192, num_layers=4, embed_dim=256, num_heads=4, num_kv_heads=2, head_dim=64, ffn_dim=1024, rope_theta=1e6,

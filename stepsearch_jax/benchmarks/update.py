@@ -27,7 +27,8 @@ from stepsearch_jax.benchmarks import roofline, sample_model
 from stepsearch_jax.benchmarks.peers.process import Peer
 from stepsearch_jax.benchmarks.rollout import CONFIGURED, Case, Inputs, find_logits, make_run, start
 from stepsearch_jax.benchmarks.timing import alternate, time_call
-from stepsearch_jax.models.transformer import ModelConfig, Policy, Value
+from stepsearch_jax.models.architecture import ModelConfig
+from stepsearch_jax.models.transformer import Policy, Value
 from stepsearch_jax.rl import learner
 from stepsearch_jax.types import Batch, ModelState, TrainState
 

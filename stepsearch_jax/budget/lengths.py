@@ -35,7 +35,7 @@ class Rollout:
         return self.prompt + self.sampled + self.observed
 
     def trips(self, functions: tuple[str, ...]) -> float:
-        """How often a loop runs that was written in these functions of `rollout/episode.py` and `models/transformer.py`, innermost first.
+        """How often a loop runs that was written in these functions of `rollout/episode.py` and `models/attention.py`, innermost first.
 
         Raises ValueError for a loop that the rollout is not known to have.
         """

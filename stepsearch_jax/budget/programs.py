@@ -15,7 +15,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stepsearch_jax import sharding
 from stepsearch_jax.budget.lengths import Rollout
-from stepsearch_jax.models.transformer import Policy, Value, make_cache
+from stepsearch_jax.models.attention import make_cache
+from stepsearch_jax.models.transformer import Policy, Value
 from stepsearch_jax.prompting.tags import make_tag_automaton
 from stepsearch_jax.prompting.templates import encode_environment
 from stepsearch_jax.rl import learner

@@ -4,7 +4,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from stepsearch_jax.models.transformer import Branches, Policy, Value
+from stepsearch_jax.models.attention import Branches
+from stepsearch_jax.models.transformer import Policy, Value
 from stepsearch_jax.sharding import spread_rows
 
 # Float32 logits held at once, for each device of the mesh: 80 MiB. Each chunk reads the output table, which a mesh gathers for it, and adds to its gradient.

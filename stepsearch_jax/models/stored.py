@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from stepsearch_jax.models.transformer import ModelConfig, rotary_frequencies
+from stepsearch_jax.models.architecture import ModelConfig
+from stepsearch_jax.models.attention import rotary_frequencies
 
 TIED_DISTANCE = 0.1  # tables of one model that were rounded differently are closer than this share of their norm
 FAULTS_TOLD = 8  # of a checkpoint that does not fit; the rest are counted

@@ -10,8 +10,9 @@ import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from stepsearch_jax.masking import masked_mean
+from stepsearch_jax.models.architecture import ModelConfig
 from stepsearch_jax.models.scoring import examine_tokens, score_tokens
-from stepsearch_jax.models.transformer import ModelConfig, Policy
+from stepsearch_jax.models.transformer import Policy
 from stepsearch_jax.rl.learner import join_rows, split_rows
 from stepsearch_jax.types import ModelState
 

@@ -16,8 +16,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stepsearch_jax import sharding
 from stepsearch_jax.masking import masked_mean, masked_var
+from stepsearch_jax.models.architecture import ModelConfig
 from stepsearch_jax.models.scoring import score_answers, score_tokens, score_values
-from stepsearch_jax.models.transformer import ModelConfig, Policy, Value
+from stepsearch_jax.models.transformer import Policy, Value
 from stepsearch_jax.rl.advantages import adapt_kl_coef, stepwise_advantages, uses_critic
 from stepsearch_jax.rl.losses import entropy_bonus, kl_loss, loss_normalizer, policy_loss, value_loss
 from stepsearch_jax.types import Batch, ModelState, TrainState, Trajectory

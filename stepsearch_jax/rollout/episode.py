@@ -17,7 +17,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from stepsearch_jax.models.transformer import KVCache, Policy, make_cache
+from stepsearch_jax.models.attention import KVCache, make_cache
+from stepsearch_jax.models.transformer import Policy
 from stepsearch_jax.records import TurnStatus
 from stepsearch_jax.rollout.sampling import sample
 

@@ -17,7 +17,9 @@ import numpy as np
 from jax.experimental import io_callback
 from jax.sharding import Mesh, PartitionSpec
 
-from stepsearch_jax.models.transformer import KVCache, ModelConfig, Policy
+from stepsearch_jax.models.architecture import ModelConfig
+from stepsearch_jax.models.attention import KVCache
+from stepsearch_jax.models.transformer import Policy
 from stepsearch_jax.rollout import episode
 from stepsearch_jax.rollout.episode import EpisodeState, Observations, Prompts, Record, RolloutSettings
 from stepsearch_jax.sharding import ROWS, row_shards, rows_from_mesh, rows_to_mesh

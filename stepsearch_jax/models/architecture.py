@@ -1,0 +1,56 @@
+"""The sizes of a model, and how a device holds it."""
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies f are lowered to f / factor, so that a model reads texts longer than those it was first trained on.
+
+    kind: "linear" lowers all of them (Chen et al. 2023). "llama3" (Llama 3.1) and "yarn" (Peng et al. 2023) lower those that turn fewer than `slow` times in
+    `original_context` tokens, keep those that turn more than `fast` times, and mix in between: llama3 linearly in the number of turns, yarn linearly in the
+    index of the frequency, from the last whole index before to the first behind. Queries and keys are multiplied by `attention_factor`.
+    """
+
+    kind: str
+    factor: float
+    original_context: int
+    slow: float
+    fast: float
+    attention_factor: float
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of a model, and how a device holds it, which `place_on` sets: `tensor_axis` names the mesh axis over which it holds a slice (None: everything),
+    `cache_by_token` is the layout of its `KVCache`."""
+
+    vocab_size: int
+    num_layers: int
+    embed_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_dim: int
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    norm_eps: float
+    qkv_bias: bool
+    qk_norm: bool  # RMSNorm over each head of queries and keys, before the rotation
+    tie_embeddings: bool
+    dtype: jnp.dtype
+    remat: str  # what the backward pass computes again: "none", or a key of REMAT
+    attention_block: int  # cache positions read at a time when sampling
+    tensor_axis: str | None = None
+    cache_by_token: bool = False
+
+    def place_on(self, mesh: Mesh) -> ModelConfig:
+        """The config of what one device of the mesh samples with: an equal slice over mesh axis `tensor`, whose modules sum over that axis."""
+        shards, by_token = mesh.shape["tensor"], mesh.devices.flat[0].platform == "tpu"
+        return dataclasses.replace(
+            self, vocab_size=self.vocab_size // shards, num_heads=self.num_heads // shards, num_kv_heads=self.num_kv_heads // shards,
+            ffn_dim=self.ffn_dim // shards, tensor_axis="tensor" if shards > 1 else None, cache_by_token=by_token)
