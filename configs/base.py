@@ -190,7 +190,7 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
         c[name] = o = ml_collections.ConfigDict()
         o.optimizer = "adamw"  # adamw | sgd
         o.learning_rate = learning_rate  # after the warm-up
-        o.warmup = warmup  # share of the iterations, of those with which the run began; then constant
+        o.warmup = warmup  # share of the iterations with which the run began; then constant
         o.b1 = 0.9  # AdamW: decay of the mean gradient
         o.b2 = 0.999  # AdamW: decay of the mean squared gradient
         o.weight_decay = 0.01  # AdamW

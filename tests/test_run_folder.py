@@ -157,7 +157,8 @@ def test_keys_of_another_version_do_not_count(run):
     old = json.loads((folder / "config.json").read_text())
     old["rl"]["gone"] = old["rl"].pop("gamma")
     (folder / "config.json").write_text(json.dumps(old))
-    check_resumable(folder, config, DATA)
+    (folder / "begun.json").unlink()
+    assert check_resumable(folder, config, DATA) == {"iterations": 2, "data": DATA}
 
 
 def test_difference_in_words():

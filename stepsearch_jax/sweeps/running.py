@@ -20,7 +20,10 @@ _POLL_SECONDS = 0.2
 
 
 def is_finished(point: Point, workdir: pathlib.Path) -> bool:
-    """Whether the point's run is complete. Raises ValueError if its folder holds a run with another config, or something unreadable."""
+    """Whether the point's run is complete: training has written its evaluation.json, which nothing else does.
+
+    Raises ValueError if its folder holds a run with another config, or something unreadable.
+    """
     folder = workdir / POINTS / point.name
     config = read_json(folder / CONFIG_FILE)
     if config is not None and config != point.config:
