@@ -75,7 +75,7 @@ def score_episodes(
 
     answer_gate     strict: the paper's format gate (`passes_strict_gate`); ends_with_answer.
     format_failure  zero_answer: r_answer = 0, the key reward and the step rewards stay; minus_one.
-    Reference: the paper gates as the first of each. The released code asks only that the text ends with </answer>, and a failure makes the whole
+    Reference: the paper gates as the first of each. The released code asks only that the text ends with an answer, and a failure makes the whole
       reward -1: no key reward, no step rewards.
     Reference: step_scale is 1 in the paper; the released code means 0.6 and really adds 1.6 (it updates the row through a view of itself).
     Reference: gamma_key = 0.618 stands only in the released code.
