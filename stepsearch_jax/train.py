@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 
 from stepsearch_jax import measuring, sharding
 from stepsearch_jax.data.loading import question_rows
-from stepsearch_jax.metrics import MetricsWriter, progress
+from stepsearch_jax.metrics import MetricsWriter, check_workdir, progress
 from stepsearch_jax.rl import learner
 from stepsearch_jax.run_folder import check_resumable, remember_config
 from stepsearch_jax.settings import learner_settings, make_optimizers
@@ -33,6 +33,7 @@ logger = logging.getLogger("stepsearch_jax")
 def train(config, workdir: pathlib.Path, search=None) -> dict:
     """Runs (or resumes) the whole of a training run -> the contents of evaluation.json. `search`: see `build_system`."""
     # ---- The parts. Everything that can be wrong with the input is found here. -------------------------------------------------------------------
+    check_workdir(workdir)
     data_split, eval_split = config.data.train_split, config.evaluation.split
     held_out = [config.imitation.held_out_split] if config.imitation.phases else []
     system = build_system(config, list(dict.fromkeys((data_split, eval_split, *held_out))), search)
@@ -204,4 +205,4 @@ def dump_batch(workdir: pathlib.Path, iteration: int, batch) -> None:
 
 
 if __name__ == "__main__":
-    run_command(train)
+    run_command(train, again="the same command goes on from the last checkpoint")
