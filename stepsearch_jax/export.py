@@ -35,7 +35,8 @@ def check_target(folder: pathlib.Path, config) -> None:
     if not os.path.lexists(folder):
         return
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else {"no folder"}
-    if names and not ("config.json" in names and all((folder / name).is_file() and EXPORTED.fullmatch(name) for name in names)):
+    whole = "config.json" in names and any(name.endswith(".safetensors") for name in names)  # a run begins with a config.json, too
+    if names and not (whole and all((folder / name).is_file() and EXPORTED.fullmatch(name) for name in names)):
         raise ValueError(f"--folder={folder} is there and holds no earlier export, or more than that: choose another place, or remove it")
 
 

@@ -25,7 +25,7 @@ def test_a_bucket_is_no_folder():
 
 
 @pytest.mark.parametrize("files", [["notes.txt"], ["config.json", "start/_METADATA"], ["config.json", "model.safetensors", "notes.txt"],
-                                   ["config.json", "tokenizer.json/file"], ["model.safetensors"], None])
+                                   ["config.json", "tokenizer.json/file"], ["model.safetensors"], ["config.json"], None])
 def test_what_is_no_export_is_not_replaced(tmp_path, files, monkeypatch):
     folder, config = tmp_path / "there", tiny_config.get_config("")
     for name in files or ():
