@@ -2,8 +2,10 @@
 complete, in a bucket (gs://…) a last file marks it as complete."""
 from __future__ import annotations
 
+import contextlib
 import os
 import time
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -52,8 +54,10 @@ class Checkpoints:
         return bool(minutes) and bool(multihost_utils.broadcast_one_to_all(np.bool_(time.monotonic() - self._saved_at >= 60.0 * minutes)))
 
     def restore(self, number: int, like):
-        """The checkpoint, each leaf with shape, type and sharding of `like` (arrays or ShapeDtypeStructs)."""
-        state = self._manager.restore(number, args=ocp.args.StandardRestore(_abstract(like)))
+        """The checkpoint, each leaf with shape, type and sharding of `like` (arrays or ShapeDtypeStructs). Raises ValueError as `load_params` does."""
+        with _checked(self._folder / str(number) / "default", like, f"give the flags of the run, or remove {self._folder / str(number)}: the same command "
+                      "then goes on from the checkpoint before"):
+            state = self._manager.restore(number, args=ocp.args.StandardRestore(_abstract(like)))
         self._manager.reached_preemption(number)  # from where `keep_pace` counts on
         return state
 
@@ -75,12 +79,34 @@ def has_params(folder: os.PathLike) -> bool:
     return path.is_dir() and ocp.utils.is_checkpoint_finalized(path)
 
 
-def load_params(folder: os.PathLike, like):
-    """Parameters saved by `save_params`, with shape, type and sharding of `like`. Raises FileNotFoundError, or ValueError on other shapes."""
+def load_params(folder: os.PathLike, like, remedy: str):
+    """Parameters saved by `save_params`, with shape, type and sharding of `like`. Raises FileNotFoundError where there are none, and ValueError for those of
+    another model and for damaged ones. remedy: what the user can do then, for the message."""
     if not has_params(folder):
-        raise FileNotFoundError(f"there is no checkpoint at {folder}")
-    with ocp.StandardCheckpointer() as checkpointer:
+        raise FileNotFoundError(f"there is no checkpoint at {folder}: {remedy}")
+    with _checked(_absolute(folder), like, remedy), ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(_absolute(folder), _abstract(like))
+
+
+@contextlib.contextmanager
+def _checked(folder: epath.Path, like, remedy: str) -> Iterator[None]:
+    """Around reading `folder`: compares what it says to hold with `like` before, and tells of damage in one line (ValueError); orbax would fill pages."""
+    try:
+        there, here = (_shapes(tree) for tree in (ocp.StandardCheckpointHandler().metadata(folder).tree, like))
+        differing = [name for name in (*here, *there) if here.get(name) != there.get(name)]
+        if not differing:
+            yield
+            return
+    except (ValueError, LookupError, TypeError, OSError) as error:
+        raise ValueError(f"{folder} is damaged, or no checkpoint of this program ({type(error).__name__}: {' '.join(str(error).split())[:200]}): {remedy}"
+                         ) from error
+    name = differing[0]
+    raise ValueError(f"{folder} holds another model ({name} is {there.get(name, 'missing')} there, {here.get(name, 'missing')} here): {remedy}")
+
+
+def _shapes(tree) -> dict[str, tuple[int, ...]]:
+    """Name of each leaf -> its shape; equal for a tree and for what orbax stores of it, whatever its nodes are."""
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _absolute(folder: os.PathLike) -> epath.Path:

@@ -19,6 +19,7 @@ from functools import partial
 import jax
 
 from stepsearch_jax.measuring import evaluate_policy, write_results
+from stepsearch_jax.metrics import check_workdir
 from stepsearch_jax.run_folder import check_data, check_readable, remember_config
 from stepsearch_jax.startup import begin_run, bind_answer_gain, make_sampler, run_command
 from stepsearch_jax.system import build_system
@@ -27,6 +28,7 @@ from stepsearch_jax.tables import evaluate_datasets
 
 def evaluate_command(config, workdir: pathlib.Path) -> None:
     """The command: measures a run's first and newest policy."""
+    check_workdir(workdir)
     if config.evaluation.datasets:
         return evaluate_datasets(config, workdir)
     if not (workdir / "start").is_dir():

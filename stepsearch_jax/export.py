@@ -8,17 +8,36 @@ with are given here again.
 from __future__ import annotations
 
 import logging
+import operator
+import os
 import pathlib
+import re
 
 from absl import flags
 
-from stepsearch_jax.models.huggingface import export_policy
-from stepsearch_jax.prompting.tokenizers import list_tokenizer_files
+from stepsearch_jax.models.huggingface import INDEX, export_policy
+from stepsearch_jax.prompting.tokenizers import TOKENIZER_FILES, list_tokenizer_files
 from stepsearch_jax.run_folder import check_readable
 from stepsearch_jax.startup import begin_run, run_command
 from stepsearch_jax.system import build_system
 
 logger = logging.getLogger("stepsearch_jax")
+EXPORTED = re.compile("|".join([r"model(-\d{5}-of-\d{5})?\.safetensors", *map(re.escape, ("config.json", "generation_config.json", INDEX, *TOKENIZER_FILES))]))
+
+
+def check_target(folder: pathlib.Path, config) -> None:
+    """Raises ValueError for a folder that must not be replaced: anything that is there, but an empty folder, or an earlier export and nothing else."""
+    if folder.resolve() == pathlib.Path.cwd():
+        raise ValueError(f"--folder={folder} is the current folder, which would be replaced: name another place")
+    for key in ("model.checkpoint", "prompt.tokenizer"):
+        if folder.resolve() == pathlib.Path(operator.attrgetter(key)(config)).resolve():
+            raise ValueError(f"--folder={folder} is config.{key}, which would be replaced: name another place")
+    if not os.path.lexists(folder):
+        return
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {"no folder"}
+    whole = "config.json" in names and any(name.endswith(".safetensors") for name in names)  # a run begins with a config.json, too
+    if names and not (whole and all((folder / name).is_file() and EXPORTED.fullmatch(name) for name in names)):
+        raise ValueError(f"--folder={folder} is there and holds no earlier export, or more than that: choose another place, or remove it")
 
 
 def export(config, workdir: pathlib.Path, folder: pathlib.Path, dtype: str, shard_gib: float) -> None:
@@ -26,6 +45,7 @@ def export(config, workdir: pathlib.Path, folder: pathlib.Path, dtype: str, shar
     if not (workdir / "start").is_dir():
         raise FileNotFoundError(f"{workdir} holds no run (no start/): train one with python -m stepsearch_jax.train --config=… --workdir={workdir}")
     check_readable(workdir, config)
+    check_target(folder, config)
     system = build_system(config, [])
     state, _, _, _ = begin_run(system, workdir)
     tokenizer = system.tokenizer
@@ -36,7 +56,7 @@ def export(config, workdir: pathlib.Path, folder: pathlib.Path, dtype: str, shar
 
 def main() -> None:
     """The command."""
-    folder = flags.DEFINE_string("folder", None, "Folder to write; an earlier one is replaced", required=True)
+    folder = flags.DEFINE_string("folder", None, "Folder to write; an earlier export is replaced", required=True)
     flags.register_validator("folder", lambda path: "://" not in (path or ""), "it is written to a disk here; gcloud storage rsync brings it to a bucket")
     dtype = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16", "float16"], "Type of the written weights")
     shard_gib = flags.DEFINE_float("shard_gib", 4.0, "A larger model is written in several files of at most so many GiB", lower_bound=0.001)

@@ -61,6 +61,18 @@ def check_output(flag: str, path: str | pathlib.Path | None) -> None:
         raise OSError(f"--{flag}={path}: nothing can be written to that folder ({error.strerror}); name another one") from None
 
 
+def check_workdir(workdir: pathlib.Path) -> None:
+    """Raises OSError if --workdir is no folder that can be written, nor can become one; makes nothing. Buckets are not asked."""
+    if in_bucket(workdir):
+        return
+    nearest = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=nearest):
+            pass
+    except OSError as error:
+        raise OSError(f"--workdir={workdir}: nothing can be written to {nearest} ({error.strerror}); name another folder") from None
+
+
 def in_bucket(path: os.PathLike) -> bool:
     """Whether a path is a bucket's (gs://…), where files are written whole and never appended to."""
     return "://" in str(path)
@@ -209,6 +221,7 @@ def progress(work: Iterable | int, description: str) -> tqdm.tqdm:
 
     `bar.set_postfix(f1=0.41)` shows named metrics behind the bar. Where stderr is not a terminal, plain lines about 30 s apart replace the bar.
     """
+    description = description.removesuffix(":")  # tqdm puts its own behind it
     iterable, total = (None, work) if isinstance(work, int) else (work, None)
     if sys.stderr.isatty():
         return _Bar(iterable, total=total, desc=description, dynamic_ncols=True)

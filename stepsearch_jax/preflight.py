@@ -16,11 +16,11 @@ import sys
 import jax
 import ml_collections
 from absl import app, flags
-from ml_collections import config_flags
 
 from stepsearch_jax import sharding
 from stepsearch_jax.budget import hlo, lengths, programs, report, verdict
 from stepsearch_jax.budget.chips import Chip, describe_slice
+from stepsearch_jax.config_file import define_config
 from stepsearch_jax.metrics import check_output, write_json
 from stepsearch_jax.settings import rollout_settings
 from stepsearch_jax.startup import parse_flags, start_logging
@@ -76,7 +76,7 @@ def preflight(config: ml_collections.ConfigDict, topology: str, json: str) -> in
 
 
 def main() -> None:
-    config = config_flags.DEFINE_config_file("config", None, "configs/X.py, with an argument after a colon where the file takes one", lock_config=True)
+    config = define_config()
     topology = flags.DEFINE_string("topology", None, "Slice of TPUs: v5e:4x4, v5e:8x8, v5p:2x2x4, v6e:4x4, …")
     json = flags.DEFINE_string("json", "", "Also write the figures to this file")
     flags.mark_flags_as_required(["config", "topology"])

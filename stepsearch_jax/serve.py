@@ -20,7 +20,9 @@ import dataclasses
 import json
 import logging
 import pathlib
+import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -257,6 +259,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         listener = listen(options.host, options.port)
     except (ValueError, OSError) as error:
         raise SystemExit(f"stepsearch_jax: {error}") from error
+    except KeyboardInterrupt:
+        print("stepsearch_jax: interrupted; the same command begins anew with what is not kept", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
     count = len(engine.documents)
     print(f"serving {count} document{'s' * (count > 1)} at http://{options.host}:{options.port}", flush=True)
     with contextlib.suppress(KeyboardInterrupt):

@@ -9,7 +9,9 @@ import logging
 import os
 import pathlib
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 
 import jax
@@ -20,9 +22,9 @@ from absl import app, flags
 from absl import logging as absl_logging
 from etils import epath
 from jax.experimental import multihost_utils
-from ml_collections import config_flags
 
 from stepsearch_jax import checkpoint, sharding
+from stepsearch_jax.config_file import define_config
 from stepsearch_jax.models.transformer import Policy, Value
 from stepsearch_jax.rl import learner
 from stepsearch_jax.rollout.programs import make_rollout, make_rollout_copy
@@ -33,27 +35,30 @@ from stepsearch_jax.types import TrainState
 from stepsearch_jax.warm_start import warm_start
 
 logger = logging.getLogger("stepsearch_jax")
+flags.disclaim_key_flags()  # --workdir is the command's own, and stands in its --help
 
+GRACE_S = 5.0  # from Ctrl-C to the end at the latest
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
 
-def run_command(command: Callable) -> None:
-    """Parses --config and --workdir and calls command(config, workdir). Bad input ends it with one line instead of a traceback."""
-    config_flag = config_flags.DEFINE_config_file("config", None, "configs/X.py, with an argument after a colon where the file takes one", lock_config=True)
+def run_command(command: Callable, again: str = "the same command begins anew") -> None:
+    """Parses --config and --workdir and calls command(config, workdir). Bad input ends it with one line instead of a traceback.
+
+    again: what the same command does after an interruption, for the user.
+    """
+    config_flag = define_config()
     workdir_flag = flags.DEFINE_string("workdir", None, "Folder of the run, also gs://…; one that holds a checkpoint is resumed")
     flags.mark_flags_as_required(["config", "workdir"])
+    flags.register_validator("workdir", lambda folder: folder != "", "it names no folder")
 
-    app.run(lambda _: run_guarded(command, config_flag.value, epath.Path(workdir_flag.value)), flags_parser=parse_flags)
+    app.run(lambda _: run_guarded(command, config_flag.value, epath.Path(workdir_flag.value), again), flags_parser=parse_flags)
 
 
 def parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
-    """As absl does, with one line for a config that cannot be read or refuses its argument, for a key that it does not have, and for unknown flags."""
+    """As absl does, with one line for a config that cannot be read or refuses its argument, for a key that it does not have, and for unknown arguments."""
+    values.set_gnu_getopt()  # a stray argument does not hide the flags behind it
     try:
-        rest = values(argv)
-        values.config.keys()  # a config that could not be read says so when it is used
-        return rest
-    except OSError as error:
-        raise SystemExit(f"stepsearch_jax: {' '.join(str(error).split())}") from error
+        program, *stray = values(argv)
     except flags.Error as error:  # the config's own refusal stands at the end
         raise SystemExit(f"stepsearch_jax: {str(error).strip().splitlines()[-1]}") from error
     except (AttributeError, KeyError) as error:  # ml_collections names the missing part of the key only
@@ -62,38 +67,60 @@ def parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list
         if not unknown:
             raise
         raise SystemExit(f"stepsearch_jax: {unknown[0]}: the config has no such key; configs/base.py lists all of them") from error
+    if stray:
+        raise SystemExit(f"stepsearch_jax: unexpected argument {stray[0]}; write --config.key=value")
+    return [program]
 
 
 def read_config(parser: argparse.ArgumentParser, file: str, overrides: Sequence[str]) -> ml_collections.ConfigDict:
     """The config of --config=FILE with --config.key=value …; whatever else `overrides` holds is refused."""
     argv = [parser.prog, f"--config={file}", *overrides]
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values, sys_argv=argv)
-    spare = parse_flags(argv, values)[1:]
-    if spare:
-        parser.error(f"unrecognized arguments: {' '.join(spare)}")
+    define_config(values, argv)
+    parse_flags(argv, values)
     return values.config
 
 
-def run_guarded(command: Callable, config, workdir: pathlib.Path) -> None:
-    """Sets up logging, devices and processes and calls command(config, workdir). What a user can mend ends it with one line.
+def run_guarded(command: Callable, config, workdir: pathlib.Path, again: str = "the same command begins anew") -> None:
+    """Sets up logging, devices and processes and calls command(config, workdir). What a user can mend ends it with one line, and so does Ctrl-C.
 
     One process of several that fails ends at once, without waiting for the others, which then lose their connection to it and end as well.
     """
     start_logging()
+    interrupted = 128 + signal.SIGINT, f"interrupted; {again}"
+
+    def interrupt(*_) -> None:
+        timer = threading.Timer(GRACE_S, leave, interrupted)  # where the exception gets lost, as in functions that jax calls
+        timer.daemon = True
+        timer.start()
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # in the background it may be ignored
+        signal.signal(signal.SIGINT, interrupt)
     try:
         check_buckets(str(workdir), config.imitation.checkpoint)
         start_jax(config)
         command(config, workdir)
         multihost_utils.sync_global_devices("done")  # the first process writes the results, and the others must not leave it
+    except KeyboardInterrupt:
+        leave(*interrupted)
     except (ValueError, OSError, jax.errors.JaxRuntimeError) as error:
+        if "KeyboardInterrupt" in str(error):  # in a callback from the device
+            leave(*interrupted)
         if jax.process_count() > 1:
-            told = f"stepsearch_jax: process {jax.process_index()} of {jax.process_count()} ends: {error}"
-            os.write(2, f"{told} (when one dies, the others lose their connection: the log of the first to die says why)\n".encode())
-            os._exit(EXIT_CODE)
+            leave(EXIT_CODE, f"process {jax.process_index()} of {jax.process_count()} ends: {error} (when one dies, the others lose their connection: the log "
+                             "of the first to die says why)")
         if isinstance(error, jax.errors.JaxRuntimeError):
             raise
-        raise SystemExit(f"stepsearch_jax: {error}") from error
+        leave(1, str(error))
+
+
+def leave(status: int, told: str) -> None:
+    """Ends this process at once with one line, whatever the device and other threads are at: they would fill pages, or crash. A checkpoint that is just being
+    saved is not there then, and the one before is."""
+    sys.stdout.flush()
+    os.write(2, f"stepsearch_jax: {told}\n".encode())
+    os._exit(status)
 
 
 def check_buckets(*folders: str) -> None:
@@ -128,7 +155,11 @@ def start_jax(config) -> None:
     if d.processes != 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         named = dict(coordinator_address=d.coordinator, num_processes=d.processes, process_id=d.process_id) if d.coordinator else {}
-        jax.distributed.initialize(**named, heartbeat_timeout_seconds=d.heartbeat_s, shutdown_timeout_seconds=d.heartbeat_s)
+        try:
+            jax.distributed.initialize(**named, heartbeat_timeout_seconds=d.heartbeat_s, shutdown_timeout_seconds=d.heartbeat_s)
+        except ValueError as error:
+            raise ValueError(f"config.distributed.processes={d.processes} cannot be joined ({error}): set config.distributed.coordinator to HOST:PORT of "
+                             "the first and process_id to its number in each, or processes to 1") from error
     elif "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         os.environ["NPROC"] = "64"  # so many threads: what the CPU runtime takes for the number of cores
 

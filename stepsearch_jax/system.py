@@ -1,6 +1,7 @@
 """From a config to the parts that the commands put to work; everything that can be wrong with a config or its files is found here, before any compilation."""
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Callable, Sequence
@@ -113,7 +114,7 @@ def build_system(config: ml_collections.ConfigDict, splits: Sequence[str], searc
     # Texts: data set, corpus, index, tokenizer. All are kept under cache_dir and only made when they are not there yet: once a host.
     words = atlas_grammar.vocabulary() if p.tokenizer == "atlas" else []
     tokenizer = load_tokenizer(p.tokenizer, words)
-    with one_at_a_time(pathlib.Path(config.data.cache_dir)):
+    with lock_cache(config):
         source = load_source(config.data, s.bm25_k1, s.bm25_b)
         folder = locate_corpus(config, source)
         index = build_search_index(config, source.documents, folder, mesh.local_devices, watchdog.renew)
@@ -150,7 +151,8 @@ def build_system(config: ml_collections.ConfigDict, splits: Sequence[str], searc
     prepared = {}
     for name in splits:
         if name not in source.splits:
-            raise ValueError(f"the data set has no split {name!r}, only {', '.join(source.splits)}: change config.data or config.evaluation.split")
+            raise ValueError(f"the data set has no split {name!r}, only {', '.join(source.splits)}: change config.data, config.evaluation.split or "
+                             "config.evaluation.datasets")
         questions = list(source.splits[name])
         rendered = [render_prompt(p.template, question.question) for question in questions]
         answers = encode_answers(questions, tokenizer) if config.reward.step_reward == "answer_logprob" else None
@@ -183,10 +185,22 @@ def open_corpus(config: ml_collections.ConfigDict) -> tuple[Source, Bm25Index | 
     """The data set and the index of a config, without a model or its mesh: a dense index takes all devices here, the others none."""
     s = config.search
     check_settings(s.bm25_k1, s.bm25_b)
-    with one_at_a_time(pathlib.Path(config.data.cache_dir)):
+    with lock_cache(config):
         source = open_source(config.data, s.bm25_k1, s.bm25_b)
         devices = jax.local_devices() if s.kind == "dense" else ()
         return source, build_search_index(config, source.documents, locate_corpus(config, source), devices)
+
+
+def lock_cache(config: ml_collections.ConfigDict) -> contextlib.AbstractContextManager:
+    """Of the processes that share data.cache_dir, one at a time runs the body. Raises ValueError for one that is no folder, nor can become one."""
+    if not config.data.cache_dir:
+        raise ValueError("config.data.cache_dir is empty: name a folder for prepared data")
+    folder = pathlib.Path(config.data.cache_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"config.data.cache_dir={folder} cannot be made a folder ({error.strerror}): name another one") from error
+    return one_at_a_time(folder)
 
 
 def locate_corpus(config: ml_collections.ConfigDict, source: Source) -> pathlib.Path:

@@ -55,7 +55,7 @@ def parse_datasets(text: str, default_split: str) -> dict[str, tuple[str, str, s
 def configure(config: ml_collections.ConfigDict, kind: str, folder: str, split: str) -> ml_collections.ConfigDict:
     """The config with another data set in it."""
     config = ml_collections.ConfigDict(config.to_dict())  # not locked
-    config.data.kind, config.data.path, config.data.train_split, config.data.train_questions = kind, folder, split, 0
+    config.data.kind, config.data.path, config.data.train_split, config.data.train_questions = kind, folder, "", 0
     config.evaluation.split = split
     return config.lock()
 

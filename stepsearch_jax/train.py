@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 
 from stepsearch_jax import measuring, sharding
 from stepsearch_jax.data.loading import question_rows
-from stepsearch_jax.metrics import MetricsWriter, progress
+from stepsearch_jax.metrics import MetricsWriter, check_workdir, progress
 from stepsearch_jax.rl import learner
 from stepsearch_jax.run_folder import check_resumable, lock, remember_beginning, remember_config
 from stepsearch_jax.settings import check_sampling, learner_settings, make_optimizers
@@ -34,6 +34,7 @@ logger = logging.getLogger("stepsearch_jax")
 
 def train(config, workdir: pathlib.Path, search=None) -> dict:
     """Runs (or resumes) the whole of a training run -> the contents of evaluation.json. `search`: see `build_system`."""
+    check_workdir(workdir)
     check_sampling(config)
     held_out = [config.imitation.held_out_split] if config.imitation.phases else []
     system = build_system(config, list(dict.fromkeys((config.data.train_split, config.evaluation.split, *held_out))), search)
@@ -215,4 +216,4 @@ def dump_batch(workdir: pathlib.Path, iteration: int, batch) -> None:
 
 
 if __name__ == "__main__":
-    run_command(train)
+    run_command(train, again="the same command goes on from the last checkpoint")

@@ -41,9 +41,10 @@ def warm_start(system: System, like, specs, key: jax.Array, workdir: pathlib.Pat
     """
     i, start, model = system.config.imitation, workdir / "start", system.learner_model
     if checkpoint.has_params(start):
-        return checkpoint.load_params(start, like)
+        return checkpoint.load_params(start, like, f"give the flags of the run, or remove {start}: the same command then makes it again")
     if i.checkpoint:
-        params = checkpoint.load_params(find_checkpoint(i.checkpoint), like)
+        remedy = "must name parameters of this config's model, or be empty; configs/atlas_quickstart.py:anew makes those of the quickstart again"
+        params = checkpoint.load_params(find_checkpoint(i.checkpoint), like, f"imitation.checkpoint={i.checkpoint} {remedy}")
     elif system.stored is not None:
         logger.info("reading %s", system.stored.path)
         params = load_policy(system.stored, model, like)

@@ -33,6 +33,34 @@ def run_pace(folder, numbers, **pace) -> list[int]:
     return sorted(int(path.name) for path in folder.iterdir())
 
 
+def test_another_model_is_told_by_name_and_shapes(tmp_path):
+    checkpoint.save_params(tmp_path / "start", make_state(1))
+    with pytest.raises(ValueError, match=r"start holds another model \(a is \(2, 3\) there, \(3, 2\) here\): mend it$"):
+        checkpoint.load_params(tmp_path / "start", {"a": jnp.zeros((3, 2)), "b": jnp.int32(0)}, "mend it")
+    with pytest.raises(ValueError, match=r"start holds another model \(c is missing there, \(1,\) here\): mend it$"):
+        checkpoint.load_params(tmp_path / "start", make_state(1) | {"c": jnp.zeros(1)}, "mend it")
+    with pytest.raises(ValueError, match=r"start holds another model \(b is \(\) there, missing here\)"):
+        checkpoint.load_params(tmp_path / "start", {"a": jnp.zeros((2, 3))}, "mend it")
+
+
+@pytest.mark.parametrize("damage", ["cut", "undescribed", "foreign"])
+def test_damage_is_told_in_one_line(tmp_path, damage):
+    checkpoints = checkpoint.Checkpoints(tmp_path / "run", keep=2)
+    checkpoints.save(1, make_state(1))
+    checkpoints.close()
+    folder = tmp_path / "run/1/default"
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        if damage == "cut" and path.parent.name == "d":
+            path.write_bytes(path.read_bytes()[:10])
+        if damage == "undescribed" and path.name == "_METADATA" or damage == "foreign":
+            path.unlink()
+    again = checkpoint.Checkpoints(tmp_path / "run", keep=2)
+    with pytest.raises(ValueError, match="run/1/default is damaged, .*remove .*run/1: the same command then goes on from the checkpoint before") as caught:
+        again.restore(1, make_state(0))
+    assert len(str(caught.value)) < 800 and "\n" not in str(caught.value)
+    again.close()
+
+
 def test_every_so_many_and_the_last(tmp_path):
     assert run_pace(tmp_path / "a", range(1, 8), every=3, minutes=0.0) == [3, 6, 7]
 
@@ -102,13 +130,13 @@ def test_a_kill_during_a_save_leaves_the_one_before(tmp_path, moment):
 def test_params(tmp_path, monkeypatch):
     params = {"a": jnp.arange(4.0)}
     with pytest.raises(FileNotFoundError, match="there is no checkpoint at .*start"):
-        checkpoint.load_params(tmp_path / "start", params)
+        checkpoint.load_params(tmp_path / "start", params, "none")
     assert not checkpoint.has_params(tmp_path / "start")
     checkpoint.save_params(tmp_path / "start", params)
     assert checkpoint.has_params(tmp_path / "start")
-    np.testing.assert_array_equal(checkpoint.load_params(tmp_path / "start", like(params))["a"], params["a"])
+    np.testing.assert_array_equal(checkpoint.load_params(tmp_path / "start", like(params), "none")["a"], params["a"])
     monkeypatch.chdir(tmp_path)
-    np.testing.assert_array_equal(checkpoint.load_params(pathlib.Path("start"), like(params))["a"], params["a"])
+    np.testing.assert_array_equal(checkpoint.load_params(pathlib.Path("start"), like(params), "none")["a"], params["a"])
 
 
 # Two processes that count numbers until they are told to end; the clock of the second one stands still: python TOLD FOLDER PROCESS PORT

@@ -1,4 +1,5 @@
 """A run's policy as a folder that others load: the parameters of its newest checkpoint, and a tokenizer that cuts texts as ours does."""
+import pathlib
 import subprocess
 import sys
 
@@ -23,6 +24,30 @@ def test_a_bucket_is_no_folder():
     assert done.returncode == 1 and done.stderr.startswith("stepsearch_jax: flag --folder=gs://bucket/model: ") and done.stderr.count("\n") == 1, done.stderr
 
 
+@pytest.mark.parametrize("files", [["notes.txt"], ["config.json", "start/_METADATA"], ["config.json", "model.safetensors", "notes.txt"],
+                                   ["config.json", "tokenizer.json/file"], ["model.safetensors"], ["config.json"], None])
+def test_what_is_no_export_is_not_replaced(tmp_path, files, monkeypatch):
+    folder, config = tmp_path / "there", tiny_config.get_config("")
+    for name in files or ():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    if files is None:
+        folder.write_text("a file")
+    with pytest.raises(ValueError, match="there is there and holds no earlier export"):
+        export.check_target(folder, config)
+    with pytest.raises(ValueError, match="holds no earlier export"):  # nor is what lies above it
+        export.check_target(tmp_path, config)
+    config.prompt.tokenizer = str(tmp_path / "tokenizer")
+    with pytest.raises(ValueError, match="is config.prompt.tokenizer, which would be replaced"):
+        export.check_target(tmp_path / "tokenizer", config)
+    (tmp_path / "empty").mkdir()
+    export.check_target(tmp_path / "empty", config)
+    monkeypatch.chdir(tmp_path / "empty")
+    for current in ("", ".", str(tmp_path / "empty")):
+        with pytest.raises(ValueError, match="is the current folder"):
+            export.check_target(pathlib.Path(current), config)
+
+
 def test_a_run_is_exported(tmp_path, tmp_path_factory):
     config = running.here(tiny_config.get_config(str(running.shared_cache(tmp_path_factory))))
     with pytest.raises(FileNotFoundError, match="holds no run"):
@@ -34,7 +59,10 @@ def test_a_run_is_exported(tmp_path, tmp_path_factory):
     checkpoints.save(1, newer)
     checkpoints.close()
 
-    export.export(config, tmp_path / "run", tmp_path / "model", "float32", 0.001)
+    with pytest.raises(ValueError, match="run is there and holds no earlier export"):
+        export.export(config, tmp_path / "run", tmp_path / "run", "float32", 0.001)
+    for _ in range(2):  # an earlier export is replaced
+        export.export(config, tmp_path / "run", tmp_path / "model", "float32", 0.001)
     again = load_policy(open_checkpoint(tmp_path / "model"), system.learner_model, newer.policy.params)
     jax.tree.map(np.testing.assert_array_equal, again, newer.policy.params)
     # For a config.json of qwen2, AutoTokenizer would cut texts as Qwen2 does, whatever tokenizer.json says.

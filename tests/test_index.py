@@ -254,6 +254,7 @@ def test_other_files_or_settings_begin_anew(tmp_path, small_pieces, monkeypatch)
     ([], '\n\n{"title": 3, "text": "b"}\n', r"c\.jsonl, line 3: field 'title' should be str, not int"),
     ([], "", "the file is empty"), ([], '{"title": "?", "text": "!"}\n', "no document of the corpus holds a word"),
     (["--b=2"], "{}", r"its b is 2, and must lie in \[0, 1\]"), (["--corpus=none"], "{}", "none is not there"),
+    (["--corpus=configs"], "{}", "configs is a folder: name the files in it"),
     *(([f"--k1={k1}"], "{}", f"BM25's k1 is {k1}, and must be finite and not negative") for k1 in ("nan", "inf", "-1")),
     (["--json=nowhere/x.json"], "{}", "--json=nowhere/x.json: name a file in a folder that is there"),
     (["--out=."], "{}", "is there and holds no index"),

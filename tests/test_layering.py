@@ -11,7 +11,7 @@ PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "stepsearch_jax"
 ROOMS = ("records", "types", "masking", "sharding", "data", "search", "prompting", "models", "rollout", "rewards", "rl", "checkpoint", "metrics", "report",
          "commands")
 COMMANDS = {"settings", "dense", "system", "startup", "warm_start", "train", "evaluate", "measuring", "prepare", "preflight", "serve", "benchmark",
-            "benchmarks", "sweeps", "run_folder", "export", "budget", "preparation", "baselines", "tables"}
+            "benchmarks", "sweeps", "run_folder", "export", "budget", "preparation", "baselines", "tables", "config_file"}
 HOST = {"records", "data", "search", "prompting", "rewards.scoring", "rewards.text_metrics", "rewards.tfidf", "rewards.evaluation", "metrics", "report",
         "sweeps"}
 DEVICE = {"types", "masking", "sharding", "models", "rewards.placement", "rl", "checkpoint"}

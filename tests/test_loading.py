@@ -124,6 +124,15 @@ def test_bad_rows_leave_nothing_behind(tmp_path):
     assert len(load(config).splits["train"]) == 1
 
 
+def test_making_a_data_set_is_told_in_one_line(tmp_path, capfd, caplog):
+    caplog.set_level("INFO", "stepsearch_jax")
+    config = make_config(tmp_path)
+    for _ in range(2):  # only what is made
+        load(config)
+    assert [record.getMessage().split(" /")[0] for record in caplog.records] == ["making the data set"]
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_data_set_that_another_process_finished_first_is_used(tmp_path, monkeypatch):
     config = make_config(tmp_path)
     expected = load(make_config(tmp_path / "elsewhere"))

@@ -151,10 +151,10 @@ def test_progress_without_a_terminal_writes_a_few_plain_lines(monkeypatch):
 def test_progress_counts_units_by_hand(monkeypatch):
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)
-    with progress(10, "evaluation") as bar:
+    with progress(10, "before RL:") as bar:
         bar.update(4)
         bar.update(6)
-    assert "10/10" in stream.getvalue()
+    assert "10/10" in stream.getvalue() and "before RL: 100%" in stream.getvalue()
 
 
 def test_a_terminal_gets_a_bar_with_the_time_left(monkeypatch):

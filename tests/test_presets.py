@@ -119,6 +119,6 @@ def test_a_run_and_its_continuation(tmp_path, tmp_path_factory, change):
         np.testing.assert_array_equal(finals[1][name], leaf, err_msg=name)
     system = build_system(config, ["train"])
     params, _ = learner.init_params(Policy(system.learner_model), system.mesh, dict(config.mesh.train_rules), jax.random.key(0))
-    before = checkpoint.load_params(tmp_path / "whole" / "start", params)
+    before = checkpoint.load_params(tmp_path / "whole" / "start", params, "none")
     for path, leaf in jax.tree_util.tree_leaves_with_path(before):
         assert (finals[0]["['policy']['params']" + jax.tree_util.keystr(path)] != np.asarray(leaf)).any()

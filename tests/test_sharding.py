@@ -250,13 +250,13 @@ def test_newest_checkpoints_stay(tmp_path):
 def test_params_alone(tmp_path):
     params, folder = {"a": jnp.arange(4.0), "b": jnp.ones((2, 2))}, tmp_path / "start"
     with pytest.raises(FileNotFoundError, match="start"):
-        checkpoint.load_params(folder, params)
+        checkpoint.load_params(folder, params, "none")
     checkpoint.save_params(folder, jax.tree.map(jnp.zeros_like, params))
     checkpoint.save_params(folder, params)  # replaces the earlier copy
-    jax.tree.map(np.testing.assert_array_equal, checkpoint.load_params(folder, params), params)
+    jax.tree.map(np.testing.assert_array_equal, checkpoint.load_params(folder, params, "none"), params)
 
 
 def test_params_of_another_shape_are_refused(tmp_path):
     checkpoint.save_params(tmp_path / "start", {"a": jnp.arange(4.0)})
     with pytest.raises(ValueError):
-        checkpoint.load_params(tmp_path / "start", {"a": jnp.zeros(5)})
+        checkpoint.load_params(tmp_path / "start", {"a": jnp.zeros(5)}, "none")

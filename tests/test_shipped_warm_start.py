@@ -37,7 +37,7 @@ def held_out(tmp_path_factory):
     like, _ = learner.init_params(Policy(system.learner_model), mesh, dict(config.mesh.train_rules), jax.random.key(0))
 
     def measure(folder):
-        loss, exact = held_out_loss(checkpoint.load_params(folder, like), exam.tokens, exam.action_mask, rows=rows)
+        loss, exact = held_out_loss(checkpoint.load_params(folder, like, "none"), exam.tokens, exam.action_mask, rows=rows)
         return float(loss), float(np.mean(exact))
 
     return measure

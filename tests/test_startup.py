@@ -53,6 +53,46 @@ def test_flags_of_the_user_come_last_and_so_count(start):
     assert start(own, "cpu", ()).split() == [VECTORS, *own.split()]
 
 
+INTERRUPTED = """
+import contextlib, os, pathlib, signal, sys, time
+import jax, jax.numpy as jnp
+from ml_collections import ConfigDict
+from stepsearch_jax import startup
+
+startup.GRACE_S = 1.0
+
+def press(x):
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.1)
+    return x
+
+def command(config, workdir):
+    if sys.argv[1] == "lost":
+        with contextlib.suppress(KeyboardInterrupt):
+            press(0)
+        time.sleep(60)
+    if sys.argv[1] == "in a callback":
+        jax.block_until_ready(jax.jit(lambda x: jax.pure_callback(press, x, x))(jnp.ones(2)))
+        time.sleep(60)
+    try:
+        press(0)
+    finally:
+        print("tidied up")
+
+config = ConfigDict({"distributed": {"processes": 1}, "imitation": {"checkpoint": ""}})
+startup.run_guarded(command, config, pathlib.Path("run"), "the same command goes on")
+"""
+
+
+@pytest.mark.parametrize("where", ["plainly", "lost", "in a callback"])
+def test_an_interruption_ends_with_one_line(where):
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED, where], env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 130 and done.stderr.splitlines()[-1] == "stepsearch_jax: interrupted; the same command goes on", done.stderr
+    if where != "in a callback":  # where jax may tell of it, too
+        assert done.stderr.count("\n") == 1
+    assert (done.stdout == "tidied up\n") == (where == "plainly")
+
+
 PAGES = """
 import resource, sys
 import jax, jax.numpy as jnp

@@ -72,7 +72,7 @@ def test_one_method_may_not_have_two_settings_in_two_files(bench):
     (["--config.seed=3"], "seed is set twice"),
     (["--config.reward.gamma_key=1.0"], "'without key': reward.gamma_key is set twice"),
     (["--config.iterations=many"], "--config.iterations=many: invalid literal"),
-    (["--config=nothing.py"], "--config=nothing.py cannot be read: .*No such file"),
+    (["--config=nothing.py"], "--config=nothing.py: there is no file nothing.py"),
     (["--sweep=nothing.py"], "there is no sweep file nothing.py"),
     (["--jbos=2"], "unknown argument --jbos=2"),
     (["more.py"], "unknown argument more.py"),
@@ -85,7 +85,7 @@ def test_bad_arguments_are_refused(bench, more, message):
 
 def test_a_config_that_refuses_its_argument(bench):
     bench.config = "configs/atlas_quickstart.py:typo"
-    assert "cannot be loaded: ValueError: configs/atlas_quickstart.py:typo is not known" in bench.run()[2]
+    assert "configs/atlas_quickstart.py:typo is not known" in bench.run()[2]
 
 
 # --- the sweeps that are shipped

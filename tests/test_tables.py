@@ -158,7 +158,7 @@ def test_a_pretrained_policy_as_it_is(tmp_path_factory, tmp_path):
 
 
 def test_a_data_set_that_cannot_be_opened_is_named(tmp_path_factory, tmp_path):
-    with pytest.raises(ValueError, match="atlas-bogus of config.evaluation.datasets: .*'bogus', but the data set has .*'validation'"):
+    with pytest.raises(ValueError, match="atlas-bogus of config.evaluation.datasets: .*'bogus', only train, validation.*: change .*config.evaluation.datasets"):
         tables.evaluate_datasets(configure(tmp_path_factory, "atlas::test,atlas::bogus"), tmp_path)
     with pytest.raises(FileNotFoundError, match="musique-test of config.evaluation.datasets: no train, validation or test file .* in nothere"):
         tables.evaluate_datasets(configure(tmp_path_factory, "musique:nothere:test"), tmp_path)

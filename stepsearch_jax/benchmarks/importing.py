@@ -35,7 +35,11 @@ def measure(*, repeats: int, seed: int, model: pathlib.Path) -> dict:
 
     Raises ImportError without torch, ValueError for a model that is not supported and where the logits differ, FileNotFoundError where it is not there.
     """
-    import torch  # noqa: F401  (said before the work if it is missing)
+    try:  # before the work
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise ImportError("this benchmark needs torch and transformers: pip install -r requirements-bench.txt") from error
 
     open_s, stored = time_call(open_checkpoint, model)
     config = stored.model_config(stored.fields["vocab_size"], dtype=jnp.float32, remat="none", attention_block=256)

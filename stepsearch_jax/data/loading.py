@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import hashlib
 import inspect
+import io
 import json
 import logging
 import pathlib
@@ -93,10 +94,12 @@ def _naming_damage(folder: pathlib.Path) -> Iterator[None]:
 def load_source(data_config, k1: float, b: float) -> Source:
     """The data set of `config.data` as training uses it: as `open_source` has it, of the training split only what data.train_questions allows.
 
-    Raises ValueError also when there is no such split, or too few questions in it.
+    Raises ValueError also when there is no such split, or too few questions in it; data.train_split "" needs none.
     """
     source = open_source(data_config, k1, b)
     train, wanted = data_config.train_split, data_config.train_questions
+    if not train:
+        return source
     if train not in source.splits:
         raise ValueError(f"data.train_split is {train!r}, but the data set has {sorted(source.splits)}")
     if not 0 <= wanted <= len(source.splits[train]):
@@ -152,6 +155,8 @@ def _make_builder(config, k1: float, b: float) -> tuple[builder.RecordsBuilder, 
         builder_class, builder_config = atlas.Atlas, atlas.AtlasConfig(name=digest, **made)
     elif config.kind in OFFICIAL:
         builder_class, folder = OFFICIAL[config.kind], pathlib.Path(config.path)
+        if not config.path:
+            raise FileNotFoundError(f"data.path is empty: set it to the folder of {builder_class.FORMAT.name}, from {builder_class.FORMAT.address}")
         splits, corpora = official.find_inputs(builder_class.FORMAT, folder, config.corpus)
         files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in (*splits.values(), *corpora)]
         digest = _digest([files, len(corpora)], official, passages, rows, hotpotqa, stepsearch, inspect.getmodule(builder_class))
@@ -181,8 +186,12 @@ def _prepare(dataset: tfds.core.DatasetBuilder, remake: Callable) -> tfds.core.D
         with contextlib.suppress(OSError):  # another process has just finished it, or removed it
             if time.time() - max(path.stat().st_mtime for path in (leftover, *leftover.rglob("*"))) > LEFT_S:
                 shutil.rmtree(leftover)
+    if not pathlib.Path(dataset.data_path).is_dir():
+        logger.info("making the data set %s", dataset.data_path)
+    tfds.disable_progress_bar()
     try:
-        dataset.download_and_prepare()
+        with contextlib.redirect_stdout(io.StringIO()):  # where TFDS tells of downloads; there are none
+            dataset.download_and_prepare()
     except OSError:
         dataset = remake()
         if not dataset.is_prepared():

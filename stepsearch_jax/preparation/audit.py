@@ -24,8 +24,7 @@ from stepsearch_jax.preparation.options import make_parser, run_command
 from stepsearch_jax.records import Document, Question
 from stepsearch_jax.rewards.text_metrics import normalize
 from stepsearch_jax.search.bm25 import build_index, check_settings
-from stepsearch_jax.search.prepared import one_at_a_time
-from stepsearch_jax.system import locate_corpus
+from stepsearch_jax.system import locate_corpus, lock_cache
 
 logger = logging.getLogger("stepsearch_jax")
 Search = Callable[[Sequence[str], int], np.ndarray]  # queries, k -> corpus ids [q, k], best first, -1 where there are no more
@@ -120,9 +119,9 @@ def measure_overlap(training: Sequence[Question], evaluation: Sequence[Question]
 
 def audit(config: ml_collections.ConfigDict, corpora: Sequence[pathlib.Path], ks: Sequence[int]) -> dict:
     """All figures of a config's data set; `corpora` are files whose passages are added to its corpus, each passage once."""
-    s, cache = config.search, pathlib.Path(config.data.cache_dir)
+    s = config.search
     check_settings(s.bm25_k1, s.bm25_b)
-    with one_at_a_time(cache):
+    with lock_cache(config):
         source = open_source(config.data, s.bm25_k1, s.bm25_b)
         documents, splits = source.documents, {name: list(rows) for name, rows in source.splits.items()}
         folder = locate_corpus(config, source)

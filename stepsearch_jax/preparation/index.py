@@ -29,7 +29,7 @@ def index_files(files: Sequence[pathlib.Path], folder: pathlib.Path, k1: float, 
     folder = folder.resolve()
     for path in files:
         if not path.is_file():
-            raise FileNotFoundError(f"--corpus={path} is not there")
+            raise FileNotFoundError(f"--corpus={path} is {'a folder: name the files in it' if path.is_dir() else 'not there'}")
     if folder.exists() and not holds_index(folder) and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"--out={folder} is there and holds no index: choose another place, or remove it")
     made_from = {"files": [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]}

@@ -34,7 +34,7 @@ from stepsearch_jax.preparation.store import Store
 from stepsearch_jax.records import Document, Question
 from stepsearch_jax.search.bm25 import check_settings
 from stepsearch_jax.search.prepared import one_at_a_time
-from stepsearch_jax.system import locate_corpus
+from stepsearch_jax.system import locate_corpus, lock_cache
 
 logger = logging.getLogger("stepsearch_jax")
 MOST = 1_000_000  # no flag needs more, and some calls of the system know no more
@@ -113,7 +113,7 @@ def make_keys(config: ml_collections.ConfigDict, options: argparse.Namespace) ->
     if any(options.out.resolve() == pathlib.Path(file).resolve().parent for file in config.data.corpus.split(",") if file):
         raise ValueError(f"--out {options.out} holds a file of config.data.corpus, which might be replaced: choose another folder")
     cache = pathlib.Path(config.data.cache_dir)
-    with one_at_a_time(cache):
+    with lock_cache(config):
         source = open_source(config.data, config.search.bm25_k1, config.search.bm25_b)
         splits = options.splits or [config.data.train_split]
         for split in splits:

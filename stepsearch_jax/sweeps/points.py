@@ -6,17 +6,16 @@ that it changes, and the seeds of its runs.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import pathlib
 import re
-import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
+from stepsearch_jax.config_file import call_file, define_config
 from stepsearch_jax.run_folder import describe_difference, flatten, to_json
 
 
@@ -111,36 +110,22 @@ def list_points(sweeps: Sequence[Sweep]) -> list[Point]:
 
 
 def _call_sweep(file: str, add) -> None:
-    path = pathlib.Path(file)
-    if not path.is_file():
+    if not pathlib.Path(file).is_file():
         raise FileNotFoundError(f"there is no sweep file {file}")
-    spec = importlib.util.spec_from_file_location(f"sweep_{path.stem}", path)
-    try:
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        module.sweep(add)
-    except Exception as error:  # whatever a file of the user's raises
-        if isinstance(error, ValueError) and str(error).startswith(file):
-            raise
-        lines = [f", line {frame.lineno}" for frame in traceback.extract_tb(error.__traceback__) if pathlib.Path(frame.filename).resolve() == path.resolve()]
-        raise ValueError(f"{file}{lines[-1] if lines else ''}: {type(error).__name__}: {error}; a sweep file defines sweep(add) and calls "
-                         "add(method, overrides, seeds)") from error
+    call_file(file, lambda module: module.sweep(add), "a sweep file defines sweep(add) and calls add(method, overrides, seeds)")
 
 
 def _parse_config(config_file: str, point_flags: Sequence[str]) -> ConfigDict:
     """The config as the training command makes it of these flags. Raises flags.Error for a value of the wrong type."""
     arguments = ["sweep", f"--config={config_file}", *point_flags]
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "the config", flag_values=values, lock_config=True, sys_argv=arguments)
+    define_config(values, arguments)
     try:
         values(arguments)
-        values.config.keys()  # a config that could not be read says so when it is used
-    except OSError as error:
-        raise FileNotFoundError(f"--config={config_file} cannot be read: {' '.join(str(error).split())}") from error
     except flags.Error as error:
         if point_flags:
             raise
-        raise ValueError(f"--config={config_file} cannot be loaded: {str(error).strip().splitlines()[-1]}") from error
+        raise ValueError(str(error).strip().splitlines()[-1]) from error
     return values.config
 
 
