@@ -17,6 +17,7 @@ import numpy as np
 import tokenizers
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from stepsearch_jax.data.documents import Mapped
 from stepsearch_jax.models.encoder import Encoder, load_encoder, read_encoder_config
 from stepsearch_jax.records import Document
 from stepsearch_jax.search.embeddings import embed_corpus
@@ -170,7 +171,7 @@ def build_dense_index(documents: Sequence[Document], folder: str | pathlib.Path,
     bfloat16. Raises ValueError for an empty corpus.
     """
     made = hashlib.sha256(f"{encoder.fingerprint} {dtype} {passage_prefix}".encode()).hexdigest()
-    texts = [f"{passage_prefix}{document.title}\n{document.text}" for document in documents]
+    texts = Mapped(lambda document: f"{passage_prefix}{document.title}\n{document.text}", documents)
     vectors = embed_corpus(texts, pathlib.Path(folder) / f"dense-{made[:16]}", encoder.embed, encoder.width, dtype, encoder.shard_rows, encoder.fingerprint)
     settings = {"encoder": encoder.fingerprint, "query_prefix": query_prefix, "passage_prefix": passage_prefix, "dtype": dtype}
     return DenseIndex(vectors, encoder, query_prefix, devices, hash_documents(documents), settings)

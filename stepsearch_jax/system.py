@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from stepsearch_jax import sharding
 from stepsearch_jax.data import atlas_grammar
+from stepsearch_jax.data.documents import Mapped
 from stepsearch_jax.data.loading import Source, load_source, open_source
 from stepsearch_jax.data.schema import encode_question
 from stepsearch_jax.dense import DenseIndex, build_dense_index, load_text_encoder
@@ -25,7 +26,7 @@ from stepsearch_jax.prompting.tags import decode_query, make_tag_automaton
 from stepsearch_jax.prompting.templates import encode_environment, render_document, render_prompt
 from stepsearch_jax.prompting.tokenizers import Tokenizer, load_tokenizer
 from stepsearch_jax.records import Document, Episode, Question
-from stepsearch_jax.rewards.scoring import StepScores, match_rendered, score_episodes
+from stepsearch_jax.rewards.scoring import StepScores, score_episodes
 from stepsearch_jax.rewards.tfidf import fit_similarity
 from stepsearch_jax.rollout.episode import Environment, Prompts, RolloutSettings
 from stepsearch_jax.rollout.text import Answers, encode_answers, encode_prompts
@@ -92,11 +93,11 @@ class System:
         return score_episodes(
             episodes, self._similarity, gain=gain, num_turns=self.settings.turns, answer_gate=w.answer_gate, format_failure=w.format_failure,
             gamma_key=w.gamma_key, key_match=w.key_match, use_gain=w.use_gain, use_redundancy=w.use_redundancy, redundancy_scope=w.redundancy_scope,
-            step_scale=w.step_scale, search_cost=w.search_cost, retrieved_answer_credit=w.retrieved_answer_credit, rendered_ids=self._rendered_ids,
+            step_scale=w.step_scale, search_cost=w.search_cost, retrieved_answer_credit=w.retrieved_answer_credit, rendered=self._rendered,
             texts=self._texts)
 
     _similarity: object = None
-    _rendered_ids: np.ndarray | None = None
+    _rendered: Sequence[tuple[str, str]] | None = None
     _texts: Sequence[str] | None = None
 
 
@@ -118,8 +119,9 @@ def build_system(config: ml_collections.ConfigDict, splits: Sequence[str], searc
         source = load_source(config.data, s.bm25_k1, s.bm25_b)
         folder = locate_corpus(config, source)
         index = build_search_index(config, source.documents, folder, mesh.local_devices, watchdog.renew)
-        texts = [render_document(document) for document in source.documents]
-        document_tokens = tokenize_corpus(texts, folder / f"tokens-{tokenizer.fingerprint[:16]}", tokenizer.encode_batch, tokenizer.fingerprint)
+        retrieval, shown, texts = index.describe(s.k), Mapped(render_document, source.documents), read_texts(source.documents)
+        document_tokens = tokenize_corpus(shown, folder / f"tokens-{tokenizer.fingerprint[:16]}", tokenizer.encode_batch, tokenizer.fingerprint)
+        similarity = fit_similarity(texts, tfidf_fit=config.reward.tfidf_fit, folder=folder / "terms", corpus=retrieval["corpus"])
 
     # The environment as arrays, and the search behind the fixed-shape callback.
     fixed = encode_environment(tokenizer.encode, s.k)
@@ -157,13 +159,10 @@ def build_system(config: ml_collections.ConfigDict, splits: Sequence[str], searc
         rendered = [render_prompt(p.template, question.question) for question in questions]
         answers = encode_answers(questions, tokenizer) if config.reward.step_reward == "answer_logprob" else None
         prepared[name] = Split(questions, *encode_prompts(rendered, [question.uid for question in questions], tokenizer, p.max_prompt_tokens), answers)
-    plain = read_texts(source.documents)
     return System(
-        config, mesh, source, tokenizer, rollout_settings(config), environment, callback, search_documents, index.describe(s.k),
-        learner_model, rollout_model, prepared, stored,
-        _similarity=fit_similarity(plain, tfidf_fit=config.reward.tfidf_fit),
-        _rendered_ids=match_rendered(source.documents) if config.reward.redundancy_scope == "rendered" else None,
-        _texts=plain if config.reward.retrieved_answer_credit else None)
+        config, mesh, source, tokenizer, rollout_settings(config), environment, callback, search_documents, retrieval,
+        learner_model, rollout_model, prepared, stored, _similarity=similarity,
+        _rendered=Mapped(lambda document: (document.title, document.text), source.documents), _texts=texts)
 
 
 def build_search_index(config: ml_collections.ConfigDict, documents: Sequence[Document], folder: pathlib.Path, devices: Sequence[jax.Device],
@@ -208,9 +207,9 @@ def locate_corpus(config: ml_collections.ConfigDict, source: Source) -> pathlib.
     return pathlib.Path(config.data.cache_dir) / f"corpus-{source.manifest['hash']}"
 
 
-def read_texts(documents: Sequence[Document]) -> list[str]:
+def read_texts(documents: Sequence[Document]) -> Sequence[str]:
     """Title and text of each document, as the rewards and measures read them."""
-    return [f"{document.title} {document.text}" for document in documents]
+    return Mapped(lambda document: f"{document.title} {document.text}", documents)
 
 
 def check_searches(system: System) -> SearchCounts:

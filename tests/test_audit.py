@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_datasets import REPO, write_rows
+from test_datasets import REPO, read_records, write_rows
 
 from stepsearch_jax import prepare
 from stepsearch_jax.data.loading import OFFICIAL
-from stepsearch_jax.data.official import read_files
 from stepsearch_jax.preparation.audit import find_gold, measure_overlap, measure_recall, render
 from stepsearch_jax.records import Document, Question, SubQuestion
 
@@ -161,7 +160,7 @@ def test_help_and_unknown_commands(capsys):
 
 
 def test_real_splits_have_in_common_what_is_known_of_them(shared_data):
-    read = {kind: read_files(OFFICIAL[kind].FORMAT, shared_data / kind) for kind in ("musique", "2wikimultihopqa")}
+    read = {kind: read_records(OFFICIAL[kind].FORMAT, shared_data / kind) for kind in ("musique", "2wikimultihopqa")}
     rows = {kind: {name: figures["rows"] for name, figures in measure_overlap(splits["train"], splits["validation"], documents).items()}
             for kind, (documents, splits, _) in read.items()}
     assert rows == {"musique": {"questions": 0, "sub-questions": 0, "gold passages": 0},

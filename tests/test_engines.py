@@ -12,12 +12,11 @@ import pytest
 import running
 import test_dense
 import urllib3
-from test_datasets import write_rows
+from test_datasets import read_records, write_rows
 from test_keys import command, musique_row
 
 from stepsearch_jax import prepare
 from stepsearch_jax.data.loading import OFFICIAL
-from stepsearch_jax.data.official import read_files
 from stepsearch_jax.dense import load_text_encoder
 from stepsearch_jax.preparation import engines
 from stepsearch_jax.preparation.index import index_files
@@ -131,7 +130,7 @@ def test_an_encoder_votes_as_its_vectors_say(folder):
     settings = [f"--config.search.encoder={encoder}", "--config.search.embedding_dtype=float32", f"--config.search.k={k}"]
     rows, figures = make_keys(folder, "keys", "--engines", ONE, "dense", *settings)
 
-    documents, splits, _ = read_files(OFFICIAL["musique"].FORMAT, folder / "data")
+    documents, splits, _ = read_records(OFFICIAL["musique"].FORMAT, folder / "data")
     embed = load_text_encoder(encoder, 1, jax.devices()[:1]).embed
     vectors = embed([f"{document.title}\n{document.text}" for document in documents])
     votes, found_by_bm25 = {}, index_files([folder / "keys/corpus.jsonl"], folder / "index", 0.9, 0.4).search

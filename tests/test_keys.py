@@ -13,11 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_chat import Endpoint, complete
-from test_datasets import REPO, write_rows
+from test_datasets import REPO, read_records, write_rows
 
 from stepsearch_jax import prepare
 from stepsearch_jax.data.loading import OFFICIAL
-from stepsearch_jax.data.official import read_files
 from stepsearch_jax.preparation.engines import Engine, count_votes, is_kept, search_all
 from stepsearch_jax.preparation.keys import list_hops, make_row, measure_votes
 from stepsearch_jax.preparation.rules import write_queries
@@ -128,7 +127,7 @@ def test_rows_are_read_back_as_they_were(tmp_path):
         Question("u3", "Loose?", "x", (), (SubQuestion("one?", "a", (), (0,), ("k",)), SubQuestion("two?", "x", (), (), ())), "2hop", (1, 2))]
     write_rows(tmp_path / "train.jsonl", [make_row(question, [sub.queries for sub in question.sub_questions], documents) for question in questions])
     write_rows(tmp_path / "corpus.jsonl", [{"title": document.title, "text": document.text} for document in documents])
-    assert read_files(OFFICIAL["stepsearch"].FORMAT, tmp_path).splits["train"] == questions
+    assert read_records(OFFICIAL["stepsearch"].FORMAT, tmp_path).splits["train"] == questions
 
 
 def test_command_with_rules(folder, capsys, monkeypatch):
@@ -136,8 +135,8 @@ def test_command_with_rules(folder, capsys, monkeypatch):
     prepare.main(command(folder, f"--out={folder / 'keys'}", f"--json={folder / 'figures.json'}"))
     printed, figures = capsys.readouterr().out, json.loads((folder / "keys/report.json").read_text())
     assert figures == json.loads((folder / "figures.json").read_text()) and "| hop 2 | 20 | 20 | 20 |" in printed
-    documents, splits, _ = read_files(OFFICIAL["stepsearch"].FORMAT, folder / "keys")
-    before, original, _ = read_files(OFFICIAL["musique"].FORMAT, folder / "data")
+    documents, splits, _ = read_records(OFFICIAL["stepsearch"].FORMAT, folder / "keys")
+    before, original, _ = read_records(OFFICIAL["musique"].FORMAT, folder / "data")
     assert [(d.title, d.text) for d in documents] == [(d.title, d.text) for d in before]
     for new, old in zip(splits["train"], original["train"], strict=True):
         assert (new.uid, new.question, new.answers, new.shape, new.gold_ids) == (old.uid, old.question, old.answers, old.shape, old.gold_ids)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensorflow_datasets.core import shuffle
 from test_datasets import THREE_HOP, TWO_HOP, make_config, write_rows
 
 from stepsearch_jax.data import loading
@@ -45,7 +46,8 @@ def test_question_rows_refuses_nonsense(arguments):
 
 
 @pytest.mark.parametrize("name, damage", [("musique-train.array_record-00000-of-00001", lambda raw: raw[:len(raw) // 2]),
-                                          ("musique-corpus.array_record-00000-of-00001", lambda raw: raw[:200] + bytes(4000) + raw[4200:]),
+                                          ("corpus.jsonl", lambda raw: raw[:20] + bytes(len(raw) - 20)), ("corpus.jsonl", lambda raw: raw[:-1]),
+                                          ("corpus.jsonl", None), ("corpus.offsets.npy", lambda raw: raw[:-1]),
                                           ("musique-train.array_record-00000-of-00001", None), ("dataset_info.json", lambda raw: raw[:9]),
                                           ("metadata.json", None)])
 def test_a_damaged_data_set_is_named_with_what_to_do(tmp_path, name, damage):
@@ -74,6 +76,18 @@ def test_what_killed_processes_left_is_removed_after_a_day(tmp_path):
             os.utime(path, (time.time() - age,) * 2)
     load(config)
     assert sorted(path.name for path in folder.iterdir()) == ["1.0.0", "incomplete.NEW_1.0.0"]
+
+
+def test_a_corpus_may_be_larger_than_what_tfds_holds(tmp_path, monkeypatch):
+    """Beyond this size, usually 1 GB, TFDS needs TensorFlow to write a split."""
+    monkeypatch.setattr(shuffle, "MAX_MEM_BUFFER_SIZE", 6000)
+    config = make_config(tmp_path, kind="musique", path=str(tmp_path))
+    write_rows(tmp_path / "train.jsonl", [TWO_HOP, THREE_HOP])
+    rows = [{"title": f"T{i}", "text": "é" * 300} for i in range(20)]
+    write_rows(tmp_path / "corpus.jsonl", rows)
+    source = load(config)
+    assert [(document.id, document.title, document.text) for document in source.documents] == [(i, row["title"], row["text"]) for i, row in enumerate(rows)]
+    assert len(source.splits["train"]) == 2
 
 
 def test_changed_input_is_read_again(tmp_path):
@@ -138,10 +152,10 @@ def test_a_data_set_that_another_process_finished_first_is_used(tmp_path, monkey
     expected = load(make_config(tmp_path / "elsewhere"))
     build = loading.atlas.Atlas.make_records
 
-    def build_while_another_finishes(self):
+    def build_while_another_finishes(self, stored):
         monkeypatch.setattr(loading.atlas.Atlas, "make_records", build)
         load(config)  # the other process, in the middle of ours
-        return build(self)
+        return build(self, stored)
 
     monkeypatch.setattr(loading.atlas.Atlas, "make_records", build_while_another_finishes)
     late = load(config)

@@ -6,11 +6,11 @@ import re
 import pyarrow
 import pyarrow.parquet
 import pytest
-from test_datasets import TWO_HOP, make_config, write_rows
+from test_datasets import TWO_HOP, make_config, read_records, write_rows
 
 from stepsearch_jax.data import loading
 from stepsearch_jax.data.loading import OFFICIAL, load_source, open_source
-from stepsearch_jax.data.official import find_inputs, read_files
+from stepsearch_jax.data.official import find_inputs
 from stepsearch_jax.data.rows import hash_file
 from stepsearch_jax.data.two_wiki import match_titles
 from stepsearch_jax.preparation.index import index_files
@@ -35,7 +35,7 @@ SEARCH_R1 = {"data_source": "nq", "prompt": [{"role": "user", "content": "Answer
 
 
 def read(kind, folder, corpus=""):
-    return read_files(OFFICIAL[kind].FORMAT, folder, corpus)
+    return read_records(OFFICIAL[kind].FORMAT, folder, corpus)
 
 
 def test_hotpotqa_names_documents_but_no_sub_questions(tmp_path):

@@ -3,33 +3,47 @@ import json
 
 import pytest
 
-from stepsearch_jax.data.passages import Passages, read_corpus, read_passage
+from stepsearch_jax.data import passages as module
+from stepsearch_jax.data.passages import Seen, locate_gold, read_corpus, read_passage
 from stepsearch_jax.data.rows import Row
 from stepsearch_jax.records import Document, Question, SubQuestion
 
 
-def make_passages(*pairs):
-    return Passages(Document(i, title, text) for i, (title, text) in enumerate(pairs))
+def locate(passages, *gold):
+    """-> ids of the gold passages that are there, and the others."""
+    question = Question("q", "?", "a", loose_missing_gold=gold)
+    (found,) = locate_gold({"s": [question]}, [Document(i, title, text) for i, (title, text) in enumerate(passages)])["s"]
+    return found.loose_gold_ids, found.loose_missing_gold
 
 
-def test_found_by_title_and_text():
-    passages = make_passages(("Ann", "Ann is  from\nRome."), ("Bob", "One."), ("Bob", "Two."), ("Ann", "Ann is from Rome."))
-    assert passages.find("Ann ", "Ann is from Rome.") == 0  # the first of equal ones
-    assert passages.find("Bob", "Two .") == 2 and passages.find("Bob", "Three.") is None and passages.find("Bo", "bTwo.") is None
-    assert passages.find("bob", "Two.") is None
-    # By title alone only where no other document has it.
-    assert passages.find("Bob", "") is None and passages.add("Cid", "x") == 4 and passages.find("Cid", "") == 4
-    assert [document.id for document in passages.documents] == [0, 1, 2, 3, 4]
-    assert passages.sort_gold([("Cid", ""), ("Dan", "y"), ("Cid", "x"), ("Bob", "One."), ("Dan", "y")]) == ((4, 1), (("Dan", "y"),))
+def test_gold_is_found_by_title_and_text():
+    passages = [("Ann", "Ann is  from\nRome."), ("Bob", "One."), ("Bob", "Two."), ("Ann", "Ann is from Rome."), ("Cid", "x")]
+    for gold, row in {("Ann ", "Ann is from Rome."): 0, ("Bob", "Two ."): 2, ("Cid", ""): 4}.items():  # 0: the first of equal ones
+        assert locate(passages, gold) == ((row,), ())
+    # "": by title alone, and only where no other document has it. White space does not count, but is a text.
+    for gold in ("Bob", "Three."), ("Bo", "bTwo."), ("bob", "Two."), ("Bob", ""), ("Ann", ""), ("Dan", ""), ("Cid", " "):
+        assert locate(passages, gold) == ((), (gold,))
+    assert locate(passages, ("Cid", ""), ("Dan", "y"), ("Cid", "x"), ("Bob", "One."), ("Dan", "y")) == ((4, 1), (("Dan", "y"),))
 
 
-def test_missing_gold_is_found_in_a_larger_corpus():
+def test_missing_gold_is_found_beside_what_was_found_before():
     question = Question("q", "?", "a", sub_questions=(SubQuestion("s", "a", gold_ids=(0,), missing_gold=(("B", "b"), ("C", "c"))),),
                         loose_gold_ids=(0,), loose_missing_gold=(("D", ""),))
-    found = make_passages(("A", "a"), ("D", "d"), ("C", "c")).find_missing(question)
+    documents = [Document(i, title, title.lower()) for i, title in enumerate("ADC")]
+    (found,), nothing = locate_gold({"a": [question], "b": []}, documents).values()
     assert found.sub_questions[0].gold_ids == (0, 2) and found.sub_questions[0].missing_gold == (("B", "b"),)
-    assert found.loose_gold_ids == (0, 1) and found.loose_missing_gold == ()
+    assert found.loose_gold_ids == (0, 1) and found.loose_missing_gold == () and nothing == []
     assert found.gold_ids == (0, 2, 1) and found.missing_gold == (("B", "b"),)
+
+
+def test_passages_are_seen_once(monkeypatch):
+    """Whatever their white space, and also when most of them are sorted away; a digest that ends in a zero is as good as another."""
+    monkeypatch.setattr(module, "_UNSORTED", 7)
+    real, seen = module._digest, Seen()
+    monkeypatch.setattr(module, "_digest", lambda passage: {("0", "x"): b"a" * 15, ("1", "x"): b"a" * 14 + b"\0b"}.get(passage) or real(passage))
+    for _ in range(2):
+        assert [seen.add((str(i), "x")) for i in range(40)] == [_ == 0] * 40
+    assert ("3 ", " x") in seen and ("3", "x ") in seen and ("3x", "") not in seen and ("40", "x") not in seen
 
 
 @pytest.mark.parametrize("row, expected", [

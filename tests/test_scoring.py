@@ -8,8 +8,7 @@ import tiny_config
 from text_episodes import NOTHING_SIMILAR, PAPER, TableSimilarity, answer, invalid, make_episode, make_question, search
 
 from configs import base
-from stepsearch_jax.records import Document
-from stepsearch_jax.rewards.scoring import key_reward, match_rendered, measure_episodes, passes_ending_gate, passes_strict_gate, score_episodes
+from stepsearch_jax.rewards.scoring import key_reward, measure_episodes, passes_ending_gate, passes_strict_gate, score_episodes
 from stepsearch_jax.system import System, build_system
 
 # Step rewards
@@ -87,21 +86,16 @@ def test_without_gold_documents_the_penalty_still_counts():
 
 def test_rendered_scope_by_hand():
     """Documents 2 and 4 render alike. Turn 0 shows 2, 3, 4: the 4 repeats the 2 within the round: 1/3. Turn 1 shows 4, 5: the 4 was seen: 1/2."""
-    rendered = match_rendered([Document(i, "t", text) for i, text in enumerate(["a", "b", "c", "d", "c", "e"])])
-    assert rendered.tolist() == [0, 1, 2, 3, 2, 5]
+    rendered = [("t", text) for text in ["a", "b", "c", "d", "c", "e"]]
     turns = search("a", 2, 3, 4), search("b", 4, 5), answer("Rome")
-    change = PAPER | dict(redundancy_scope="rendered", rendered_ids=rendered)
+    change = PAPER | dict(redundancy_scope="rendered", rendered=rendered)
     with_gold = make_episode(*turns, question=make_question(gold=(0,)))
     np.testing.assert_allclose(score_episodes([with_gold], NOTHING_SIMILAR, **change).redundancy, [[1 / 3, 1 / 2, 0, 0]], atol=1e-7)
     np.testing.assert_allclose(score_episodes([make_episode(*turns)], NOTHING_SIMILAR, **change).step_rewards, [[0, 0, 0, 0]])
     failed = make_episode(search("a", 2, ok=False), search("b", 2), question=make_question(gold=(0,)))
     np.testing.assert_allclose(score_episodes([failed], NOTHING_SIMILAR, **change).redundancy, [[0, 0, 0, 0]])
-    with pytest.raises(ValueError, match="rendered_ids"):
+    with pytest.raises(ValueError, match="needs rendered"):
         score_episodes([with_gold], NOTHING_SIMILAR, **PAPER | dict(redundancy_scope="rendered"))
-
-
-def test_match_rendered_needs_title_and_text_alike():
-    assert match_rendered([Document(0, "a", "x"), Document(1, "b", "x"), Document(2, "a", "x")]).tolist() == [0, 1, 0]
 
 
 # The key reward
@@ -285,11 +279,11 @@ def test_every_key_reaches_the_scoring(name):
     episodes = [make_episode(*turns, answer("Rome"), question=question), make_episode(*turns, invalid("hm"), answer("Paris"), question=question)]
     config = base.get_config().reward
     system = types.SimpleNamespace(config=types.SimpleNamespace(reward=config), settings=types.SimpleNamespace(turns=4), _similarity=TableSimilarity(table),
-                                   _rendered_ids=np.arange(6), _texts=["in Paris"] * 6)
+                                   _rendered=np.arange(6), _texts=["in Paris"] * 6)
     before = System.score(system, episodes)
     config[name] = KEYS[name]
     after = System.score(system, episodes)
-    keys = PAPER | {name: KEYS[name]} | dict(rendered_ids=np.arange(6), texts=["in Paris"] * 6)
+    keys = PAPER | {name: KEYS[name]} | dict(rendered=np.arange(6), texts=["in Paris"] * 6)
     expected = score_episodes(episodes, system._similarity, **keys)
     changed = False
     for field in ("step_rewards", "outcome_rewards"):
@@ -299,12 +293,12 @@ def test_every_key_reaches_the_scoring(name):
 
 
 def test_a_system_knows_its_documents_by_id(tmp_path_factory):
-    """The credit reads titles and texts of the corpus; without the credit they are not kept."""
+    """The credit reads titles and texts of the corpus, the released code's redundancy both apart."""
     config = running.here(tiny_config.get_config(str(running.shared_cache(tmp_path_factory))))
-    assert build_system(config, ["train"])._texts is None
     config.reward.retrieved_answer_credit = 0.25
     system = build_system(config, ["train"])
     title = system.source.documents[5].title
+    assert system._rendered[5] == (title, system.source.documents[5].text) and len(system._rendered) == len(system.source.documents)
     other = next(document.id for document in system.source.documents if title not in f"{document.title} {document.text}")
     episodes = [make_episode(search("x", i), answer("nowhere"), question=make_question(answers=(title,))) for i in (5, other)]
     np.testing.assert_allclose(system.score(episodes).outcome_rewards, [0.25, 0])

@@ -8,13 +8,12 @@ from hypothesis import strategies as st
 from loop_tfidf import loop_gain
 from text_episodes import PAPER, TableSimilarity, answer, invalid, make_episode, make_question, search
 
-from stepsearch_jax.records import Document, TurnStatus
-from stepsearch_jax.rewards.scoring import information_gain, match_rendered, score_episodes
-from stepsearch_jax.rewards.tfidf import CorpusTfidf, fit_similarity
+from stepsearch_jax.records import TurnStatus
+from stepsearch_jax.rewards.scoring import information_gain, score_episodes
+from stepsearch_jax.rewards.tfidf import fit_similarity
 
 CORPUS = ["red fox runs", "blue fox sleeps", "red owl", "the elm and the oak", "fox and owl", "", "owl owl owl", "red fox runs"]
-SIMILARITY = CorpusTfidf(CORPUS)
-RENDERED = match_rendered([Document(i, "", text) for i, text in enumerate(CORPUS)])
+SIMILARITY = fit_similarity(CORPUS, tfidf_fit="corpus")
 FIELDS = ("step_rewards", "outcome_rewards", "gain", "redundancy", "key_rewards", "gate_passed")
 words = st.sampled_from(["red fox", "blue", "owl and elm", "", "the"])
 turns = st.builds(lambda query, ids, ok: search(query, *ids, ok=ok), words, st.lists(st.integers(0, 7), max_size=3), st.booleans()) | words.map(invalid)
@@ -35,7 +34,7 @@ choices = st.fixed_dictionaries(
         search_cost=st.sampled_from([0.0, 0.25]),
         retrieved_answer_credit=st.sampled_from([0.0, 0.5]),
     )
-).map(lambda change: PAPER | change | dict(rendered_ids=RENDERED, texts=CORPUS))
+).map(lambda change: PAPER | change | dict(rendered=CORPUS, texts=CORPUS))
 
 
 def was_served(episode, t):
@@ -129,7 +128,7 @@ def test_whatever_is_missing_rewards_are_finite_and_defined(gold, fit):
     """Alone, and in one batch with an episode that lacks nothing; under both gates and both answers to a format failure; without accepted queries as well."""
     similarity = fit_similarity(CORPUS, tfidf_fit=fit)
     full = make_episode(search("red fox", 0, 1), answer("owl"), question=make_question(gold=(0, 2), keys=(("red fox",),), answers=("owl",)))
-    needed = dict(rendered_ids=RENDERED, retrieved_answer_credit=0.5, texts=CORPUS)
+    needed = dict(rendered=CORPUS, retrieved_answer_credit=0.5, texts=CORPUS)
     for keys in ((), ((),), (("fox",), ())):  # no sub-questions, and so no gold documents; no accepted queries; some
         bare = [make_episode(*turns, question=make_question(gold=gold, keys=keys), truncated=name == "truncated") for name, turns in BARE.items()]
         for gate, failure in (("strict", "zero_answer"), ("ends_with_answer", "minus_one")):

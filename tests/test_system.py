@@ -113,7 +113,7 @@ def test_a_long_query_is_cut_outside_episodes_too(config):
 def test_requests_to_a_server_renew_the_time_of_a_search(config, system, monkeypatch):
     """So that many of them, one after the other, may take longer than config.search.timeout_s."""
     opened = []
-    monkeypatch.setattr(system_module, "open_remote", lambda *arguments: opened.append(arguments) or types.SimpleNamespace(describe=system.retrieval.get))
+    monkeypatch.setattr(system_module, "open_remote", lambda *arguments: opened.append(arguments) or types.SimpleNamespace(describe=lambda k: system.retrieval))
     remote = config.copy_and_resolve_references()
     remote.search.kind, remote.search.attempts = "remote", 1
     callback = build_system(remote, ["train"]).search

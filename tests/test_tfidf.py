@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loop_tfidf import loop_similarity
 
-from stepsearch_jax.rewards.tfidf import CorpusTfidf, PairTfidf, fit_similarity
+from stepsearch_jax.rewards import tfidf
+from stepsearch_jax.rewards.tfidf import fit_similarity
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "tfidf_pair.json"
 
@@ -24,7 +25,7 @@ def test_corpus_fit_by_hand():
     """
     r, s = math.log(4 / 3) + 1, math.log(2) + 1
     cosine = r**2 / math.sqrt((r**2 + s**2) * (r**2 + 4 * s**2))
-    similarity = CorpusTfidf(["Red fox, a", "red OWL owl", "elm"]).similarity([[0, 2]], [[1, 0]])
+    similarity = fit_similarity(["Red fox, a", "red OWL owl", "elm"], tfidf_fit="corpus").similarity([[0, 2]], [[1, 0]])
     np.testing.assert_allclose(similarity, [[cosine, 1.0], [0.0, 0.0]], rtol=1e-12)
 
 
@@ -34,7 +35,7 @@ def test_pair_fit_by_hand():
     idf(red) = ln(3/3) + 1 = 1, idf(fox) = idf(owl) = ln(3/2) + 1 = s. cos = 1 / (1 + s^2).
     A second gold document "elm" makes N = 3: idf(red) = ln(4/3) + 1 = r, the others ln(4/2) + 1 = t, cos = r^2 / (r^2 + t^2).
     """
-    pair = PairTfidf(["red fox", "red owl", "elm"])
+    pair = fit_similarity(["red fox", "red owl", "elm"], tfidf_fit="pair")
     s, r, t = math.log(1.5) + 1, math.log(4 / 3) + 1, math.log(2) + 1
     np.testing.assert_allclose(pair.similarity([[0]], [[1]]), [[1 / (1 + s**2)]], rtol=1e-12)
     np.testing.assert_allclose(pair.similarity([[0, 2]], [[1]]), [[r**2 / (r**2 + t**2)], [0]], rtol=1e-12)
@@ -70,7 +71,7 @@ def test_wrong_ids_are_refused(fit):
 def test_pair_fit_equals_recorded_scikit_learn():
     """The file is made by tests/golden/make_tfidf_pair.py; the proof needs no scikit-learn."""
     golden = json.loads(GOLDEN.read_text())
-    pair = PairTfidf(golden["texts"])
+    pair = fit_similarity(golden["texts"], tfidf_fit="pair")
     assert len(golden["cases"]) >= 20
     for case in golden["cases"]:
         np.testing.assert_allclose(pair.similarity([case["gold"]], [case["docs"]]), case["cosines"], atol=1e-6)
@@ -97,7 +98,7 @@ def test_pair_fit_equals_refitted_scikit_learn_on_real_passages(musique):
     """All questions in one call: each document is compared with its own question's gold documents."""
     text_module = pytest.importorskip("sklearn.feature_extraction.text")
     texts, cases = musique
-    got, pairs = PairTfidf(texts).similarity(*zip(*cases)), 0
+    got, pairs = fit_similarity(texts, tfidf_fit="pair").similarity(*zip(*cases)), 0
     assert {len(gold) for gold, _ in cases} >= {2, 3, 4}
     for b, (gold, docs) in enumerate(cases):
         for j, doc in enumerate(docs):
@@ -114,11 +115,27 @@ def test_corpus_fit_equals_scikit_learn_on_real_passages(musique):
     texts, cases = musique
     texts = texts[:1500]
     matrix = text_module.TfidfVectorizer().fit_transform(texts)
-    corpus = CorpusTfidf(texts)
+    corpus = fit_similarity(texts, tfidf_fit="corpus")
     rng = random.Random(1)
     for _ in range(60):
         gold, docs = rng.sample(range(len(texts)), 3), rng.sample(range(len(texts)), 12)
         np.testing.assert_allclose(corpus.similarity([gold], [docs]), (matrix[gold] @ matrix[docs].T).toarray(), atol=1e-9)
+
+
+@pytest.mark.parametrize("fit", ["corpus", "pair"])
+def test_counts_in_files_are_those_in_memory(musique, fit, tmp_path, monkeypatch):
+    """To the last bit, whatever is written at a time; counted once for a corpus, by either fit, and memory-mapped."""
+    texts, cases = musique
+    texts = [*texts[:300], ""]
+    ids = [([i + 4, i + 1], [i + 2, i, 300, i + 4]) for i in range(0, 290, 5)]
+    expected = fit_similarity(texts, tfidf_fit=fit).similarity(*zip(*ids))
+    monkeypatch.setattr(tfidf, "_COUNTED_AT_ONCE", 1000)
+    for read in (texts, [None] * 301):  # the second time nothing is read
+        similarity = fit_similarity(read, tfidf_fit=fit, folder=tmp_path / "terms", corpus="a")
+        np.testing.assert_array_equal(similarity.similarity(*zip(*ids)), expected)
+        assert all(isinstance(values.base, np.memmap) for values in vars(similarity._counts).values())
+    assert (fit_similarity(["red"] * 301, tfidf_fit=fit, folder=tmp_path / "terms", corpus="b").similarity([[0]], [[1]]) == 1).all()
+    fit_similarity(["", "a"], tfidf_fit=fit, folder=tmp_path / "terms", corpus="no words").similarity([[0]], [[1]])
 
 
 # Laws
@@ -160,8 +177,8 @@ def test_similarities_do_not_depend_on_what_else_is_asked_for(fit, texts, batch,
 
 def test_real_similarities_do_not_depend_on_what_else_is_asked_for(musique):
     texts, cases = musique
-    for make in (CorpusTfidf, PairTfidf):
-        similarity = make(texts[:200])
+    for fit in ("corpus", "pair"):
+        similarity = fit_similarity(texts[:200], tfidf_fit=fit)
         ids = [([i + 4, i + 1], [i + 2, i, i + 4]) for i in range(0, 190, 5)]
         whole = similarity.similarity(*zip(*ids))
         for b in (0, 17, len(ids) - 1):

@@ -18,7 +18,7 @@ PAPER = dict(
     step_scale=1.0,
     search_cost=0.0,
     retrieved_answer_credit=0.0,
-    rendered_ids=None,
+    rendered=None,
     texts=None,
 )
 

@@ -138,7 +138,7 @@ def score(episodes: list[Episode], similarity: Similarity, turns: int) -> StepSc
     return score_episodes(
         episodes, similarity, gain=None, num_turns=turns, answer_gate="strict", format_failure="zero_answer", gamma_key=0.618, key_match="max", use_gain=True,
         use_redundancy=True, redundancy_scope="earlier_turns", step_scale=1.0,
-        search_cost=0.0, retrieved_answer_credit=0.0, rendered_ids=None, texts=None)
+        search_cost=0.0, retrieved_answer_credit=0.0, rendered=None, texts=None)
 
 
 def fit_and_gain(episodes: list[Episode], corpus: list[str], vectorizer) -> np.ndarray:

@@ -2,11 +2,13 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 
 import tensorflow_datasets as tfds
 
 from stepsearch_jax.data.atlas_world import make_worlds
 from stepsearch_jax.data.builder import Records, RecordsBuilder
+from stepsearch_jax.data.documents import write_documents
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -23,11 +25,11 @@ class AtlasConfig(tfds.core.BuilderConfig):
 
 
 class Atlas(RecordsBuilder):
-    """Synthetic multi-hop worlds; splits train, validation, test and corpus."""
+    """Synthetic multi-hop worlds; splits train, validation and test."""
 
     VERSION = tfds.core.Version("1.0.0")
 
-    def make_records(self) -> Records:
+    def make_records(self, stored: pathlib.Path) -> Records:
         c = self.builder_config
         documents, splits = make_worlds(seed=c.seed, entities=c.entities, extra_facts=c.extra_facts, k1=c.k1, b=c.b, shapes=c.shapes, questions=c.questions)
-        return Records(documents, splits, {})
+        return Records(write_documents(((document.title, document.text) for document in documents), stored), splits, {})

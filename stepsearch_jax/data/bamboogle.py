@@ -8,12 +8,11 @@ from __future__ import annotations
 import tensorflow_datasets as tfds
 
 from stepsearch_jax.data.official import Format, OfficialBuilder
-from stepsearch_jax.data.passages import Passages
 from stepsearch_jax.data.rows import Row
 from stepsearch_jax.records import Question
 
 
-def read_question(row: Row, split: str, passages: Passages) -> Question:
+def read_question(row: Row, split: str) -> Question:
     """The question of a row."""
     answers = (row.text("Answer"),) if row.has("Answer") else row.answers("golden_answers")
     return Question(uid=row.identifier("id", otherwise=split), question=row.text("question", "Question"), answer=answers[0], aliases=answers[1:])

@@ -1,22 +1,25 @@
-"""What the data set builders share: TFDS splits of records in array_record files, written and read without TensorFlow."""
+"""What the data set builders share: questions as TFDS splits in array_record files, written and read without TensorFlow; beside them the documents.
+
+The documents are no split: TFDS holds a split in memory until it is complete, and can write none of more than 1 GB without TensorFlow.
+"""
 from __future__ import annotations
 
 import abc
+import pathlib
 from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import tensorflow_datasets as tfds
 
-from stepsearch_jax.data.schema import COLUMNS, encode_document, encode_question
+from stepsearch_jax.data.schema import COLUMNS, encode_question
 from stepsearch_jax.records import Document, Question
-
-CORPUS = "corpus"  # the split that holds the documents, in the order of their ids
 
 
 class Records(NamedTuple):
     """Documents (id = row), the questions of each split, and the files that they were read from: name -> path and sha256."""
 
-    documents: list[Document]
+    documents: Sequence[Document]
     splits: dict[str, list[Question]]
     files: dict[str, dict[str, str]]
 
@@ -25,18 +28,18 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Base of the builders: a subclass makes the records, this class stores them, with counts in `info.metadata`."""
 
     @abc.abstractmethod
-    def make_records(self) -> Records:
-        """All of the data set."""
+    def make_records(self, stored: pathlib.Path) -> Records:
+        """All of the data set; the documents are written into the folder `stored` (data/documents.py)."""
 
     def _info(self) -> tfds.core.DatasetInfo:
         return self.dataset_info_from_configs(
             features=tfds.features.FeaturesDict({name: tfds.features.Text() for name in COLUMNS}),
             metadata=tfds.core.MetadataDict(),
-            disable_shuffling=True,  # rows keep the order in which they were made: a document's id is its row
+            disable_shuffling=True,  # rows keep the order in which they were made
         )
 
     def _split_generators(self, dl_manager):
-        documents, questions, files = self.make_records()
+        documents, questions, files = self.make_records(pathlib.Path(self.data_path))
         self.info.metadata["files"] = files
         self.info.metadata["documents"] = len(documents)
         self.info.metadata["splits"] = {
@@ -49,8 +52,7 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             }
             for split, rows in questions.items()
         }
-        splits = {split: enumerate(map(encode_question, rows)) for split, rows in questions.items()}
-        return {**splits, CORPUS: enumerate(map(encode_document, documents))}
+        return {split: enumerate(map(encode_question, rows)) for split, rows in questions.items()}
 
     def _generate_examples(self):
         raise NotImplementedError("_split_generators returns the examples")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import tensorflow_datasets as tfds
 
 from stepsearch_jax.data.official import Format, OfficialBuilder
-from stepsearch_jax.data.passages import Passages
 from stepsearch_jax.data.rows import Row
 from stepsearch_jax.records import Question
 
@@ -44,11 +43,11 @@ def read_gold(row: Row) -> dict[str, str]:
     return gold
 
 
-def read_question(row: Row, split: str, passages: Passages) -> Question:
+def read_question(row: Row, split: str) -> Question:
     """The question of a row."""
-    found, missing = passages.sort_gold(read_gold(row).items())
-    return Question(uid=row.identifier("_id", "id", otherwise=split), question=row.text("question"), answer=row.text("answer"),
-                    shape=row.text("type"), loose_gold_ids=found, loose_missing_gold=missing)
+    gold = tuple(read_gold(row).items())
+    return Question(uid=row.identifier("_id", "id", otherwise=split), question=row.text("question"), answer=row.text("answer"), shape=row.text("type"),
+                    loose_missing_gold=gold)
 
 
 FORMAT = Format(

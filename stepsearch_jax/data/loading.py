@@ -24,6 +24,7 @@ from stepsearch_jax.data import (
     atlas_world,
     bamboogle,
     builder,
+    documents,
     hotpotqa,
     musique,
     official,
@@ -60,7 +61,7 @@ class Source:
 
 
 class _Rows(Sequence):
-    """The first `length` rows of a split that is stored in `folder`, decoded when they are asked for."""
+    """The first `length` rows of what is stored in `folder`, decoded when they are asked for."""
 
     def __init__(self, stored, decode: Callable, length: int, folder: pathlib.Path):
         self._stored, self._decode, self._length, self._folder = stored, decode, length, folder
@@ -87,7 +88,7 @@ def _naming_damage(folder: pathlib.Path) -> Iterator[None]:
     """What the stored files' readers raise for damaged ones, as a ValueError that says what to do."""
     try:
         yield
-    except (RuntimeError, LookupError, json.JSONDecodeError, json_format.Error) as error:
+    except (FileNotFoundError, EOFError, RuntimeError, LookupError, ValueError, json_format.Error) as error:
         raise ValueError(f"the stored data set {folder} is damaged ({type(error).__name__}: {error}): remove this folder, and it is made again") from error
 
 
@@ -120,12 +121,12 @@ def open_source(data_config, k1: float, b: float) -> Source:
     with _naming_damage(folder):
         counts = dict(dataset.info.metadata)
         splits = {split: read(split, schema.decode_question, count["questions"]) for split, count in counts["splits"].items()}
-        documents = read(builder.CORPUS, schema.decode_document, counts["documents"])
+        stored = _Rows(documents.StoredDocuments(folder), lambda document: document, counts["documents"], folder)
     for split, count in counts["splits"].items():
         if count["missing_gold_documents"]:
             logger.warning("%s: the corpus lacks %d of the %d gold documents of split %s; `python -m stepsearch_jax.prepare audit` names them",
                            data_config.kind, count["missing_gold_documents"], count["missing_gold_documents"] + count["gold_documents"], split)
-    return Source(documents, splits, {"kind": data_config.kind, "hash": digest, **counts})
+    return Source(stored, splits, {"kind": data_config.kind, "hash": digest, **counts})
 
 
 def question_rows(position: int, count: int, num_questions: int, seed: int) -> np.ndarray:
@@ -175,7 +176,7 @@ def _make_builder(config, k1: float, b: float) -> tuple[builder.RecordsBuilder, 
 
 def _digest(made, *modules) -> str:
     """Name of a data set: a hash of its inputs and of the code that reads or makes it, so that neither can change behind a stored copy."""
-    code = [inspect.getsource(module) for module in (builder, schema, *modules)]
+    code = [inspect.getsource(module) for module in (builder, documents, schema, *modules)]
     return hashlib.sha256(json.dumps([made, code]).encode()).hexdigest()[:16]
 
 

@@ -10,7 +10,6 @@ import re
 import tensorflow_datasets as tfds
 
 from stepsearch_jax.data.official import Format, OfficialBuilder
-from stepsearch_jax.data.passages import Passages
 from stepsearch_jax.data.rows import Row
 from stepsearch_jax.records import Question, SubQuestion
 
@@ -22,7 +21,7 @@ def read_passages(row: Row) -> list[tuple[str, str]]:
     return list(_paragraphs(row).values())
 
 
-def read_question(row: Row, split: str, passages: Passages) -> Question:
+def read_question(row: Row, split: str) -> Question:
     """The question of a row."""
     if row.values.get("answerable") is False:
         raise row.fault("the question is marked as not answerable; use the files of MuSiQue-Ans")
@@ -34,11 +33,10 @@ def read_question(row: Row, split: str, passages: Passages) -> Question:
         support = hop.get("paragraph_support_idx", int)
         if support not in paragraphs:
             raise hop.fault(f"paragraph_support_idx {support} is not the idx of a paragraph of this row")
-        gold, missing = passages.sort_gold([paragraphs[support]])
         question = _fill(hop.text("question"), [sub.answer for sub in subs], len(hops), hop)
         last = len(subs) == len(hops) - 1
-        subs.append(SubQuestion(question=question, answer=hop.text("answer"), aliases=aliases if last else (), gold_ids=gold, queries=(question,),
-                                missing_gold=missing))
+        subs.append(SubQuestion(question=question, answer=hop.text("answer"), aliases=aliases if last else (), queries=(question,),
+                                missing_gold=(paragraphs[support],)))
     uid = row.text("id")
     return Question(uid=uid, question=row.text("question"), answer=row.text("answer"), aliases=aliases, sub_questions=tuple(subs),
                     shape=uid.split("__")[0])

@@ -4,12 +4,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import tensorflow_datasets as tfds
 
 from stepsearch_jax.data.builder import Records, RecordsBuilder
-from stepsearch_jax.data.passages import Passages, read_corpus
+from stepsearch_jax.data.documents import write_documents
+from stepsearch_jax.data.passages import Seen, locate_gold, read_corpus
 from stepsearch_jax.data.rows import Row, find_file, hash_file, read_rows
 from stepsearch_jax.records import Question
 
@@ -20,14 +21,14 @@ CORPUS_STEMS = ("corpus",)
 class Format:
     """The official files of a data set.
 
-    stems: for each split, the names that its file may have, without ending. read_question(row, split, passages): the question of a row, its gold documents
-    found in the corpus. read_passages(row): title and text of the passages that a row brings along; None: rows bring none. address: where the
-    files are to be had, and their licence.
+    stems: for each split, the names that its file may have, without ending. read_question(row, split): the question of a row, all its gold documents among
+    the missing ones, because they have not been looked for. read_passages(row): title and text of the passages that a row brings along; None: rows bring
+    none. address: where the files are to be had, and their licence.
     """
 
     name: str
     stems: dict[str, tuple[str, ...]]
-    read_question: Callable[[Row, str, Passages], Question]
+    read_question: Callable[[Row, str], Question]
     address: str
     read_passages: Callable[[Row], Iterable[tuple[str, str]]] | None = None
     corpus_stems: tuple[str, ...] = CORPUS_STEMS
@@ -46,8 +47,8 @@ class OfficialBuilder(RecordsBuilder, skip_registration=True):
 
     FORMAT: Format
 
-    def make_records(self) -> Records:
-        return read_files(self.FORMAT, pathlib.Path(self.builder_config.path), self.builder_config.corpus)
+    def make_records(self, stored: pathlib.Path) -> Records:
+        return read_files(self.FORMAT, pathlib.Path(self.builder_config.path), stored, self.builder_config.corpus)
 
 
 def find_inputs(form: Format, folder: pathlib.Path, corpus: str = "") -> tuple[dict[str, pathlib.Path], list[pathlib.Path]]:
@@ -72,25 +73,24 @@ def find_inputs(form: Format, folder: pathlib.Path, corpus: str = "") -> tuple[d
     return splits, paths
 
 
-def read_files(form: Format, folder: pathlib.Path, corpus: str = "") -> Records:
+def read_files(form: Format, folder: pathlib.Path, stored: pathlib.Path, corpus: str = "") -> Records:
     """Documents (id = row of the corpus) and the questions of each split that has a file; without a corpus the documents are the rows' own passages, each once.
 
-    Raises FileNotFoundError as `find_inputs` does, and ValueError that names file and line for a malformed row or an empty file.
+    The documents are written into the folder `stored`. Raises FileNotFoundError as `find_inputs` does, and ValueError that names file and line for a
+    malformed row or an empty file.
     """
     splits, corpora = find_inputs(form, folder, corpus)
-    passages = Passages()
-    if corpora:
-        for title, text in read_corpus(corpora):
-            passages.add(title, text)
-    else:
-        for path in splits.values():
-            with contextlib.closing(read_rows(path)) as rows:
-                for title, text in (passage for row in rows for passage in form.read_passages(row)):
-                    if passages.find(title, text) is None:
-                        passages.add(title, text)
     questions = {}
     for split, path in splits.items():
         with contextlib.closing(read_rows(path)) as rows:
-            questions[split] = [form.read_question(row, split, passages) for row in rows]
+            questions[split] = [form.read_question(row, split) for row in rows]
+    documents = write_documents(read_corpus(corpora) if corpora else _read_own_passages(form, splits.values()), stored)
     named = {**splits, **{f"corpus {n}" if n else "corpus": path for n, path in enumerate(corpora)}}
-    return Records(passages.documents, questions, {name: {"path": str(path), "sha256": hash_file(path)} for name, path in named.items()})
+    return Records(documents, locate_gold(questions, documents), {name: {"path": str(path), "sha256": hash_file(path)} for name, path in named.items()})
+
+
+def _read_own_passages(form: Format, paths: Iterable[pathlib.Path]) -> Iterator[tuple[str, str]]:
+    seen = Seen()
+    for path in paths:
+        with contextlib.closing(read_rows(path)) as rows:
+            yield from (passage for row in rows for passage in form.read_passages(row) if seen.add(passage))

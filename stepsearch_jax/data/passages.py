@@ -1,60 +1,91 @@
-"""Passages of a corpus, and how the gold ones of a question are found among them."""
+"""Passages of a corpus, and how the gold ones of a question are found among them. Of a corpus nothing is kept but what is looked for, or 16 bytes each."""
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
 
 from stepsearch_jax.data.rows import Row, read_rows
 from stepsearch_jax.records import Document, Question
 
+_UNSORTED = 1 << 20  # digests that `Seen` keeps one by one before it puts them with the others
 
-class Passages:
-    """Documents in the order in which they are added (id = row), found again by title and text; their white space does not count.
 
-    White space does not count at all, because data sets join the sentences of one and the same paragraph with a blank or without.
+def locate_gold(splits: dict[str, list[Question]], documents: Iterable[Document]) -> dict[str, list[Question]]:
+    """The questions with those of their missing gold documents found that are among `documents`. Ids that they have must be ids of these documents.
+
+    A passage is the first document with its title and text; without a text, the only document with its title. White space does not count at all, because
+    data sets join the sentences of one and the same paragraph with a blank or without.
     """
+    wanted = (passage for question in itertools.chain(*splits.values()) for passage in question.missing_gold)
+    ids: dict[tuple[str, str | None], int | None] = dict.fromkeys(itertools.starmap(_squeeze_passage, wanted))  # None: not found
+    bearers = dict.fromkeys((title for title, _ in ids), 0)  # how many documents have the title
+    for document in documents if ids else ():
+        title = _squeeze(document.title)
+        if title in bearers:
+            bearers[title] += 1
+            for key in (title, _squeeze(document.text)), (title, None):
+                if key in ids and ids[key] is None:
+                    ids[key] = document.id
+    ids.update({(title, None): None for title, count in bearers.items() if count > 1})
 
-    def __init__(self, documents: Iterable[Document] = ()):
-        self.documents: list[Document] = []
-        self._ids: dict[tuple[str, str], int] = {}
-        self._titles: dict[str, int | None] = {}
-        for document in documents:
-            self.add(document.title, document.text)
-
-    def add(self, title: str, text: str) -> int:
-        """Adds a document, even one that is there already -> its id."""
-        row = len(self.documents)
-        self.documents.append(Document(row, title, text))
-        squeezed = _squeeze(title)
-        self._ids.setdefault((squeezed, _squeeze(text)), row)
-        self._titles[squeezed] = None if squeezed in self._titles else row
-        return row
-
-    def find(self, title: str, text: str) -> int | None:
-        """The id of the first document with this title and text, or None. Without a text: of the only document with this title."""
-        squeezed = _squeeze(title)
-        return self._ids.get((squeezed, _squeeze(text))) if text else self._titles.get(squeezed)
-
-    def sort_gold(self, gold: Iterable[tuple[str, str]]) -> tuple[tuple[int, ...], tuple[tuple[str, str], ...]]:
-        """(title, text) of gold documents -> the ids of those that are here, and the others, both without repetition."""
-        found = {passage: self.find(*passage) for passage in gold}
+    def sort(missing: tuple[tuple[str, str], ...]) -> tuple[tuple[int, ...], tuple[tuple[str, str], ...]]:
+        found = {passage: ids[_squeeze_passage(*passage)] for passage in missing}
         return tuple(dict.fromkeys(i for i in found.values() if i is not None)), tuple(passage for passage, i in found.items() if i is None)
 
-    def find_missing(self, question: Question) -> Question:
-        """The question with those of its missing gold documents found that are here. Ids that it has must be ids of these documents."""
+    def find(question: Question) -> Question:
         subs = []
         for sub in question.sub_questions:
-            ids, missing = self.sort_gold(sub.missing_gold)
-            subs.append(dataclasses.replace(sub, gold_ids=(*sub.gold_ids, *ids), missing_gold=missing))
-        ids, missing = self.sort_gold(question.loose_missing_gold)
-        return dataclasses.replace(question, sub_questions=tuple(subs), loose_gold_ids=(*question.loose_gold_ids, *ids), loose_missing_gold=missing)
+            found, missing = sort(sub.missing_gold)
+            subs.append(dataclasses.replace(sub, gold_ids=(*sub.gold_ids, *found), missing_gold=missing))
+        found, missing = sort(question.loose_missing_gold)
+        return dataclasses.replace(question, sub_questions=tuple(subs), loose_gold_ids=(*question.loose_gold_ids, *found), loose_missing_gold=missing)
+
+    return {split: [find(question) for question in questions] for split, questions in splits.items()}
+
+
+class Seen:
+    """The passages that there have been, as 16 bytes each: a digest of title and text without white space."""
+
+    def __init__(self):
+        self._sorted, self._others = np.zeros(0, "S16"), set()
+
+    def __contains__(self, passage: tuple[str, str]) -> bool:
+        return self._holds(_digest(passage))
+
+    def add(self, passage: tuple[str, str]) -> bool:
+        """Remembers a passage -> whether it is a new one."""
+        digest = _digest(passage)
+        if self._holds(digest):
+            return False
+        self._others.add(digest)
+        if len(self._others) == _UNSORTED:
+            self._sorted = np.sort(np.concatenate([self._sorted, np.array(list(self._others), "S16")]), kind="stable")
+            self._others.clear()
+        return True
+
+    def _holds(self, digest: bytes) -> bool:
+        place = np.searchsorted(self._sorted, digest) if len(self._sorted) else 0
+        return digest in self._others or place < len(self._sorted) and self._sorted[place] == digest
+
+
+def _digest(passage: tuple[str, str]) -> bytes:
+    raw = "\n".join(map(_squeeze, passage)).encode()
+    return hashlib.blake2b(raw, digest_size=16).digest().rstrip(b"\0")  # NumPy's strings have no zeros at the end
 
 
 def _squeeze(text: str) -> str:
     return "".join(text.split())
+
+
+def _squeeze_passage(title: str, text: str) -> tuple[str, str | None]:
+    """Title and text without white space; None for a text that is not given."""
+    return _squeeze(title), _squeeze(text) if text else None
 
 
 def read_passage(row: Row) -> tuple[str, str]:
@@ -74,17 +105,15 @@ def read_passage(row: Row) -> tuple[str, str]:
 def read_corpus(paths: Sequence[pathlib.Path]) -> Iterator[tuple[str, str]]:
     """Title and text of the passages of all these files: of the first file every row, of the others what no file before them holds.
 
-    Of a single file nothing is remembered, of several a hash of each passage that stands before the last.
+    Of a single file nothing is remembered, of several a digest of each passage that stands before the last.
     """
-    seen: set[bytes] = set()
+    before: list[Seen] = []
     for n, path in enumerate(paths, start=1):
-        own = []
+        own = Seen()
         with contextlib.closing(read_rows(path)) as rows:
-            for row in rows:
-                title, text = read_passage(row)
-                key = hashlib.blake2b(f"{_squeeze(title)}\n{_squeeze(text)}".encode(), digest_size=16).digest() if len(paths) > 1 else b""
-                if key not in seen:
+            for passage in map(read_passage, rows):
+                if not any(passage in seen for seen in before):
                     if n < len(paths):
-                        own.append(key)
-                    yield title, text
-        seen.update(own)
+                        own.add(passage)
+                    yield passage
+        before.append(own)

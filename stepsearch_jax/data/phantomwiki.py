@@ -10,30 +10,29 @@ from __future__ import annotations
 import tensorflow_datasets as tfds
 
 from stepsearch_jax.data.official import Format, OfficialBuilder
-from stepsearch_jax.data.passages import Passages
 from stepsearch_jax.data.rows import Row
 from stepsearch_jax.records import Question, SubQuestion
 
 TRAITS = {"job": "occupation", "hobby": "hobby", "dob": "date of birth", "gender": "gender"}
 
 
-def read_question(row: Row, split: str, passages: Passages) -> Question:
+def read_question(row: Row, split: str) -> Question:
     """The question of a row."""
     question = row.text("question")
-    subs = [_read_hop(hop, n == 0, question, passages) for n, hop in enumerate(row.objects("hops"))] if row.has("hops") else []
+    subs = [_read_hop(hop, n == 0, question) for n, hop in enumerate(row.objects("hops"))] if row.has("hops") else []
     return Question(uid=row.identifier("id", otherwise=split), question=question, answer=", ".join(row.answers("answer")), sub_questions=tuple(subs),
                     shape=f"difficulty {row.get('difficulty', int)}")
 
 
-def _read_hop(hop: Row, first: bool, question: str, passages: Passages) -> SubQuestion:
+def _read_hop(hop: Row, first: bool, question: str) -> SubQuestion:
     relation, titles, values = hop.text("relation"), hop.answers("gold_titles"), hop.answers("values")
-    gold, missing = passages.sort_gold((title, "") for title in titles)
+    gold = tuple((title, "") for title in titles)
     if first and relation in TRAITS and values[0] in question and not any(title in question for title in titles):
         asked = f"Who is the person whose {TRAITS[relation]} is {values[0]}?"
-        return SubQuestion(question=asked, answer=", ".join(titles), gold_ids=gold, queries=(asked,), missing_gold=missing)
+        return SubQuestion(question=asked, answer=", ".join(titles), queries=(asked,), missing_gold=gold)
     start = f"What is the {TRAITS[relation]}" if relation in TRAITS else f"Who is the {relation}"
-    return SubQuestion(question=f"{start} of {', '.join(titles)}?", answer=", ".join(values), gold_ids=gold,
-                       queries=tuple(f"{start} of {title}?" for title in titles), missing_gold=missing)
+    return SubQuestion(question=f"{start} of {', '.join(titles)}?", answer=", ".join(values),
+                       queries=tuple(f"{start} of {title}?" for title in titles), missing_gold=gold)
 
 
 FORMAT = Format(name="PhantomWiki", stems={"test": ("questions",)}, read_question=read_question, corpus_stems=("articles", "corpus"),

@@ -1,46 +1,29 @@
-"""Records as flat rows of strings, the form in which they are stored: nested parts are JSON text, so that no stored feature is ragged.
-
-Questions and documents share one set of columns; a question leaves the document's columns empty, and the other way round.
-"""
+"""Questions as flat rows of strings, the form in which they are stored: nested parts are JSON text, so that no stored feature is ragged."""
 from __future__ import annotations
 
 import dataclasses
 import json
 
-from stepsearch_jax.records import Document, Question, SubQuestion
+from stepsearch_jax.records import Question, SubQuestion
 
-COLUMNS = ("uid", "question", "answer", "aliases", "sub_questions", "shape", "loose_gold", "id", "title", "text")
+COLUMNS = ("uid", "question", "answer", "aliases", "sub_questions", "shape", "loose_gold")
 
 
 def encode_question(question: Question) -> dict[str, str]:
     """The row of a question."""
-    return _row(uid=question.uid, question=question.question, answer=question.answer, aliases=_dump(question.aliases),
+    return dict(uid=question.uid, question=question.question, answer=question.answer, aliases=_dump(question.aliases),
                 sub_questions=_dump([dataclasses.asdict(sub) for sub in question.sub_questions]), shape=question.shape,
                 loose_gold=_dump([question.loose_gold_ids, question.loose_missing_gold]))
 
 
 def decode_question(row: dict[str, str | bytes]) -> Question:
     """The question of a row; values may be UTF-8 bytes, as files return them."""
-    texts = {name: _text(row[name]) for name in ("uid", "question", "answer", "aliases", "sub_questions", "shape", "loose_gold")}
+    texts = {name: _text(row[name]) for name in COLUMNS}
     subs = [SubQuestion(question=sub["question"], answer=sub["answer"], aliases=tuple(sub["aliases"]), gold_ids=tuple(sub["gold_ids"]),
                         queries=tuple(sub["queries"]), missing_gold=_pairs(sub["missing_gold"])) for sub in json.loads(texts.pop("sub_questions"))]
     ids, missing = json.loads(texts.pop("loose_gold"))
     return Question(**{**texts, "aliases": tuple(json.loads(texts["aliases"]))}, sub_questions=tuple(subs), loose_gold_ids=tuple(ids),
                     loose_missing_gold=_pairs(missing))
-
-
-def encode_document(document: Document) -> dict[str, str]:
-    """The row of a document."""
-    return _row(id=str(document.id), title=document.title, text=document.text)
-
-
-def decode_document(row: dict[str, str | bytes]) -> Document:
-    """The document of a row; values may be UTF-8 bytes."""
-    return Document(id=int(_text(row["id"])), title=_text(row["title"]), text=_text(row["text"]))
-
-
-def _row(**values: str) -> dict[str, str]:
-    return {**dict.fromkeys(COLUMNS, ""), **values}
 
 
 def _pairs(values: list[list[str]]) -> tuple[tuple[str, str], ...]:

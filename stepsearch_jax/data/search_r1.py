@@ -9,7 +9,6 @@ from __future__ import annotations
 import tensorflow_datasets as tfds
 
 from stepsearch_jax.data.official import Format, OfficialBuilder
-from stepsearch_jax.data.passages import Passages
 from stepsearch_jax.data.rows import Row
 from stepsearch_jax.data.stepsearch import make_sub_questions, read_documents, read_queries
 from stepsearch_jax.records import Question
@@ -17,7 +16,7 @@ from stepsearch_jax.records import Question
 _MARK = "Question:"
 
 
-def read_question(row: Row, split: str, passages: Passages) -> Question:
+def read_question(row: Row, split: str) -> Question:
     """The question of a row."""
     truth = row.object("reward_model").object("ground_truth") if row.has("reward_model") else None
     if row.has("golden_answers"):
@@ -30,7 +29,7 @@ def read_question(row: Row, split: str, passages: Passages) -> Question:
     extra = row.object("extra_info") if row.has("extra_info") else None
     documents = read_documents(extra, "support_docs") if extra and extra.has("support_docs") else []
     return Question(uid=row.identifier("id", otherwise=split), question=_read_text(row), answer=answers[0], aliases=answers[1:], shape=row.text("data_source"),
-                    **make_sub_questions(queries, documents, passages))
+                    **make_sub_questions(queries, documents))
 
 
 def _read_text(row: Row) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import tensorflow_datasets as tfds
 
 from stepsearch_jax.data.official import Format, OfficialBuilder
-from stepsearch_jax.data.passages import Passages
 from stepsearch_jax.data.rows import Row
 from stepsearch_jax.records import Question, SubQuestion
 
@@ -36,17 +35,18 @@ def read_documents(row: Row, name: str) -> list[list[tuple[str, str]]]:
     return groups
 
 
-def make_sub_questions(queries: list[tuple[str, ...]], documents: list[list[tuple[str, str]]], passages: Passages, questions=(), answers=(),
-                       aliases=()) -> dict:
+def make_sub_questions(queries: list[tuple[str, ...]], documents: list[list[tuple[str, str]]], questions=(), answers=(), aliases=()) -> dict:
     """Sub-questions and loose gold documents, as arguments of Question. questions, answers, aliases: of each list of queries, or ()."""
     paired = len(queries) == len(documents)
     subs = []
     for i, group in enumerate(queries):
-        gold, missing = passages.sort_gold(documents[i] if paired else [])
         subs.append(SubQuestion(question=questions[i] if questions else group[0], answer=answers[i] if answers else "",
-                                aliases=aliases[i] if aliases else (), gold_ids=gold, queries=group, missing_gold=missing))
-    gold, missing = passages.sort_gold([] if paired else [document for group in documents for document in group])
-    return dict(sub_questions=tuple(subs), loose_gold_ids=gold, loose_missing_gold=missing)
+                                aliases=aliases[i] if aliases else (), queries=group, missing_gold=tuple(documents[i]) if paired else ()))
+    return dict(sub_questions=tuple(subs), loose_missing_gold=() if paired else _join(documents))
+
+
+def _join(groups: list[list[tuple[str, str]]]) -> tuple[tuple[str, str], ...]:
+    return tuple(document for group in groups for document in group)
 
 
 def read_passages(row: Row) -> list[tuple[str, str]]:
@@ -55,7 +55,7 @@ def read_passages(row: Row) -> list[tuple[str, str]]:
     return [(title, text) for group in groups for title, text in group if text]
 
 
-def read_question(row: Row, split: str, passages: Passages) -> Question:
+def read_question(row: Row, split: str) -> Question:
     """The question of a row."""
     queries = read_queries(row, "sub_searchs", empty=row.has("sub_questions"))
     given = {name: row.texts(name) if row.has(name) else () for name in ("sub_questions", "sub_answers")}
@@ -63,11 +63,9 @@ def read_question(row: Row, split: str, passages: Passages) -> Question:
     for name, values in given.items():
         if values and len(values) != len(queries):
             raise row.fault(f"{name!r} has {len(values)} entries, but 'sub_searchs' has {len(queries)}")
-    parts = make_sub_questions(queries, read_documents(row, "sub_support_docs"), passages, *given.values())
+    parts = make_sub_questions(queries, read_documents(row, "sub_support_docs"), *given.values())
     if row.has("support_docs"):
-        loose = passages.sort_gold(document for group in read_documents(row, "support_docs") for document in group)
-        parts["loose_gold_ids"], parts["loose_missing_gold"] = (tuple(dict.fromkeys((*old, *new)))
-                                                                for old, new in zip((parts["loose_gold_ids"], parts["loose_missing_gold"]), loose))
+        parts["loose_missing_gold"] += _join(read_documents(row, "support_docs"))
     return Question(uid=row.identifier("id", otherwise=split), question=row.text("question"), answer=row.text("final_answer"),
                     aliases=row.aliases("answer_aliases"), shape=row.text("shape") if row.has("shape") else f"{len(queries)}hop", **parts)
 

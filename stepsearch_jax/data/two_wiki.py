@@ -13,27 +13,24 @@ import tensorflow_datasets as tfds
 
 from stepsearch_jax.data import hotpotqa
 from stepsearch_jax.data.official import Format, OfficialBuilder
-from stepsearch_jax.data.passages import Passages
 from stepsearch_jax.data.rows import Row
 from stepsearch_jax.records import Question, SubQuestion
 
 _BRACKETS = re.compile(r"\s*\([^()]*\)$")  # "Get Low (Dillon Francis song)"
 
 
-def read_question(row: Row, split: str, passages: Passages) -> Question:
+def read_question(row: Row, split: str) -> Question:
     """The question of a row."""
     gold = hotpotqa.read_gold(row)
     hops = _read_hops(row)
     titles = match_titles(list(dict.fromkeys(subject for subject, _ in hops)), list(gold))
     subs = []
     for (subject, _), (question, *answers) in hops.items():
-        found, missing = passages.sort_gold([(titles[subject], gold[titles[subject]])] if subject in titles else [])
-        subs.append(SubQuestion(question=question, answer=answers[0], aliases=tuple(answers[1:]), gold_ids=found, queries=(question,), missing_gold=missing))
-    loose = [(title, text) for title, text in gold.items() if title not in titles.values()]
-    found, missing = passages.sort_gold(loose)
+        articles = ((titles[subject], gold[titles[subject]]),) if subject in titles else ()
+        subs.append(SubQuestion(question=question, answer=answers[0], aliases=tuple(answers[1:]), queries=(question,), missing_gold=articles))
+    loose = tuple((title, text) for title, text in gold.items() if title not in titles.values())
     return Question(uid=row.identifier("_id", "id", otherwise=split), question=row.text("question"), answer=row.text("answer"),
-                    sub_questions=tuple(subs), shape=row.text("type"),
-                    loose_gold_ids=found, loose_missing_gold=missing)
+                    sub_questions=tuple(subs), shape=row.text("type"), loose_missing_gold=loose)
 
 
 def match_titles(subjects: list[str], titles: list[str]) -> dict[str, str]:

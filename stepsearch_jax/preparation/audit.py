@@ -12,18 +12,19 @@ import argparse
 import hashlib
 import logging
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import ml_collections
 import numpy as np
 from tqdm import tqdm
 
 from stepsearch_jax.data.loading import open_source
-from stepsearch_jax.data.passages import Passages, read_corpus
+from stepsearch_jax.data.passages import Seen, locate_gold, read_corpus
+from stepsearch_jax.preparation.index import describe_files
 from stepsearch_jax.preparation.options import make_parser, run_command
 from stepsearch_jax.records import Document, Question
 from stepsearch_jax.rewards.text_metrics import normalize
-from stepsearch_jax.search.bm25 import build_index, check_settings
+from stepsearch_jax.search.bm25 import build_index, check_settings, stream_index
 from stepsearch_jax.system import locate_corpus, lock_cache
 
 logger = logging.getLogger("stepsearch_jax")
@@ -123,17 +124,17 @@ def audit(config: ml_collections.ConfigDict, corpora: Sequence[pathlib.Path], ks
     check_settings(s.bm25_k1, s.bm25_b)
     with lock_cache(config):
         source = open_source(config.data, s.bm25_k1, s.bm25_b)
-        documents, splits = source.documents, {name: list(rows) for name, rows in source.splits.items()}
-        folder = locate_corpus(config, source)
+        splits = {name: list(rows) for name, rows in source.splits.items()}
+        folder, part = locate_corpus(config, source), f"bm25-{s.bm25_k1}-{s.bm25_b}"
         if corpora:
-            passages = Passages(source.documents)
-            for title, text in read_corpus(corpora):
-                if passages.find(title, text) is None:
-                    passages.add(title, text)
-            documents, splits = passages.documents, {name: [passages.find_missing(row) for row in rows] for name, rows in splits.items()}
             named = hashlib.sha256("\n".join(str(path.resolve()) for path in corpora).encode()).hexdigest()[:16]
-            folder = folder.with_name(f"{folder.name}-{named}")
-        index = build_index(documents, folder / f"bm25-{s.bm25_k1}-{s.bm25_b}", s.bm25_k1, s.bm25_b)
+            made_from = {"data": source.manifest["hash"], "files": describe_files(corpora)}
+            index = stream_index(lambda: extend_corpus(source.documents, corpora), made_from, folder.with_name(f"{folder.name}-{named}") / part,
+                                 s.bm25_k1, s.bm25_b)
+            splits = locate_gold(splits, index.documents)
+        else:
+            index = build_index(source.documents, folder / part, s.bm25_k1, s.bm25_b)
+    documents = index.documents
     figures = dict(data={"kind": config.data.kind, **{name: source.manifest[name] for name in ("hash", "files")}},
                    passages=len(documents), added_passages=len(documents) - len(source.documents), corpora=[str(path) for path in corpora],
                    retriever=dict(kind="bm25", k1=s.bm25_k1, b=s.bm25_b), ks=list(ks), splits={}, overlap={})
@@ -145,6 +146,16 @@ def audit(config: ml_collections.ConfigDict, corpora: Sequence[pathlib.Path], ks
         if name != train and train in splits:
             figures["overlap"][name] = measure_overlap(splits[train], questions, documents)
     return figures
+
+
+def extend_corpus(documents: Iterable[Document], corpora: Sequence[pathlib.Path]) -> Iterator[tuple[str, str]]:
+    """Title and text of all the documents, then of the passages of the files that are not among them, each once."""
+    seen = Seen()
+    for document in documents:
+        passage = document.title, document.text
+        seen.add(passage)
+        yield passage
+    yield from filter(seen.add, read_corpus(corpora))
 
 
 def render(figures: dict) -> str:

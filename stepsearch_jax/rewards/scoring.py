@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from stepsearch_jax.records import Document, Episode, Question, Turn, TurnStatus
+from stepsearch_jax.records import Episode, Question, Turn, TurnStatus
 from stepsearch_jax.rewards import text_metrics
 from stepsearch_jax.rewards.tfidf import Similarity
 
@@ -63,15 +63,15 @@ def score_episodes(
     step_scale: float,
     search_cost: float,
     retrieved_answer_credit: float,
-    rendered_ids: Sequence[int] | None,
+    rendered: Sequence[Hashable] | None,
     texts: Sequence[str] | None,
 ) -> StepScores:
     """Rewards of B episodes -> `StepScores`.
 
     similarity: tf-idf cosines by corpus id (`rewards.tfidf`). gain [B, K]: what each turn gained, if it is measured otherwise than by `information_gain`; on
-    turns without a successful search it must be 0. num_turns: K. The other keywords are the keys of `config.reward`; `rendered_ids[i]` is
-    the first corpus id whose rendered text equals that of document i (`match_rendered`), needed by redundancy_scope="rendered" only, else None; `texts[i]`
-    is document i, title and text, needed by a retrieved_answer_credit other than 0 only, else None.
+    turns without a successful search it must be 0. num_turns: K. The other keywords are the keys of `config.reward`; `rendered[i]` is
+    title and text of document i, or whatever else is equal for documents that render alike, needed by redundancy_scope="rendered" only, else None;
+    `texts[i]` is document i, title and text in one, needed by a retrieved_answer_credit other than 0 only, else None.
 
     answer_gate     strict: the paper's format gate (`passes_strict_gate`); ends_with_answer.
     format_failure  zero_answer: r_answer = 0, the key reward and the step rewards stay; minus_one.
@@ -91,8 +91,8 @@ def score_episodes(
     _check_choice("format_failure", format_failure, ("zero_answer", "minus_one"))
     _check_choice("key_match", key_match, ("max", "overwrite"))
     _check_choice("redundancy_scope", redundancy_scope, ("earlier_turns", "rendered"))
-    if redundancy_scope == "rendered" and rendered_ids is None:
-        raise ValueError("reward.redundancy_scope is 'rendered', which needs rendered_ids; make them with match_rendered(documents)")
+    if redundancy_scope == "rendered" and rendered is None:
+        raise ValueError("reward.redundancy_scope is 'rendered', which needs rendered: title and text of each document")
     if retrieved_answer_credit and texts is None:
         raise ValueError(f"reward.retrieved_answer_credit is {retrieved_answer_credit}, which needs the documents' texts")
 
@@ -107,7 +107,7 @@ def score_episodes(
         if redundancy_scope == "earlier_turns":
             redundancy[b, : len(turns)] = redundancy_by_id(turns)
         elif measures.gold_known[b]:
-            redundancy[b, : len(turns)] = redundancy_by_rendering(turns, rendered_ids)
+            redundancy[b, : len(turns)] = redundancy_by_rendering(turns, rendered)
         served[b, : len(turns)] = [turn.status == TurnStatus.SEARCH and turn.search_ok for turn in turns]
         key_rewards[b] = key_reward(episode.queries, episode.question, key_match=key_match)
         gate_passed[b] = _GATES[answer_gate](episode)
@@ -180,7 +180,7 @@ def redundancy_by_id(turns: Sequence[Turn]) -> np.ndarray:
     return penalty
 
 
-def redundancy_by_rendering(turns: Sequence[Turn], rendered_ids: Sequence[int]) -> np.ndarray:
+def redundancy_by_rendering(turns: Sequence[Turn], rendered: Sequence[Hashable]) -> np.ndarray:
     """P [len(turns)] as the released code counts it.
 
     Reference: documents are compared by their rendered text, and one that stands twice in the same round counts as seen the second time. The
@@ -188,16 +188,10 @@ def redundancy_by_rendering(turns: Sequence[Turn], rendered_ids: Sequence[int]) 
     """
     penalty, seen = np.zeros(len(turns)), set()
     for t, turn in enumerate(turns):
-        for i in turn.doc_ids if _retrieved(turn) else ():
-            penalty[t] += (rendered_ids[i] in seen) / len(turn.doc_ids)
-            seen.add(rendered_ids[i])
+        for document in (rendered[i] for i in turn.doc_ids) if _retrieved(turn) else ():
+            penalty[t] += (document in seen) / len(turn.doc_ids)
+            seen.add(document)
     return penalty
-
-
-def match_rendered(documents: Sequence[Document]) -> np.ndarray:
-    """[len(documents)] int64: for each document the first corpus id with the same title and text."""
-    first: dict[tuple[str, str], int] = {}
-    return np.array([first.setdefault((document.title, document.text), i) for i, document in enumerate(documents)], np.int64)
 
 
 def key_reward(queries: Sequence[str], question: Question, *, key_match: str) -> float:

@@ -7,20 +7,27 @@ smooth idf(w) = ln((1 + N) / (1 + df(w))) + 1, l2 norm. What differs is the coll
 Reference: the paper does not say what the idf is fitted on; the released code refits a vectoriser for every retrieved document ("pair"), which makes
   one similarity depend on the number of gold documents and gives unrelated texts about 0.1.
 
-Words are counted once, when the corpus is fitted; a whole batch of questions is then compared in one pass over arrays. Every sum runs over the words of one
+Words are counted once for a corpus; a whole batch of questions is then compared in one pass over arrays. Every sum runs over the words of one
 document in the order in which it names them, so a similarity is the same to the last bit whatever else is asked for in the same call.
 """
 from __future__ import annotations
 
 import array
+import dataclasses
+import io
 import itertools
+import pathlib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
+import tqdm
 
+from stepsearch_jax.search.prepared import prepare_folder
+
+_COUNTED_AT_ONCE = 1 << 20  # entries in memory before they are written
 _TOKEN = re.compile(r"\b\w\w+\b")
 
 
@@ -34,42 +41,80 @@ class Similarity(Protocol):
         """
 
 
-def fit_similarity(texts: Sequence[str], *, tfidf_fit: str) -> Similarity:
-    """The similarity over a corpus whose document i reads `texts[i]`; `tfidf_fit` is "corpus" or "pair". ValueError on anything else."""
-    if tfidf_fit == "corpus":
-        return CorpusTfidf(texts)
-    if tfidf_fit == "pair":
-        return PairTfidf(texts)
-    raise ValueError(f"reward.tfidf_fit is {tfidf_fit!r}; it must be 'corpus' or 'pair'")
+def fit_similarity(texts: Sequence[str], *, tfidf_fit: str, folder: pathlib.Path | None = None, corpus: str = "") -> Similarity:
+    """The similarity over a corpus whose document i reads `texts[i]`; `tfidf_fit` is "corpus" or "pair".
+
+    folder: keeps the words of the documents, counted once and memory-mapped; None: they are counted in memory. corpus: identifies the texts in the folder.
+    Raises ValueError on another fit, or if there are no texts.
+    """
+    if tfidf_fit not in _FITS:
+        raise ValueError(f"reward.tfidf_fit is {tfidf_fit!r}; it must be 'corpus' or 'pair'")
+    if not len(texts):
+        raise ValueError("the corpus holds no documents; tf-idf needs at least one")
+    if folder is None:
+        terms, counts = io.BytesIO(), io.BytesIO()
+        ends, frequencies = _count_terms(texts, terms, counts)
+        return _FITS[tfidf_fit](_TermCounts(*(np.frombuffer(file.getbuffer(), np.int32) for file in (terms, counts)), ends, frequencies))
+
+    def write(made: pathlib.Path) -> None:
+        with open(made / "terms.bin", "wb") as terms, open(made / "counts.bin", "wb") as counts:
+            for name, values in zip(("ends", "frequencies"), _count_terms(texts, terms, counts)):
+                np.save(made / f"{name}.npy", values)
+
+    prepare_folder(folder, {"kind": "term-counts", "corpus": corpus, "documents": len(texts)}, write)
+    ends, frequencies = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("ends", "frequencies"))
+    files = (np.memmap(folder / f"{name}.bin", np.int32, mode="r") if ends[-1] else np.zeros(0, np.int32) for name in ("terms", "counts"))
+    return _FITS[tfidf_fit](_TermCounts(*map(np.asarray, (*files, ends, frequencies))))
 
 
+def _count_terms(texts: Sequence[str], terms_file: BinaryIO, counts_file: BinaryIO) -> tuple[np.ndarray, np.ndarray]:
+    """Writes the terms of every document and their counts, int32 -> ends and frequencies, as in `_TermCounts`. Memory grows with the different words."""
+    vocabulary: defaultdict[str, int] = defaultdict()
+    vocabulary.default_factory = vocabulary.__len__  # an unknown word gets the next free term id
+    terms, counts, ends, frequencies = array.array("i"), array.array("i"), array.array("q", [0]), np.zeros(0, np.int64)
+
+    def flush() -> np.ndarray:
+        held = np.bincount(np.array(terms, np.int64), minlength=len(vocabulary))
+        held[: len(frequencies)] += frequencies
+        for values, file in ((terms, terms_file), (counts, counts_file)):
+            values.tofile(file)
+            del values[:]
+        return held
+
+    for text in tqdm.tqdm(texts, desc="counting words", unit=" documents", leave=False, disable=None):
+        words = Counter(map(vocabulary.__getitem__, _TOKEN.findall(text.lower())))
+        terms.extend(words.keys())
+        counts.extend(words.values())
+        ends.append(ends[-1] + len(words))
+        if len(terms) >= _COUNTED_AT_ONCE:
+            frequencies = flush()
+    return np.array(ends), flush()
+
+
+@dataclasses.dataclass(frozen=True)
 class _TermCounts:
     """Sparse term counts of every document: 8 bytes a distinct word, about 0.6 kB for a passage of 100 words."""
 
-    def __init__(self, texts: Sequence[str]):
-        if not len(texts):
-            raise ValueError("the corpus holds no documents; tf-idf needs at least one")
-        vocabulary: defaultdict[str, int] = defaultdict()
-        vocabulary.default_factory = vocabulary.__len__  # an unknown word gets the next free term id
-        terms, counts, ends = array.array("i"), array.array("i"), array.array("q", [0])
-        for text in texts:
-            words = Counter(map(vocabulary.__getitem__, _TOKEN.findall(text.lower())))
-            terms.extend(words.keys())
-            counts.extend(words.values())
-            ends.append(len(terms))
-        self.documents, self.words = len(texts), len(vocabulary)
-        self.terms, self.counts, self.ends = np.array(terms), np.array(counts), np.array(ends)  # [E], [E], [documents + 1]: i owns ends[i] to ends[i + 1]
+    terms: np.ndarray  # [E] int32
+    counts: np.ndarray  # [E] int32: how often the document names the term
+    ends: np.ndarray  # [documents + 1] int64: document i owns entries ends[i] to ends[i + 1]
+    frequencies: np.ndarray  # [V] int64: how many documents name the term
+
+    @property
+    def documents(self) -> int:
+        """Their number."""
+        return len(self.ends) - 1
 
     def gather(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Entries of the documents `ids` [m], one document after the other -> (their terms [e], where each document begins and the last one ends [m + 1],
-        what to add to a place among these entries to find it in `terms` and `counts` [m]). ValueError if the corpus lacks an id."""
+        """Entries of the documents `ids` [m], one document after the other -> (their terms [e], their counts [e] float64, where each document begins and the
+        last one ends [m + 1]). ValueError if the corpus lacks an id."""
         wrong = (ids < 0) | (ids >= self.documents)
         if wrong.any():
             raise ValueError(f"document id {ids[wrong][0]} is not in the corpus of {self.documents} documents; are gold ids and corpus from one data set?")
         starts, stops = self.ends[ids], self.ends[ids + 1]
-        terms = np.concatenate([self.terms[:0], *[self.terms[start:stop] for start, stop in zip(starts.tolist(), stops.tolist())]])
-        ends = np.concatenate([[0], np.cumsum(stops - starts)])
-        return terms, ends, starts - ends[:-1]
+        places = list(map(slice, starts.tolist(), stops.tolist()))
+        terms, counts = (np.concatenate([whole[:0], *map(whole.__getitem__, places)]) for whole in (self.terms, self.counts))
+        return terms, counts.astype(np.float64), np.concatenate([[0], np.cumsum(stops - starts)])
 
 
 class _Match:
@@ -84,29 +129,29 @@ class _Match:
         self.doc_ids, self.doc_question, doc_ends = _flatten(doc_ids)  # [R], [R], [B + 1]
         self.gold_number = np.diff(gold_ends)  # [B]
         self.gold_place = np.arange(len(self.gold_ids)) - gold_ends[self.gold_question]  # [m] among its question's
-        self.gold_terms, gold_starts, gold_offset = counts.gather(self.gold_ids)  # [C], [m + 1], [m]
-        doc_terms, doc_starts, doc_offset = counts.gather(self.doc_ids)  # [e], [R + 1], [R]
+        self.gold_terms, self.gold_counts, gold_starts = counts.gather(self.gold_ids)  # [C], [C], [m + 1]
+        self.doc_terms, self.doc_counts, doc_starts = counts.gather(self.doc_ids)  # [e], [e], [R + 1]
 
         # Columns, question by question, through a table over all words.
-        numbers, column_of = np.arange(len(self.gold_terms), dtype=np.int32), np.full(counts.words, -1, np.int32)
-        self.gold_column, doc_column = np.empty(len(self.gold_terms), np.int32), np.empty(len(doc_terms), np.int32)
+        numbers, column_of = np.arange(len(self.gold_terms), dtype=np.int32), np.full(len(counts.frequencies), -1, np.int32)
+        self.gold_column, doc_column = np.empty(len(self.gold_terms), np.int32), np.empty(len(self.doc_terms), np.int32)
         gold_bounds, doc_bounds = gold_starts[gold_ends].tolist(), doc_starts[doc_ends].tolist()
         for gold_start, gold_end, doc_start, doc_end in zip(gold_bounds, gold_bounds[1:], doc_bounds, doc_bounds[1:]):
             terms = self.gold_terms[gold_start:gold_end]
             column_of[terms] = numbers[gold_start:gold_end]
             self.gold_column[gold_start:gold_end] = column_of.take(terms)
-            doc_column[doc_start:doc_end] = column_of.take(doc_terms[doc_start:doc_end])
+            doc_column[doc_start:doc_end] = column_of.take(self.doc_terms[doc_start:doc_end])
             column_of[terms] = -1
 
         self.gold_row = np.repeat(np.arange(len(self.gold_ids)), np.diff(gold_starts))  # [C] which gold document
-        self.gold_counts = counts.counts.take(numbers + gold_offset.take(self.gold_row)).astype(np.float64)  # [C]
         self.table = np.zeros((self.gold_number.max(initial=0), len(numbers)))  # [n, C] counts, by place of the gold document
         self.table[self.gold_place.take(self.gold_row), self.gold_column] = self.gold_counts
 
         shared = np.flatnonzero(doc_column >= 0)  # [s] entries of retrieved documents that have a column
-        self.row = np.repeat(np.arange(len(self.doc_ids), dtype=np.int32), np.diff(doc_starts)).take(shared).astype(np.int64)  # [s] which document
+        self.doc_row = np.repeat(np.arange(len(self.doc_ids)), np.diff(doc_starts))  # [e] which document
+        self.row = self.doc_row.take(shared)  # [s]
         self.column = doc_column.take(shared).astype(np.int64)  # [s]
-        self.counts = counts.counts.take(shared + doc_offset.take(self.row)).astype(np.float64)  # [s] in the retrieved document
+        self.counts = self.doc_counts.take(shared)  # [s] in the retrieved document
 
     def sum_shared(self, values: np.ndarray) -> np.ndarray:
         """[s] -> [R]: sums over the entries of each retrieved document that have a column."""
@@ -122,11 +167,9 @@ class _Match:
 class CorpusTfidf:
     """tf-idf with one idf for the whole corpus."""
 
-    def __init__(self, texts: Sequence[str]):
-        self._counts = counts = _TermCounts(texts)
-        idf = np.log((1 + len(texts)) / (1 + np.bincount(counts.terms, minlength=counts.words))) + 1
-        self._idf_squares = idf**2  # [V]
-        self._squares = _sum_squares(counts, self._idf_squares)
+    def __init__(self, counts: _TermCounts):
+        self._counts = counts
+        self._idf_squares = (np.log((1 + counts.documents) / (1 + counts.frequencies)) + 1) ** 2  # [V]
 
     def similarity(self, gold_ids: Sequence[Sequence[int]], doc_ids: Sequence[Sequence[int]]) -> np.ndarray:
         """Cosines [n, R] in [0, 1], see `Similarity`. ValueError if the corpus lacks an id."""
@@ -135,7 +178,9 @@ class CorpusTfidf:
         dots = np.zeros((len(match.table), len(match.doc_ids)))
         for i, gold in enumerate(match.table):
             dots[i] = match.sum_shared(gold.take(match.column) * weighted)
-        return _divide(dots, match.spread_gold(self._squares[match.gold_ids]) * self._squares[match.doc_ids])
+        gold_squares = np.bincount(match.gold_row, self._idf_squares.take(match.gold_terms) * match.gold_counts**2, len(match.gold_ids))
+        doc_squares = np.bincount(match.doc_row, self._idf_squares.take(match.doc_terms) * match.doc_counts**2, len(match.doc_ids))
+        return _divide(dots, match.spread_gold(gold_squares) * doc_squares)
 
 
 class PairTfidf:
@@ -149,9 +194,8 @@ class PairTfidf:
     where a word is shared if d and any gold document hold it. The collection is a list: a document that is itself gold counts twice.
     """
 
-    def __init__(self, texts: Sequence[str]):
-        self._counts = _TermCounts(texts)
-        self._squares = _sum_squares(self._counts, np.ones(self._counts.words))
+    def __init__(self, counts: _TermCounts):
+        self._counts = counts
 
     def similarity(self, gold_ids: Sequence[Sequence[int]], doc_ids: Sequence[Sequence[int]]) -> np.ndarray:
         """Cosines [n, R] in [0, 1], see `Similarity`. ValueError if the corpus lacks an id."""
@@ -165,7 +209,8 @@ class PairTfidf:
 
         weighted = match.counts * within.take(match.column)  # [s]
         shared_squares = match.sum_shared(match.counts**2)
-        doc_squares = alone * (self._squares[match.doc_ids] - shared_squares) + match.sum_shared(match.counts * weighted)  # whole numbers: an exact difference
+        squares = np.bincount(match.doc_row, match.doc_counts**2, len(match.doc_ids))
+        doc_squares = alone * (squares - shared_squares) + match.sum_shared(match.counts * weighted)  # whole numbers: an exact difference
         gold_squares = match.spread_gold(np.bincount(match.gold_row, match.gold_counts**2 * without, len(match.gold_ids)))  # [n, R] if d held none of it
         dots = np.zeros_like(gold_squares)
         for i, gold in enumerate(match.table):
@@ -180,13 +225,10 @@ def _flatten(ids: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray, np.n
     return np.fromiter(itertools.chain.from_iterable(ids), np.int64, ends[-1]), np.repeat(np.arange(len(ids)), np.diff(ends)), ends
 
 
-def _sum_squares(counts: _TermCounts, weights: np.ndarray) -> np.ndarray:
-    """[documents] Σ_w weights[w] c(w)^2 of every document."""
-    rows = np.repeat(np.arange(counts.documents), np.diff(counts.ends))
-    return np.bincount(rows, weights[counts.terms] * counts.counts.astype(np.float64) ** 2, counts.documents)
-
-
 def _divide(dots: np.ndarray, squared_norms: np.ndarray) -> np.ndarray:
     """Cosines; 0 for a document without words."""
     cosines = np.divide(dots, np.sqrt(squared_norms), out=np.zeros_like(dots), where=squared_norms > 0)
     return np.minimum(cosines, 1.0)  # rounding above 1 would break Σ_t G^t <= 1
+
+
+_FITS = {"corpus": CorpusTfidf, "pair": PairTfidf}

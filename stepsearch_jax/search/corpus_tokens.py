@@ -1,6 +1,7 @@
 """The corpus as token ids, made once and memory-mapped, so that a search only copies integers."""
 from __future__ import annotations
 
+import array
 import pathlib
 from collections.abc import Callable, Sequence
 
@@ -16,7 +17,7 @@ class DocumentTokens:
     """Token ids of N documents: `tokens[i]` is a read-only int32 array of document i's, without copying."""
 
     def __init__(self, folder: pathlib.Path):
-        self._offsets = np.load(folder / "offsets.npy")
+        self._offsets = np.load(folder / "offsets.npy", mmap_mode="r")
         self._flat = np.memmap(folder / "tokens.bin", np.int32, mode="r", shape=(int(self._offsets[-1]),))
 
     def __len__(self) -> int:
@@ -42,16 +43,17 @@ def tokenize_corpus(
     manifest = {"kind": "document-tokens", "texts": hash_texts(texts), "count": len(texts), "tokenizer": fingerprint}
 
     def write(path: pathlib.Path) -> None:
-        lengths = []
+        lengths = array.array("i")
         with open(path / "tokens.bin", "wb") as file, tqdm.tqdm(total=len(texts), desc="encoding the corpus", unit="doc", disable=None) as bar:
             for start in range(0, len(texts), _CHUNK):
-                for ids in encode_batch(list(texts[start : start + _CHUNK])):
+                chunk = list(texts[start : start + _CHUNK])
+                for ids in encode_batch(chunk):
                     if not ids:
                         raise ValueError(f"document {len(lengths)} has no tokens: its text is {texts[len(lengths)]!r}")
                     np.array(ids, np.int32).tofile(file)
                     lengths.append(len(ids))
-                bar.update(len(texts[start : start + _CHUNK]))
-        np.save(path / "offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
+                bar.update(len(chunk))
+        np.save(path / "offsets.npy", np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
 
     prepare_folder(folder, manifest, write)
     return DocumentTokens(folder)

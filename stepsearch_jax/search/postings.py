@@ -18,38 +18,17 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import tqdm
 
-from stepsearch_jax.records import Document
+from stepsearch_jax.data.documents import CORPUS, encode_passage, write_offsets
 from stepsearch_jax.search.prepared import add_text, write_manifest
 
 SHARD_WORDS = 1 << 23  # a shard ends with the document that reaches so many words: about half a GiB while it is sorted
 MERGE_POSTINGS = 1 << 23  # postings put together at a time; at least those of one word
-CORPUS = "corpus.jsonl"  # the documents, a line each, with `title` and `text`
-OFFSETS = "corpus.offsets.npy"  # where each line begins, and the end of the last
 _WORD = re.compile(r"\w+")
 
 
 def split_words(text: str) -> list[str]:
     """The words of a document or query: runs of letters, digits and underscores, lower case; nothing stemmed, nothing left out."""
     return _WORD.findall(text.lower())
-
-
-class StoredDocuments:
-    """The documents of an index, memory-mapped: `documents[i].id == i`. Raises ValueError where the files do not belong together."""
-
-    def __init__(self, folder: pathlib.Path):
-        self._offsets = np.load(folder / OFFSETS, mmap_mode="r")
-        self._lines = np.memmap(folder / CORPUS, np.uint8, mode="r")
-        if self._offsets[-1] != len(self._lines):
-            raise ValueError(f"{CORPUS} has {len(self._lines)} bytes instead of {self._offsets[-1]}")
-
-    def __len__(self) -> int:
-        return len(self._offsets) - 1
-
-    def __getitem__(self, i: int) -> Document:
-        if not 0 <= i < len(self):
-            raise IndexError(f"document {i} of {len(self)}")
-        row = json.loads(self._lines[self._offsets[i]:self._offsets[i + 1]].tobytes())
-        return Document(i, row["title"], row["text"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +49,7 @@ class Collected:
 def collect_shards(documents: Iterable[tuple[str, str]], folder: pathlib.Path) -> Collected:
     """Reads (title, text) of every document into shards in `folder`, behind those that are there already from the same documents.
 
-    Words are numbered as they first appear. Also writes the documents themselves (`CORPUS`, `OFFSETS`). Shards whose documents are not there are made anew.
+    Words are numbered as they first appear. Also writes the documents themselves (data/documents.py). Shards whose documents are not there are made anew.
     Raises ValueError if there are none, or no words.
     """
     shards = [json.loads((folder / f"{n}.json").read_text()) for n in range(len(list(folder.glob("[0-9]*.json"))))]
@@ -112,7 +91,7 @@ def collect_shards(documents: Iterable[tuple[str, str]], folder: pathlib.Path) -
             numbers = [vocabulary.setdefault(word, len(vocabulary)) for word in split_words(whole)]
             words.extend(numbers)
             lengths.append(len(numbers))
-            sizes.append(corpus.write(json.dumps({"title": title, "text": text}).encode() + b"\n"))
+            sizes.append(corpus.write(encode_passage(title, text)))
             if len(words) + len(lengths) >= SHARD_WORDS:
                 close_shard()
         if lengths:
@@ -121,8 +100,7 @@ def collect_shards(documents: Iterable[tuple[str, str]], folder: pathlib.Path) -
         raise ValueError("the corpus is empty: there is nothing to search")
     if not vocabulary:
         raise ValueError("no document of the corpus holds a word")
-    sizes_of = np.concatenate([np.fromfile(folder / f"{n}.sizes", np.int32) for n in range(len(shards))])
-    np.save(folder / OFFSETS, np.concatenate([[0], np.cumsum(sizes_of, dtype=np.int64)]))
+    write_offsets(np.concatenate([np.fromfile(folder / f"{n}.sizes", np.int32) for n in range(len(shards))]), folder)
     return Collected(digest.hexdigest(), vocabulary, [shard["documents"] for shard in shards], total)
 
 
