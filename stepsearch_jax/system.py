@@ -27,6 +27,7 @@ from stepsearch_jax.prompting.templates import encode_environment, render_docume
 from stepsearch_jax.prompting.tokenizers import Tokenizer, load_tokenizer
 from stepsearch_jax.records import Document, Episode, Question
 from stepsearch_jax.rewards.scoring import StepScores, score_episodes
+from stepsearch_jax.rewards.text_metrics import normalize
 from stepsearch_jax.rewards.tfidf import fit_similarity
 from stepsearch_jax.rollout.episode import Environment, Prompts, RolloutSettings
 from stepsearch_jax.rollout.text import Answers, encode_answers, encode_prompts
@@ -121,7 +122,9 @@ def build_system(config: ml_collections.ConfigDict, splits: Sequence[str], searc
         index = build_search_index(config, source.documents, folder, mesh.local_devices, watchdog.renew)
         retrieval, shown, texts = index.describe(s.k), Mapped(render_document, source.documents), read_texts(source.documents)
         document_tokens = tokenize_corpus(shown, folder / f"tokens-{tokenizer.fingerprint[:16]}", tokenizer.encode_batch, tokenizer.fingerprint)
-        similarity = fit_similarity(texts, tfidf_fit=config.reward.tfidf_fit, folder=folder / "terms", corpus=retrieval["corpus"])
+        tfidf_fit = config.reward.tfidf_fit
+        similarity = fit_similarity(texts if tfidf_fit == "corpus" else normalize_texts(source.documents), tfidf_fit=tfidf_fit,
+                                    folder=folder / f"terms-{tfidf_fit}", corpus=retrieval["corpus"])
 
     # The environment as arrays, and the search behind the fixed-shape callback.
     fixed = encode_environment(tokenizer.encode, s.k)
@@ -210,6 +213,14 @@ def locate_corpus(config: ml_collections.ConfigDict, source: Source) -> pathlib.
 def read_texts(documents: Sequence[Document]) -> Sequence[str]:
     """Title and text of each document, as the rewards and measures read them."""
     return Mapped(lambda document: f"{document.title} {document.text}", documents)
+
+
+def normalize_texts(documents: Sequence[Document]) -> Sequence[str]:
+    """What tf-idf compares with tfidf_fit "pair".
+
+    Reference: the released code leaves titles out, and normalises texts as it does answers: lower case, without punctuation and articles.
+    """
+    return Mapped(lambda document: normalize(document.text), documents)
 
 
 def check_searches(system: System) -> SearchCounts:

@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 import running
 import tiny_config
+from sklearn.feature_extraction.text import TfidfVectorizer
 from text_episodes import NOTHING_SIMILAR, PAPER, TableSimilarity, answer, invalid, make_episode, make_question, search
 
 from configs import base
 from stepsearch_jax.rewards.scoring import key_reward, measure_episodes, passes_ending_gate, passes_strict_gate, score_episodes
+from stepsearch_jax.rewards.text_metrics import normalize
 from stepsearch_jax.system import System, build_system
 
 # Step rewards
@@ -290,6 +292,17 @@ def test_every_key_reaches_the_scoring(name):
         np.testing.assert_array_equal(getattr(after, field), getattr(expected, field))
         changed |= (getattr(after, field) != getattr(before, field)).any()
     assert changed
+
+
+def test_pair_compares_what_the_released_code_does(tmp_path_factory):
+    """Normalised texts without titles, a vectoriser refitted on each retrieved document and the gold ones."""
+    config = running.here(tiny_config.get_config(str(running.shared_cache(tmp_path_factory))))
+    config.reward.tfidf_fit = "pair"
+    system = build_system(config, ["train"])
+    gold, found = [0, 7], [3, 7, 11, 2]
+    texts = {i: normalize(system.source.documents[i].text) for i in (*gold, *found)}
+    refitted = [TfidfVectorizer().fit_transform([texts[i], *(texts[g] for g in gold)]).toarray() for i in found]
+    np.testing.assert_allclose(system._similarity.similarity([gold], [found]), np.array([matrix[1:] @ matrix[0] for matrix in refitted]).T, atol=1e-6)
 
 
 def test_a_system_knows_its_documents_by_id(tmp_path_factory):
