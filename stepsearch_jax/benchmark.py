@@ -1,6 +1,6 @@
 """Measures parts of this package beside what others use for the same job, both in one run.
 
-    python -m stepsearch_jax.benchmark {rollout,update,reward,retrieval,import,all} [--peer NAME] [--json FILE] [--repeats N] [--seed S]
+    python -m stepsearch_jax.benchmark {rollout,update,reward,retrieval,holding,import,all} [--peer NAME] [--json FILE] [--repeats N] [--seed S]
 
 Times depend on the machine and on what else runs on it; ratios within one run hardly do. Extra packages: requirements-bench.txt.
 """
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
-from stepsearch_jax.benchmarks import figure, importing, retrieval, reward, rollout, update
+from stepsearch_jax.benchmarks import figure, holding, importing, retrieval, reward, rollout, update
 from stepsearch_jax.metrics import check_output, write_json
 from stepsearch_jax.startup import read_config
 
@@ -34,6 +34,7 @@ SUBJECTS = {
     "update": Subject(update, 5, ("config", "episodes", "peer", "peer_python"), update.PEERS),
     "reward": Subject(reward, 7, (), ()),
     "retrieval": Subject(retrieval, 3, ("passages", "requests", "folder"), ()),
+    "holding": Subject(holding, 1, ("passages", "folder", "config"), ()),
     "import": Subject(importing, 3, ("model",), ()),
 }
 MADE_UP = ("rollout", "update", "reward")  # what `all` runs: subjects that need no files
@@ -99,12 +100,14 @@ def _add_subject(subjects, name: str, text: str, repeats: str, flags: Sequence[s
         options.add_argument("--case", nargs="+", choices=tuple(rollout.CASES), default=["short"], help="rollouts to time (default: short)")
         options.add_argument("--figure", type=pathlib.Path, metavar="FILE", help="draw seconds and prefilled tokens against turns (needs the case turns)")
     if "config" in flags:
-        options.add_argument("--config", metavar="FILE", help="random weights of this config's model, such as configs/musique_qwen2_5.py:0.5b, instead of the "
-                                                              "sample model; --config.KEY=VALUE changes a key")
+        options.add_argument("--config", metavar="FILE", help="of rollout and update: random weights of this config's model, such as "
+                             "configs/musique_qwen2_5.py:0.5b, instead of the sample model; of holding: the run; --config.KEY=VALUE changes a key")
+    if "episodes" in flags:
         options.add_argument("--episodes", type=_count(1), metavar="N", help="episodes, or rows of the update, instead of the case's own")
     if "folder" in flags:
         options.add_argument("--folder", type=pathlib.Path, metavar="FOLDER", required=True, help="for corpora and indexes, which stay there")
         options.add_argument("--passages", type=_count(1), metavar="N", nargs="+", default=[200_000], help="sizes of the corpora (default: 200000)")
+    if "requests" in flags:
         options.add_argument("--requests", type=_count(0), metavar="N", default=10_000, help="requests to the server (default: %(default)s)")
     if "model" in flags:
         options.add_argument("--model", type=pathlib.Path, required=True, metavar="PATH", help="Hugging Face folder or .gguf file")
