@@ -36,6 +36,10 @@ if [[ -e $workdir && $fresh == 1 ]]; then
     echo "$workdir is not the folder of a run (it holds no config.json): not removed" >&2
     exit 2
   fi
+  if [[ -e $workdir/.lock ]] && command -v flock >/dev/null && ! flock --nonblock "$workdir/.lock" true; then
+    echo "a run is at work in $workdir: end it first" >&2
+    exit 2
+  fi
   echo "removing the earlier run in $workdir"
   run rm -r -- "$workdir"
 elif [[ -e $workdir ]]; then

@@ -97,9 +97,11 @@ def _checked(folder: epath.Path, like, remedy: str) -> Iterator[None]:
         if not differing:
             yield
             return
-    except (ValueError, LookupError, TypeError, OSError) as error:
+    except (ValueError, LookupError, TypeError, EOFError, FileNotFoundError) as error:
         raise ValueError(f"{folder} is damaged, or no checkpoint of this program ({type(error).__name__}: {' '.join(str(error).split())[:200]}): {remedy}"
                          ) from error
+    except OSError as error:  # of the disk or the network, at this moment
+        raise OSError(f"{folder} could not be read ({' '.join(str(error).split())[:200]}): try again") from error
     name = differing[0]
     raise ValueError(f"{folder} holds another model ({name} is {there.get(name, 'missing')} there, {here.get(name, 'missing')} here): {remedy}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import pathlib
+import sys
 import traceback
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -60,11 +61,11 @@ def call_file(file: str, call: Callable[[ModuleType], Result], form: str) -> Res
     Raises ValueError, with file and line, for whatever the file or the call raises; a ValueError that begins with the file's name goes through as it is.
     """
     path = pathlib.Path(file)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"file_{path.stem}", path)
     if spec is None:
         raise ValueError(f"{file} is no Python file (*.py); {form}")
     try:
-        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)  # where dataclasses look for their module
         spec.loader.exec_module(module)
         return call(module)
     except Exception as error:  # whatever a file of the user's raises

@@ -170,12 +170,13 @@ def write_results(system: System, folder: pathlib.Path, before: dict, after: dic
     """Writes evaluation.json, transcripts.jsonl and report.html into `folder` (process 0) and prints the table -> the contents of evaluation.json."""
     e = system.config.evaluation
     result = {"questions": count_questions(system, e.split), "before": before, "after": after, "retrieval": system.retrieval}
+    if e.controls:
+        try:
+            result["controls"] = evaluate_controls(system, e.split)
+        except ValueError as error:  # a script's episode may not fit, where the policy's do
+            logger.warning("the controls are left out: %s", error)
     if jax.process_index() == 0:
         write_transcripts(folder, dumps)
-        write_json(folder / "evaluation.json", result)
-    if e.controls:  # last: a script may fail, where its episode does not fit
-        result["controls"] = evaluate_controls(system, e.split)
-    if jax.process_index() == 0:
         write_json(folder / "evaluation.json", result)
         rows = {"before RL": before, "after RL": after} | result.get("controls", {})
         print(f"{result['questions']} questions of {e.split}".ljust(36) + "".join(name.rjust(12) for name in MEANS))

@@ -73,7 +73,7 @@ def check_resumable(workdir: pathlib.Path, config: ConfigDict, data: Mapping[str
         _check(workdir, config, lambda key: not key.startswith(_RESUMABLE), remedy)
         check_data(workdir, data, remedy)
         began = read_json(workdir / BEGUN_FILE) or began
-    if not any((workdir / "checkpoints").glob("[0-9]*")):  # nothing is left of its iterations
+    if not any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*")):  # nothing is left of its iterations; others are half written
         began["iterations"] = config.iterations
     return began | {"data": began["data"] | dict(data)}
 

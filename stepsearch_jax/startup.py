@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import importlib.metadata
 import importlib.util
@@ -12,6 +13,7 @@ import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 import jax
@@ -28,7 +30,7 @@ from stepsearch_jax.config_file import define_config
 from stepsearch_jax.models.transformer import Policy, Value
 from stepsearch_jax.rl import learner
 from stepsearch_jax.rollout.programs import make_rollout, make_rollout_copy
-from stepsearch_jax.search.watchdog import EXIT_CODE
+from stepsearch_jax.search.watchdog import EXIT_CODE, call_off
 from stepsearch_jax.settings import make_optimizers
 from stepsearch_jax.system import System
 from stepsearch_jax.types import TrainState
@@ -37,7 +39,7 @@ from stepsearch_jax.warm_start import warm_start
 logger = logging.getLogger("stepsearch_jax")
 flags.disclaim_key_flags()  # --workdir is the command's own, and stands in its --help
 
-GRACE_S = 5.0  # from Ctrl-C to the end at the latest
+GRACE_S = 5.0  # from Ctrl-C to the end, at the latest
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
 
@@ -88,15 +90,8 @@ def run_guarded(command: Callable, config, workdir: pathlib.Path, again: str = "
     """
     start_logging()
     interrupted = 128 + signal.SIGINT, f"interrupted; {again}"
-
-    def interrupt(*_) -> None:
-        timer = threading.Timer(GRACE_S, leave, interrupted)  # where the exception gets lost, as in functions that jax calls
-        timer.daemon = True
-        timer.start()
-        raise KeyboardInterrupt
-
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # in the background it may be ignored
-        signal.signal(signal.SIGINT, interrupt)
+        end_after_interrupt(*interrupted)
     try:
         check_buckets(str(workdir), config.imitation.checkpoint)
         start_jax(config)
@@ -115,10 +110,28 @@ def run_guarded(command: Callable, config, workdir: pathlib.Path, again: str = "
         leave(1, str(error))
 
 
+def end_after_interrupt(status: int, told: str) -> None:
+    """Has this process `leave` GRACE_S after Ctrl-C if nothing else has ended it: Python hears of it only when a program on the device returns, and functions
+    that jax calls lose its exception. The signal's number comes through a pipe, without Python."""
+    heard, told_of = os.pipe()
+    os.set_blocking(told_of, False)
+    signal.set_wakeup_fd(told_of, warn_on_full_buffer=False)
+
+    def wait() -> None:
+        while signal.SIGINT not in os.read(heard, 64):
+            pass
+        time.sleep(GRACE_S)
+        leave(status, told)
+
+    threading.Thread(target=wait, name="end after an interrupt", daemon=True).start()
+
+
 def leave(status: int, told: str) -> None:
     """Ends this process at once with one line, whatever the device and other threads are at: they would fill pages, or crash. A checkpoint that is just being
     saved is not there then, and the one before is."""
-    sys.stdout.flush()
+    call_off()
+    with contextlib.suppress(OSError):  # a pipe that nobody reads
+        sys.stdout.flush()
     os.write(2, f"stepsearch_jax: {told}\n".encode())
     os._exit(status)
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import pathlib
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -32,12 +33,14 @@ from stepsearch_jax.rewards.tfidf import fit_similarity
 from stepsearch_jax.rollout.episode import Environment, Prompts, RolloutSettings
 from stepsearch_jax.rollout.text import Answers, encode_answers, encode_prompts
 from stepsearch_jax.search.bm25 import Bm25Index, build_index, check_settings
-from stepsearch_jax.search.callback import MAX_QUERY_CHARACTERS, SearchCallback, SearchCounts, make_search_callback
+from stepsearch_jax.search.callback import MAX_QUERY_CHARACTERS, SearchCallback, SearchCounts, SomeFailedError, make_search_callback
 from stepsearch_jax.search.corpus_tokens import tokenize_corpus
 from stepsearch_jax.search.prepared import hash_documents, hash_texts, one_at_a_time
 from stepsearch_jax.search.remote import RemoteIndex, open_remote
 from stepsearch_jax.search.watchdog import Watchdog
 from stepsearch_jax.settings import check_config, check_cuts, describe_models, rollout_settings, round_vocabulary
+
+logger = logging.getLogger("stepsearch_jax")
 
 WATCHED_QUERIES = 64  # searched at a time outside episodes, each time under the limit of config.search.timeout_s
 
@@ -144,6 +147,9 @@ def build_system(config: ml_collections.ConfigDict, splits: Sequence[str], searc
             with watchdog.watching("the search"):
                 try:
                     found.append(search([query[:MAX_QUERY_CHARACTERS] for query in queries[start:start + WATCHED_QUERIES]]))
+                except SomeFailedError as error:
+                    logger.warning("the search failed for %d of %d queries: %s", len(error.failures), len(error.found), error)
+                    found.append(error.found)
                 except Exception as error:
                     raise ValueError(f"the search failed: {type(error).__name__}: {error}") from error
         return np.concatenate(found)

@@ -61,6 +61,17 @@ def test_damage_is_told_in_one_line(tmp_path, damage):
     again.close()
 
 
+def test_a_disk_that_fails_for_a_moment_is_no_damage(tmp_path, monkeypatch):
+    checkpoint.save_params(tmp_path / "start", make_state(1))
+
+    def fail(*_):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(checkpoint.ocp.StandardCheckpointHandler, "metadata", fail)
+    with pytest.raises(OSError, match=r"start could not be read \(.*Too many open files\): try again"):
+        checkpoint.load_params(tmp_path / "start", make_state(0), "remove it")
+
+
 def test_every_so_many_and_the_last(tmp_path):
     assert run_pace(tmp_path / "a", range(1, 8), every=3, minutes=0.0) == [3, 6, 7]
 

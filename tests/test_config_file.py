@@ -8,6 +8,8 @@ from stepsearch_jax.startup import read_config
 FILES = {
     "plain.py": "import ml_collections\n\ndef get_config():\n    return ml_collections.ConfigDict({'seed': 0, 'on': True})\n",
     "word.py": "import ml_collections\n\ndef get_config(word):\n    return ml_collections.ConfigDict({'word': word})\n",
+    "sizes.py": "from __future__ import annotations\nimport dataclasses\nimport ml_collections\n\n@dataclasses.dataclass\nclass Sizes:\n    layers: int = 2\n\n"
+                "def get_config():\n    return ml_collections.ConfigDict({'layers': Sizes().layers})\n",
     "sweep.py": "def sweep(add):\n    pass\n",
     "broken.py": "def get_config(:\n",
     "raising.py": "def get_config():\n    return {}['seed']\n",
@@ -52,5 +54,6 @@ def test_refused_with_one_line(folder, arguments):
 def test_read(folder):
     assert read("plain.py", "--config.seed=3", "--noconfig.on").to_dict() == {"seed": 3, "on": False}
     assert read("word.py:a:b").word == "a:b"
+    assert read("sizes.py").layers == 2
     with pytest.raises(AttributeError, match="locked"):
         read("plain.py").other = 1

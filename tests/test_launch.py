@@ -12,6 +12,7 @@ import pytest
 
 from configs import base
 from configs.atlas_quickstart import VARIANTS
+from stepsearch_jax.run_folder import lock
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
 README = (REPO / "README.md").read_text()
@@ -184,6 +185,17 @@ def test_quickstart_goes_on_or_begins_anew(clone):
     done = clone.run("launch/quickstart.sh", "--workdir=runs/my run", "--fresh")
     assert "removing the earlier run in runs/my run" in done.stdout and done.returncode == 0
     assert (workdir / "config.json").exists() and not (workdir / "checkpoint").exists()
+
+
+@pytest.mark.skipif(not shutil.which("flock"), reason="no flock here")
+def test_fresh_removes_no_run_that_is_at_work(clone):
+    workdir = clone.root / "runs/quickstart"
+    workdir.mkdir(parents=True)
+    (workdir / "config.json").touch()
+    with lock(workdir):
+        done = clone.run("launch/quickstart.sh", "--fresh")
+        assert done.returncode == 2 and "a run is at work in runs/quickstart" in done.stderr and (workdir / "config.json").exists()
+    assert clone.run("launch/quickstart.sh", "--fresh", DRY_RUN="1").returncode == 0
 
 
 def test_fresh_removes_nothing_but_runs(clone):

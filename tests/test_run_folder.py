@@ -83,6 +83,8 @@ def test_warm_ups_are_shares_of_the_first_iterations(run):
     assert check_resumable(folder, config, DATA)["iterations"] == 9
     (folder / "checkpoints/1").mkdir(parents=True)
     assert check_resumable(folder, config, DATA)["iterations"] == 2
+    (folder / "checkpoints/1").rename(folder / "checkpoints/1.orbax-checkpoint-tmp")  # half written: nothing to go on from
+    assert check_resumable(folder, config, DATA)["iterations"] == 9
 
 
 def test_train_and_evaluate_look_at_what_the_run_began_with(tmp_path, tmp_path_factory, monkeypatch):

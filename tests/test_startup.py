@@ -54,7 +54,7 @@ def test_flags_of_the_user_come_last_and_so_count(start):
 
 
 INTERRUPTED = """
-import contextlib, os, pathlib, signal, sys, time
+import contextlib, os, pathlib, signal, sys, threading, time
 import jax, jax.numpy as jnp
 from ml_collections import ConfigDict
 from stepsearch_jax import startup
@@ -74,6 +74,9 @@ def command(config, workdir):
     if sys.argv[1] == "in a callback":
         jax.block_until_ready(jax.jit(lambda x: jax.pure_callback(press, x, x))(jnp.ones(2)))
         time.sleep(60)
+    if sys.argv[1] == "in a program":  # that never ends
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        jax.block_until_ready(jax.jit(lambda x: jax.lax.while_loop(lambda x: x[0] > 0, lambda x: x * 1, x))(jnp.ones(2)))
     try:
         press(0)
     finally:
@@ -84,7 +87,7 @@ startup.run_guarded(command, config, pathlib.Path("run"), "the same command goes
 """
 
 
-@pytest.mark.parametrize("where", ["plainly", "lost", "in a callback"])
+@pytest.mark.parametrize("where", ["plainly", "lost", "in a callback", "in a program"])
 def test_an_interruption_ends_with_one_line(where):
     done = subprocess.run([sys.executable, "-c", INTERRUPTED, where], env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=50)
     assert done.returncode == 130 and done.stderr.splitlines()[-1] == "stepsearch_jax: interrupted; the same command goes on", done.stderr

@@ -11,7 +11,7 @@ import tiny_config
 from stepsearch_jax import sharding
 from stepsearch_jax import system as system_module
 from stepsearch_jax.records import TurnStatus
-from stepsearch_jax.search.callback import MAX_QUERY_CHARACTERS, SearchCounts
+from stepsearch_jax.search.callback import MAX_QUERY_CHARACTERS, SearchCounts, SomeFailedError
 from stepsearch_jax.system import WATCHED_QUERIES, System, build_system, check_searches, process_rows
 
 
@@ -108,6 +108,16 @@ def test_a_long_query_is_cut_outside_episodes_too(config):
     system = build_system(config, ["train"], lambda queries: asked.extend(queries) or np.zeros((len(queries), 1), np.int32))
     system.search_documents(["a", "b" * (MAX_QUERY_CHARACTERS + 1)])
     assert asked == ["a", "b" * MAX_QUERY_CHARACTERS]
+
+
+def test_a_query_that_fails_alone_finds_nothing(config, caplog):
+    def search(queries):
+        raise SomeFailedError(np.array([[3], [-1]], np.int32), {1: "no such letter"})
+
+    system = build_system(config, ["train"], search)
+    with caplog.at_level("WARNING", logger="stepsearch_jax"):
+        assert system.search_documents(["a", "b"]).tolist() == [[3], [-1]]
+    assert "the search failed for 1 of 2 queries: no such letter" in caplog.text
 
 
 def test_requests_to_a_server_renew_the_time_of_a_search(config, system, monkeypatch):

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loop_tfidf import loop_similarity
 
+from stepsearch_jax.data.documents import Mapped
 from stepsearch_jax.rewards import tfidf
 from stepsearch_jax.rewards.tfidf import fit_similarity
 
@@ -130,12 +131,26 @@ def test_counts_in_files_are_those_in_memory(musique, fit, tmp_path, monkeypatch
     ids = [([i + 4, i + 1], [i + 2, i, 300, i + 4]) for i in range(0, 290, 5)]
     expected = fit_similarity(texts, tfidf_fit=fit).similarity(*zip(*ids))
     monkeypatch.setattr(tfidf, "_COUNTED_AT_ONCE", 1000)
-    for read in (texts, [None] * 301):  # the second time nothing is read
-        similarity = fit_similarity(read, tfidf_fit=fit, folder=tmp_path / "terms", corpus="a")
+    read = []
+    counted = Mapped(lambda text: read.append(text) or text, texts)
+    for few in (False, True):  # the second time only some are looked at
+        read.clear()
+        similarity = fit_similarity(counted, tfidf_fit=fit, folder=tmp_path / "terms", corpus="a")
+        assert (len(read) < 110) == few
         np.testing.assert_array_equal(similarity.similarity(*zip(*ids)), expected)
         assert all(isinstance(values.base, np.memmap) for values in vars(similarity._counts).values())
     assert (fit_similarity(["red"] * 301, tfidf_fit=fit, folder=tmp_path / "terms", corpus="b").similarity([[0]], [[1]]) == 1).all()
+    read_otherwise = fit_similarity(["red"] * 300 + ["owl"], tfidf_fit=fit, folder=tmp_path / "terms", corpus="b")
+    assert (read_otherwise.similarity([[0]], [[300]]) == 0).all()
     fit_similarity(["", "a"], tfidf_fit=fit, folder=tmp_path / "terms", corpus="no words").similarity([[0]], [[1]])
+
+
+def test_damaged_counts_are_named(tmp_path):
+    fit = lambda: fit_similarity(["red fox", "owl"], tfidf_fit="corpus", folder=tmp_path / "terms", corpus="a")
+    fit()
+    (tmp_path / "terms/counts.bin").write_bytes(b"1234")
+    with pytest.raises(ValueError, match="the counted words in .*terms are damaged .*: remove this folder"):
+        fit()
 
 
 # Laws

@@ -159,7 +159,7 @@ def _make_builder(config, k1: float, b: float) -> tuple[builder.RecordsBuilder, 
         if not config.path:
             raise FileNotFoundError(f"data.path is empty: set it to the folder of {builder_class.FORMAT.name}, from {builder_class.FORMAT.address}")
         splits, corpora = official.find_inputs(builder_class.FORMAT, folder, config.corpus)
-        files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in (*splits.values(), *corpora)]
+        files = rows.describe_files((*splits.values(), *corpora))
         digest = _digest([files, len(corpora)], official, passages, rows, hotpotqa, stepsearch, inspect.getmodule(builder_class))
         corpus = ",".join(str(path.resolve()) for path in corpora) if config.corpus else ""
         builder_config = official.OfficialConfig(name=digest, path=str(folder.resolve()), corpus=corpus)

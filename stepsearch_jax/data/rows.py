@@ -103,6 +103,17 @@ class Row:
         return [Row(value, f"{self.where}, {name}[{i}]", self.number) for i, value in enumerate(values)]
 
 
+def describe_files(files: Sequence[pathlib.Path]) -> list[list]:
+    """Place, size and time of each file, as JSON: another one in its place is told apart without being read.
+
+    Raises FileNotFoundError for one that is not there, or a folder.
+    """
+    for path in files:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is {'a folder: name the files in it' if path.is_dir() else 'not there'}")
+    return [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+
+
 def find_file(folder: pathlib.Path, stems: Sequence[str]) -> pathlib.Path | None:
     """The file in `folder` that has one of these names and an ending that can be read. Raises ValueError when there are two."""
     found = [path for path in (folder / f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES) if path.is_file()]

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from stepsearch_jax.data.loading import open_source
 from stepsearch_jax.data.passages import Seen, locate_gold, read_corpus
-from stepsearch_jax.preparation.index import describe_files
+from stepsearch_jax.data.rows import describe_files
 from stepsearch_jax.preparation.options import make_parser, run_command
 from stepsearch_jax.records import Document, Question
 from stepsearch_jax.rewards.text_metrics import normalize

@@ -22,6 +22,7 @@ from stepsearch_jax import dense
 from stepsearch_jax.preparation.store import Store
 from stepsearch_jax.records import Document
 from stepsearch_jax.search import bm25, postings
+from stepsearch_jax.search.callback import SomeFailedError
 from stepsearch_jax.search.prepared import hash_documents
 from stepsearch_jax.search.remote import open_remote, read_address
 
@@ -93,6 +94,8 @@ def _open_remote(name: str, url: str, documents: Sequence[Document], s: ml_colle
     def search(queries: Sequence[str], k: int) -> np.ndarray:
         try:
             return index.search(queries, k)[0]
+        except SomeFailedError as refused:  # of what the server does not take it finds nothing
+            return refused.found
         except urllib3.exceptions.HTTPError as error:
             raise OSError(f"the engine {name} failed {s.attempts} times for one request, at last with {type(error).__name__}: {error}. What was found is kept: "
                           "run again to go on") from error

@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 
 from stepsearch_jax.data.passages import read_corpus
+from stepsearch_jax.data.rows import describe_files
 from stepsearch_jax.metrics import check_output, write_json
 from stepsearch_jax.search.bm25 import Bm25Index, check_settings, holds_index, stream_index
 
@@ -27,18 +28,10 @@ def index_files(files: Sequence[pathlib.Path], folder: pathlib.Path, k1: float, 
     """
     check_settings(k1, b)
     folder = folder.resolve()
-    made_from = {"files": describe_files(files)}
+    made_from = {"files": describe_files(files), "passages": "of later files what is new"}
     if folder.exists() and not holds_index(folder) and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"--out={folder} is there and holds no index: choose another place, or remove it")
     return stream_index(lambda: read_corpus(files), made_from, folder, k1, b)
-
-
-def describe_files(files: Sequence[pathlib.Path]) -> list[list]:
-    """Place, size and time of each file: another one in its place is told apart without being read. Raises FileNotFoundError for one that is not there."""
-    for path in files:
-        if not path.is_file():
-            raise FileNotFoundError(f"--corpus={path} is {'a folder: name the files in it' if path.is_dir() else 'not there'}")
-    return [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import array
 import dataclasses
+import inspect
 import io
 import itertools
 import pathlib
 import re
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import BinaryIO, Protocol
@@ -25,9 +27,10 @@ from typing import BinaryIO, Protocol
 import numpy as np
 import tqdm
 
-from stepsearch_jax.search.prepared import prepare_folder
+from stepsearch_jax.search.prepared import hash_texts, prepare_folder
 
 _COUNTED_AT_ONCE = 1 << 20  # entries in memory before they are written
+_LOOKED_AT = 100  # texts, evenly spread, by which counted words are known for those of the same reading of a corpus
 _TOKEN = re.compile(r"\b\w\w+\b")
 
 
@@ -61,9 +64,15 @@ def fit_similarity(texts: Sequence[str], *, tfidf_fit: str, folder: pathlib.Path
             for name, values in zip(("ends", "frequencies"), _count_terms(texts, terms, counts)):
                 np.save(made / f"{name}.npy", values)
 
-    prepare_folder(folder, {"kind": "term-counts", "corpus": corpus, "documents": len(texts)}, write)
-    ends, frequencies = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("ends", "frequencies"))
-    files = (np.memmap(folder / f"{name}.bin", np.int32, mode="r") if ends[-1] else np.zeros(0, np.int32) for name in ("terms", "counts"))
+    some = hash_texts(texts[i] for i in range(0, len(texts), -(-len(texts) // _LOOKED_AT)))
+    code = hash_texts([inspect.getsource(sys.modules[__name__])])
+    prepare_folder(folder, {"kind": "term-counts", "corpus": corpus, "documents": len(texts), "texts": some, "code": code}, write)
+    try:
+        ends, frequencies = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("ends", "frequencies"))
+        files = [np.memmap(folder / f"{name}.bin", np.int32, mode="r", shape=(int(ends[-1]),)) if ends[-1] else np.zeros(0, np.int32)
+                 for name in ("terms", "counts")]
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"the counted words in {folder} are damaged ({error}): remove this folder, and they are counted again") from error
     return _FITS[tfidf_fit](_TermCounts(*map(np.asarray, (*files, ends, frequencies))))
 
 

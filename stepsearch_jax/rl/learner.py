@@ -250,22 +250,24 @@ def make_update(model: ModelConfig, settings: LearnerSettings, policy_optimizer:
                 value_optimizer: optax.GradientTransformation | None):
     """-> update(state, batch, mean_kl) -> (state, metrics): all optimiser steps of an iteration. The state is donated.
 
-    A step whose gradient or update is not finite changes nothing and is counted in `state.skipped`. mean_kl []: drives the adaptive coefficient.
+    A step whose gradient is not finite changes nothing and is counted in `state.skipped`; with the numbers that a config may hold (`settings.RANGES`) a finite
+    one makes a finite step. mean_kl []: drives the adaptive coefficient.
     Without a value model state.value and value_optimizer are None.
     """
     gradients = make_gradients(model, settings)
     optimizers = {"policy": policy_optimizer} | ({"value": value_optimizer} if uses_critic(settings.advantage) else {})
 
+    def apply(optimizer, model_state: ModelState, gradient, finite):
+        updates, opt_state = optimizer.update(gradient, model_state.opt_state, model_state.params)
+        new = ModelState(optax.apply_updates(model_state.params, updates), opt_state)
+        return jax.tree.map(partial(jnp.where, finite), new, model_state)
+
     def step(state: TrainState, minibatch: Batch):
         models = {name: getattr(state, name) for name in optimizers}
         found, metrics = gradients({name: models[name].params for name in models}, minibatch, state.kl_coef)
         norms = {name: optax.global_norm(found[name]) for name in models}
-        updates, opt_states = {}, {}
-        for name, model in models.items():
-            updates[name], opt_states[name] = optimizers[name].update(found[name], model.opt_state, model.params)
-        finite = jnp.isfinite(jnp.stack([*norms.values(), *map(optax.global_norm, updates.values())])).all()
-        stepped = {name: ModelState(optax.apply_updates(model.params, updates[name]), opt_states[name]) for name, model in models.items()}
-        new = jax.tree.map(partial(jnp.where, finite), stepped, models)
+        finite = jnp.isfinite(jnp.stack(list(norms.values()))).all()
+        new = {name: apply(optimizers[name], models[name], found[name], finite) for name in models}
         return state.replace(**new, skipped=state.skipped + ~finite), metrics | {f"{name}_grad_norm": norm for name, norm in norms.items()}
 
     @partial(jax.jit, donate_argnums=0)

@@ -52,6 +52,12 @@ def _tell_witness(line: str) -> None:
         os.write(_start_witness().stdin.fileno(), f"{line}\n".encode())
 
 
+def call_off() -> None:
+    """What is watched now is nothing to tell of: this process is about to end of itself."""
+    if _start_witness.cache_info().currsize:
+        _tell_witness("end")
+
+
 class Watchdog:
     """Watches calls from a thread of its own; one that lasts longer than `timeout_s` ends the process with `EXIT_CODE`.
 
