@@ -76,7 +76,7 @@ def command(config, workdir):
         time.sleep(60)
     if sys.argv[1] == "in a program":  # that never ends
         threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
-        jax.block_until_ready(jax.jit(lambda x: jax.lax.while_loop(lambda x: x[0] > 0, lambda x: x * 1, x))(jnp.ones(2)))
+        jax.block_until_ready(jax.jit(lambda x: jax.lax.while_loop(lambda x: x[0] > 0, lambda x: x + 1, x))(jnp.ones(2)))
     try:
         press(0)
     finally:
