@@ -58,6 +58,7 @@ import contextlib, os, pathlib, signal, sys, threading, time
 import jax, jax.numpy as jnp
 from ml_collections import ConfigDict
 from stepsearch_jax import startup
+from stepsearch_jax.search.watchdog import Watchdog
 
 startup.GRACE_S = 1.0
 
@@ -77,6 +78,12 @@ def command(config, workdir):
     if sys.argv[1] == "in a program":  # that never ends
         threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
         jax.block_until_ready(jax.jit(lambda x: jax.lax.while_loop(lambda x: x[0] > 0, lambda x: x + 1, x))(jnp.ones(2)))
+    if sys.argv[1] == "beside a search":
+        def search():
+            with Watchdog(60, "a limit").watching("the search"):
+                time.sleep(60)
+        threading.Thread(target=search, daemon=True).start()
+        time.sleep(0.5)
     try:
         press(0)
     finally:
@@ -87,13 +94,13 @@ startup.run_guarded(command, config, pathlib.Path("run"), "the same command goes
 """
 
 
-@pytest.mark.parametrize("where", ["plainly", "lost", "in a callback", "in a program"])
+@pytest.mark.parametrize("where", ["plainly", "lost", "in a callback", "in a program", "beside a search"])
 def test_an_interruption_ends_with_one_line(where):
     done = subprocess.run([sys.executable, "-c", INTERRUPTED, where], env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=50)
     assert done.returncode == 130 and done.stderr.splitlines()[-1] == "stepsearch_jax: interrupted; the same command goes on", done.stderr
     if where != "in a callback":  # where jax may tell of it, too
         assert done.stderr.count("\n") == 1
-    assert (done.stdout == "tidied up\n") == (where == "plainly")
+    assert (done.stdout == "tidied up\n") == (where in ("plainly", "beside a search"))
 
 
 PAGES = """

@@ -28,7 +28,7 @@ def index_files(files: Sequence[pathlib.Path], folder: pathlib.Path, k1: float, 
     """
     check_settings(k1, b)
     folder = folder.resolve()
-    made_from = {"files": describe_files(files), "passages": "of later files what is new"}
+    made_from = {"files": describe_files(files), "passages": "of later files what is new"}  # the rule: once it was every row
     if folder.exists() and not holds_index(folder) and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"--out={folder} is there and holds no index: choose another place, or remove it")
     return stream_index(lambda: read_corpus(files), made_from, folder, k1, b)
