@@ -18,9 +18,10 @@ from collections.abc import Sequence
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY)]
 
-from configs.musique_qwen2_5 import SIZES, SLICES  # noqa: E402
-from stepsearch_jax.budget.report import render_table  # noqa: E402
-from stepsearch_jax.metrics import progress, read_json  # noqa: E402
+from configs.musique_qwen2_5 import SIZES, SLICES
+from stepsearch_jax.files import read_json
+from stepsearch_jax.metrics import progress
+from stepsearch_jax.preflight.report import render_table
 
 
 def main(arguments: Sequence[str]) -> int:

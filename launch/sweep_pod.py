@@ -34,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
     """The command -> exit status, as that of launch/sweep.py."""
     import sweep  # here, because the processes of the points need none of it
 
-    from stepsearch_jax.run_folder import lock
+    from stepsearch_jax.run.folder import lock
     from stepsearch_jax.sweeps.points import list_points, load_sweeps
     from stepsearch_jax.sweeps.running import is_finished, make_command
 

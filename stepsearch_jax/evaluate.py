@@ -13,17 +13,22 @@ that config.model.checkpoint names is measured as it is.
 """
 from __future__ import annotations
 
+from stepsearch_jax import cli
+
+if __name__ == "__main__":  # before the imports that take seconds
+    options = cli.parse_flags(cli.make_parser("evaluate", __doc__, "config", "workdir"))
+
 import pathlib
 from functools import partial
 
 import jax
 
-from stepsearch_jax.measuring import evaluate_policy, write_results
-from stepsearch_jax.metrics import check_workdir
-from stepsearch_jax.run_folder import check_data, check_readable, remember_config
-from stepsearch_jax.startup import begin_run, bind_answer_gain, make_sampler, run_command
-from stepsearch_jax.system import build_system
-from stepsearch_jax.tables import evaluate_datasets
+from stepsearch_jax.evaluation.greedy import evaluate_policy, write_results
+from stepsearch_jax.evaluation.tables import evaluate_datasets
+from stepsearch_jax.files import check_workdir
+from stepsearch_jax.run.folder import check_data, check_readable, remember_config
+from stepsearch_jax.run.start import begin_run, bind_answer_gain, make_sampler
+from stepsearch_jax.run.system import build_system
 
 
 def evaluate_command(config, workdir: pathlib.Path) -> None:
@@ -49,4 +54,4 @@ def evaluate_command(config, workdir: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    run_command(evaluate_command)
+    cli.run_guarded(evaluate_command, options.config, options.workdir)

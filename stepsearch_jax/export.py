@@ -7,19 +7,43 @@ with are given here again.
 """
 from __future__ import annotations
 
+import argparse
+import pathlib
+
+from stepsearch_jax import cli
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = cli.make_parser("export", __doc__, "config", "workdir")
+    parser.add_argument("--folder", required=True, type=_name_folder, metavar="MODEL", help="folder to write; an earlier export is replaced")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="type of the written weights (default: %(default)s)")
+    parser.add_argument("--shard_gib", "--shard-gib", type=float, default=4.0, metavar="GIB", help="a larger model is written in several files of at most so "
+                        "many GiB (default: %(default)s)")
+    return parser
+
+
+def _name_folder(text: str) -> pathlib.Path:
+    if "://" in text:
+        raise argparse.ArgumentTypeError("it is written to a disk here; gcloud storage rsync brings it to a bucket")
+    return pathlib.Path(text)
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    options = cli.parse_flags(make_parser())
+    if not options.shard_gib > 1e-3:
+        raise SystemExit(f"stepsearch_jax: --shard_gib={options.shard_gib} must be more than 0.001")
+
 import logging
 import operator
 import os
-import pathlib
 import re
-
-from absl import flags
 
 from stepsearch_jax.models.huggingface import INDEX, export_policy
 from stepsearch_jax.prompting.tokenizers import TOKENIZER_FILES, list_tokenizer_files
-from stepsearch_jax.run_folder import check_readable
-from stepsearch_jax.startup import begin_run, run_command
-from stepsearch_jax.system import build_system
+from stepsearch_jax.run.folder import check_readable
+from stepsearch_jax.run.start import begin_run
+from stepsearch_jax.run.system import build_system
 
 logger = logging.getLogger("stepsearch_jax")
 EXPORTED = re.compile("|".join([r"model(-\d{5}-of-\d{5})?\.safetensors", *map(re.escape, ("config.json", "generation_config.json", INDEX, *TOKENIZER_FILES))]))
@@ -54,14 +78,5 @@ def export(config, workdir: pathlib.Path, folder: pathlib.Path, dtype: str, shar
     logger.info("wrote the policy after %d iterations to %s", int(state.iteration), folder)
 
 
-def main() -> None:
-    """The command."""
-    folder = flags.DEFINE_string("folder", None, "Folder to write; an earlier export is replaced", required=True)
-    flags.register_validator("folder", lambda path: "://" not in (path or ""), "it is written to a disk here; gcloud storage rsync brings it to a bucket")
-    dtype = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16", "float16"], "Type of the written weights")
-    shard_gib = flags.DEFINE_float("shard_gib", 4.0, "A larger model is written in several files of at most so many GiB", lower_bound=0.001)
-    run_command(lambda config, workdir: export(config, workdir, pathlib.Path(folder.value), dtype.value, shard_gib.value))
-
-
 if __name__ == "__main__":
-    main()
+    cli.run_guarded(lambda config, workdir: export(config, workdir, options.folder, options.dtype, options.shard_gib), options.config, options.workdir)

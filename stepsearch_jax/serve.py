@@ -20,9 +20,7 @@ import dataclasses
 import json
 import logging
 import pathlib
-import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +34,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
+from stepsearch_jax import cli
 from stepsearch_jax.records import Document
 from stepsearch_jax.search.bm25 import load_index
 from stepsearch_jax.search.callback import MAX_QUERY_CHARACTERS
@@ -206,17 +205,14 @@ FLAGS = {  # of the limits: default, help
 }
 
 
-def open_engine(options: argparse.Namespace, rest: Sequence[str], parser: argparse.ArgumentParser) -> Engine:
+def open_engine(options: argparse.Namespace) -> Engine:
     """The index that --index or --config names."""
     if options.index:
-        if rest:
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
         index = load_index(options.index)
         return Engine(index.search, index.documents, index.describe)
-    from stepsearch_jax.startup import read_config  # these bring jax, which an index does not need
-    from stepsearch_jax.system import open_corpus
+    from stepsearch_jax.run.system import open_corpus  # it brings jax, which an index does not need
 
-    source, index = open_corpus(read_config(parser, options.config, rest))
+    source, index = open_corpus(options.config)
     return Engine(index.search, source.documents, index.describe)
 
 
@@ -235,8 +231,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Serves until it is stopped. What a user can mend ends it with one line (SystemExit)."""
-    parser = argparse.ArgumentParser("python -m stepsearch_jax.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = cli.make_parser("serve", __doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--index", type=pathlib.Path, metavar="FOLDER", help="made by python -m stepsearch_jax.prepare index")
     what.add_argument("--config", metavar="FILE", help="configs/X.py; --config.KEY=VALUE changes a key")
@@ -245,9 +240,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--topk", type=int, default=3, help="documents a query where a request does not say (default: %(default)s)")
     for name, (default, text) in FLAGS.items():
         parser.add_argument(f"--max-{name.replace('_', '-')}", type=type(default), default=default, metavar="N", help=f"{text} (default: %(default)s)")
-    options, rest = parser.parse_known_args(arguments)
+    options = cli.parse_flags(parser, arguments)
     limits = Limits(**{name: getattr(options, f"max_{name}") for name in FLAGS})
-    try:
+    with cli.one_line_errors("the same command begins anew with what is not kept"):
         for name, value in dataclasses.asdict(limits).items():
             if not value >= (0 if name == "waiting" else 1e-3 if name == "transfer_seconds" else 1):
                 raise ValueError(f"--max-{name.replace('_', '-')}={value} is too little")
@@ -255,13 +250,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise ValueError(f"--topk={options.topk} must lie in 1 to --max-topk={limits.topk}")
         if not 1 <= options.port < 1 << 16:
             raise ValueError(f"--port={options.port} must lie in 1 to 65535")
-        engine = open_engine(options, rest, parser)
+        engine = open_engine(options)
         listener = listen(options.host, options.port)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"stepsearch_jax: {error}") from error
-    except KeyboardInterrupt:
-        print("stepsearch_jax: interrupted; the same command begins anew with what is not kept", file=sys.stderr)
-        raise SystemExit(128 + signal.SIGINT) from None
     count = len(engine.documents)
     print(f"serving {count} document{'s' * (count > 1)} at http://{options.host}:{options.port}", flush=True)
     with contextlib.suppress(KeyboardInterrupt):

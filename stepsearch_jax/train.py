@@ -8,6 +8,11 @@ A DIR with a checkpoint is resumed: the result is the same, bit for bit, as with
 """
 from __future__ import annotations
 
+from stepsearch_jax import cli
+
+if __name__ == "__main__":  # before the imports that take seconds
+    options = cli.parse_flags(cli.make_parser("train", __doc__, "config", "workdir"))
+
 import contextlib
 import logging
 import pathlib
@@ -18,15 +23,19 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from stepsearch_jax import measuring, sharding
+from stepsearch_jax import sharding
 from stepsearch_jax.data.loading import question_rows
-from stepsearch_jax.metrics import MetricsWriter, check_workdir, progress
+from stepsearch_jax.evaluation.greedy import evaluate_policy, write_results
+from stepsearch_jax.files import check_workdir
+from stepsearch_jax.metrics import MetricsWriter, progress
 from stepsearch_jax.rl import learner
-from stepsearch_jax.run_folder import check_resumable, lock, remember_beginning, remember_config
-from stepsearch_jax.settings import check_sampling, learner_settings, make_optimizers
+from stepsearch_jax.run.checks import check_sampling
+from stepsearch_jax.run.collect import Collected, collect
+from stepsearch_jax.run.folder import check_resumable, lock, remember_beginning, remember_config
+from stepsearch_jax.run.settings import learner_settings, make_optimizers
+from stepsearch_jax.run.start import begin_run, bind_answer_gain, make_sampler
+from stepsearch_jax.run.system import System, build_system
 from stepsearch_jax.sharding import rows_to_mesh
-from stepsearch_jax.startup import begin_run, bind_answer_gain, make_sampler, run_command
-from stepsearch_jax.system import System, build_system
 from stepsearch_jax.types import Trajectory
 
 logger = logging.getLogger("stepsearch_jax")
@@ -55,8 +64,8 @@ def run_iterations(system: System, workdir: pathlib.Path, first_iterations: int)
     start = int(state.iteration)
 
     answer_gain = bind_answer_gain(system)  # None, unless searches are paid by what they do for the answer
-    collect = partial(measuring.collect, system, sample_episodes, answer_gain=answer_gain)
-    measure = partial(measuring.evaluate_policy, system, sample_episodes, split_name=config.evaluation.split, answer_gain=answer_gain)
+    roll_out = partial(collect, system, sample_episodes, answer_gain=answer_gain)
+    measure = partial(evaluate_policy, system, sample_episodes, split_name=config.evaluation.split, answer_gain=answer_gain)
 
     before, dumps = measure(to_rollout_layout(reference_params), description="before RL:")
 
@@ -72,7 +81,7 @@ def run_iterations(system: System, workdir: pathlib.Path, first_iterations: int)
             # Rollout: episodes on the device, with searches on the host; then their text, and what each search and each answer earned.
             # The rollout's copy of the policy is gone when they are done.
             sampling_key = jax.random.fold_in(rollout_key, iteration)
-            got = collect(to_rollout_layout(state.policy.params), split, rows, sampling_key, r.temperature, r.group_size)
+            got = roll_out(to_rollout_layout(state.policy.params), split, rows, sampling_key, r.temperature, r.group_size)
             trajectory = cut_padding(got, l.length_multiple)
             clock.lap("rollout")
             # Rewards to their tokens, less the KL; advantages and returns. All this stays fixed during the optimiser steps.
@@ -102,10 +111,10 @@ def run_iterations(system: System, workdir: pathlib.Path, first_iterations: int)
 
     # ---- What came of it. --------------------------------------------------------------------------------------------------------------------------
     after, after_dumps = measure(to_rollout_layout(state.policy.params), description="after RL:")
-    return measuring.write_results(system, workdir, before, after, {"before": dumps, "after": after_dumps})
+    return write_results(system, workdir, before, after, {"before": dumps, "after": after_dumps})
 
 
-def cut_padding(got: measuring.Collected, multiple: int) -> Trajectory:
+def cut_padding(got: Collected, multiple: int) -> Trajectory:
     """The trajectories up to the longest of all processes, rounded up: short rollouts do not pay for the whole context. One program per rounded length."""
     longest = int(np.max(multihost_utils.process_allgather(got.rows.length.max())))
     width = -(-longest // multiple) * multiple
@@ -113,7 +122,7 @@ def cut_padding(got: measuring.Collected, multiple: int) -> Trajectory:
     return got.trajectory.replace(**{name: getattr(got.trajectory, name)[:, :width] for name in per_token})
 
 
-def choose_rewards(config, got: measuring.Collected, iteration: int) -> tuple[np.ndarray, np.ndarray]:
+def choose_rewards(config, got: Collected, iteration: int) -> tuple[np.ndarray, np.ndarray]:
     """This process's step rewards [b, K] and outcome rewards [b]; the shuffled control gives every episode those of another one, of any process.
 
     On turns without a search, or with a failed one, the control adds the other's step reward to the outcome reward: were it lost, an episode could raise its
@@ -131,7 +140,7 @@ def choose_rewards(config, got: measuring.Collected, iteration: int) -> tuple[np
     return np.where(searched, steps[other], 0), outcomes[other] + np.where(searched, 0, steps[other]).sum(1)
 
 
-def rollout_metrics(got: measuring.Collected) -> dict[str, float]:
+def rollout_metrics(got: Collected) -> dict[str, float]:
     """Means over the episodes of all processes; the gold recall over those whose gold documents are known."""
     s, m = got.scores, got.scores.measures
     columns = {
@@ -216,4 +225,4 @@ def dump_batch(workdir: pathlib.Path, iteration: int, batch) -> None:
 
 
 if __name__ == "__main__":
-    run_command(train, again="the same command goes on from the last checkpoint")
+    cli.run_guarded(train, options.config, options.workdir, "the same command goes on from the last checkpoint")

@@ -6,7 +6,7 @@ COMPILE_FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + f" {COMPILE_FAST} --xla_force_host_platform_device_count=8"
-os.environ["NPROC"] = "64"  # as `startup.start_jax` sets it, and says why
+os.environ["NPROC"] = "64"  # as `runtime.start_jax` sets it, and says why
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest

@@ -18,7 +18,7 @@ from conftest import COMPILE_FAST
 
 from stepsearch_jax import checkpoint
 from stepsearch_jax.models.transformer import Policy
-from stepsearch_jax.system import System, build_system
+from stepsearch_jax.run.system import System, build_system
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
 

@@ -10,8 +10,8 @@ import tiny
 from configs import base
 from stepsearch_jax import sharding
 from stepsearch_jax.models.huggingface import open_checkpoint
-from stepsearch_jax.models.stored import load_policy
 from stepsearch_jax.models.transformer import Policy
+from stepsearch_jax.models.weights import load_policy
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "huggingface"
 CASES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())

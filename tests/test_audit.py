@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_datasets import REPO, read_records, write_rows
 
-from stepsearch_jax import prepare
 from stepsearch_jax.data.loading import OFFICIAL
-from stepsearch_jax.preparation.audit import find_gold, measure_overlap, measure_recall, render
+from stepsearch_jax.prepare import __main__ as prepare
+from stepsearch_jax.prepare import audit as audit_module
+from stepsearch_jax.prepare.audit import find_gold, measure_overlap, measure_recall, render
 from stepsearch_jax.records import Document, Question, SubQuestion
 
 LACKING = ("Lost", "A lost text.")
@@ -100,7 +101,7 @@ HOTPOT = {"id": "h1", "question": "When has the director of Film died?", "answer
 
 
 def test_command(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("stepsearch_jax.preparation.options.start_logging", lambda: None)  # it would silence this package's logger for later tests
+    monkeypatch.setattr("stepsearch_jax.cli.start_logging", lambda: None)  # it would silence this package's logger for later tests
     write_rows(tmp_path / "train.jsonl", [HOTPOT])
     write_rows(tmp_path / "validation.jsonl", [{**HOTPOT, "id": "h2", "question": "When did Ann die?"}])
     write_rows(tmp_path / "corpus.jsonl", [{"title": "Film", "text": "The film is by Ann."}, {"title": "Noise", "text": "May."}])
@@ -131,18 +132,19 @@ def test_command(tmp_path, capsys, monkeypatch):
     (["--corpora=x"], "Unknown command line flag 'corpora'"),
 ])
 def test_mistakes_are_one_line(tmp_path, monkeypatch, arguments, message):
-    monkeypatch.setattr("stepsearch_jax.preparation.options.start_logging", lambda: None)
+    monkeypatch.setattr("stepsearch_jax.cli.start_logging", lambda: None)
     with pytest.raises(SystemExit, match=message):
         prepare.main(["audit", f"--config={REPO / 'configs/base.py'}", f"--config.data.cache_dir={tmp_path}", *arguments])
 
 
 def test_an_interruption_is_one_line(monkeypatch, capsys):
-    def interrupt(arguments):
+    def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(prepare.COMMANDS["audit"], "main", interrupt)
+    monkeypatch.setattr(audit_module, "audit", interrupt)
+    monkeypatch.setattr("stepsearch_jax.cli.start_logging", lambda: None)
     with pytest.raises(SystemExit, match="130"):
-        prepare.main(["audit"])
+        prepare.main(["audit", "--config=atlas_quickstart"])
     assert capsys.readouterr().err == "stepsearch_jax: interrupted; the same command goes on from what is kept\n"
 
 

@@ -10,8 +10,8 @@ import running
 import tiny_config
 
 from stepsearch_jax.prompting.tokenizers import NEEDED_BYTES
-from stepsearch_jax.settings import CHOICES
-from stepsearch_jax.system import build_system
+from stepsearch_jax.run.checks import CHOICES
+from stepsearch_jax.run.system import build_system
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 PARAGRAPH = {"idx": 0, "title": "Ann", "paragraph_text": "Ann is from Rome."}
@@ -131,7 +131,7 @@ COMMANDS = {
     "unknown variant": (["--config=configs/atlas_quickstart.py:foo"], "^stepsearch_jax: flag --config=.*: configs/atlas_quickstart.py:foo is not known"),
     "no config": (["--config="], "^stepsearch_jax: flag --config=: there is no file"),
     "stray word": (["config.seed=1"], "^stepsearch_jax: unexpected argument config.seed=1; write --config.key=value"),
-    "empty workdir": (["--workdir="], "^stepsearch_jax: flag --workdir=: it names no folder"),
+    "empty workdir": (["--workdir="], "^stepsearch_jax: argument --workdir: it names no folder"),
     "a file for a workdir": (["--workdir={}/train.jsonl"], r"^stepsearch_jax: --workdir=.*: nothing can be written to .*train\.jsonl \(Not a directory\)"),
     "no coordinator": (["--config.distributed.processes=2"], "^stepsearch_jax: config.distributed.processes=2 cannot be joined "),
     "missing config": (["--config=configs/nothing.py"], r"^stepsearch_jax: .*configs/nothing\.py"),
@@ -155,7 +155,7 @@ def test_command_refuses_with_one_line(name, tmp_path, tmp_path_factory, monkeyp
 def test_missing_flag(flag, tmp_path):
     given = {"config": f"tests/tiny_config.py:{tmp_path}", "workdir": tmp_path / "run"}
     process = running.start(["-m", "stepsearch_jax.evaluate", *(f"--{name}={value}" for name, value in given.items() if name != flag)], log=tmp_path / "log")
-    check_refusal(process, tmp_path / "log", f"Flag --{flag} must have a value")
+    check_refusal(process, tmp_path / "log", f"^stepsearch_jax: the following arguments are required: --{flag}")
 
 
 def check_refusal(process, log: pathlib.Path, message: str) -> None:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from loop_tfidf import loop_gain
 
-from stepsearch_jax import benchmark
-from stepsearch_jax.benchmarks import reward, rollout, update
+from stepsearch_jax.benchmark import __main__ as benchmark
+from stepsearch_jax.benchmark import reward, rollout, update
 from stepsearch_jax.rewards.scoring import passes_strict_gate
 from stepsearch_jax.rewards.tfidf import fit_similarity
 

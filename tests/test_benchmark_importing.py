@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from stored_models import GOLDEN
 
-from stepsearch_jax.benchmarks import importing
-from stepsearch_jax.benchmarks.importing import HostMemory, make_texts, measure, read_own_memory, render
+from stepsearch_jax.benchmark import importing
+from stepsearch_jax.benchmark.importing import HostMemory, make_texts, measure, read_own_memory, render
 
 MIB = 2**20
 

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from configs import musique_qwen2_5
-from stepsearch_jax.benchmarks import figure, rollout, sample_model
-from stepsearch_jax.benchmarks.peers.process import Peer
+from stepsearch_jax.benchmark import cases, figure, rollout, sample_model
+from stepsearch_jax.benchmark.peers.process import Peer
 from stepsearch_jax.records import TurnStatus
 
 MODEL = dataclasses.replace(sample_model.MODEL, vocab_size=64, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=48,
                             attention_block=16)
-SMALL = rollout.Case(episodes=3, prompt=5, turns=3, turn_tokens=(4,), observation=6, slots=0, **rollout.CONFIGURED)
-SPREAD = rollout.Case(episodes=8, prompt=5, turns=1, turn_tokens=(2, 5, 9), observation=1, slots=2, flush_share=0.5, prefill_rows=1,
+SMALL = cases.Case(episodes=3, prompt=5, turns=3, turn_tokens=(4,), observation=6, slots=0, **cases.CONFIGURED)
+SPREAD = cases.Case(episodes=8, prompt=5, turns=1, turn_tokens=(2, 5, 9), observation=1, slots=2, flush_share=0.5, prefill_rows=1,
                       prefill_tokens=16)
 
 
@@ -231,7 +231,7 @@ def test_an_interpreter_that_is_not_there_or_bare_is_named(tmp_path):
 def test_a_peer_answers_with_checks_and_seconds(tmp_path):
     """What it prints goes to its log; a run that fails says why; its folder is gone afterwards."""
     program = """
-from stepsearch_jax.benchmarks.peers.process import serve
+from stepsearch_jax.benchmark.peers.process import serve
 
 def make(job, arrays):
     def good():

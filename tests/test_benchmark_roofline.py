@@ -3,7 +3,7 @@ import dataclasses
 
 import pytest
 
-from stepsearch_jax.benchmarks import rollout, roofline, sample_model
+from stepsearch_jax.benchmark import cases, rollout, roofline, sample_model
 
 # 2 layers of width 4: q 4 x 2 x 3, k and v 4 x 1 x 3 each, o 2 x 3 x 4, three of 4 x 5: 24 + 12 + 12 + 24 + 60 = 132 a layer. Output table 7 x 4 = 28.
 TINY = dataclasses.replace(sample_model.MODEL, vocab_size=7, num_layers=2, embed_dim=4, num_heads=2, num_kv_heads=1, head_dim=3, ffn_dim=5)
@@ -44,7 +44,7 @@ def test_the_traffic_of_an_optimiser_step_by_hand():
 def test_a_case_works_through_every_token_once():
     """Against a loop over the positions of an episode: all are fed but the very last token, each sees those before it and itself; logits, and the last of the
     two layers' 108 parameters beyond k and v and its attention, where a token is sampled next."""
-    case = rollout.Case(episodes=3, prompt=5, turns=3, turn_tokens=(4,), observation=6, slots=0, **rollout.CONFIGURED)
+    case = cases.Case(episodes=3, prompt=5, turns=3, turn_tokens=(4,), observation=6, slots=0, **cases.CONFIGURED)
     prefills, steps = rollout.list_work(TINY, case)
     assert len(prefills) == 3 and len(steps) == 12
     sampled_positions = {start + i for start in (5, 15, 25) for i in range(4)}  # behind the prompt of 5, and behind 4 sampled and 6 observed tokens

@@ -6,11 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from stepsearch_jax.benchmarks import rollout, roofline, sample_model, update
+from stepsearch_jax.benchmark import cases, rollout, roofline, sample_model, update
 
 MODEL = dataclasses.replace(sample_model.MODEL, vocab_size=64, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=48,
                             attention_block=16)
-CASE = rollout.Case(episodes=4, prompt=6, turns=1, turn_tokens=(5,), observation=1, slots=0, **rollout.CONFIGURED)
+CASE = cases.Case(episodes=4, prompt=6, turns=1, turn_tokens=(5,), observation=1, slots=0, **cases.CONFIGURED)
 MEMORY = update.MemoryCase(rows=2, length=32, model=dataclasses.replace(MODEL, remat="layers"))
 
 

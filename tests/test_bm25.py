@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepsearch_jax.records import Document
-from stepsearch_jax.search import prepared
+from stepsearch_jax.search import cache
 from stepsearch_jax.search.bm25 import build_index, load_index, select_best, split_words
 
 K1, B = 0.9, 0.4
@@ -138,15 +138,15 @@ def test_index_is_kept_while_nothing_changes_and_rebuilt_otherwise(tmp_path):
 
 def test_a_failed_build_keeps_the_old_folder(tmp_path):
     folder = tmp_path / "thing"
-    prepared.prepare_folder(folder, {"version": 1}, lambda path: (path / "data").write_text("old"))
+    cache.prepare_folder(folder, {"version": 1}, lambda path: (path / "data").write_text("old"))
 
     def fail(path):
         (path / "data").write_text("half")
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        prepared.prepare_folder(folder, {"version": 2}, fail)
-    assert (folder / "data").read_text() == "old" and prepared.read_manifest(folder) == {"version": 1}
+        cache.prepare_folder(folder, {"version": 2}, fail)
+    assert (folder / "data").read_text() == "old" and cache.read_manifest(folder) == {"version": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["thing"]
 
 
@@ -159,12 +159,12 @@ def test_a_faster_process_may_finish_first(tmp_path):
         (folder / "data").write_text("theirs")
         (path / "data").write_text("ours")
 
-    assert prepared.prepare_folder(folder, {"version": 1}, write_while_another_finishes)
+    assert cache.prepare_folder(folder, {"version": 1}, write_while_another_finishes)
     assert (folder / "data").read_text() == "theirs" and [path.name for path in tmp_path.iterdir()] == ["thing"]
 
 
 def test_hash_knows_where_texts_end():
-    hashes = [prepared.hash_texts(texts) for texts in (["ab"], ["a", "b"], ["b", "a"], ["ab", ""], [])]
+    hashes = [cache.hash_texts(texts) for texts in (["ab"], ["a", "b"], ["b", "a"], ["ab", ""], [])]
     assert len(set(hashes)) == len(hashes)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from stepsearch_jax.budget.hlo import Array, Module, Rates
+from stepsearch_jax.preflight.hlo import Array, Module, Rates
 
 RATES = Rates(1e12, 1e12, 1e12)
 

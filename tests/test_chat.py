@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 from test_time_limit import DRIPS, HEAD, dripping
 
-from stepsearch_jax.preparation.chat import MAX_ANSWER_BYTES, MAX_REFUSED, ChatSettings, ChatWriter, read_answer
-from stepsearch_jax.preparation.store import Store
+from stepsearch_jax.prepare.chat import MAX_ANSWER_BYTES, MAX_REFUSED, ChatSettings, ChatWriter, read_answer
+from stepsearch_jax.prepare.store import Store
 
 SETTINGS = dict(model="m", key="secret", temperature=0.7, count=2, concurrency=4, rate=60_000.0, timeout=5.0, attempts=2, retries=8, backoff=0.01)
 

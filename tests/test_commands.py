@@ -1,17 +1,20 @@
 """The commands that README, docs and the configs' docstrings show: what they run exists, and their flags, configs and keys are accepted."""
 import argparse
+import functools
 import pathlib
 import re
 import shlex
+import subprocess
+import sys
 
 import jax
 import pytest
 
 from configs import base
-from stepsearch_jax import sharding
+from stepsearch_jax import cli, sharding
+from stepsearch_jax.cli import read_config
 from stepsearch_jax.data.atlas_world import make_worlds
-from stepsearch_jax.settings import check_config
-from stepsearch_jax.startup import read_config
+from stepsearch_jax.run.checks import check_config
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
 PAGES = {str(path.relative_to(REPO)): path.read_text() for pattern in ("README.md", "docs/*.md", "configs/*.py") for path in sorted(REPO.glob(pattern))}
@@ -43,29 +46,44 @@ def test_commands_are_found():
     assert len(COMMANDS) > 40
 
 
-def read_definitions(file: str) -> list[str]:
-    """The code that may define the flags of a command: its own file, without the docstring, and what that one leaves it to."""
-    elsewhere = {"train": ["startup.py"], "evaluate": ["startup.py"], "export": ["startup.py"], "prepare": ["preparation/*.py"], "benchmark": [],
-                 "serve": [], "preflight": []}
-    paths = [REPO / file, *(path for pattern in elsewhere.get(pathlib.Path(file).stem, []) for path in sorted((REPO / "stepsearch_jax").glob(pattern)))]
-    if "sweep" in file:
-        paths.append(REPO / "launch/sweep.py")
-    return [re.sub(r'\A(#!.*\n)?""".*?"""', "", path.read_text(), flags=re.S) for path in paths]
+@functools.cache
+def read_help(module: str, subcommand: str = "") -> str:
+    """What --help prints. It loads no jax, so that it is there at once."""
+    program = (f"import runpy, sys\nsys.argv = ['x', *{[subcommand] if subcommand else []}, '--help']\n"
+               f"try: runpy.run_module('{module}', run_name='__main__', alter_sys=True)\n"
+               "except SystemExit as end: sys.exit(end.code or ('jax' in sys.modules and 'it loads jax'))")
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPO, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+SUBCOMMANDS = {"prepare": ("audit", "keys", "index"), "benchmark": ("rollout", "update", "reward", "retrieval", "memory", "import", "all")}
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_names_every_flag_and_loads_no_jax(name):
+    assert f"stepsearch_jax.{name}" in read_help(f"stepsearch_jax.{name}")
+    for subcommand in SUBCOMMANDS.get(name, ()):
+        assert "--json" in read_help(f"stepsearch_jax.{name}", subcommand)
 
 
 def test_a_flag_of_another_command_is_not_known():
-    definitions = "\n".join(read_definitions("stepsearch_jax/train.py"))
-    assert '"workdir"' in definitions and not any(f'"{name}"' in definitions or f"--{name}" in definitions for name in ("topology", "jobs", "writer"))
+    shown = read_help("stepsearch_jax.train")
+    assert "--workdir" in shown and not any(f"--{name}" in shown for name in ("topology", "jobs", "writer"))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_what_it_runs_and_its_flags_exist(command):
     words = shlex.split(command, comments=True)
-    module = re.search(r"python -m (\S+)", command)
-    file = module[1].replace(".", "/") + ".py" if module else next(word for word in words if word.startswith("launch/"))
-    assert (REPO / file).is_file() and (not module or '__name__ == "__main__"' in (REPO / file).read_text())
-    for name in re.findall(r" --([\w-]+)", " ".join(words)):
-        assert name == "config" or re.search(rf'["(]-*{name}["]|--{name}[=)]', "\n".join(read_definitions(file))), name
+    given = re.findall(r" --([\w-]+)", " ".join(words))
+    if module := re.search(r"python -m ((?:\w+\.)+(\w+))", command):
+        after = words[words.index(module[1]) + 1:]
+        shown = read_help(module[1], after[0] if module[2] in SUBCOMMANDS and "{" not in command else "")
+    else:
+        file = next(word for word in words if word.startswith("launch/"))
+        shown = (REPO / file).read_text() + ((REPO / "launch/sweep.py").read_text() if "sweep" in file else "")
+    for name in given if "{" not in command else ():
+        assert re.search(rf"--{name}\b", shown), name
 
 
 @pytest.mark.parametrize("command", COMMANDS)

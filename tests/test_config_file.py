@@ -3,7 +3,7 @@ import argparse
 
 import pytest
 
-from stepsearch_jax.startup import read_config
+from stepsearch_jax.cli import read_config
 
 FILES = {
     "plain.py": "import ml_collections\n\ndef get_config():\n    return ml_collections.ConfigDict({'seed': 0, 'on': True})\n",

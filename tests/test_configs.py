@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from configs import base
-from stepsearch_jax.settings import check_config, check_sampling
+from stepsearch_jax.run.checks import check_config, check_sampling
 from stepsearch_jax.sharding import AXES
 from stepsearch_jax.sweeps.points import list_points, load_sweeps
 

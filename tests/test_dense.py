@@ -20,12 +20,14 @@ import tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepsearch_jax import dense, measuring, startup
-from stepsearch_jax.dense import DenseIndex, build_dense_index, load_text_encoder
+from stepsearch_jax.dense import index as dense_index
+from stepsearch_jax.dense.index import DenseIndex, build_dense_index, load_text_encoder
+from stepsearch_jax.evaluation import greedy
 from stepsearch_jax.records import Document
-from stepsearch_jax.search import prepared
+from stepsearch_jax.run import start
+from stepsearch_jax.run.system import build_system
+from stepsearch_jax.search import cache
 from stepsearch_jax.search.embeddings import embed_corpus
-from stepsearch_jax.system import build_system
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 FOLDER = GOLDEN / "encoder"
@@ -103,8 +105,8 @@ def test_agrees_with_loops(count, k, devices, block, dtype, seed):
     rng = np.random.default_rng(seed)
     vectors, queries = rng.integers(-2, 3, (count, 4)), {f"q{i}": rng.integers(-2, 3, 4) for i in range(3)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dense, "BLOCK_ROWS", block)
-        patch.setattr(dense, "QUERY_ROWS", 2)
+        patch.setattr(dense_index, "BLOCK_ROWS", block)
+        patch.setattr(dense_index, "QUERY_ROWS", 2)
         index = DenseIndex(vectors.astype(np.dtype(dtype)), Table(queries), "", jax.devices()[:devices], "hash", {})
         ids, scores = index.search(list(queries), k)
     assert ids.dtype == np.int32 and scores.dtype == np.float32 and len(index) == count
@@ -176,7 +178,7 @@ def test_an_end_at_the_last_step_loses_no_vectors(tmp_path, monkeypatch):
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(prepared, "write_manifest", end)
+        patch.setattr(cache, "write_manifest", end)
         embed_corpus(texts, tmp_path / "x", lambda shard: vectors[:len(shard)], 3, "float32", 4, "encoder")
     assert (embed_corpus(texts, tmp_path / "x", end, 3, "float32", 4, "encoder") == vectors).all()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x"]
@@ -227,9 +229,9 @@ def test_episodes_search_the_dense_index(tmp_path_factory):
     config = configure(tmp_path_factory)
     config.search.embedding_dtype, config.evaluation.questions = "float32", 8
     system = build_system(config, ["validation"])
-    sample, to_rollout_layout = startup.make_sampler(system)
+    sample, to_rollout_layout = start.make_sampler(system)
     params = to_rollout_layout(running.make_searching_params(system, seed=26))
-    means, dumps = measuring.evaluate_policy(system, sample, params, "validation", "random")
+    means, dumps = greedy.evaluate_policy(system, sample, params, "validation", "random")
     assert len(dumps) == 8 and means["searches"] > 0
     encoder = load_text_encoder(FOLDER / "mean", 1, jax.devices()[:1])
     vectors = encoder.embed([f"{document.title}\n{document.text}" for document in system.source.documents])

@@ -15,13 +15,13 @@ import urllib3
 from test_datasets import read_records, write_rows
 from test_keys import command, musique_row
 
-from stepsearch_jax import prepare
 from stepsearch_jax.data.loading import OFFICIAL
-from stepsearch_jax.dense import load_text_encoder
-from stepsearch_jax.preparation import engines
-from stepsearch_jax.preparation.index import index_files
-from stepsearch_jax.preparation.rules import write_queries
-from stepsearch_jax.preparation.store import Store
+from stepsearch_jax.dense.index import load_text_encoder
+from stepsearch_jax.prepare import __main__ as prepare
+from stepsearch_jax.prepare import engines
+from stepsearch_jax.prepare.index import index_files
+from stepsearch_jax.prepare.rules import write_queries
+from stepsearch_jax.prepare.store import Store
 
 PLACES = [f"{first} {second}" for first in ("North", "South", "Old") for second in ("Arton", "Belville", "Corburg", "Dunmouth")]
 ONE, OTHER = "bm25:0.9:0.4", "bm25:3.0:1.0"
@@ -30,7 +30,7 @@ ONE, OTHER = "bm25:0.9:0.4", "bm25:3.0:1.0"
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> pathlib.Path:
     """Places whose names share words, in passages of different lengths: the engines disagree about them."""
-    monkeypatch.setattr("stepsearch_jax.preparation.options.start_logging", lambda: None)
+    monkeypatch.setattr("stepsearch_jax.cli.start_logging", lambda: None)
     (tmp_path / "data").mkdir()
     rows = [musique_row(place, number) for number, place in enumerate(PLACES)]
     for number, row in enumerate(rows):

@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from text_episodes import answer, invalid, make_episode, search
 
+from stepsearch_jax.evaluation.measures import Estimate, estimate, list_measures, measure_episode
 from stepsearch_jax.records import Question, SubQuestion
-from stepsearch_jax.rewards.evaluation import Estimate, estimate, list_measures, measure_episode
 
 TEXTS = ["Rome\nThe capital of Italy.", "Po\nA river in Italy.", "Turin\nA city on the Po.", "Paris\nA city.", "Seine\nA river."]
 # Two hops: documents 2 and then 1 are needed; the answer is "the Po", also accepted as "Padus".

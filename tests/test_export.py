@@ -10,18 +10,19 @@ import running
 import tiny_config
 from transformers import PreTrainedTokenizerFast
 
-from stepsearch_jax import export, startup
+from stepsearch_jax import export
 from stepsearch_jax.models.huggingface import open_checkpoint
-from stepsearch_jax.models.stored import load_policy
-from stepsearch_jax.run_folder import remember_config
-from stepsearch_jax.system import build_system
+from stepsearch_jax.models.weights import load_policy
+from stepsearch_jax.run import start
+from stepsearch_jax.run.folder import remember_config
+from stepsearch_jax.run.system import build_system
 
 
 def test_a_bucket_is_no_folder():
     """Where pathlib would make a folder gs: here."""
     command = [sys.executable, "-m", "stepsearch_jax.export", "--config=configs/atlas_quickstart.py", "--workdir=runs/none", "--folder=gs://bucket/model"]
     done = subprocess.run(command, cwd=running.REPO, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("stepsearch_jax: flag --folder=gs://bucket/model: ") and done.stderr.count("\n") == 1, done.stderr
+    assert done.returncode == 2 and done.stderr.startswith("stepsearch_jax: argument --folder: ") and done.stderr.count("\n") == 1, done.stderr
 
 
 @pytest.mark.parametrize("files", [["notes.txt"], ["config.json", "start/_METADATA"], ["config.json", "model.safetensors", "notes.txt"],
@@ -53,7 +54,7 @@ def test_a_run_is_exported(tmp_path, tmp_path_factory):
     with pytest.raises(FileNotFoundError, match="holds no run"):
         export.export(config, tmp_path / "run", tmp_path / "model", "float32", 0.001)
     system = build_system(config, [])
-    state, _, checkpoints, _ = startup.begin_run(system, tmp_path / "run")
+    state, _, checkpoints, _ = start.begin_run(system, tmp_path / "run")
     remember_config(tmp_path / "run", config)
     newer = state.replace(policy=state.policy.replace(params=jax.tree.map(lambda x: x + 0.5, state.policy.params)))
     checkpoints.save(1, newer)

@@ -13,7 +13,7 @@ DRIVER = """
 import os, pathlib, signal, sys, time
 import numpy as np
 import tiny_config
-from stepsearch_jax.startup import run_guarded
+from stepsearch_jax.cli import run_guarded
 from stepsearch_jax.train import train
 
 cache, start, workdir, mode = sys.argv[1:5]

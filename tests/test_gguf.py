@@ -15,8 +15,8 @@ from transformers import AutoTokenizer
 
 from stepsearch_jax.models.attention import make_cache
 from stepsearch_jax.models.huggingface import export_policy, open_checkpoint
-from stepsearch_jax.models.stored import load_policy
 from stepsearch_jax.models.transformer import Policy
+from stepsearch_jax.models.weights import load_policy
 from stepsearch_jax.prompting.gguf_tokenizer import SPLITTERS
 from stepsearch_jax.prompting.tokenizers import BYTE_OF, list_tokenizer_files, load_tokenizer
 

@@ -20,8 +20,8 @@ from configs import base
 from stepsearch_jax.models import huggingface
 from stepsearch_jax.models.attention import make_cache
 from stepsearch_jax.models.huggingface import export_policy, open_checkpoint
-from stepsearch_jax.models.stored import load_policy
 from stepsearch_jax.models.transformer import Policy
+from stepsearch_jax.models.weights import load_policy
 from stepsearch_jax.prompting.tokenizers import list_tokenizer_files, load_tokenizer
 
 EIGHT = (2, 2, 2)  # data, fsdp, tensor

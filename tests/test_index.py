@@ -15,12 +15,12 @@ import running
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepsearch_jax import prepare
-from stepsearch_jax.preparation.index import index_files
+from stepsearch_jax.prepare import __main__ as prepare
+from stepsearch_jax.prepare.index import index_files
 from stepsearch_jax.records import Document
-from stepsearch_jax.search import postings, prepared
+from stepsearch_jax.search import cache, postings
 from stepsearch_jax.search.bm25 import build_index, load_index, split_words
-from stepsearch_jax.search.prepared import hash_documents
+from stepsearch_jax.search.cache import hash_documents
 
 K1, B = 0.9, 0.4
 BM25S_FILES = ("data.csc.index.npy", "indices.csc.index.npy", "indptr.csc.index.npy", "vocab.index.json", "params.index.json")
@@ -139,13 +139,13 @@ def test_an_interrupted_build_goes_on(tmp_path, small_pieces, monkeypatch, after
 
 BUILD = """
 import sys, time
-from stepsearch_jax import prepare
+from stepsearch_jax.prepare import __main__ as prepare
 from stepsearch_jax.search import postings
 postings.SHARD_WORDS = postings.MERGE_POSTINGS = 2000
 if sys.argv.pop(1) == "slow":
     write = postings._write_shard
     postings._write_shard = lambda *arguments: (time.sleep(0.2), write(*arguments))
-prepare.main(["index", *sys.argv[1:]])
+index.main(sys.argv[1:])
 """
 
 
@@ -169,11 +169,11 @@ def test_a_killed_process_goes_on(tmp_path):
 
 KILLED_AT_LAST = """
 import os, signal, sys
-from stepsearch_jax import prepare
-from stepsearch_jax.search import postings, prepared
+from stepsearch_jax.prepare import index
+from stepsearch_jax.search import postings, cache
 postings.SHARD_WORDS, postings.MERGE_POSTINGS = 40, 25
-prepared.write_manifest = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-prepare.main(["index", *sys.argv[1:]])
+cache.write_manifest = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+index.main(sys.argv[1:])
 """
 
 
@@ -194,7 +194,7 @@ def test_an_end_at_the_last_step_loses_nothing(tmp_path, small_pieces, monkeypat
         assert subprocess.run(command, env=os.environ | {"PYTHONPATH": str(running.REPO)}, stderr=subprocess.DEVNULL, timeout=120).returncode == -how
     else:
         with monkeypatch.context() as patch, pytest.raises(type(how)):
-            patch.setattr(prepared, "write_manifest", refuse)  # of the whole index: what stands in begun/ is written by others
+            patch.setattr(cache, "write_manifest", refuse)  # of the whole index: what stands in begun/ is written by others
             index_files([path], tmp_path / "index", K1, B)
     assert not (tmp_path / "index").exists()
     monkeypatch.setattr(postings, "split_words", refuse)  # nothing of the first pass is done again
@@ -315,7 +315,7 @@ def test_searches_from_many_threads_do_not_disturb_each_other(tmp_path):
 
 MEASURE = """
 import sys
-from stepsearch_jax import prepare
+from stepsearch_jax.prepare import __main__ as prepare
 from stepsearch_jax.search import postings
 postings.SHARD_WORDS = postings.MERGE_POSTINGS = 1 << 18
 prepare.main(["index", "--corpus", sys.argv[1], "--out", sys.argv[2], "--json", sys.argv[3]])

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from test_chat import Endpoint, complete
 from test_datasets import REPO, read_records, write_rows
 
-from stepsearch_jax import prepare
 from stepsearch_jax.data.loading import OFFICIAL
-from stepsearch_jax.preparation.engines import Engine, count_votes, is_kept, search_all
-from stepsearch_jax.preparation.keys import list_hops, make_row, measure_votes
-from stepsearch_jax.preparation.rules import write_queries
-from stepsearch_jax.preparation.store import Store
+from stepsearch_jax.prepare import __main__ as prepare
+from stepsearch_jax.prepare.engines import Engine, count_votes, is_kept, search_all
+from stepsearch_jax.prepare.keys import list_hops, make_row, measure_votes
+from stepsearch_jax.prepare.rules import write_queries
+from stepsearch_jax.prepare.store import Store
 from stepsearch_jax.records import Document, Question, SubQuestion
 from stepsearch_jax.rewards.text_metrics import normalize
 
@@ -131,7 +131,7 @@ def test_rows_are_read_back_as_they_were(tmp_path):
 
 
 def test_command_with_rules(folder, capsys, monkeypatch):
-    monkeypatch.setattr("stepsearch_jax.preparation.options.start_logging", lambda: None)
+    monkeypatch.setattr("stepsearch_jax.cli.start_logging", lambda: None)
     prepare.main(command(folder, f"--out={folder / 'keys'}", f"--json={folder / 'figures.json'}"))
     printed, figures = capsys.readouterr().out, json.loads((folder / "keys/report.json").read_text())
     assert figures == json.loads((folder / "figures.json").read_text()) and "| hop 2 | 20 | 20 | 20 |" in printed
@@ -168,7 +168,7 @@ def test_command_with_rules(folder, capsys, monkeypatch):
     (["--config.data.path=nowhere"], "in nowhere: set data.path to the folder of MuSiQue"),
 ])
 def test_mistakes_are_one_line_before_work_starts(folder, monkeypatch, arguments, message):
-    monkeypatch.setattr("stepsearch_jax.preparation.options.start_logging", lambda: None)
+    monkeypatch.setattr("stepsearch_jax.cli.start_logging", lambda: None)
     with pytest.raises(SystemExit, match=message):
         prepare.main(command(folder, f"--out={folder / 'keys'}", *arguments))
     assert not (folder / "keys").exists()
@@ -176,7 +176,7 @@ def test_mistakes_are_one_line_before_work_starts(folder, monkeypatch, arguments
 
 @pytest.mark.parametrize("key", ["se\ncret", "sécret", "se\tcret"])
 def test_a_key_that_cannot_be_one_is_refused_without_saying_it(folder, monkeypatch, key):
-    monkeypatch.setattr("stepsearch_jax.preparation.options.start_logging", lambda: None)
+    monkeypatch.setattr("stepsearch_jax.cli.start_logging", lambda: None)
     monkeypatch.setenv("TEST_KEY", key)
     with pytest.raises(SystemExit, match="the environment variable TEST_KEY holds characters that no key has") as caught:
         prepare.main(command(folder, f"--out={folder / 'keys'}", "--writer=chat", "--url=http://localhost:1", "--model=m", "--key-env=TEST_KEY"))
@@ -199,7 +199,7 @@ def test_a_store_that_cannot_be_used_is_named(tmp_path):
 
 
 def test_unreadable_row_is_named(folder, monkeypatch):
-    monkeypatch.setattr("stepsearch_jax.preparation.options.start_logging", lambda: None)
+    monkeypatch.setattr("stepsearch_jax.cli.start_logging", lambda: None)
     with (folder / "data/train.jsonl").open("a") as file:
         file.write('{"id": "x"}\n')
     with pytest.raises(SystemExit, match=r"train.jsonl, line 21: field 'paragraphs' is missing"):

@@ -1,4 +1,4 @@
-"""The launch scripts with a fake Python, and the README against the tree, the defaults and the loop that it speaks of."""
+"""The launch scripts with a fake Python, and README and docs/architecture.md against the tree, the defaults and the loop that they speak of."""
 import ast
 import os
 import pathlib
@@ -12,7 +12,7 @@ import pytest
 
 from configs import base
 from configs.atlas_quickstart import VARIANTS
-from stepsearch_jax.run_folder import lock
+from stepsearch_jax.run.folder import lock
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
 README = (REPO / "README.md").read_text()
@@ -232,25 +232,23 @@ def find_section(title: str) -> str:
 
 
 def list_tree() -> list[str]:
-    """Paths of the README's tree, as written in it."""
+    """Paths of the tree in docs/architecture.md."""
     paths, folder = [], ""
-    for line in find_section("The files").split("```")[1].strip().splitlines():
+    for line in (REPO / "docs/architecture.md").read_text().split("```")[1].strip().splitlines():
         name = line.split()[0]
-        if not line.startswith(" "):
-            folder = name if name.endswith("/") else ""
-        paths.append(name if not line.startswith(" ") else folder + name)
+        folder = folder if line.startswith(" ") else name
+        paths.append(folder + name if line.startswith(" ") else name)
     return paths
 
 
 def test_every_path_of_the_tree_exists():
-    assert [path for path in list_tree() if not list(REPO.glob(path.rstrip("/")))] == []
+    assert [path for path in list_tree() if not (REPO / path).exists()] == []
 
 
-def test_every_module_config_and_script_is_in_the_tree():
-    files = [path for folder in ("stepsearch_jax", "configs", "launch") for path in (REPO / folder).rglob("*") if path.suffix in (".py", ".j2", ".sh")]
-    assert len(files) > 40
-    named = list_tree()
-    assert [name for path in files if path.name != "__init__.py" and (name := str(path.relative_to(REPO))) not in named] == []
+def test_every_package_and_module_is_in_the_tree():
+    here = [path for path in (REPO / "stepsearch_jax").iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()]
+    names = {f"stepsearch_jax/{path.name}{'/' * path.is_dir()}" for path in here} - {"stepsearch_jax/__init__.py"}
+    assert len(names) > 20 and names <= set(list_tree())
 
 
 def test_differences_name_the_defaults():

@@ -1,4 +1,4 @@
-"""The rooms of the house: who may import whom, and which libraries stay out of which rooms."""
+"""The layers of the package: who may import whom, and which libraries stay out of which layers."""
 import ast
 import pathlib
 import subprocess
@@ -7,13 +7,13 @@ import sys
 import pytest
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "stepsearch_jax"
-# From the top of the house down: a file imports from its own room and from rooms above it. The commands, last, import everything.
-ROOMS = ("records", "types", "masking", "sharding", "data", "search", "prompting", "models", "rollout", "rewards", "rl", "checkpoint", "metrics", "report",
-         "commands")
-COMMANDS = {"settings", "dense", "system", "startup", "warm_start", "train", "evaluate", "measuring", "prepare", "preflight", "serve", "benchmark",
-            "benchmarks", "sweeps", "run_folder", "export", "budget", "preparation", "baselines", "tables", "config_file"}
-HOST = {"records", "data", "search", "prompting", "rewards.scoring", "rewards.text_metrics", "rewards.tfidf", "rewards.evaluation", "metrics", "report",
-        "sweeps"}
+# From the bottom up: a file imports from its own layer and from layers before it. The commands, last, import everything.
+LAYERS = ("records", "types", "masking", "sharding", "files", "metrics", "data", "search", "prompting", "models", "dense", "rewards", "rollout", "rl", "checkpoint",
+          "runtime", "report", "run", "evaluation", "sweeps", "cli", "commands")
+COMMANDS = {"train", "evaluate", "export", "serve", "prepare", "preflight", "benchmark"}
+HOST = {"records", "files", "metrics", "data", "search", "prompting", "rewards.scoring", "rewards.text_metrics", "rewards.tfidf", "evaluation.measures", "report",
+        "sweeps", "run.config_file", "run.folder"}
+LIGHT = {"cli", "serve", "prepare", "benchmark.cases", "benchmark.__main__"}  # load without jax, so that --help and wrong flags are answered at once
 DEVICE = {"types", "masking", "sharding", "models", "rewards.placement", "rl", "checkpoint"}
 DEVICE_LIBRARIES = {"jax", "jaxlib", "flax", "optax", "orbax"}
 LAZY = {"search/bm25.py", "data/atlas_world.py"}  # the only users of bm25s, which starts jax when it is imported
@@ -25,9 +25,9 @@ def module_of(path: pathlib.Path, package: pathlib.Path = PACKAGE) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def room_of(module: str) -> str:
+def layer_of(module: str) -> str:
     first = module.split(".")[0]
-    return "commands" if first in COMMANDS else first
+    return "commands" if first in COMMANDS or module.endswith("__main__") else first
 
 
 def find_imports(tree: ast.AST) -> list[tuple[ast.stmt, str]]:
@@ -37,7 +37,7 @@ def find_imports(tree: ast.AST) -> list[tuple[ast.stmt, str]]:
         if isinstance(node, ast.Import):
             found += [(node, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"line {node.lineno}: relative import; name the room"
+            assert node.level == 0, f"line {node.lineno}: relative import; name the layer"
             names = [f"{node.module}.{alias.name}" for alias in node.names]
             found += [(node, name if is_module(name) else node.module) for name in names]
     return found
@@ -50,8 +50,8 @@ def is_module(name: str) -> bool:
 
 def side_of(module: str) -> str | None:
     """"host", "device", or None: the bridge and the commands, which touch both."""
-    for side, rooms in (("host", HOST), ("device", DEVICE)):
-        if module in rooms or module.split(".")[0] in rooms:
+    for side, layers in (("host", HOST), ("device", DEVICE)):
+        if module in layers or module.split(".")[0] in layers:
             return side
     return None
 
@@ -70,11 +70,11 @@ def check_file(module: str, source: str) -> list[str]:
             elif id(node) in top_level:
                 faults.append(f"{where} when it is loaded: only inside a function")
         if library in DEVICE_LIBRARIES and side_of(module) == "host":
-            faults.append(f"{where}: a host room")
+            faults.append(f"{where}: a host layer")
         if library != "stepsearch_jax":
             continue
-        if ROOMS.index(room_of(target)) > ROOMS.index(room_of(module)):
-            faults.append(f"{where}: that room stands below")
+        if LAYERS.index(layer_of(target)) > LAYERS.index(layer_of(module)):
+            faults.append(f"{where}: that layer comes later")
         if {side_of(module), side_of(target)} == {"host", "device"}:
             faults.append(f"{where}: only rollout and the commands touch both sides")
     return faults
@@ -83,29 +83,29 @@ def check_file(module: str, source: str) -> list[str]:
 FILES = {module_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
-def test_every_file_has_a_room():
-    unknown = {module: path for module, path in FILES.items() if module and room_of(module) not in ROOMS}
-    assert not unknown, "give them a place in ROOMS"
+def test_every_file_has_a_layer():
+    unknown = {module: path for module, path in FILES.items() if module and layer_of(module) not in LAYERS}
+    assert not unknown, "give them a place in LAYERS"
     assert len(FILES) > 30
 
 
 @pytest.mark.parametrize("module", FILES)
-def test_imports_follow_the_rooms(module):
+def test_imports_follow_the_layers(module):
     assert not check_file(module, FILES[module].read_text())
 
 
 @pytest.mark.parametrize("module,source,complaint", [
-    ("search.bm25", "import jax.numpy", "a host room"),
-    ("rewards.tfidf", "def f():\n    from flax import linen", "a host room"),
+    ("search.bm25", "import jax.numpy", "a host layer"),
+    ("rewards.tfidf", "def f():\n    from flax import linen", "a host layer"),
     ("search.bm25", "import bm25s", "inside a function"),
     ("search.callback", "def f():\n    import bm25s", "may"),
-    ("models.transformer", "from stepsearch_jax.rl import learner", "below"),
-    ("models.transformer", "from stepsearch_jax import rollout", "below"),
+    ("models.transformer", "from stepsearch_jax.rl import learner", "later"),
+    ("models.transformer", "from stepsearch_jax import rollout", "later"),
     ("models.transformer", "from stepsearch_jax.prompting.tags import TAGS", "both sides"),
     ("checkpoint", "from stepsearch_jax.records import Episode", "both sides"),
     ("metrics", "from stepsearch_jax import masking", "both sides"),
-    ("data.loading", "from stepsearch_jax.search import bm25", "below"),
-    ("rl.learner", "import stepsearch_jax.system", "below"),
+    ("data.loading", "from stepsearch_jax.search import bm25", "later"),
+    ("rl.learner", "import stepsearch_jax.run.system", "later"),
 ])
 def test_the_check_finds_faults(module, source, complaint):
     assert any(complaint in fault for fault in check_file(module, source))
@@ -113,13 +113,14 @@ def test_the_check_finds_faults(module, source, complaint):
 
 def test_the_check_lets_good_imports_pass():
     assert not check_file("rollout.text", "import jax\nfrom stepsearch_jax.prompting.tags import TAGS\nfrom stepsearch_jax.types import Batch")
-    assert not check_file("train", "import jax\nfrom stepsearch_jax import checkpoint\nfrom stepsearch_jax.report import write_report")
+    assert not check_file("train", "import jax\nfrom stepsearch_jax import checkpoint\nfrom stepsearch_jax.report.page import write_report")
     assert not check_file("search.bm25", "def f():\n    import bm25s")
 
 
-def test_host_rooms_load_without_jax():
+def test_host_layers_load_without_jax():
     """Not through others either: a fresh interpreter loads every host file."""
-    modules = [f"stepsearch_jax.{module}" for module in FILES if side_of(module) == "host"]
+    light = lambda module: side_of(module) == "host" or not LIGHT.isdisjoint((module, module.split(".")[0]))
+    modules = [f"stepsearch_jax.{module}" for module in FILES if light(module) and module != "prepare.__main__"]
     assert len(modules) > 15
     program = (f"import importlib, sys\nfor name in {modules}: importlib.import_module(name)\n"
                f"sys.exit(' '.join({DEVICE_LIBRARIES | {'bm25s'}} & set(sys.modules)) or 0)")

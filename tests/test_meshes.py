@@ -16,7 +16,7 @@ from stepsearch_jax import sharding
 from stepsearch_jax.models.architecture import RopeScaling
 from stepsearch_jax.models.transformer import Policy, Value
 from stepsearch_jax.rl import learner
-from stepsearch_jax.settings import learner_settings
+from stepsearch_jax.run.settings import learner_settings
 
 ONE = (1, 1, 1)
 MESHES = [(8, 1, 1), (1, 8, 1), (4, 1, 2), (2, 2, 2), (1, 2, 4)]  # data, fsdp, tensor

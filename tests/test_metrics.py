@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboardX.proto import event_pb2
 
-from stepsearch_jax.metrics import METRICS_FILE, MetricsWriter, progress, read_json_lines, read_metrics
+from stepsearch_jax.files import read_json_lines
+from stepsearch_jax.metrics import METRICS_FILE, MetricsWriter, progress, read_metrics
 
 
 def write_run(workdir, start, stop, stage="rl"):

@@ -13,9 +13,9 @@ from stepsearch_jax.data.loading import OFFICIAL, load_source, open_source
 from stepsearch_jax.data.official import find_inputs
 from stepsearch_jax.data.rows import hash_file
 from stepsearch_jax.data.two_wiki import match_titles
-from stepsearch_jax.preparation.index import index_files
+from stepsearch_jax.prepare.index import index_files
 from stepsearch_jax.records import Question, SubQuestion
-from stepsearch_jax.search.prepared import hash_documents
+from stepsearch_jax.search.cache import hash_documents
 
 CORPUS = [{"title": "Noise", "text": "Nothing."}, {"title": "Film", "text": "Film is a film. It is by Ann."},
           {"title": "Ann (director)", "text": "Ann died in May."}, {"title": "Rome", "text": "A city."}]

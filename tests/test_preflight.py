@@ -12,14 +12,15 @@ import tiny_config
 from jax.sharding import AbstractMesh
 
 from configs import base, musique_qwen2_5
-from stepsearch_jax import preflight
-from stepsearch_jax.budget import chips, programs, report, verdict
-from stepsearch_jax.budget.chips import GIB, Chip, describe_slice
-from stepsearch_jax.budget.hlo import Rates
-from stepsearch_jax.budget.lengths import plan_rollout
-from stepsearch_jax.budget.programs import Compiled, Memory
+from stepsearch_jax.preflight import __main__ as preflight
+from stepsearch_jax.preflight import chips, programs, report, verdict
+from stepsearch_jax.preflight.chips import GIB, Chip, describe_slice
+from stepsearch_jax.preflight.hlo import Rates
+from stepsearch_jax.preflight.lengths import plan_rollout
+from stepsearch_jax.preflight.programs import Compiled, Memory
 from stepsearch_jax.rollout.episode import RolloutSettings
-from stepsearch_jax.settings import check_config, describe_models
+from stepsearch_jax.run.checks import check_config
+from stepsearch_jax.run.settings import describe_models
 from stepsearch_jax.sharding import AXES
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
@@ -207,11 +208,11 @@ def test_the_table_asks_for_what_is_missing(tmp_path):
 def test_exit_status_and_json(monkeypatch, tmp_path, capsys, figures, fits):
     monkeypatch.setattr(preflight, "describe_slice", lambda name: (CHIP, jax.devices()[:4]))
     monkeypatch.setattr(preflight, "measure", lambda *arguments: figures | {"fits": fits})
-    assert preflight.preflight(make_config(), "v5e:2x2", str(tmp_path / "figures.json")) == (0 if fits else 1)
+    assert preflight.preflight(make_config(), "v5e:2x2", tmp_path / "figures.json") == (0 if fits else 1)
     assert json.loads((tmp_path / "figures.json").read_text())["fits"] is fits
     assert ("does not fit" in capsys.readouterr().out) is not fits
-    with pytest.raises(SystemExit, match="--json=.*folder that is there"):
-        preflight.preflight(make_config(), "v5e:2x2", str(tmp_path / "nowhere" / "figures.json"))
+    with pytest.raises(FileNotFoundError, match="--json="):
+        preflight.preflight(make_config(), "v5e:2x2", tmp_path / "nowhere" / "figures.json")
 
 
 @pytest.mark.parametrize("name", ["v4:2x2x1", "v5e", "v5e:4", "v5e:axb", "", "v5e:4x4x4", "v6e:2x2x1", "v5p:4x4"])
@@ -240,8 +241,8 @@ def test_a_missing_libtpu_is_told_with_what_brings_it(monkeypatch):
 ])
 def test_configs_that_cannot_be_are_refused_in_one_line(monkeypatch, change, complaint):
     monkeypatch.setattr(preflight, "describe_slice", lambda name: (CHIP, jax.devices()[:4]))
-    with pytest.raises(SystemExit, match=f"stepsearch_jax: .*{complaint}") as ended:
-        preflight.preflight(make_config(**change), "v5e:2x2", "")
+    with pytest.raises(ValueError, match=complaint) as ended:
+        preflight.preflight(make_config(**change), "v5e:2x2", None)
     assert "\n" not in str(ended.value)
 
 

@@ -9,11 +9,13 @@ import running
 import tiny_config
 
 from configs import base
-from stepsearch_jax import checkpoint, sharding, startup, train
+from stepsearch_jax import checkpoint, sharding, train
 from stepsearch_jax.models.transformer import Policy
 from stepsearch_jax.rl import learner
-from stepsearch_jax.settings import check_config, learner_settings, make_optimizers
-from stepsearch_jax.system import build_system
+from stepsearch_jax.run import start
+from stepsearch_jax.run.checks import check_config
+from stepsearch_jax.run.settings import learner_settings, make_optimizers
+from stepsearch_jax.run.system import build_system
 
 # The closed list in which the released code differs from the paper, with the released script's numbers.
 REFERENCE = {
@@ -90,7 +92,7 @@ def test_without_a_critic_there_is_no_value_model(tmp_path, tmp_path_factory):
     for change in ({}, {"rl.advantage": "rloo", **GROUPS}):
         config = make_config(tmp_path_factory, **change)
         optimizers = make_optimizers(config, config.iterations)
-        state, reference, checkpoints, _ = startup.begin_run(build_system(config, ["train"]), tmp_path / str(len(states)))
+        state, reference, checkpoints, _ = start.begin_run(build_system(config, ["train"]), tmp_path / str(len(states)))
         checkpoints.close()
         assert (state.value is None) == (optimizers[1] is None) == bool(change)
         states.append((state.policy, reference))

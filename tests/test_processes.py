@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import running
 
-from stepsearch_jax.search.prepared import one_at_a_time
+from stepsearch_jax.search.cache import one_at_a_time
 
 # A run that keeps what its process sampled, searched and scored: python driver.py CACHE START WORKDIR PROCESS PROCESSES PORT MESH ITERATIONS
 # Plain SGD: the parameters show the gradients, which Adam would divide by themselves.
@@ -19,10 +19,10 @@ DRIVER = """
 import pathlib, sys
 import numpy as np
 import tiny_config
-from stepsearch_jax import measuring
+from stepsearch_jax.evaluation import greedy
 from stepsearch_jax.search.bm25 import Bm25Index
-from stepsearch_jax.startup import run_guarded
-from stepsearch_jax.system import process_rows
+from stepsearch_jax.cli import run_guarded
+from stepsearch_jax.run.system import process_rows
 from stepsearch_jax.train import train
 
 cache, start, workdir = sys.argv[1:4]
@@ -38,7 +38,7 @@ if processes > 1:
     d.coordinator, d.processes, d.process_id = f"localhost:{port}", processes, process
 kept, asked = pathlib.Path(f"{workdir}-{process}"), []
 kept.mkdir()
-search, collect = Bm25Index.search, measuring.collect
+search, collect = Bm25Index.search, collect.collect
 
 def keep_queries(index, queries, k):
     asked.extend(queries)
@@ -54,7 +54,7 @@ def keep_episodes(system, sample_episodes, params, split, rows, key, temperature
         np.savez(kept / f"{number}.npz", rows=process_rows(system.mesh, len(rows)), queries=np.array(sorted(asked), dtype=str), **arrays)
     return got
 
-Bm25Index.search, measuring.collect = keep_queries, keep_episodes
+Bm25Index.search, collect.collect = keep_queries, keep_episodes
 run_guarded(train, config, pathlib.Path(workdir))
 """
 ITERATIONS, QUESTIONS = 3, 8
@@ -169,7 +169,7 @@ def compare_figures(got, expected) -> None:
 
 STAGE = """
 import pathlib, sys, time
-from stepsearch_jax.search.prepared import one_at_a_time, prepare_folder
+from stepsearch_jax.search.cache import one_at_a_time, prepare_folder
 folder = pathlib.Path(sys.argv[1])
 def write(path):
     time.sleep(0.5)

@@ -12,10 +12,10 @@ import urllib3
 from test_index import draw_documents, write_corpus
 from test_time_limit import DRIPS, dripping
 
-from stepsearch_jax.benchmarks.retrieval import run_server
+from stepsearch_jax.benchmark.retrieval import run_server
 from stepsearch_jax.data.passages import read_passage
 from stepsearch_jax.data.rows import Row, read_rows
-from stepsearch_jax.preparation.index import index_files
+from stepsearch_jax.prepare.index import index_files
 from stepsearch_jax.records import Document
 from stepsearch_jax.search.callback import MAX_QUERY_CHARACTERS, SomeFailedError
 from stepsearch_jax.search.remote import MAX_BODY_BYTES, RemoteIndex, open_remote, render_contents

@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from stepsearch_jax.metrics import MetricsWriter
-from stepsearch_jax.report import CURVES, main, select, split_tags, write_report
+from stepsearch_jax.report.__main__ import main
+from stepsearch_jax.report.page import CURVES, select, split_tags, write_report
 
 RL = ("f1", "step_reward", "outcome_reward", "gold_recall", "searches", "kl", "entropy")
 
@@ -304,9 +305,9 @@ def test_missing_optional_files_are_named(tmp_path):
 
 def test_clear_errors(tmp_path, capsys):
     def fails(message):
-        assert main([str(tmp_path / "run")]) == 1
-        error = capsys.readouterr().err
-        assert error.startswith("error: ") and message in error and "Traceback" not in error
+        with pytest.raises(SystemExit) as ended:
+            main([str(tmp_path / "run")])
+        assert str(ended.value).startswith("stepsearch_jax: ") and message in str(ended.value)
 
     fails("is not a folder")
     (tmp_path / "run").mkdir()
@@ -314,7 +315,7 @@ def test_clear_errors(tmp_path, capsys):
     (tmp_path / "run" / "metrics.jsonl").write_text('{"stage": "rl", "iter')
     fails("holds no line yet")
     make_run(tmp_path / "run")
-    assert main([str(tmp_path / "run")]) == 0
+    main([str(tmp_path / "run")])
     assert capsys.readouterr().out.strip().endswith("report.html")
     transcripts, evaluation = tmp_path / "run" / "transcripts.jsonl", tmp_path / "run" / "evaluation.json"
     evaluation.write_text("{")

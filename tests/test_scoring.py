@@ -11,7 +11,7 @@ from text_episodes import NOTHING_SIMILAR, PAPER, TableSimilarity, answer, inval
 from configs import base
 from stepsearch_jax.rewards.scoring import key_reward, measure_episodes, passes_ending_gate, passes_strict_gate, score_episodes
 from stepsearch_jax.rewards.text_metrics import normalize
-from stepsearch_jax.system import System, build_system
+from stepsearch_jax.run.system import System, build_system
 
 # Step rewards
 

@@ -16,9 +16,9 @@ import urllib3
 from test_index import draw_documents, write_corpus
 
 from stepsearch_jax import serve
-from stepsearch_jax.benchmarks.retrieval import HOSTILE, measure, render, run_server
-from stepsearch_jax.preparation.index import index_files
-from stepsearch_jax.search.prepared import hash_documents
+from stepsearch_jax.benchmark.retrieval import HOSTILE, measure, render, run_server
+from stepsearch_jax.prepare.index import index_files
+from stepsearch_jax.search.cache import hash_documents
 from stepsearch_jax.search.remote import render_contents
 
 QUERIES = ["w0é w3é", "w1é", "nothing", "", "w2é w2é w40é"]

@@ -7,8 +7,8 @@ import tiny_config
 
 from configs import base
 from stepsearch_jax import sharding, train
-from stepsearch_jax.run_folder import flatten
-from stepsearch_jax.settings import CHOICES, RANGES, check_config, check_sampling
+from stepsearch_jax.run.checks import CHOICES, RANGES, check_config, check_sampling
+from stepsearch_jax.run.folder import flatten
 
 KEYS = flatten(base.get_config().to_dict())
 INFINITE = {"rl.clip_low", "rl.clip_high", "rl.value_clip", "rl.max_ratio", "policy.max_grad_norm", "value.max_grad_norm", "imitation.max_grad_norm"}

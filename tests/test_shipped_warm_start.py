@@ -10,13 +10,14 @@ import pytest
 from conftest import REPO
 
 from configs import atlas_quickstart
-from stepsearch_jax import checkpoint, warm_start
+from stepsearch_jax import checkpoint
 from stepsearch_jax.models.transformer import Policy
 from stepsearch_jax.rl import learner
-from stepsearch_jax.rl.imitation import make_imitate, make_imitation_optimizer
+from stepsearch_jax.rl.sft import make_imitate, make_imitation_optimizer
+from stepsearch_jax.run import warm_start
+from stepsearch_jax.run.system import build_system
+from stepsearch_jax.run.warm_start import find_checkpoint
 from stepsearch_jax.sharding import make_mesh
-from stepsearch_jax.system import build_system
-from stepsearch_jax.warm_start import find_checkpoint
 
 LOG = REPO / "configs" / "warm_starts" / "atlas.jsonl"
 

@@ -9,10 +9,10 @@ import running
 import tiny_config
 
 from stepsearch_jax import sharding
-from stepsearch_jax import system as system_module
 from stepsearch_jax.records import TurnStatus
+from stepsearch_jax.run import system as system_module
+from stepsearch_jax.run.system import WATCHED_QUERIES, System, build_system, check_searches, process_rows
 from stepsearch_jax.search.callback import MAX_QUERY_CHARACTERS, SearchCounts, SomeFailedError
-from stepsearch_jax.system import WATCHED_QUERIES, System, build_system, check_searches, process_rows
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,12 @@ import running
 import tiny_config
 from stored_models import GOLDEN
 
-from stepsearch_jax import baselines, tables
-from stepsearch_jax.baselines import DIRECT, GOLD, SINGLE_SEARCH, make_baselines
+from stepsearch_jax.evaluation import baselines, tables
+from stepsearch_jax.evaluation.baselines import DIRECT, GOLD, SINGLE_SEARCH, make_baselines
 from stepsearch_jax.models.huggingface import open_checkpoint
 from stepsearch_jax.prompting import templates
-from stepsearch_jax.run_folder import remember_config
-from stepsearch_jax.system import build_system
+from stepsearch_jax.run.folder import remember_config
+from stepsearch_jax.run.system import build_system
 
 
 def configure(tmp_path_factory, datasets="atlas::test,atlas:"):

@@ -7,16 +7,18 @@ import pytest
 import running
 import tiny_config
 
-from stepsearch_jax import checkpoint, measuring, startup
+from stepsearch_jax import checkpoint
 from stepsearch_jax.data.atlas_grammar import KINDS, name_groups
+from stepsearch_jax.evaluation import greedy
 from stepsearch_jax.models.huggingface import export_policy
 from stepsearch_jax.models.transformer import Policy
 from stepsearch_jax.records import TurnStatus
 from stepsearch_jax.rl import learner
 from stepsearch_jax.rollout.scripted import PERFECT, run_script
 from stepsearch_jax.rollout.text import to_episodes
-from stepsearch_jax.system import System, build_system
-from stepsearch_jax.warm_start import LENGTH_GROUPS, LENGTH_MULTIPLE, Demonstrations, demonstrate, imitate, warm_start
+from stepsearch_jax.run import start
+from stepsearch_jax.run.system import System, build_system
+from stepsearch_jax.run.warm_start import LENGTH_GROUPS, LENGTH_MULTIPLE, Demonstrations, demonstrate, imitate, warm_start
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,7 @@ def script(system: System, shares, seed=0, settings=None, skill=0.0):
 
 
 def test_a_perfect_searcher_is_right_when_the_retrieval_works(system):
-    means = measuring.evaluate_script(system, "validation", PERFECT)
+    means = greedy.evaluate_script(system, "validation", PERFECT)
     assert means == {"em": 1.0, "f1": 1.0, "gold_recall": 1.0, "searches": 2.0, "invalid": 0.0, "truncated": 0.0}
     for episode in script(system, PERFECT)[1]:
         hops = episode.question.sub_questions
@@ -257,7 +259,7 @@ def test_a_run_begins_with_pretrained_weights(config, system, tmp_path):
     config.model.checkpoint = str(tmp_path / "model")
     pretrained = build_system(config, ["train", "validation"], lambda queries: np.full((len(queries), 1), -1, np.int32))
     assert pretrained.learner_model == system.learner_model
-    state, reference, _, _ = startup.begin_run(pretrained, tmp_path / "run")
+    state, reference, _, _ = start.begin_run(pretrained, tmp_path / "run")
     table = given["params"]["trunk"]["embedding"].copy()
     table[rows:] = table[:rows].mean(0)
     np.testing.assert_allclose(reference["params"]["trunk"]["embedding"], table, rtol=0, atol=1e-7)

@@ -15,20 +15,7 @@ from collections import Counter, defaultdict
 
 import numpy as np
 
-from stepsearch_jax.data.atlas_grammar import (
-    COLOURS,
-    HOBBIES,
-    KINDS,
-    NUMBERS,
-    QUESTION_FORMS,
-    RELATIONS,
-    WOMEN,
-    YEARS,
-    Relation,
-    ask,
-    join_phrase,
-    vocabulary,
-)
+from stepsearch_jax.data.atlas_grammar import COLOURS, HOBBIES, KINDS, NUMBERS, QUESTION_FORMS, RELATIONS, WOMEN, YEARS, Relation, ask, join_phrase, vocabulary
 from stepsearch_jax.records import Document, Question, SubQuestion
 
 __all__ = ["SHAPES", "SPLITS", "Entity", "World", "build_world", "make_worlds", "vocabulary", "write_articles"]

@@ -8,7 +8,7 @@ import re
 import numpy as np
 
 from stepsearch_jax.models.architecture import RopeScaling
-from stepsearch_jax.models.stored import StoredModel, StoredTensor
+from stepsearch_jax.models.weights import StoredModel, StoredTensor
 
 NAMES = {  # GGUF -> Hugging Face, of the whole model and of a layer
     "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head", "attn_norm": "input_layernorm",

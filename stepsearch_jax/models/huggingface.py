@@ -18,7 +18,7 @@ import safetensors.numpy
 from jax.experimental import multihost_utils
 
 from stepsearch_jax.models.architecture import ModelConfig, RopeScaling
-from stepsearch_jax.models.stored import Place, StoredModel, StoredTensor, list_places, list_stored
+from stepsearch_jax.models.weights import Place, StoredModel, StoredTensor, list_places, list_stored
 
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}  # by model_type
 SUPPORTED = "supported are qwen2 (Qwen2, Qwen2.5), qwen3 (Qwen3, dense) and llama (Llama, SmolLM2)"

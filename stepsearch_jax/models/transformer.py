@@ -16,16 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from stepsearch_jax.models.architecture import ModelConfig
-from stepsearch_jax.models.attention import (
-    Branches,
-    KVCache,
-    attend_cached,
-    attend_causal,
-    rotary_frequencies,
-    rotary_turns,
-    rotate,
-    write_cache,
-)
+from stepsearch_jax.models.attention import Branches, KVCache, attend_cached, attend_causal, rotary_frequencies, rotary_turns, rotate, write_cache
 from stepsearch_jax.sharding import spread_rows
 
 EMBEDDING_STD = 0.02  # of fresh embeddings, as in the checkpoints of this family

@@ -27,7 +27,7 @@ from typing import BinaryIO, Protocol
 import numpy as np
 import tqdm
 
-from stepsearch_jax.search.prepared import hash_texts, prepare_folder
+from stepsearch_jax.search.cache import hash_texts, prepare_folder
 
 _COUNTED_AT_ONCE = 1 << 20  # entries in memory before they are written
 _LOOKED_AT = 100  # texts, evenly spread, by which counted words are known for those of the same reading of a corpus

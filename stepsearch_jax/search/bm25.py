@@ -18,8 +18,8 @@ import numpy as np
 
 from stepsearch_jax.data.documents import CORPUS, OFFSETS, StoredDocuments
 from stepsearch_jax.records import Document
+from stepsearch_jax.search.cache import describe_search, hash_documents, link_file, one_at_a_time, prepare_folder, read_manifest, write_manifest
 from stepsearch_jax.search.postings import collect_shards, merge_shards, split_words
-from stepsearch_jax.search.prepared import describe_search, hash_documents, link_file, one_at_a_time, prepare_folder, read_manifest, write_manifest
 
 if TYPE_CHECKING:
     import bm25s

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import tqdm
 
-from stepsearch_jax.search.prepared import hash_texts, prepare_folder
+from stepsearch_jax.search.cache import hash_texts, prepare_folder
 
 _CHUNK = 2048  # texts encoded at a time: enough to keep all cores busy, little enough to show progress
 

@@ -11,7 +11,7 @@ import ml_dtypes  # noqa: F401  (gives NumPy the type bfloat16)
 import numpy as np
 import tqdm
 
-from stepsearch_jax.search.prepared import MANIFEST, hash_texts, link_file, prepare_folder, read_manifest
+from stepsearch_jax.search.cache import MANIFEST, hash_texts, link_file, prepare_folder, read_manifest
 
 EMBEDDINGS = "embeddings.bin"
 DTYPES = ("float32", "bfloat16")

@@ -19,7 +19,7 @@ import numpy as np
 import tqdm
 
 from stepsearch_jax.data.documents import CORPUS, encode_passage, write_offsets
-from stepsearch_jax.search.prepared import add_text, write_manifest
+from stepsearch_jax.search.cache import add_text, write_manifest
 
 SHARD_WORDS = 1 << 23  # a shard ends with the document that reaches so many words: about half a GiB while it is sorted
 MERGE_POSTINGS = 1 << 23  # postings put together at a time; at least those of one word

@@ -14,8 +14,8 @@ import numpy as np
 import urllib3
 
 from stepsearch_jax.records import Document
+from stepsearch_jax.search.cache import describe_search
 from stepsearch_jax.search.callback import SomeFailedError
-from stepsearch_jax.search.prepared import describe_search
 from stepsearch_jax.search.time_limit import limit_connections, limit_time
 
 MAX_ANSWER_BYTES = 1 << 26

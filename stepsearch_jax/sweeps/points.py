@@ -15,8 +15,8 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from stepsearch_jax.config_file import call_file, define_config
-from stepsearch_jax.run_folder import describe_difference, flatten, to_json
+from stepsearch_jax.run.config_file import call_file, define_config
+from stepsearch_jax.run.folder import describe_difference, flatten, to_json
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 
 from scipy.special import stdtrit
 
-from stepsearch_jax.metrics import read_json, write_json, write_text
-from stepsearch_jax.report import MEASURES, format_number, format_signed
+from stepsearch_jax.files import read_json, write_json, write_text
+from stepsearch_jax.report.page import MEASURES, format_number, format_signed
 from stepsearch_jax.sweeps.points import Method, Sweep
 from stepsearch_jax.sweeps.running import POINTS, Times, is_finished
 

@@ -9,8 +9,9 @@ import subprocess
 import time
 from collections.abc import Sequence
 
-from stepsearch_jax.metrics import progress, read_json, write_json
-from stepsearch_jax.run_folder import CONFIG_FILE, describe_difference, lock
+from stepsearch_jax.files import read_json, write_json
+from stepsearch_jax.metrics import progress
+from stepsearch_jax.run.folder import CONFIG_FILE, describe_difference, lock
 from stepsearch_jax.sweeps.points import Point
 
 POINTS = "points"  # WORKDIR/points/NAME is the folder of a run, WORKDIR/points/NAME.log what it said

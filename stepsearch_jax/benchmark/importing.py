@@ -1,0 +1,126 @@
+"""Importing a pretrained model and exporting it again: seconds, host memory, and whether transformers then computes the same logits.
+
+--model names a Hugging Face folder or a .gguf file. It is read as a run reads it, tensor by tensor into float32 arrays; the host's memory is looked at
+meanwhile, and what it holds at most beyond the parameters themselves is reported (on CPU the parameters are in the host's memory, too). Then it is written with
+`export`'s function, read by transformers (torch), and the logits of made-up tokens, half of the rows padded, must agree to 1e-3, or the run ends with an error.
+"""
+from __future__ import annotations
+
+import pathlib
+import platform
+import statistics
+import tempfile
+import threading
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stepsearch_jax import sharding
+from stepsearch_jax.benchmark.sample_model import check_logits
+from stepsearch_jax.benchmark.timing import time_call
+from stepsearch_jax.models.huggingface import export_policy, open_checkpoint
+from stepsearch_jax.models.transformer import Policy
+from stepsearch_jax.models.weights import load_policy
+from stepsearch_jax.rl.learner import describe_params
+
+ROWS, TOKENS = 4, 64  # of the made-up texts
+MIB = 2**20
+LOOK_S = 0.002  # between two looks at the host's memory
+
+
+def measure(*, repeats: int, seed: int, model: pathlib.Path) -> dict:
+    """-> figures: seconds ("_s", medians over `repeats` for the import), MiB of host memory ("_mib"), and the largest difference of logits.
+
+    Raises ImportError without torch, ValueError for a model that is not supported and where the logits differ, FileNotFoundError where it is not there.
+    """
+    try:  # before the work
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise ImportError("this benchmark needs torch and transformers: pip install -r requirements-bench.txt") from error
+
+    open_s, stored = time_call(open_checkpoint, model)
+    config = stored.model_config(stored.fields["vocab_size"], dtype=jnp.float32, remat="none", attention_block=256)
+    policy, mesh = Policy(config), sharding.make_mesh(1, 1, 1, 1, config.num_kv_heads, devices=jax.devices()[:1])
+    like, _ = describe_params(policy, mesh, {name: None for name in ("vocab", "embed", "heads", "kv_heads", "head_dim", "ffn", "norm", "layers")})
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
+    seconds, beyond = [], []
+    for _ in range(repeats):
+        params = None  # the last ones make room
+        with HostMemory() as memory:
+            spent, params = time_call(lambda: jax.block_until_ready(load_policy(stored, config, like)))
+        seconds.append(spent)
+        beyond.append(memory.risen - (size if jax.default_backend() == "cpu" else 0))
+
+    tokens, length = make_texts(seed, config.vocab_size)
+    ours = np.asarray(jax.jit(partial(policy.apply, method=Policy.init_all))(params, tokens))
+    with tempfile.TemporaryDirectory() as folder:
+        written = pathlib.Path(folder) / "model"
+        export_s, _ = time_call(export_policy, written, params, config, dtype="float32", shard_bytes=2**30, context=4096, end_ids=(0,), pad_id=0,
+                                tokenizer_files={})
+        theirs = compute_peer_logits(written, tokens, length)
+    real = np.arange(TOKENS) < length[:, None]
+    difference = check_logits("transformers", ours[real], theirs[real])
+    return dict(
+        model=model.name, parameters=size // 4, open_s=open_s, import_s=statistics.median(seconds), export_s=export_s, runs_s=seconds,
+        parameters_mib=size / MIB, beyond_mib=max(beyond) / MIB, tensor_mib=max(np.prod(tensor.shape) for tensor in stored.tensors.values()) * 4 / MIB,
+        largest_difference=difference, logit_spread=float(ours[real].std()), repeats=repeats, seed=seed, python=platform.python_version(), jax=jax.__version__)
+
+
+def render(figures: dict) -> str:
+    """The figures as text."""
+    f = figures
+    return "\n".join([
+        f"{f['model']}: {f['parameters'] / 1e6:.1f}M parameters, {f['parameters_mib']:.0f} MiB as float32",
+        f"opened in {f['open_s']:.2f} s, imported in {f['import_s']:.2f} s (median of {f['repeats']}), exported in {f['export_s']:.2f} s",
+        f"host memory at most {f['beyond_mib']:.0f} MiB beyond the parameters; the largest tensor has {f['tensor_mib']:.0f} MiB as float32",
+        f"largest difference between our logits and those of transformers on the export: {f['largest_difference']:.1e} (they spread by "
+        f"{f['logit_spread']:.1f})"])
+
+
+def make_texts(seed: int, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
+    """-> (tokens [ROWS, TOKENS], length [ROWS]): every other row is half as long and filled up with zeros."""
+    rng = np.random.default_rng(seed)
+    length = np.where(np.arange(ROWS) % 2, TOKENS // 2, TOKENS)
+    tokens = np.where(np.arange(TOKENS) < length[:, None], rng.integers(vocabulary, size=(ROWS, TOKENS)), 0)
+    return tokens.astype(np.int32), length
+
+
+def compute_peer_logits(folder: pathlib.Path, tokens: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """The logits [B, T, V] of transformers' model in `folder`."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    mask = np.arange(tokens.shape[1]) < length[:, None]
+    with torch.no_grad():
+        return model(torch.from_numpy(tokens).long(), attention_mask=torch.from_numpy(mask).long()).logits.numpy()
+
+
+class HostMemory:
+    """How far this process's own memory (without mapped files) rises in a `with` block: `risen`, bytes; 0 where the system does not tell (not Linux)."""
+
+    def __enter__(self) -> HostMemory:
+        self._start = self._peak = read_own_memory()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._look)
+        self._thread.start()
+        return self
+
+    def _look(self) -> None:
+        while not self._done.wait(LOOK_S):
+            self._peak = max(self._peak, read_own_memory())
+
+    def __exit__(self, *exception) -> None:
+        self._done.set()
+        self._thread.join()
+        self.risen = max(self._peak, read_own_memory()) - self._start
+
+
+def read_own_memory() -> int:
+    """Bytes of this process's memory that no file backs; 0 where the system does not tell."""
+    status = pathlib.Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)

@@ -1,0 +1,202 @@
+"""The command line of all commands: flags, logging, one line for what a user can mend, and Ctrl-C. Loads without jax, so that --help and wrong flags are answered
+at once."""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import logging
+import os
+import pathlib
+import re
+import runpy
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import NoReturn
+
+import ml_collections
+from absl import flags
+from absl import logging as absl_logging
+
+from stepsearch_jax.files import check_buckets
+from stepsearch_jax.run.config_file import define_config
+from stepsearch_jax.search.watchdog import EXIT_CODE, call_off
+
+logger = logging.getLogger("stepsearch_jax")
+
+GRACE_S = 5.0  # from Ctrl-C to the end, at the latest
+INTERRUPTED = 128 + signal.SIGINT  # the exit status after Ctrl-C
+COMMANDS = {  # of `stepsearch`: name -> what --help says; each is the module or package stepsearch_jax.NAME
+    "train": "train a policy to search, or resume a run",
+    "evaluate": "measure a run, or a pretrained model, greedily on a split or on several data sets",
+    "export": "write a run's policy as a Hugging Face folder",
+    "report": "write a run's report.html again",
+    "serve": "serve a search index over HTTP, in the form of Search-R1's /retrieve",
+    "prepare": "audit a data set, write search keys, build a search index",
+    "preflight": "say whether a run fits a TPU slice, and how fast it is at best, without one",
+    "benchmark": "time parts of this package beside others",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The console command: `stepsearch COMMAND …` is `python -m stepsearch_jax.COMMAND …`."""
+    width = max(map(len, COMMANDS))
+    lines = "\n".join(f"  {name:{width}}  {text}" for name, text in COMMANDS.items())
+    parser = OneLineParser("stepsearch", description="Trains language models to search, with a reward at every search step.", allow_abbrev=False,
+                           epilog=f"commands:\n{lines}\n\n`stepsearch COMMAND --help` says more of each.",
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"stepsearch {importlib.metadata.version('stepsearch_jax')}")
+    parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of those below")
+    parser.add_argument("arguments", metavar="…", nargs=argparse.REMAINDER, help="its arguments")
+    options = parser.parse_args(arguments)
+    sys.argv[1:] = options.arguments
+    runpy.run_module(f"stepsearch_jax.{options.command}", run_name="__main__", alter_sys=True)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Ends with one line and status 2 for flags that are missing, unknown or no good."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"stepsearch_jax: {message}; --help lists the flags\n")
+
+
+def make_parser(command: str, text: str, *common: str) -> argparse.ArgumentParser:
+    """The parser of `python -m stepsearch_jax.COMMAND`, with those of the flags config, workdir and json that `common` names; `text` is what --help shows."""
+    parser = OneLineParser(f"python -m stepsearch_jax.{command}", description=text, formatter_class=argparse.RawDescriptionHelpFormatter,
+                           allow_abbrev=False)
+    if "config" in common:
+        parser.add_argument("--config", required=True, metavar="FILE", help="configs/X.py or the name of one of this package's configs, such as "
+                            "atlas_quickstart, with an argument after a colon where it takes one; --config.KEY=VALUE changes a key")
+    if "workdir" in common:
+        parser.add_argument("--workdir", required=True, type=_name_folder, metavar="DIR", help="folder of the run, also gs://…; one that holds a checkpoint "
+                            "is resumed")
+    if "json" in common:
+        parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write the figures to this file")
+    return parser
+
+
+def _name_folder(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("it names no folder")
+    return text
+
+
+def parse_flags(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags; where --config is one of them and given, `config` is the config with --config.KEY=VALUE … in it. What is wrong raises SystemExit."""
+    options, rest = parser.parse_known_args(arguments)
+    if getattr(options, "config", None) is not None:
+        options.config = read_config(parser, options.config, rest)
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return options
+
+
+def read_config(parser: argparse.ArgumentParser, file: str, overrides: Sequence[str]) -> ml_collections.ConfigDict:
+    """The config of --config=FILE with --config.key=value …; whatever else `overrides` holds is refused.
+
+    One line (SystemExit) for a config that cannot be read or refuses its argument, for a key that it does not have, and for unknown arguments.
+    """
+    argv = [parser.prog, f"--config={file}", *overrides]
+    values = flags.FlagValues()
+    define_config(values, argv)
+    values.set_gnu_getopt()  # a stray argument does not hide the flags behind it
+    try:
+        _, *stray = values(argv)
+    except flags.Error as error:  # the config's own refusal stands at the end
+        raise SystemExit(f"stepsearch_jax: {str(error).strip().splitlines()[-1]}") from error
+    except (AttributeError, KeyError) as error:  # ml_collections names the missing part of the key only
+        missing = set(re.findall(r"\w+", str(error)))
+        unknown = [argument for argument in argv if argument.lstrip("-").startswith("config.") and missing & set(argument.split("=")[0].split("."))]
+        if not unknown:
+            raise
+        raise SystemExit(f"stepsearch_jax: {unknown[0]}: the config has no such key; configs/base.py lists all of them") from error
+    if stray:
+        raise SystemExit(f"stepsearch_jax: unexpected argument {stray[0]}; write --config.key=value")
+    return values.config
+
+
+def start_logging() -> None:
+    """This package's messages to stderr; of the libraries only warnings."""
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    logger.propagate = False
+
+
+@contextlib.contextmanager
+def one_line_errors(after_interrupt: str) -> Iterator[None]:
+    """Around the work of a command: what a user can mend ends it with one line and status 1, and Ctrl-C with one line and status 130 (SystemExit).
+
+    after_interrupt: what the user can do then, or what is lost.
+    """
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        raise SystemExit(f"stepsearch_jax: {error}") from error
+    except KeyboardInterrupt:
+        print(f"stepsearch_jax: interrupted; {after_interrupt}", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
+
+
+def run_guarded(command: Callable, config: ml_collections.ConfigDict, workdir: str, after_interrupt: str = "the same command begins anew") -> None:
+    """Sets up logging, devices and processes and calls command(config, workdir). What a user can mend ends it with one line, and so does Ctrl-C.
+
+    One process of several that fails ends at once, without waiting for the others, which then lose their connection to it and end as well.
+    """
+    start_logging()
+    interrupted = INTERRUPTED, f"interrupted; {after_interrupt}"
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # in the background it may be ignored
+        end_after_interrupt(*interrupted)
+    import jax
+    from etils import epath
+    from jax.experimental import multihost_utils
+
+    from stepsearch_jax.runtime import start_jax
+
+    try:
+        check_buckets(str(workdir), config.imitation.checkpoint)
+        start_jax(config)
+        command(config, epath.Path(workdir))
+        multihost_utils.sync_global_devices("done")  # the first process writes the results, and the others must not leave it
+    except KeyboardInterrupt:
+        leave(*interrupted)
+    except (ValueError, OSError, jax.errors.JaxRuntimeError) as error:
+        if "KeyboardInterrupt" in str(error):  # in a callback from the device
+            leave(*interrupted)
+        if jax.process_count() > 1:
+            leave(EXIT_CODE, f"process {jax.process_index()} of {jax.process_count()} ends: {error} (when one dies, the others lose their connection: the log "
+                             "of the first to die says why)")
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            raise
+        leave(1, str(error))
+
+
+def end_after_interrupt(status: int, message: str) -> None:
+    """Has this process `leave` GRACE_S after Ctrl-C if nothing else has ended it: Python hears of it only when a program on the device returns, and functions
+    that jax calls lose its exception. The signal's number comes through a pipe, without Python."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def wait() -> None:
+        while signal.SIGINT not in os.read(reader, 64):
+            pass
+        time.sleep(GRACE_S)
+        leave(status, message)
+
+    threading.Thread(target=wait, name="end after an interrupt", daemon=True).start()
+
+
+def leave(status: int, message: str) -> None:
+    """Ends this process at once with one line, whatever the device and other threads are at: they would fill pages, or crash. A checkpoint that is just being
+    saved is not there then, and the one before is."""
+    call_off()
+    with contextlib.suppress(OSError):  # a pipe that nobody reads
+        sys.stdout.flush()
+    os.write(2, f"stepsearch_jax: {message}\n".encode())
+    os._exit(status)

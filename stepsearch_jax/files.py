@@ -1,0 +1,99 @@
+"""How JSON and text files are read and written, whole or not at all; and what is said of folders that cannot be used."""
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import pathlib
+import tempfile
+from typing import Any
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any] | None:
+    """The object of a JSON file, None when there is no such file. Raises ValueError when it holds anything else."""
+    if not path.is_file():
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); delete it or write it again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}; delete it or write it again")
+    return value
+
+
+def write_json(path: pathlib.Path, value) -> None:
+    """Writes JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file, in order. A last line that a kill cut off (no line end, no valid JSON) is left out.
+
+    Raises FileNotFoundError when there is no such file and ValueError, with the line number, when any other line is not a JSON object.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    lines = path.read_bytes().split(b"\n")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:  # bytes that are not UTF-8 included
+            if number == len(lines):  # nothing, not even a line end, follows: the write was cut off
+                break
+            raise ValueError(f"{path}, line {number}: not valid JSON ({error}); repair or delete the line") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}; repair or delete the line")
+        rows.append(row)
+    return rows
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a file, whole or not at all."""
+    if in_bucket(path):  # an object is there whole or not at all
+        path.write_text(text, encoding="utf-8")
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def in_bucket(path: os.PathLike) -> bool:
+    """Whether a path is a bucket's (gs://…), where files are written whole and never appended to."""
+    return "://" in str(path)
+
+
+def check_output(flag: str, path: str | pathlib.Path | None) -> None:
+    """Raises OSError, naming the flag, if `path` is no file that can be written; None or "" is none to write."""
+    if not path:
+        return
+    path = pathlib.Path(path)
+    if path.is_dir() or not path.parent.is_dir():
+        raise FileNotFoundError(f"--{flag}={path}: name a file in a folder that is there")
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OSError(f"--{flag}={path}: nothing can be written to that folder ({error.strerror}); name another one") from None
+
+
+def check_workdir(workdir: pathlib.Path) -> None:
+    """Raises OSError if --workdir is no folder that can be written, nor can become one; makes nothing. Buckets are not asked."""
+    if in_bucket(workdir):
+        return
+    nearest = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=nearest):
+            pass
+    except OSError as error:
+        raise OSError(f"--workdir={workdir}: nothing can be written to {nearest} ({error.strerror}); name another folder") from None
+
+
+def check_buckets(*folders: str) -> None:
+    """Raises ValueError if one of the folders is in a bucket and nothing is installed with which etils reads and writes buckets: gcsfs, or TensorFlow."""
+    for folder in folders:
+        if folder.startswith("gs://") and not any(importlib.util.find_spec(name) for name in ("gcsfs", "tensorflow")):
+            raise ValueError(f"{folder} is in a bucket, and the package gcsfs is missing: pip install gcsfs (requirements-tpu.txt has it)")

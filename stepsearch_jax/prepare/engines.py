@@ -1,0 +1,141 @@
+"""Search engines that vote on queries: one interface for all of them, and the vote.
+
+An engine is written as a word: bm25:K1:B; dense, the encoder of config.search; or remote:URL, a server with Search-R1's /retrieve that holds the same corpus.
+"""
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import json
+import math
+import pathlib
+from collections.abc import Callable, Sequence
+
+import ml_collections
+import numpy as np
+import urllib3
+from tqdm import tqdm
+
+from stepsearch_jax.prepare.store import Store
+from stepsearch_jax.records import Document
+from stepsearch_jax.search import bm25, postings
+from stepsearch_jax.search.cache import hash_documents
+from stepsearch_jax.search.callback import SomeFailedError
+from stepsearch_jax.search.remote import open_remote, read_address
+
+FORMS = "bm25:K1:B (for example bm25:0.9:0.4), dense, or remote:URL (a search server, for example remote:http://localhost:8000)"
+QUERIES_AT_ONCE = 64  # searched, and kept, together
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """A search engine. search(queries, k) -> corpus ids [q, k], best first, -1 where there are no more.
+
+    fingerprint: changes with whatever changes what it finds, the corpus apart.
+    """
+
+    name: str
+    fingerprint: str
+    search: Callable[[Sequence[str], int], np.ndarray]
+
+
+def check_engines(names: Sequence[str], search_config: ml_collections.ConfigDict) -> None:
+    """Raises ValueError for a name that is no engine's, for one that is there twice, and for a dense engine without an encoder."""
+    read = [_read_engine(name) for name in names]
+    if "dense" in names and not search_config.encoder:
+        raise ValueError("the engine dense needs config.search.encoder, the folder of an encoder (config.json, *.safetensors, tokenizer.json)")
+    if len(set(read)) < len(read):
+        raise ValueError(f"--engines {' '.join(names)}: an engine stands there twice; each has one vote")
+
+
+def _read_engine(name: str) -> tuple:
+    """Kind and settings: ("bm25", k1, b), ("dense",) or ("remote", address). Raises ValueError for what is no engine's name."""
+    kind, _, rest = name.partition(":")
+    if kind == "remote":
+        return kind, read_address(rest)
+    if name == "dense":
+        return (kind,)
+    try:
+        k1, b = map(float, rest.split(":"))
+        if kind == "bm25" and 0 <= k1 < math.inf and 0 <= b <= 1:
+            return kind, k1, b
+    except ValueError:
+        pass
+    raise ValueError(f"{name!r} is not an engine; one is {FORMS}")
+
+
+def build_engine(name: str, documents: Sequence[Document], folder: pathlib.Path, search_config: ml_collections.ConfigDict) -> Engine:
+    """The engine of a name that `check_engines` has passed, its index kept in `folder`, or at a server that has been asked what it holds.
+
+    Raises ValueError for a server that does not answer, or holds another corpus.
+    """
+    s, (kind, *settings) = search_config, _read_engine(name)
+    if kind == "remote":
+        return _open_remote(name, settings[0], documents, s)
+    if kind == "dense":
+        import jax  # the other engines do without
+
+        from stepsearch_jax.dense import index as dense
+
+        encoder = dense.load_text_encoder(s.encoder, s.encode_batch, jax.local_devices())
+        index = dense.build_dense_index(documents, folder, encoder, query_prefix=s.query_prefix, passage_prefix=s.passage_prefix, dtype=s.embedding_dtype,
+                                        devices=jax.local_devices())
+        made = [encoder.fingerprint, s.query_prefix, s.passage_prefix, s.embedding_dtype, inspect.getsource(dense)]
+    else:
+        k1, b = settings
+        index = bm25.build_index(documents, folder / f"bm25-{k1}-{b}", k1, b)
+        made = [k1, b, inspect.getsource(bm25), inspect.getsource(postings)]
+    return Engine(name, _hash_json(made), lambda queries, k: index.search(queries, k)[0])
+
+
+def _open_remote(name: str, url: str, documents: Sequence[Document], s: ml_collections.ConfigDict) -> Engine:
+    """A server as an engine; it is known by its address and by what it says of itself. A search raises OSError when all attempts have failed."""
+    index = open_remote(url, documents, hash_documents(documents), s.attempt_s, s.attempts, s.backoff_s, s.batch)
+
+    def search(queries: Sequence[str], k: int) -> np.ndarray:
+        try:
+            return index.search(queries, k)[0]
+        except SomeFailedError as refused:  # of what the server does not take it finds nothing
+            return refused.found
+        except urllib3.exceptions.HTTPError as error:
+            raise OSError(f"the engine {name} failed {s.attempts} times for one request, at last with {type(error).__name__}: {error}. What was found is kept: "
+                          "run again to go on") from error
+
+    return Engine(name, _hash_json(index.describe(s.k)["settings"]), search)
+
+
+def _hash_json(value) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def search_all(engines: Sequence[Engine], queries: Sequence[str], k: int, corpus: str, store: Store) -> list[dict[str, list[int]]]:
+    """For each engine: query -> the corpus ids of its first k. What `store` holds of the corpus of this hash is not searched again."""
+    queries = list(dict.fromkeys(queries))
+    found: list[dict[str, list[int]]] = []
+    with tqdm(total=len(queries) * len(engines), desc="searching", unit=" queries", disable=None) as bar:
+        for engine in engines:
+            found.append({})
+            for start in range(0, len(queries), QUERIES_AT_ONCE):
+                batch = queries[start:start + QUERIES_AT_ONCE]
+                keys = [_hash_json([corpus, engine.fingerprint, k, query]) for query in batch]
+                known = store.get(keys)
+                lacking = [i for i, value in enumerate(known) if value is None]
+                if lacking:
+                    ids = engine.search([batch[i] for i in lacking], k).tolist()
+                    fresh = {keys[i]: json.dumps(row) for i, row in zip(lacking, ids, strict=True)}
+                    store.put(fresh)
+                    known = [value or fresh[key] for key, value in zip(keys, known)]
+                found[-1].update(zip(batch, map(json.loads, known)))
+                bar.update(len(batch))
+    return found
+
+
+def count_votes(found: Sequence[dict[str, list[int]]], query: str, gold: Sequence[int]) -> list[bool]:
+    """For each engine: whether it returned a gold document for the query."""
+    return [not set(gold).isdisjoint(of_engine[query]) for of_engine in found]
+
+
+def is_kept(votes: Sequence[bool]) -> bool:
+    """Whether at least ⌈M/2⌉ of M engines vote for a query (StepSearch, data pipeline)."""
+    return 2 * sum(votes) >= len(votes)

@@ -1,0 +1,132 @@
+"""What is set before JAX starts."""
+import ctypes
+import os
+import subprocess
+import sys
+import types
+
+import ml_collections
+import pytest
+
+from stepsearch_jax import runtime
+
+ONE_PROCESS = ml_collections.ConfigDict({"distributed": {"processes": 1}})
+VECTORS = "--xla_backend_extra_options=-unroll-full-max-count=8"
+
+
+@pytest.fixture
+def start(monkeypatch):
+    """-> (flags of the environment, platforms JAX is told, installed plugins) -> the flags XLA then reads."""
+
+    def run(flags, platforms, plugins):
+        monkeypatch.setenv("XLA_FLAGS", flags)
+        monkeypatch.setenv("NPROC", os.environ.get("NPROC", "64"))
+        monkeypatch.setattr(runtime.importlib.metadata, "entry_points", lambda group: plugins if group == "jax_plugins" else ())
+        monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(runtime, "jax", types.SimpleNamespace(config=types.SimpleNamespace(jax_platforms=platforms, update=lambda *_: None)))
+        monkeypatch.setattr(runtime, "keep_freed_memory", lambda: None)  # this process's own would stay changed
+        runtime.start_jax(ONE_PROCESS)
+        return os.environ["XLA_FLAGS"]
+
+    return run
+
+
+@pytest.mark.parametrize("platforms, plugins", [("cpu", ("cuda",)), (None, ())])
+def test_rows_are_copied_as_vectors_on_cpu(platforms, plugins, start):
+    assert start("", platforms, plugins).split() == [VECTORS]
+
+
+@pytest.mark.parametrize("platforms, plugins", [("tpu,cpu", ()), ("cuda", ()), (None, ("cuda",))])
+def test_loops_of_other_platforms_are_left_alone(platforms, plugins, start):
+    assert start("--xla_some=1", platforms, plugins) == "--xla_some=1"
+
+
+def test_a_file_of_flags_is_refused(start, tmp_path):
+    """XLA reads a value that does not begin with - as the name of a file; behind a flag the name would be lost, and all that the file holds."""
+    with pytest.raises(ValueError, match="names a file"):
+        start(str(tmp_path / "flags"), "cpu", ())
+    assert start(str(tmp_path / "flags"), "tpu", ()) == str(tmp_path / "flags")
+
+
+def test_flags_of_the_user_come_last_and_so_count(start):
+    own = "--xla_backend_extra_options=-unroll-full-max-count=64 --xla_force_host_platform_device_count=2"
+    assert start(own, "cpu", ()).split() == [VECTORS, *own.split()]
+
+
+INTERRUPTED = """
+import contextlib, os, pathlib, signal, sys, threading, time
+import jax, jax.numpy as jnp
+from ml_collections import ConfigDict
+from stepsearch_jax import runtime
+from stepsearch_jax import cli
+from stepsearch_jax.search.watchdog import Watchdog
+
+cli.GRACE_S = 1.0
+
+def press(x):
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.1)
+    return x
+
+def command(config, workdir):
+    if sys.argv[1] == "lost":
+        with contextlib.suppress(KeyboardInterrupt):
+            press(0)
+        time.sleep(60)
+    if sys.argv[1] == "in a callback":
+        jax.block_until_ready(jax.jit(lambda x: jax.pure_callback(press, x, x))(jnp.ones(2)))
+        time.sleep(60)
+    if sys.argv[1] == "in a program":  # that never ends
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        jax.block_until_ready(jax.jit(lambda x: jax.lax.while_loop(lambda x: x[0] > 0, lambda x: x + 1, x))(jnp.ones(2)))
+    if sys.argv[1] == "beside a search":
+        def search():
+            with Watchdog(60, "a limit").watching("the search"):
+                time.sleep(60)
+        threading.Thread(target=search, daemon=True).start()
+        time.sleep(0.5)
+    try:
+        press(0)
+    finally:
+        print("tidied up")
+
+config = ConfigDict({"distributed": {"processes": 1}, "imitation": {"checkpoint": ""}})
+cli.run_guarded(command, config, pathlib.Path("run"), "the same command goes on")
+"""
+
+
+@pytest.mark.parametrize("where", ["plainly", "lost", "in a callback", "in a program", "beside a search"])
+def test_an_interruption_ends_with_one_line(where):
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED, where], env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 130 and done.stderr.splitlines()[-1] == "stepsearch_jax: interrupted; the same command goes on", done.stderr
+    if where != "in a callback":  # where jax may tell of it, too
+        assert done.stderr.count("\n") == 1
+    assert (done.stdout == "tidied up\n") == (where in ("plainly", "beside a search"))
+
+
+PAGES = """
+import resource, sys
+import jax, jax.numpy as jnp
+from ml_collections import ConfigDict
+from stepsearch_jax import runtime
+
+if sys.argv[1] == "left":
+    runtime.keep_freed_memory = lambda: None
+runtime.start_jax(ConfigDict({"distributed": {"processes": 1}}))
+double = jax.jit(lambda x: x[:, None] * jnp.ones(2))
+x = jnp.ones(8 * 2**20)
+faults = []
+for _ in range(12):  # 64 MiB are allocated and freed each time
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    double(x).block_until_ready().delete()
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(sorted(faults)[6] * resource.getpagesize() // 2**20)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt") or sys.platform != "linux", reason="malloc is not glibc's")
+@pytest.mark.parametrize("memory, fresh", [("kept", range(0, 8)), ("left", range(48, 80))])
+def test_memory_is_used_again_instead_of_asked_for_anew(memory, fresh):
+    """MiB of pages that a call of a program faults in, the median of twelve: the hole that a block leaves may be a little too small for the next one."""
+    found = subprocess.run([sys.executable, "-c", PAGES, memory], env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=True)
+    assert int(found.stdout) in fresh
