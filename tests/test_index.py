@@ -139,7 +139,7 @@ def test_an_interrupted_build_goes_on(tmp_path, small_pieces, monkeypatch, after
 
 BUILD = """
 import sys, time
-from stepsearch_jax.prepare import __main__ as prepare
+from stepsearch_jax.prepare import index
 from stepsearch_jax.search import postings
 postings.SHARD_WORDS = postings.MERGE_POSTINGS = 2000
 if sys.argv.pop(1) == "slow":
