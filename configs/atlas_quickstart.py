@@ -8,6 +8,7 @@ It starts from the warm start in configs/warm_starts/atlas, a clone of a searche
     shuffled    control: RL with every episode's rewards given to another episode
     one_search  control: RL with a single search an episode
 """
+
 import ml_collections
 
 from configs import base
@@ -18,7 +19,9 @@ VARIANTS = ("", "anew", "continued", "shuffled", "one_search")
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     if variant not in VARIANTS:
-        raise ValueError(f"configs/atlas_quickstart.py:{variant} is not known; variants are {', '.join(VARIANTS[1:])}")
+        raise ValueError(
+            f"configs/atlas_quickstart.py:{variant} is not known; variants are {', '.join(VARIANTS[1:])}"
+        )
     c = base.get_config()
     c.iterations = 80
 
@@ -36,7 +39,14 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     c.search.max_observation_tokens = 80
 
     m = c.model
-    m.num_layers, m.embed_dim, m.num_heads, m.num_kv_heads, m.head_dim, m.ffn_dim = 3, 128, 6, 2, 32, 256
+    m.num_layers, m.embed_dim, m.num_heads, m.num_kv_heads, m.head_dim, m.ffn_dim = (
+        3,
+        128,
+        6,
+        2,
+        32,
+        256,
+    )
     m.rope_theta = 1000.0
     m.previous_token_peak = 12.0
 
@@ -59,7 +69,12 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     i.checkpoint = WARM_START
     if variant == "anew":
         i.checkpoint = ""
-        i.phases = ((300, 32, True, 0.0, 0.05), (500, 16, False, 0.5, 0.03), (500, 16, False, 1.0, 0.02), (400, 16, False, 1.0, 0.01))
+        i.phases = (
+            (300, 32, True, 0.0, 0.05),
+            (500, 16, False, 0.5, 0.03),
+            (500, 16, False, 1.0, 0.02),
+            (400, 16, False, 1.0, 0.01),
+        )
     elif variant == "continued":
         c.iterations = 0
         i.phases = ((1000, 16, False, 1.0, 0.005),)

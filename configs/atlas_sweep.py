@@ -7,6 +7,7 @@ hops it is earned so often that the methods cannot be told apart (docs/results.m
 
 One point alone: python -m stepsearch_jax.train --config=configs/atlas_sweep.py --workdir=runs/one.
 """
+
 import ml_collections
 
 from configs import atlas_quickstart
@@ -18,7 +19,9 @@ def get_config() -> ml_collections.ConfigDict:
     c.data.atlas.shapes = ("3hop_chain", "4hop_chain")
     c.rollout.max_turns = 6
     c.rollout.context = 576
-    c.data.atlas.validation_questions = 256  # learning rates are chosen on these, methods compared on as many of test
+    c.data.atlas.validation_questions = (
+        256  # learning rates are chosen on these, methods compared on as many of test
+    )
     c.evaluation.controls = False
     c.checkpoint.keep = 1
     return c

@@ -9,6 +9,7 @@ Names in brackets: [P] the paper's appendix B, [C] the released code, [O] our ch
 Two presets, by the word after the colon (--config=configs/base.py:reference): "paper", which are the defaults, and "reference", which computes what the
 released code computes.
 """
+
 import ml_collections
 
 VARIANTS = ("paper", "reference")
@@ -34,7 +35,9 @@ REFERENCE = {  # where the released code departs from the defaults; bugs that no
 
 def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     if preset not in VARIANTS:
-        raise ValueError(f"configs/base.py:{preset} is not known; presets are {', '.join(VARIANTS)}")
+        raise ValueError(
+            f"configs/base.py:{preset} is not known; presets are {', '.join(VARIANTS)}"
+        )
     c = ml_collections.ConfigDict()
     c.seed = 0  # every random choice of a run follows from it
     c.iterations = 500  # one iteration = one rollout and its optimiser steps [P]
@@ -51,8 +54,17 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
 
     d.atlas = a = ml_collections.ConfigDict()
     a.seed = 0  # worlds and questions follow from it
-    a.entities = 400  # entities in the train world; validation and test worlds have a quarter of it each
-    a.shapes = ("2hop", "3hop_chain", "3hop_join", "4hop_chain", "4hop_branch", "4hop_after")  # graph shapes of the questions
+    a.entities = (
+        400  # entities in the train world; validation and test worlds have a quarter of it each
+    )
+    a.shapes = (
+        "2hop",
+        "3hop_chain",
+        "3hop_join",
+        "4hop_chain",
+        "4hop_branch",
+        "4hop_after",
+    )  # graph shapes of the questions
     a.train_questions = 2000  # questions about the train world; 0 leaves a split out
     a.validation_questions = 200  # questions about the validation world
     a.test_questions = 300  # questions about the test world
@@ -78,7 +90,9 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     s.passage_prefix = ""  # dense: put before each document; "passage: " for E5
     s.embedding_dtype = "bfloat16"  # dense: of the documents' vectors and of the products with them: float32 | bfloat16
     s.encode_batch = 64  # dense: texts embedded at a time on each device
-    s.max_observation_tokens = 800  # an observation, header and documents together; documents are cut to share it [C]
+    s.max_observation_tokens = (
+        800  # an observation, header and documents together; documents are cut to share it [C]
+    )
     s.timeout_s = 30.0  # a search that takes longer ends the run with a message; remote: time in which a request must be answered or given up
     s.max_failure_share = 0.0  # share of failed searches in an iteration above which the run stops
 
@@ -90,10 +104,30 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     # Logical axes of the parameters -> mesh axes (None: not cut). The learner cuts over fsdp and tensor; the rollout's copy over tensor only,
     # because every sampled token reads every parameter.
     g.train_rules = ml_collections.ConfigDict(
-        dict(vocab="tensor", embed="fsdp", heads="tensor", kv_heads="tensor", head_dim=None, ffn="tensor", norm=None, layers=None))
+        dict(
+            vocab="tensor",
+            embed="fsdp",
+            heads="tensor",
+            kv_heads="tensor",
+            head_dim=None,
+            ffn="tensor",
+            norm=None,
+            layers=None,
+        )
+    )
     # The same table for the rollout's copy.
     g.rollout_rules = ml_collections.ConfigDict(
-        dict(vocab="tensor", embed=None, heads="tensor", kv_heads="tensor", head_dim=None, ffn="tensor", norm=None, layers=None))
+        dict(
+            vocab="tensor",
+            embed=None,
+            heads="tensor",
+            kv_heads="tensor",
+            head_dim=None,
+            ffn="tensor",
+            norm=None,
+            layers=None,
+        )
+    )
 
     c.model = m = ml_collections.ConfigDict()
     # Pretrained weights with which the policy begins: a Hugging Face folder of the Qwen2, Qwen3 or Llama family (config.json, *.safetensors) or a .gguf file.
@@ -110,7 +144,15 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     # Lower frequencies for longer contexts (models/architecture.py:RopeScaling). kind: none | linear | llama3 | yarn; slow, fast: its low_freq_factor and
     # high_freq_factor (llama3), or beta_slow and beta_fast (yarn).
     m.rope_scaling = ml_collections.ConfigDict(
-        dict(kind="none", factor=1.0, original_context=32768, slow=1.0, fast=32.0, attention_factor=1.0))
+        dict(
+            kind="none",
+            factor=1.0,
+            original_context=32768,
+            slow=1.0,
+            fast=32.0,
+            attention_factor=1.0,
+        )
+    )
     m.norm_eps = 1e-6  # added to the mean square in RMSNorm
     m.qkv_bias = True  # biases on queries, keys and values
     m.qk_norm = False  # RMSNorm over each head of queries and keys (Qwen3)
@@ -127,7 +169,9 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     r.group_size = 1  # episodes a question (more than 1 for group baselines)
     r.max_turns = 5  # turns that may search; one more follows that may only answer [P]
     r.max_turn_tokens = 800  # tokens of one turn; a longer one is invalid [C]
-    r.context = 4096  # prompt, actions and observations together; beyond it an episode ends truncated [C]
+    r.context = (
+        4096  # prompt, actions and observations together; beyond it an episode ends truncated [C]
+    )
     # So training samples; evaluation is greedy. Log-probabilities are of temperature 1 over the whole vocabulary: ratios and KL are exact only at 1, 0, 1.
     r.temperature = 1.0  # above 0 [P]
     r.top_k = 0  # keep only the k likeliest tokens; 0 = all
@@ -136,11 +180,15 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     r.flush_share = 0.5  # search, and fill free slots, when this share of a shard's busy slots waits, or nobody can decode
     r.prefill_rows = 16  # waiting slots prefilled at a time
     r.prefill_tokens = 128  # tokens prefilled of each at a time, filled up: least is wasted if a usual observation is a whole multiple
-    r.attention_block = 256  # cache positions read at a time; only blocks below the live length are read
+    r.attention_block = (
+        256  # cache positions read at a time; only blocks below the live length are read
+    )
     r.dtype = "float32"  # dtype of the rollout's copy of the policy; bfloat16 on accelerators
 
     c.reward = w = ml_collections.ConfigDict()
-    w.answer_gate = "strict"  # strict: the paper's format gate | ends_with_answer: the released code's
+    w.answer_gate = (
+        "strict"  # strict: the paper's format gate | ends_with_answer: the released code's
+    )
     w.format_failure = "zero_answer"  # zero_answer: r_answer = 0 [P] | minus_one: the whole reward is -1, no step or key reward [C]
     w.gamma_key = 0.618  # weight of the search-key reward [C]
     w.key_match = "max"  # max [P] | overwrite: a later, worse query lowers it [C]
@@ -179,12 +227,16 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     l.kl_coef = 1e-3  # beta, charged on action tokens [P]
     l.kl_placement = "reward"  # reward: of the sampling policy, a constant [P] | loss: of the current policy, differentiated, as GRPO has it
     l.kl_estimator = "k1"  # k1 | k2 | k3 | abs; in the loss k1 has no gradient in expectation, and is refused: take k2 or k3 there
-    l.kl_target = 0.0  # adapt beta, which must not be 0, towards this mean KL per token; 0 = beta is fixed
+    l.kl_target = (
+        0.0  # adapt beta, which must not be 0, towards this mean KL per token; 0 = beta is fixed
+    )
     l.kl_horizon = 10000.0  # episodes over which the adaptive controller reacts: it moves beta by at most a fifth in so many [C]
     l.minibatches = 4  # optimiser steps per epoch over a rollout [P]
     l.epochs = 1  # passes over a rollout, in the same order each
     l.length_multiple = 128  # a rollout is cut to its longest episode, rounded up to this; one compiled program per length
-    l.micro_rows = 0  # rows per forward and backward pass, gradients are accumulated; 0 = the whole minibatch
+    l.micro_rows = (
+        0  # rows per forward and backward pass, gradients are accumulated; 0 = the whole minibatch
+    )
 
     for name, learning_rate, warmup in (("policy", 7e-7, 0.285), ("value", 7e-6, 0.015)):  # [P]
         c[name] = o = ml_collections.ConfigDict()
@@ -205,7 +257,9 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     i.b2 = 0.98  # decay of the mean squared gradient
     i.weight_decay = 0.01  # as in the policy's optimiser
     i.max_grad_norm = 1.0  # gradients are clipped to this global norm; inf = never
-    i.demonstrations = 4000  # scripted episodes made for each phase, from the training questions; at least 6
+    i.demonstrations = (
+        4000  # scripted episodes made for each phase, from the training questions; at least 6
+    )
     i.held_out_split = "validation"  # scripted episodes on questions of this split are never trained on; their loss is the logged one
     i.held_out = 128  # how many
     i.log_every = 50  # steps between two looks at the held-out episodes
@@ -217,7 +271,9 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     # query): so a policy that answers greedily has, like the script, questions that it can search for and others that it cannot.
     i.skill = 0.0
     # A poor decision: relative frequency of each kind (rollout/scripted.py).
-    i.shares = ml_collections.ConfigDict(dict(good=0.35, vague=0.4, repeat=0.05, wrong=0.08, early=0.12))
+    i.shares = ml_collections.ConfigDict(
+        dict(good=0.35, vague=0.4, repeat=0.05, wrong=0.08, early=0.12)
+    )
 
     c.evaluation = e = ml_collections.ConfigDict()
     e.split = "validation"  # greedy, every question once
@@ -236,7 +292,9 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     k.keep = 2  # newest checkpoints that stay
 
     c.distributed = n = ml_collections.ConfigDict()
-    n.coordinator = ""  # host:port of process 0; "" = one process, or what the platform announces (TPU pods)
+    n.coordinator = (
+        ""  # host:port of process 0; "" = one process, or what the platform announces (TPU pods)
+    )
     n.processes = 1  # number of processes; 0 = as the platform announces
     n.process_id = 0  # number of this process, from 0
     n.heartbeat_s = 20  # a process silent for so long is given up, and the run ends; where a search hangs, after search.timeout_s

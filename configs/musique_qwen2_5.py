@@ -11,6 +11,7 @@ Numbers of the algorithm are the paper's appendix B, the defaults of base.py. Wh
 
     python -m stepsearch_jax.preflight --config=configs/musique_qwen2_5.py:3b,v5e:4x4 --topology=v5e:4x4
 """
+
 import ml_collections
 
 from configs import base
@@ -25,14 +26,24 @@ SLICES = {"v5e:4x4": 16, "v5e:8x8": 64, "v5p:2x2x4": 16, "v6e:4x4": 16}  # chips
 # Slices of heads, ffn and vocabulary, at most as many as there are kv heads; all other chips share out parameters, optimiser state and rows (fsdp). More of
 # them where the rows of a minibatch are fewer than those chips.
 TENSOR = {"0.5b": 1, "1.5b": 2, "3b": 2, "7b": 4}
-VARIANTS = ("0.5b", "1.5b", "3b", "7b", "3b,v5e:8x8", "3b,reference", "7b,reference,v6e:4x4")  # some that there are
+VARIANTS = (
+    "0.5b",
+    "1.5b",
+    "3b",
+    "7b",
+    "3b,v5e:8x8",
+    "3b,reference",
+    "7b,reference,v6e:4x4",
+)  # some that there are
 SMALLEST = {"0.5b": "v5e:4x4", "1.5b": "v5e:4x4", "3b": "v5e:4x4", "7b": "v5e:8x8"}
 
 
 def get_config(argument: str = "3b") -> ml_collections.ConfigDict:
     size, *words = argument.split(",")
     if size not in SIZES:
-        raise ValueError(f"configs/musique_qwen2_5.py:{argument} is not known; sizes are {', '.join(SIZES)}")
+        raise ValueError(
+            f"configs/musique_qwen2_5.py:{argument} is not known; sizes are {', '.join(SIZES)}"
+        )
     preset, place = "paper", SMALLEST[size]
     for word in words:
         if word in SLICES:
@@ -40,14 +51,25 @@ def get_config(argument: str = "3b") -> ml_collections.ConfigDict:
         elif word in base.VARIANTS:
             preset = word
         else:
-            raise ValueError(f"configs/musique_qwen2_5.py:{argument}: {word} is no slice ({', '.join(SLICES)}) and no preset ({', '.join(base.VARIANTS)})")
+            raise ValueError(
+                f"configs/musique_qwen2_5.py:{argument}: {word} is no slice ({', '.join(SLICES)}) and no preset ({', '.join(base.VARIANTS)})"
+            )
 
     c = base.get_config(preset)
     c.data.kind = "musique"
     c.data.path = "data/musique"
 
     m = c.model
-    m.num_layers, m.embed_dim, m.num_heads, m.num_kv_heads, m.head_dim, m.ffn_dim, m.tie_embeddings, m.vocab_size = SIZES[size]
+    (
+        m.num_layers,
+        m.embed_dim,
+        m.num_heads,
+        m.num_kv_heads,
+        m.head_dim,
+        m.ffn_dim,
+        m.tie_embeddings,
+        m.vocab_size,
+    ) = SIZES[size]
     m.rope_theta, m.norm_eps = 1e6, 1e-6
     m.dtype = "bfloat16"
     m.remat = "layers"

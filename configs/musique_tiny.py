@@ -8,6 +8,7 @@ Qwen2.5's tokenizer.json(.gz), which `hf download Qwen/Qwen2.5-0.5B tokenizer.js
 `musique` and `tokenizer_qwen2_5` in the folder that STEPSEARCH_DATA names. A short imitation teaches the form of a search, no more: the policy will not answer
 well.
 """
+
 import os
 
 import ml_collections
@@ -29,7 +30,14 @@ def get_config() -> ml_collections.ConfigDict:
     c.search.max_observation_tokens = 192
 
     m = c.model
-    m.num_layers, m.embed_dim, m.num_heads, m.num_kv_heads, m.head_dim, m.ffn_dim = 2, 64, 4, 2, 16, 128
+    m.num_layers, m.embed_dim, m.num_heads, m.num_kv_heads, m.head_dim, m.ffn_dim = (
+        2,
+        64,
+        4,
+        2,
+        16,
+        128,
+    )
     m.rope_theta = 10000.0
     m.previous_token_peak = 12.0
 

@@ -12,6 +12,7 @@ configs/musique_tiny.py. Written for one GPU or TPU chip with 16 GB or more. On 
 
 The cold start imitates a searcher that asks the gold sub-questions one after another, which teaches the form; what the policy searches for is left to RL.
 """
+
 import os
 
 import ml_collections
@@ -31,7 +32,14 @@ def get_config() -> ml_collections.ConfigDict:
     c.search.max_observation_tokens = 384
 
     m = c.model
-    m.num_layers, m.embed_dim, m.num_heads, m.num_kv_heads, m.head_dim, m.ffn_dim = 30, 576, 9, 3, 64, 1536
+    m.num_layers, m.embed_dim, m.num_heads, m.num_kv_heads, m.head_dim, m.ffn_dim = (
+        30,
+        576,
+        9,
+        3,
+        64,
+        1536,
+    )
     m.rope_theta, m.norm_eps, m.qkv_bias = 1e5, 1e-5, False
     m.dtype = c.rollout.dtype = "bfloat16"
 

@@ -5,6 +5,7 @@
 Runs `python -m stepsearch_jax.preflight` for each pair whose figures FOLDER does not hold yet (SIZE-SLICE.json; minutes each, see requirements-tpu.txt) and
 prints the table of all, in Markdown. A pair that preflight refuses is named and left out. DRY_RUN=1 prints the commands instead.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -26,8 +27,14 @@ from stepsearch_jax.preflight.report import render_table
 
 def main(arguments: Sequence[str]) -> int:
     """The command -> exit status: 0 if every pair has figures, whether it fits or not."""
-    parser = argparse.ArgumentParser(prog="python launch/preflight_table.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=pathlib.Path, required=True, help="where the figures are kept")
+    parser = argparse.ArgumentParser(
+        prog="python launch/preflight_table.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--folder", type=pathlib.Path, required=True, help="where the figures are kept"
+    )
     parser.add_argument("--sizes", default=",".join(SIZES), help="default: %(default)s")
     parser.add_argument("--slices", default=",".join(SLICES), help="default: %(default)s")
     options = parser.parse_args(arguments)
@@ -36,7 +43,11 @@ def main(arguments: Sequence[str]) -> int:
         if unknown := [word for word in given if word not in known]:
             parser.error(f"--{name}: {unknown[0]} is not known, only {', '.join(known)}")
 
-    files = {(size, place): options.folder / f"{size}-{place.replace(':', '-')}.json" for size in sizes for place in slices}
+    files = {
+        (size, place): options.folder / f"{size}-{place.replace(':', '-')}.json"
+        for size in sizes
+        for place in slices
+    }
     missing = [pair for pair, file in files.items() if not file.is_file()]
     if os.environ.get("DRY_RUN") == "1":
         print("\n".join(shlex.join(make_command(*pair, files[pair])) for pair in missing))
@@ -46,15 +57,31 @@ def main(arguments: Sequence[str]) -> int:
         with open(files[pair].with_suffix(".log"), "w") as log:
             subprocess.run(make_command(*pair, files[pair]), cwd=REPOSITORY, stdout=log, stderr=log)
         if not files[pair].is_file():
-            print(f"no figures for {pair[0]} on {pair[1]}: see {files[pair].with_suffix('.log')}", file=sys.stderr)
+            print(
+                f"no figures for {pair[0]} on {pair[1]}: see {files[pair].with_suffix('.log')}",
+                file=sys.stderr,
+            )
     found = {pair: figures for pair, file in files.items() if (figures := read_json(file))}
-    print(render_table({size: [figures for (own, _), figures in found.items() if own == size] for size in sizes}))
+    print(
+        render_table(
+            {
+                size: [figures for (own, _), figures in found.items() if own == size]
+                for size in sizes
+            }
+        )
+    )
     return 0 if len(found) == len(files) else 1
 
 
 def make_command(size: str, place: str, file: pathlib.Path) -> list[str]:
-    return [sys.executable, "-m", "stepsearch_jax.preflight", f"--config=configs/musique_qwen2_5.py:{size},{place}", f"--topology={place}",
-            f"--json={file.resolve()}"]
+    return [
+        sys.executable,
+        "-m",
+        "stepsearch_jax.preflight",
+        f"--config=configs/musique_qwen2_5.py:{size},{place}",
+        f"--topology={place}",
+        f"--json={file.resolve()}",
+    ]
 
 
 if __name__ == "__main__":

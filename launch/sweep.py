@@ -6,6 +6,7 @@ Paths are relative to the repository. WORKDIR/points/ receives a run and its log
 Points that are finished are skipped, unfinished ones resumed, and one that fails leaves the others alone; start the same command again to go on.
 On other machines that share WORKDIR, or copy its points there afterwards: --print-commands prints one command a point, and --table-only makes the table.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -21,7 +22,13 @@ sys.path.insert(0, str(REPOSITORY))
 
 from stepsearch_jax.sweeps.figure import FIGURE_FILES, draw_figure, write_figure
 from stepsearch_jax.sweeps.points import Sweep, list_points, load_sweeps
-from stepsearch_jax.sweeps.results import TABLE_FILES, format_duration, format_table, read_results, write_tables
+from stepsearch_jax.sweeps.results import (
+    TABLE_FILES,
+    format_duration,
+    format_table,
+    read_results,
+    write_tables,
+)
 from stepsearch_jax.sweeps.running import POINTS, is_finished, make_command, run_points
 
 TRAIN = ("-m", "stepsearch_jax.train")
@@ -40,18 +47,29 @@ def main(arguments: Sequence[str], train: Sequence[str] = (sys.executable, *TRAI
         if options.print_commands:
             for point in todo:
                 prefix = options.command_prefix.replace("{name}", point.name)
-                print(f"{prefix} {shlex.join(make_command(('python', *TRAIN), options.config, point, workdir))}".lstrip())
+                print(
+                    f"{prefix} {shlex.join(make_command(('python', *TRAIN), options.config, point, workdir))}".lstrip()
+                )
             return 0
         failed = {}
         if not options.table_only:
-            print(f"{len(points)} points, {len(points) - len(todo)} of them finished; runs and logs: {workdir / POINTS}", file=sys.stderr, flush=True)
-            failed = run_points(todo, workdir, train=train, config_file=options.config, jobs=options.jobs)
+            print(
+                f"{len(points)} points, {len(points) - len(todo)} of them finished; runs and logs: {workdir / POINTS}",
+                file=sys.stderr,
+                flush=True,
+            )
+            failed = run_points(
+                todo, workdir, train=train, config_file=options.config, jobs=options.jobs
+            )
         write_comparison(sweeps, workdir, options.config)
     except (ValueError, OSError) as error:
         print(f"sweep: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"sweep: interrupted, and its runs ended; the same command goes on with those in {workdir / POINTS}", file=sys.stderr)
+        print(
+            f"sweep: interrupted, and its runs ended; the same command goes on with those in {workdir / POINTS}",
+            file=sys.stderr,
+        )
         return 130
     for name, reason in failed.items():
         print(f"failed: {name}: {reason} (log: {workdir / POINTS / name}.log)", file=sys.stderr)
@@ -60,19 +78,61 @@ def main(arguments: Sequence[str], train: Sequence[str] = (sys.executable, *TRAI
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """-> (options, flags "--config.key=value" for all points)."""
-    parser = argparse.ArgumentParser(prog="python launch/sweep.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False, epilog="--config.key=value sets a key of the config for all points.")
-    parser.add_argument("--sweep", required=True, metavar="FILE[,FILE…]", help="sweep files, each with def sweep(add): configs/sweeps/")
-    parser.add_argument("--config", required=True, metavar="FILE[:ARGUMENT]", help="the config that the points change")
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of the sweep; one that holds finished points is gone on with")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, each on its share of the cores (default 1; use 1 on accelerators)")
-    parser.add_argument("--print-commands", "--dry-run", action="store_true", help="print the commands of the points that are not finished, and run nothing")
-    parser.add_argument("--command-prefix", default="", metavar="TEXT", help="with --print-commands: put this in front; {name} in it is the point's name")
-    parser.add_argument("--table-only", action="store_true", help="make table and figure of what is finished, and run nothing")
+    parser = argparse.ArgumentParser(
+        prog="python launch/sweep.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        epilog="--config.key=value sets a key of the config for all points.",
+    )
+    parser.add_argument(
+        "--sweep",
+        required=True,
+        metavar="FILE[,FILE…]",
+        help="sweep files, each with def sweep(add): configs/sweeps/",
+    )
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE[:ARGUMENT]",
+        help="the config that the points change",
+    )
+    parser.add_argument(
+        "--workdir",
+        required=True,
+        metavar="DIR",
+        help="folder of the sweep; one that holds finished points is gone on with",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="runs at a time, each on its share of the cores (default 1; use 1 on accelerators)",
+    )
+    parser.add_argument(
+        "--print-commands",
+        "--dry-run",
+        action="store_true",
+        help="print the commands of the points that are not finished, and run nothing",
+    )
+    parser.add_argument(
+        "--command-prefix",
+        default="",
+        metavar="TEXT",
+        help="with --print-commands: put this in front; {name} in it is the point's name",
+    )
+    parser.add_argument(
+        "--table-only",
+        action="store_true",
+        help="make table and figure of what is finished, and run nothing",
+    )
     options, common = parser.parse_known_args(arguments)
     for flag in common:
         if not (flag.startswith("--config.") and "=" in flag):
-            parser.error(f"unknown argument {flag}; keys of the config are set by --config.key=value")
+            parser.error(
+                f"unknown argument {flag}; keys of the config are set by --config.key=value"
+            )
     if options.jobs < 1:
         parser.error(f"--jobs={options.jobs}: at least one run at a time")
     return options, common
@@ -87,7 +147,10 @@ def write_comparison(sweeps: Sequence[Sweep], workdir: pathlib.Path, config_file
         write_figure(figure, workdir)
         files += FIGURE_FILES
     print(format_table(results))
-    print(f"wrote {', '.join(str(workdir / name) for name in files)}; wall time so far {format_duration(results['wall_s'])}", flush=True)
+    print(
+        f"wrote {', '.join(str(workdir / name) for name in files)}; wall time so far {format_duration(results['wall_s'])}",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ The TPUs have been created and set up (launch/pod/create.sh, launch/pod/setup.sh
 by launch/pod/train_pod.sh, which also replaces a TPU that was preempted. The runs lie in STORAGE/points; what the table needs of them is fetched to
 WORKDIR/points. Finished points are skipped, unfinished ones resumed: start the same command again to go on. DRY_RUN=1 prints the points' commands.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -26,7 +27,9 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "launch")]
 
 FILES = ("config.json", "evaluation.json", "metrics.jsonl")  # of a run: what table and figure read
 VARIABLES = ("PROJECT", "ZONE", "ACCELERATOR", "VERSION")
-EVERY_HOST = "--config.distributed.processes=0"  # as train_pod.sh sets it: the points' configs hold it, too
+EVERY_HOST = (
+    "--config.distributed.processes=0"  # as train_pod.sh sets it: the points' configs hold it, too
+)
 POINT = "--on-a-free-pod"
 
 
@@ -38,11 +41,27 @@ def main(arguments: Sequence[str]) -> int:
     from stepsearch_jax.sweeps.points import list_points, load_sweeps
     from stepsearch_jax.sweeps.running import is_finished, make_command
 
-    parser = argparse.ArgumentParser(prog="python launch/sweep_pod.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False, epilog="Further arguments: python launch/sweep.py --help")
+    parser = argparse.ArgumentParser(
+        prog="python launch/sweep_pod.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        epilog="Further arguments: python launch/sweep.py --help",
+    )
     parser.add_argument("--pods", required=True, metavar="NAME[,NAME…]", help="the TPUs")
-    parser.add_argument("--storage", required=True, metavar="gs://…", help="the bucket's folder in which the runs are kept")
-    parser.add_argument("--copy", action="append", default=[], metavar="SOURCE=FOLDER", help="data that a new TPU gets (launch/pod/setup.sh)")
+    parser.add_argument(
+        "--storage",
+        required=True,
+        metavar="gs://…",
+        help="the bucket's folder in which the runs are kept",
+    )
+    parser.add_argument(
+        "--copy",
+        action="append",
+        default=[],
+        metavar="SOURCE=FOLDER",
+        help="data that a new TPU gets (launch/pod/setup.sh)",
+    )
     options, rest = parser.parse_known_args(arguments)
     pods, copies = options.pods.split(","), [f"--copy={pair}" for pair in options.copy]
     if not re.match("gs://[^/]", options.storage):
@@ -50,7 +69,9 @@ def main(arguments: Sequence[str]) -> int:
     if len(set(pods)) < len(pods) or not all(pods):
         parser.error(f"--pods={options.pods}: names are needed, each once")
     if missing := [name for name in VARIABLES if not os.environ.get(name)]:
-        parser.error(f"{missing[0]} is missing: set {', '.join(VARIABLES)} as for launch/pod/create.sh")
+        parser.error(
+            f"{missing[0]} is missing: set {', '.join(VARIABLES)} as for launch/pod/create.sh"
+        )
     storage, rest = options.storage.rstrip("/"), [*rest, f"--jobs={len(pods)}", EVERY_HOST]
     swept, common = sweep.parse_arguments(rest)
     workdir = pathlib.Path(swept.workdir)
@@ -59,7 +80,12 @@ def main(arguments: Sequence[str]) -> int:
         if os.environ.get("DRY_RUN") == "1":
             for point in list_points(load_sweeps(swept.sweep.split(","), swept.config, common)):
                 if not is_finished(point, workdir):
-                    print(f"NAME={'|'.join(pods)}", shlex.join(make_train(storage, make_command(copies, swept.config, point, workdir))))
+                    print(
+                        f"NAME={'|'.join(pods)}",
+                        shlex.join(
+                            make_train(storage, make_command(copies, swept.config, point, workdir))
+                        ),
+                    )
             return 0
         if not swept.table_only:
             with lock(workdir):
@@ -68,7 +94,9 @@ def main(arguments: Sequence[str]) -> int:
         print(f"sweep_pod: {error}", file=sys.stderr)
         return 2
     # A point is this script again, which takes a TPU that no other point has: as many are started at a time as there are TPUs.
-    status = sweep.main(rest, train=(sys.executable, __file__, POINT, options.pods, storage, *copies))
+    status = sweep.main(
+        rest, train=(sys.executable, __file__, POINT, options.pods, storage, *copies)
+    )
     if status == 130:  # interrupted
         stop(pods)
     return status
@@ -76,7 +104,10 @@ def main(arguments: Sequence[str]) -> int:
 
 def stop(pods: Sequence[str]) -> None:
     """Ends what trains on the TPUs; one that cannot be reached is gone, or train_pod.sh will say so."""
-    ending = [subprocess.Popen(["bash", "launch/pod/stop.sh"], env=os.environ | {"NAME": pod}) for pod in pods]
+    ending = [
+        subprocess.Popen(["bash", "launch/pod/stop.sh"], env=os.environ | {"NAME": pod})
+        for pod in pods
+    ]
     for process in ending:
         process.wait()
 
@@ -84,7 +115,14 @@ def stop(pods: Sequence[str]) -> None:
 def make_train(storage: str, flags: Sequence[str]) -> list[str]:
     """The command that runs a point: `flags` are those of the training command, with the point's folder here, which becomes the one in `storage`."""
     name = pathlib.Path(find_workdir(flags)).name
-    return ["bash", "launch/pod/train_pod.sh", *(f"--workdir={storage}/points/{name}" if flag.startswith("--workdir=") else flag for flag in flags)]
+    return [
+        "bash",
+        "launch/pod/train_pod.sh",
+        *(
+            f"--workdir={storage}/points/{name}" if flag.startswith("--workdir=") else flag
+            for flag in flags
+        ),
+    ]
 
 
 def find_workdir(flags: Sequence[str]) -> str:
@@ -102,7 +140,18 @@ def run_point(pods: Sequence[str], storage: str, flags: Sequence[str]) -> int:
         signal.signal(signal.SIGTERM, lambda *_: process.terminate())
         status = process.wait()
     for name in FILES:
-        status = status or subprocess.run(["gcloud", "storage", "cp", f"{storage}/points/{folder.name}/{name}", str(folder / name)]).returncode
+        status = (
+            status
+            or subprocess.run(
+                [
+                    "gcloud",
+                    "storage",
+                    "cp",
+                    f"{storage}/points/{folder.name}/{name}",
+                    str(folder / name),
+                ]
+            ).returncode
+        )
     return status
 
 

@@ -1,5 +1,6 @@
 """Checkpoints of the full training state, and of parameters alone (orbax). A checkpoint is there whole or not at all: on a disk it gets its name when it is
 complete, in a bucket (gs://…) a last file marks it as complete."""
+
 from __future__ import annotations
 
 import contextlib
@@ -29,8 +30,12 @@ class Checkpoints:
 
     def save(self, number: int, state) -> None:
         """Saves a pytree of arrays; returns as soon as it may be donated or changed. The one before must be complete first."""
-        if not self._is_clean and jax.process_index() == 0:  # what kills have left; orbax lets the other processes wait here
-            for path in self._folder.iterdir() if self._folder.is_dir() else ():  # a bucket has no empty folders
+        if (
+            not self._is_clean and jax.process_index() == 0
+        ):  # what kills have left; orbax lets the other processes wait here
+            for path in (
+                self._folder.iterdir() if self._folder.is_dir() else ()
+            ):  # a bucket has no empty folders
                 if path.is_dir() and ocp.utils.is_tmp_checkpoint(path):
                     path.rmtree()
         self._is_clean = True
@@ -51,12 +56,20 @@ class Checkpoints:
 
     def _is_late(self, minutes: float) -> bool:
         """The same on all processes: the first one's clock decides."""
-        return bool(minutes) and bool(multihost_utils.broadcast_one_to_all(np.bool_(time.monotonic() - self._saved_at >= 60.0 * minutes)))
+        return bool(minutes) and bool(
+            multihost_utils.broadcast_one_to_all(
+                np.bool_(time.monotonic() - self._saved_at >= 60.0 * minutes)
+            )
+        )
 
     def restore(self, number: int, like):
         """The checkpoint, each leaf with shape, type and sharding of `like` (arrays or ShapeDtypeStructs). Raises ValueError as `load_params` does."""
-        with _checked(self._folder / str(number) / "default", like, f"give the flags of the run, or remove {self._folder / str(number)}: the same command "
-                      "then goes on from the checkpoint before"):
+        with _checked(
+            self._folder / str(number) / "default",
+            like,
+            f"give the flags of the run, or remove {self._folder / str(number)}: the same command "
+            "then goes on from the checkpoint before",
+        ):
             state = self._manager.restore(number, args=ocp.args.StandardRestore(_abstract(like)))
         self._manager.reached_preemption(number)  # from where `keep_pace` counts on
         return state
@@ -92,23 +105,33 @@ def load_params(folder: os.PathLike, like, remedy: str):
 def _checked(folder: epath.Path, like, remedy: str) -> Iterator[None]:
     """Around reading `folder`: compares what it says to hold with `like` before, and tells of damage in one line (ValueError); orbax would fill pages."""
     try:
-        there, here = (_shapes(tree) for tree in (ocp.StandardCheckpointHandler().metadata(folder).tree, like))
+        there, here = (
+            _shapes(tree) for tree in (ocp.StandardCheckpointHandler().metadata(folder).tree, like)
+        )
         differing = [name for name in (*here, *there) if here.get(name) != there.get(name)]
         if not differing:
             yield
             return
     except (ValueError, LookupError, TypeError, EOFError, FileNotFoundError) as error:
-        raise ValueError(f"{folder} is damaged, or no checkpoint of this program ({type(error).__name__}: {' '.join(str(error).split())[:200]}): {remedy}"
-                         ) from error
+        raise ValueError(
+            f"{folder} is damaged, or no checkpoint of this program ({type(error).__name__}: {' '.join(str(error).split())[:200]}): {remedy}"
+        ) from error
     except OSError as error:  # of the disk or the network, at this moment
-        raise OSError(f"{folder} could not be read ({' '.join(str(error).split())[:200]}): try again") from error
+        raise OSError(
+            f"{folder} could not be read ({' '.join(str(error).split())[:200]}): try again"
+        ) from error
     name = differing[0]
-    raise ValueError(f"{folder} holds another model ({name} is {there.get(name, 'missing')} there, {here.get(name, 'missing')} here): {remedy}")
+    raise ValueError(
+        f"{folder} holds another model ({name} is {there.get(name, 'missing')} there, {here.get(name, 'missing')} here): {remedy}"
+    )
 
 
 def _shapes(tree) -> dict[str, tuple[int, ...]]:
     """Name of each leaf -> its shape; equal for a tree and for what orbax stores of it, whatever its nodes are."""
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def _absolute(folder: os.PathLike) -> epath.Path:

@@ -1,5 +1,6 @@
 """The command line of all commands: flags, logging, one line for what a user can mend, and Ctrl-C. Loads without jax, so that --help and wrong flags are answered
 at once."""
+
 from __future__ import annotations
 
 import argparse
@@ -45,10 +46,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The console command: `stepsearch COMMAND …` is `python -m stepsearch_jax.COMMAND …`."""
     width = max(map(len, COMMANDS))
     lines = "\n".join(f"  {name:{width}}  {text}" for name, text in COMMANDS.items())
-    parser = OneLineParser("stepsearch", description="Trains language models to search, with a reward at every search step.", allow_abbrev=False,
-                           epilog=f"commands:\n{lines}\n\n`stepsearch COMMAND --help` says more of each.",
-                           formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--version", action="version", version=f"stepsearch {importlib.metadata.version('stepsearch_jax')}")
+    parser = OneLineParser(
+        "stepsearch",
+        description="Trains language models to search, with a reward at every search step.",
+        allow_abbrev=False,
+        epilog=f"commands:\n{lines}\n\n`stepsearch COMMAND --help` says more of each.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=f"stepsearch {importlib.metadata.version('stepsearch_jax')}",
+    )
     parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of those below")
     parser.add_argument("arguments", metavar="…", nargs=argparse.REMAINDER, help="its arguments")
     options = parser.parse_args(arguments)
@@ -65,16 +74,32 @@ class OneLineParser(argparse.ArgumentParser):
 
 def make_parser(command: str, text: str, *common: str) -> argparse.ArgumentParser:
     """The parser of `python -m stepsearch_jax.COMMAND`, with those of the flags config, workdir and json that `common` names; `text` is what --help shows."""
-    parser = OneLineParser(f"python -m stepsearch_jax.{command}", description=text, formatter_class=argparse.RawDescriptionHelpFormatter,
-                           allow_abbrev=False)
+    parser = OneLineParser(
+        f"python -m stepsearch_jax.{command}",
+        description=text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     if "config" in common:
-        parser.add_argument("--config", required=True, metavar="FILE", help="configs/X.py or the name of one of this package's configs, such as "
-                            "atlas_quickstart, with an argument after a colon where it takes one; --config.KEY=VALUE changes a key")
+        parser.add_argument(
+            "--config",
+            required=True,
+            metavar="FILE",
+            help="configs/X.py or the name of one of this package's configs, such as "
+            "atlas_quickstart, with an argument after a colon where it takes one; --config.KEY=VALUE changes a key",
+        )
     if "workdir" in common:
-        parser.add_argument("--workdir", required=True, type=_name_folder, metavar="DIR", help="folder of the run, also gs://…; one that holds a checkpoint "
-                            "is resumed")
+        parser.add_argument(
+            "--workdir",
+            required=True,
+            type=_name_folder,
+            metavar="DIR",
+            help="folder of the run, also gs://…; one that holds a checkpoint is resumed",
+        )
     if "json" in common:
-        parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write the figures to this file")
+        parser.add_argument(
+            "--json", type=pathlib.Path, metavar="FILE", help="also write the figures to this file"
+        )
     return parser
 
 
@@ -84,7 +109,9 @@ def _name_folder(text: str) -> str:
     return text
 
 
-def parse_flags(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_flags(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None
+) -> argparse.Namespace:
     """The flags; where --config is one of them and given, `config` is the config with --config.KEY=VALUE … in it. What is wrong raises SystemExit."""
     options, rest = parser.parse_known_args(arguments)
     if getattr(options, "config", None) is not None:
@@ -94,7 +121,9 @@ def parse_flags(parser: argparse.ArgumentParser, arguments: Sequence[str] | None
     return options
 
 
-def read_config(parser: argparse.ArgumentParser, file: str, overrides: Sequence[str]) -> ml_collections.ConfigDict:
+def read_config(
+    parser: argparse.ArgumentParser, file: str, overrides: Sequence[str]
+) -> ml_collections.ConfigDict:
     """The config of --config=FILE with --config.key=value …; whatever else `overrides` holds is refused.
 
     One line (SystemExit) for a config that cannot be read or refuses its argument, for a key that it does not have, and for unknown arguments.
@@ -107,14 +136,26 @@ def read_config(parser: argparse.ArgumentParser, file: str, overrides: Sequence[
         _, *stray = values(argv)
     except flags.Error as error:  # the config's own refusal stands at the end
         raise SystemExit(f"stepsearch_jax: {str(error).strip().splitlines()[-1]}") from error
-    except (AttributeError, KeyError) as error:  # ml_collections names the missing part of the key only
+    except (
+        AttributeError,
+        KeyError,
+    ) as error:  # ml_collections names the missing part of the key only
         missing = set(re.findall(r"\w+", str(error)))
-        unknown = [argument for argument in argv if argument.lstrip("-").startswith("config.") and missing & set(argument.split("=")[0].split("."))]
+        unknown = [
+            argument
+            for argument in argv
+            if argument.lstrip("-").startswith("config.")
+            and missing & set(argument.split("=")[0].split("."))
+        ]
         if not unknown:
             raise
-        raise SystemExit(f"stepsearch_jax: {unknown[0]}: the config has no such key; configs/base.py lists all of them") from error
+        raise SystemExit(
+            f"stepsearch_jax: {unknown[0]}: the config has no such key; configs/base.py lists all of them"
+        ) from error
     if stray:
-        raise SystemExit(f"stepsearch_jax: unexpected argument {stray[0]}; write --config.key=value")
+        raise SystemExit(
+            f"stepsearch_jax: unexpected argument {stray[0]}; write --config.key=value"
+        )
     return values.config
 
 
@@ -143,14 +184,21 @@ def one_line_errors(after_interrupt: str) -> Iterator[None]:
         raise SystemExit(INTERRUPTED) from None
 
 
-def run_guarded(command: Callable, config: ml_collections.ConfigDict, workdir: str, after_interrupt: str = "the same command begins anew") -> None:
+def run_guarded(
+    command: Callable,
+    config: ml_collections.ConfigDict,
+    workdir: str,
+    after_interrupt: str = "the same command begins anew",
+) -> None:
     """Sets up logging, devices and processes and calls command(config, workdir). What a user can mend ends it with one line, and so does Ctrl-C.
 
     One process of several that fails ends at once, without waiting for the others, which then lose their connection to it and end as well.
     """
     start_logging()
     interrupted = INTERRUPTED, f"interrupted; {after_interrupt}"
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # in the background it may be ignored
+    if (
+        signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    ):  # in the background it may be ignored
         end_after_interrupt(*interrupted)
     import jax
     from etils import epath
@@ -162,15 +210,20 @@ def run_guarded(command: Callable, config: ml_collections.ConfigDict, workdir: s
         check_buckets(str(workdir), config.imitation.checkpoint)
         start_jax(config)
         command(config, epath.Path(workdir))
-        multihost_utils.sync_global_devices("done")  # the first process writes the results, and the others must not leave it
+        multihost_utils.sync_global_devices(
+            "done"
+        )  # the first process writes the results, and the others must not leave it
     except KeyboardInterrupt:
         leave(*interrupted)
     except (ValueError, OSError, jax.errors.JaxRuntimeError) as error:
         if "KeyboardInterrupt" in str(error):  # in a callback from the device
             leave(*interrupted)
         if jax.process_count() > 1:
-            leave(EXIT_CODE, f"process {jax.process_index()} of {jax.process_count()} ends: {error} (when one dies, the others lose their connection: the log "
-                             "of the first to die says why)")
+            leave(
+                EXIT_CODE,
+                f"process {jax.process_index()} of {jax.process_count()} ends: {error} (when one dies, the others lose their connection: the log "
+                "of the first to die says why)",
+            )
         if isinstance(error, jax.errors.JaxRuntimeError):
             raise
         leave(1, str(error))

@@ -11,6 +11,7 @@ With --config.evaluation.controls=True also: the scripted searcher that the warm
 measures them on these data sets, beside baselines that cannot search, and writes one table (`tables.py`). Without a run in DIR, the pretrained policy
 that config.model.checkpoint names is measured as it is.
 """
+
 from __future__ import annotations
 
 from stepsearch_jax import cli
@@ -37,14 +38,26 @@ def evaluate_command(config, workdir: pathlib.Path) -> None:
     if config.evaluation.datasets:
         return evaluate_datasets(config, workdir)
     if not (workdir / "start").is_dir():
-        raise FileNotFoundError(f"{workdir} holds no run (no start/): train one with python -m stepsearch_jax.train --config=… --workdir={workdir}")
+        raise FileNotFoundError(
+            f"{workdir} holds no run (no start/): train one with python -m stepsearch_jax.train --config=… --workdir={workdir}"
+        )
     check_readable(workdir, config)
     split = config.evaluation.split
     system = build_system(config, [split])
-    check_data(workdir, system.describe_data(), "or name what else to measure it on in config.evaluation.datasets")
+    check_data(
+        workdir,
+        system.describe_data(),
+        "or name what else to measure it on in config.evaluation.datasets",
+    )
     state, reference_params, _, _ = begin_run(system, workdir)
     sample_episodes, to_rollout_layout = make_sampler(system)
-    measure = partial(evaluate_policy, system, sample_episodes, split_name=split, answer_gain=bind_answer_gain(system))
+    measure = partial(
+        evaluate_policy,
+        system,
+        sample_episodes,
+        split_name=split,
+        answer_gain=bind_answer_gain(system),
+    )
     before, dumps = measure(to_rollout_layout(reference_params), description="before RL:")
     after, after_dumps = measure(to_rollout_layout(state.policy.params), description="after RL:")
     folder = workdir / "evaluation" / split

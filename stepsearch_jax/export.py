@@ -5,6 +5,7 @@
 MODEL receives config.json, generation_config.json, the weights of DIR's newest checkpoint as safetensors, and the tokenizer. The flags that the run was trained
 with are given here again.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -16,16 +17,36 @@ from stepsearch_jax import cli
 def make_parser() -> argparse.ArgumentParser:
     """The flags."""
     parser = cli.make_parser("export", __doc__, "config", "workdir")
-    parser.add_argument("--folder", required=True, type=_name_folder, metavar="MODEL", help="folder to write; an earlier export is replaced")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="type of the written weights (default: %(default)s)")
-    parser.add_argument("--shard_gib", "--shard-gib", type=float, default=4.0, metavar="GIB", help="a larger model is written in several files of at most so "
-                        "many GiB (default: %(default)s)")
+    parser.add_argument(
+        "--folder",
+        required=True,
+        type=_name_folder,
+        metavar="MODEL",
+        help="folder to write; an earlier export is replaced",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="bfloat16",
+        help="type of the written weights (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--shard_gib",
+        "--shard-gib",
+        type=float,
+        default=4.0,
+        metavar="GIB",
+        help="a larger model is written in several files of at most so "
+        "many GiB (default: %(default)s)",
+    )
     return parser
 
 
 def _name_folder(text: str) -> pathlib.Path:
     if "://" in text:
-        raise argparse.ArgumentTypeError("it is written to a disk here; gcloud storage rsync brings it to a bucket")
+        raise argparse.ArgumentTypeError(
+            "it is written to a disk here; gcloud storage rsync brings it to a bucket"
+        )
     return pathlib.Path(text)
 
 
@@ -46,37 +67,73 @@ from stepsearch_jax.run.start import begin_run
 from stepsearch_jax.run.system import build_system
 
 logger = logging.getLogger("stepsearch_jax")
-EXPORTED = re.compile("|".join([r"model(-\d{5}-of-\d{5})?\.safetensors", *map(re.escape, ("config.json", "generation_config.json", INDEX, *TOKENIZER_FILES))]))
+EXPORTED = re.compile(
+    "|".join(
+        [
+            r"model(-\d{5}-of-\d{5})?\.safetensors",
+            *map(re.escape, ("config.json", "generation_config.json", INDEX, *TOKENIZER_FILES)),
+        ]
+    )
+)
 
 
 def check_target(folder: pathlib.Path, config) -> None:
     """Raises ValueError for a folder that must not be replaced: anything that is there, but an empty folder, or an earlier export and nothing else."""
     if folder.resolve() == pathlib.Path.cwd():
-        raise ValueError(f"--folder={folder} is the current folder, which would be replaced: name another place")
+        raise ValueError(
+            f"--folder={folder} is the current folder, which would be replaced: name another place"
+        )
     for key in ("model.checkpoint", "prompt.tokenizer"):
         if folder.resolve() == pathlib.Path(operator.attrgetter(key)(config)).resolve():
-            raise ValueError(f"--folder={folder} is config.{key}, which would be replaced: name another place")
+            raise ValueError(
+                f"--folder={folder} is config.{key}, which would be replaced: name another place"
+            )
     if not os.path.lexists(folder):
         return
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else {"no folder"}
-    whole = "config.json" in names and any(name.endswith(".safetensors") for name in names)  # a run begins with a config.json, too
-    if names and not (whole and all((folder / name).is_file() and EXPORTED.fullmatch(name) for name in names)):
-        raise ValueError(f"--folder={folder} is there and holds no earlier export, or more than that: choose another place, or remove it")
+    whole = "config.json" in names and any(
+        name.endswith(".safetensors") for name in names
+    )  # a run begins with a config.json, too
+    if names and not (
+        whole and all((folder / name).is_file() and EXPORTED.fullmatch(name) for name in names)
+    ):
+        raise ValueError(
+            f"--folder={folder} is there and holds no earlier export, or more than that: choose another place, or remove it"
+        )
 
 
-def export(config, workdir: pathlib.Path, folder: pathlib.Path, dtype: str, shard_gib: float) -> None:
+def export(
+    config, workdir: pathlib.Path, folder: pathlib.Path, dtype: str, shard_gib: float
+) -> None:
     """Writes WORKDIR's newest policy to `folder`, in files of at most shard_gib GiB. Raises FileNotFoundError where WORKDIR holds no run."""
     if not (workdir / "start").is_dir():
-        raise FileNotFoundError(f"{workdir} holds no run (no start/): train one with python -m stepsearch_jax.train --config=… --workdir={workdir}")
+        raise FileNotFoundError(
+            f"{workdir} holds no run (no start/): train one with python -m stepsearch_jax.train --config=… --workdir={workdir}"
+        )
     check_readable(workdir, config)
     check_target(folder, config)
     system = build_system(config, [])
     state, _, _, _ = begin_run(system, workdir)
     tokenizer = system.tokenizer
-    export_policy(folder, state.policy.params, system.learner_model, dtype=dtype, shard_bytes=int(shard_gib * 2**30), context=config.rollout.context,
-                  end_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id, tokenizer_files=list_tokenizer_files(config.prompt.tokenizer, tokenizer))
+    export_policy(
+        folder,
+        state.policy.params,
+        system.learner_model,
+        dtype=dtype,
+        shard_bytes=int(shard_gib * 2**30),
+        context=config.rollout.context,
+        end_ids=tokenizer.eos_ids,
+        pad_id=tokenizer.pad_id,
+        tokenizer_files=list_tokenizer_files(config.prompt.tokenizer, tokenizer),
+    )
     logger.info("wrote the policy after %d iterations to %s", int(state.iteration), folder)
 
 
 if __name__ == "__main__":
-    cli.run_guarded(lambda config, workdir: export(config, workdir, options.folder, options.dtype, options.shard_gib), options.config, options.workdir)
+    cli.run_guarded(
+        lambda config, workdir: export(
+            config, workdir, options.folder, options.dtype, options.shard_gib
+        ),
+        options.config,
+        options.workdir,
+    )

@@ -1,4 +1,5 @@
 """How JSON and text files are read and written, whole or not at all; and what is said of folders that cannot be used."""
+
 from __future__ import annotations
 
 import importlib.util
@@ -18,7 +19,9 @@ def read_json(path: pathlib.Path) -> dict[str, Any] | None:
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error}); delete it or write it again") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}; delete it or write it again")
+        raise ValueError(
+            f"{path}: expected a JSON object, found {type(value).__name__}; delete it or write it again"
+        )
     return value
 
 
@@ -44,9 +47,13 @@ def read_json_lines(path: pathlib.Path) -> list[dict[str, Any]]:
         except ValueError as error:  # bytes that are not UTF-8 included
             if number == len(lines):  # nothing, not even a line end, follows: the write was cut off
                 break
-            raise ValueError(f"{path}, line {number}: not valid JSON ({error}); repair or delete the line") from None
+            raise ValueError(
+                f"{path}, line {number}: not valid JSON ({error}); repair or delete the line"
+            ) from None
         if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}; repair or delete the line")
+            raise ValueError(
+                f"{path}, line {number}: expected a JSON object, found {type(row).__name__}; repair or delete the line"
+            )
         rows.append(row)
     return rows
 
@@ -77,7 +84,9 @@ def check_output(flag: str, path: str | pathlib.Path | None) -> None:
         with tempfile.NamedTemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise OSError(f"--{flag}={path}: nothing can be written to that folder ({error.strerror}); name another one") from None
+        raise OSError(
+            f"--{flag}={path}: nothing can be written to that folder ({error.strerror}); name another one"
+        ) from None
 
 
 def check_workdir(workdir: pathlib.Path) -> None:
@@ -89,11 +98,17 @@ def check_workdir(workdir: pathlib.Path) -> None:
         with tempfile.TemporaryDirectory(dir=nearest):
             pass
     except OSError as error:
-        raise OSError(f"--workdir={workdir}: nothing can be written to {nearest} ({error.strerror}); name another folder") from None
+        raise OSError(
+            f"--workdir={workdir}: nothing can be written to {nearest} ({error.strerror}); name another folder"
+        ) from None
 
 
 def check_buckets(*folders: str) -> None:
     """Raises ValueError if one of the folders is in a bucket and nothing is installed with which etils reads and writes buckets: gcsfs, or TensorFlow."""
     for folder in folders:
-        if folder.startswith("gs://") and not any(importlib.util.find_spec(name) for name in ("gcsfs", "tensorflow")):
-            raise ValueError(f"{folder} is in a bucket, and the package gcsfs is missing: pip install gcsfs (requirements-tpu.txt has it)")
+        if folder.startswith("gs://") and not any(
+            importlib.util.find_spec(name) for name in ("gcsfs", "tensorflow")
+        ):
+            raise ValueError(
+                f"{folder} is in a bucket, and the package gcsfs is missing: pip install gcsfs (requirements-tpu.txt has it)"
+            )

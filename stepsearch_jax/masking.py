@@ -2,6 +2,7 @@
 
 Entries outside a mask may be anything, NaN too: they touch neither the results nor their gradients.
 """
+
 from __future__ import annotations
 
 import jax
@@ -26,7 +27,9 @@ def masked_var(x: jax.Array, mask: jax.Array, axis=None) -> jax.Array:
     return masked_mean(jnp.square(jnp.where(mask, x, 0) - mean), mask, axis)
 
 
-def whiten(x: jax.Array, mask: jax.Array, *, shift_mean: bool = True, epsilon: float = 1e-8) -> jax.Array:
+def whiten(
+    x: jax.Array, mask: jax.Array, *, shift_mean: bool = True, epsilon: float = 1e-8
+) -> jax.Array:
     """`x` scaled to variance 1 over `mask`, and shifted to mean 0 there if `shift_mean`; 0 outside.
 
     x, mask: same shape. (x - mean) / sqrt(variance + epsilon): entries that are all equal, or only one, become 0 up to rounding (or the mean,
@@ -37,7 +40,9 @@ def whiten(x: jax.Array, mask: jax.Array, *, shift_mean: bool = True, epsilon: f
     return jnp.where(mask, whitened if shift_mean else whitened + mean, 0)
 
 
-def standardize_in_groups(x: jax.Array, mask: jax.Array, group_ids: jax.Array, *, epsilon: float) -> jax.Array:
+def standardize_in_groups(
+    x: jax.Array, mask: jax.Array, group_ids: jax.Array, *, epsilon: float
+) -> jax.Array:
     """x, mask [B, N], group_ids [B] -> [B, N]: (x - mean) / (standard deviation + epsilon) where `mask`, 0 elsewhere.
 
     Both statistics are those of all kept entries, of whatever row, of the row's group: the rows with the same id, in any order and number. The deviation is the

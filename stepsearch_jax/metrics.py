@@ -3,6 +3,7 @@
 `metrics.jsonl` is the record that everything else reads: one JSON object a line, `{"stage": "rl", "iteration": 12, "f1": 0.41, …}`. But for `seconds/…` and
 `compiled_programs`, which tell of the process, the file of a run that was killed and resumed equals the file of a run that was not.
 """
+
 from __future__ import annotations
 
 import json
@@ -33,7 +34,9 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     rows = read_json_lines(path)
     for number, row in enumerate(rows, start=1):
         if not isinstance(row.get("stage"), str) or type(row.get("iteration")) is not int:
-            raise ValueError(f'{path}, entry {number}: "stage" (text) or "iteration" (whole number) is missing; repair or delete the line')
+            raise ValueError(
+                f'{path}, entry {number}: "stage" (text) or "iteration" (whole number) is missing; repair or delete the line'
+            )
     return rows
 
 
@@ -58,7 +61,9 @@ class MetricsWriter:
         self._workdir = epath.Path(workdir)
         self._workdir.mkdir(parents=True, exist_ok=True)
         self._start_iteration = start_iteration
-        self._events: dict[str, tensorboardX.SummaryWriter] = {}  # one TensorBoard run a stage, so that a stage is resumed by itself
+        self._events: dict[
+            str, tensorboardX.SummaryWriter
+        ] = {}  # one TensorBoard run a stage, so that a stage is resumed by itself
 
     def write(self, stage: str, iteration: int, values: Mapping[str, float]) -> None:
         """Appends one line and flushes it. `values`: name -> number (anything `float` takes: Python, NumPy or device scalars).
@@ -69,15 +74,22 @@ class MetricsWriter:
         row: dict[str, Any] = {"stage": stage, "iteration": int(iteration)}
         for name, value in values.items():
             if name in ("stage", "iteration"):
-                raise ValueError(f'a metric cannot be called "{name}": every line has that key already')
+                raise ValueError(
+                    f'a metric cannot be called "{name}": every line has that key already'
+                )
             try:
                 number = float(value)
             except (TypeError, ValueError):
-                raise ValueError(f'metric "{name}" of stage "{stage}", iteration {iteration}, is not a number: {value!r}') from None
+                raise ValueError(
+                    f'metric "{name}" of stage "{stage}", iteration {iteration}, is not a number: {value!r}'
+                ) from None
             row[name] = number if math.isfinite(number) else None
         if stage not in self._events:
             self._open_stage(stage, min(self._start_iteration, row["iteration"]))
-        path, line = self._workdir / METRICS_FILE, json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+        path, line = (
+            self._workdir / METRICS_FILE,
+            json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n",
+        )
         if in_bucket(path):
             write_text(path, (path.read_text() if path.exists() else "") + line)
         else:
@@ -90,7 +102,11 @@ class MetricsWriter:
     def _open_stage(self, stage: str, first_iteration: int) -> None:
         path = self._workdir / METRICS_FILE
         if path.exists():
-            kept = [row for row in read_metrics(self._workdir) if row["stage"] != stage or row["iteration"] < first_iteration]
+            kept = [
+                row
+                for row in read_metrics(self._workdir)
+                if row["stage"] != stage or row["iteration"] < first_iteration
+            ]
             write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
         self._events[stage] = tensorboardX.SummaryWriter(
             str(self._workdir / "tensorboard" / stage),
@@ -142,4 +158,12 @@ def progress(work: Iterable | int, description: str) -> tqdm.tqdm:
     iterable, total = (None, work) if isinstance(work, int) else (work, None)
     if sys.stderr.isatty():
         return _Bar(iterable, total=total, desc=description, dynamic_ncols=True)
-    return _Bar(iterable, total=total, desc=description, file=_Lines(sys.stderr), mininterval=_LINE_SECONDS, maxinterval=_LINE_SECONDS, miniters=1)
+    return _Bar(
+        iterable,
+        total=total,
+        desc=description,
+        file=_Lines(sys.stderr),
+        mininterval=_LINE_SECONDS,
+        maxinterval=_LINE_SECONDS,
+        miniters=1,
+    )

@@ -3,6 +3,7 @@
 Plain immutable records of strings and integers. Nothing here knows about tokens or devices; the array side is `types.py`, and only `rollout/` turns one
 into the other.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -67,12 +68,23 @@ class Question:
     @property
     def gold_ids(self) -> tuple[int, ...]:
         """Corpus ids of all gold documents, without repetition, in the order of the hops, loose ones last."""
-        return tuple(dict.fromkeys((*(i for sub in self.sub_questions for i in sub.gold_ids), *self.loose_gold_ids)))
+        return tuple(
+            dict.fromkeys(
+                (*(i for sub in self.sub_questions for i in sub.gold_ids), *self.loose_gold_ids)
+            )
+        )
 
     @property
     def missing_gold(self) -> tuple[tuple[str, str], ...]:
         """Title and text of all gold documents that the corpus does not hold, without repetition."""
-        return tuple(dict.fromkeys((*(passage for sub in self.sub_questions for passage in sub.missing_gold), *self.loose_missing_gold)))
+        return tuple(
+            dict.fromkeys(
+                (
+                    *(passage for sub in self.sub_questions for passage in sub.missing_gold),
+                    *self.loose_missing_gold,
+                )
+            )
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

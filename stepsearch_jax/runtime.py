@@ -1,4 +1,5 @@
 """JAX as this program needs it: flags of XLA, memory, and processes joined, all before the first use of a device."""
+
 from __future__ import annotations
 
 import ctypes
@@ -26,14 +27,30 @@ def start_jax(config) -> None:
     d = config.distributed
     if d.processes != 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        named = dict(coordinator_address=d.coordinator, num_processes=d.processes, process_id=d.process_id) if d.coordinator else {}
+        named = (
+            dict(
+                coordinator_address=d.coordinator,
+                num_processes=d.processes,
+                process_id=d.process_id,
+            )
+            if d.coordinator
+            else {}
+        )
         try:
-            jax.distributed.initialize(**named, heartbeat_timeout_seconds=d.heartbeat_s, shutdown_timeout_seconds=d.heartbeat_s)
+            jax.distributed.initialize(
+                **named,
+                heartbeat_timeout_seconds=d.heartbeat_s,
+                shutdown_timeout_seconds=d.heartbeat_s,
+            )
         except ValueError as error:
-            raise ValueError(f"config.distributed.processes={d.processes} cannot be joined ({error}): set config.distributed.coordinator to HOST:PORT of "
-                             "the first and process_id to its number in each, or processes to 1") from error
+            raise ValueError(
+                f"config.distributed.processes={d.processes} cannot be joined ({error}): set config.distributed.coordinator to HOST:PORT of "
+                "the first and process_id to its number in each, or processes to 1"
+            ) from error
     elif "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
-        os.environ["NPROC"] = "64"  # so many threads: what the CPU runtime takes for the number of cores
+        os.environ["NPROC"] = (
+            "64"  # so many threads: what the CPU runtime takes for the number of cores
+        )
 
 
 def keep_freed_memory() -> None:
@@ -52,7 +69,9 @@ def add_xla_flag(flag: str) -> None:
     """Puts a flag before those of the user, whose own values therefore count. Raises ValueError where XLA_FLAGS names a file of flags instead."""
     own = os.environ.get("XLA_FLAGS", "").strip()
     if own and not own.startswith("-"):
-        raise ValueError(f"XLA_FLAGS={own} names a file, beside which no flag can stand: put what it holds into XLA_FLAGS itself")
+        raise ValueError(
+            f"XLA_FLAGS={own} names a file, beside which no flag can stand: put what it holds into XLA_FLAGS itself"
+        )
     os.environ["XLA_FLAGS"] = f"{flag} {own}".strip()
 
 
@@ -60,4 +79,6 @@ def _has_only_cpus() -> bool:
     """Whether JAX will run on CPU, found without starting it: it is told to, or no other platform is installed."""
     if jax.config.jax_platforms:
         return jax.config.jax_platforms == "cpu"
-    return not importlib.metadata.entry_points(group="jax_plugins") and not any(map(importlib.util.find_spec, ("libtpu", "jax_plugins")))
+    return not importlib.metadata.entry_points(group="jax_plugins") and not any(
+        map(importlib.util.find_spec, ("libtpu", "jax_plugins"))
+    )

@@ -11,6 +11,7 @@ GET /health     the manifest: corpus (its hash), documents, retriever, k, settin
 A request that is not understood gets status 400, 408 (too slow) or 413 (too large) with {"error": …}; 503 means: busy, try again; 500: the index failed.
 Clients that send or read too slowly are cut off.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -83,11 +84,18 @@ def parse_request(body: bytes, default_topk: int, limits: Limits) -> tuple[list[
         raise RefusedError(400, "the body is not JSON") from None
     if not isinstance(asked, dict):
         raise RefusedError(400, "the body must be an object with the field 'queries'")
-    queries, topk, scores = asked.get("queries"), asked.get("topk"), asked.get("return_scores", False)
+    queries, topk, scores = (
+        asked.get("queries"),
+        asked.get("topk"),
+        asked.get("return_scores", False),
+    )
     if not isinstance(queries, list) or not all(isinstance(query, str) for query in queries):
         raise RefusedError(400, "'queries' must be a list of strings")
     if not 1 <= len(queries) <= limits.queries:
-        raise RefusedError(400, f"'queries' holds {len(queries)}; from 1 to {limits.queries} are answered at a time")
+        raise RefusedError(
+            400,
+            f"'queries' holds {len(queries)}; from 1 to {limits.queries} are answered at a time",
+        )
     if max(map(len, queries)) > limits.query_characters:
         raise RefusedError(400, f"a query is longer than {limits.query_characters} characters")
     topk = default_topk if topk is None else topk
@@ -103,13 +111,23 @@ def make_app(engine: Engine, default_topk: int, limits: Limits) -> Starlette:
     threads = ThreadPoolExecutor(limits.searches, "serve")
     busy = 0  # requests under way; only touched by the event loop
     registry = prometheus_client.CollectorRegistry()
-    requests = prometheus_client.Counter("stepsearch_requests", "requests to /retrieve", ["status"], registry=registry)
-    searched = prometheus_client.Counter("stepsearch_queries", "queries answered", registry=registry)
-    seconds = prometheus_client.Histogram("stepsearch_seconds", "seconds from a request's headers to its answer", registry=registry)
-    prometheus_client.Gauge("stepsearch_busy", "requests under way", registry=registry).set_function(lambda: busy)
+    requests = prometheus_client.Counter(
+        "stepsearch_requests", "requests to /retrieve", ["status"], registry=registry
+    )
+    searched = prometheus_client.Counter(
+        "stepsearch_queries", "queries answered", registry=registry
+    )
+    seconds = prometheus_client.Histogram(
+        "stepsearch_seconds", "seconds from a request's headers to its answer", registry=registry
+    )
+    prometheus_client.Gauge(
+        "stepsearch_busy", "requests under way", registry=registry
+    ).set_function(lambda: busy)
 
     def answer(value, status: int = 200) -> Response:
-        return Response(json.dumps(value), status, media_type="application/json")  # escaped, so that halves of surrogate pairs pass
+        return Response(
+            json.dumps(value), status, media_type="application/json"
+        )  # escaped, so that halves of surrogate pairs pass
 
     async def read_body(request: Request) -> bytes:
         body = bytearray()
@@ -118,9 +136,13 @@ def make_app(engine: Engine, default_topk: int, limits: Limits) -> Starlette:
                 async for part in request.stream():
                     body += part
                     if len(body) > limits.body_bytes:
-                        raise RefusedError(413, f"the body is longer than {limits.body_bytes} bytes")
+                        raise RefusedError(
+                            413, f"the body is longer than {limits.body_bytes} bytes"
+                        )
         except TimeoutError:
-            raise RefusedError(408, f"the body did not arrive within {limits.transfer_seconds:g} seconds") from None
+            raise RefusedError(
+                408, f"the body did not arrive within {limits.transfer_seconds:g} seconds"
+            ) from None
         return bytes(body)
 
     def search(body: bytes) -> tuple[Response, int]:
@@ -131,7 +153,12 @@ def make_app(engine: Engine, default_topk: int, limits: Limits) -> Starlette:
             for i, score in zip(ids.tolist(), scores.tolist(), strict=True):
                 if i >= 0:
                     document = engine.documents[i]
-                    shown = {"id": str(i), "title": document.title, "text": document.text, "contents": render_contents(document)}
+                    shown = {
+                        "id": str(i),
+                        "title": document.title,
+                        "text": document.text,
+                        "contents": render_contents(document),
+                    }
                     found.append({"document": shown, "score": score} if with_scores else shown)
             result.append(found)
         return answer({"result": result, "manifest": engine.describe(topk)}), len(queries)
@@ -144,7 +171,9 @@ def make_app(engine: Engine, default_topk: int, limits: Limits) -> Starlette:
             if busy > limits.searches + limits.waiting:
                 raise RefusedError(503, "too many requests at once; try again")
             body = await read_body(request)
-            response, answered = await asyncio.get_running_loop().run_in_executor(threads, search, body)
+            response, answered = await asyncio.get_running_loop().run_in_executor(
+                threads, search, body
+            )
         except RefusedError as error:
             response = answer({"error": str(error)}, error.status)
             response.headers["Connection"] = "close"  # what may follow of this body is not read
@@ -164,9 +193,18 @@ def make_app(engine: Engine, default_topk: int, limits: Limits) -> Starlette:
         return answer({"status": "ok", **engine.describe(default_topk)})
 
     async def metrics(request: Request) -> Response:
-        return Response(prometheus_client.generate_latest(registry), media_type=prometheus_client.CONTENT_TYPE_LATEST)
+        return Response(
+            prometheus_client.generate_latest(registry),
+            media_type=prometheus_client.CONTENT_TYPE_LATEST,
+        )
 
-    return Starlette(routes=[Route("/retrieve", retrieve, methods=["POST"]), Route("/health", health), Route("/metrics", metrics)])
+    return Starlette(
+        routes=[
+            Route("/retrieve", retrieve, methods=["POST"]),
+            Route("/health", health),
+            Route("/metrics", metrics),
+        ]
+    )
 
 
 def make_protocol(seconds: float) -> type[AutoHTTPProtocol]:
@@ -192,15 +230,23 @@ def make_protocol(seconds: float) -> type[AutoHTTPProtocol]:
             if self._timer:
                 self._timer.cancel()
             if last is None or last.response_complete:
-                self._timer = self.loop.call_later(seconds, lambda: self.transport.abort() if self.cycle is last else None)
+                self._timer = self.loop.call_later(
+                    seconds, lambda: self.transport.abort() if self.cycle is last else None
+                )
 
     return Protocol
 
 
 FLAGS = {  # of the limits: default, help
-    "body_bytes": (MAX_BODY_BYTES, "longest body of a request"), "queries": (512, "queries a request"),
-    "transfer_seconds": (10.0, "time for a request's headers to arrive, again for its body, and again for its answer to be taken"),
-    "query_characters": (MAX_QUERY_CHARACTERS, "longest query"), "topk": (100, "most documents a query"), "searches": (4, "requests searched for at a time"),
+    "body_bytes": (MAX_BODY_BYTES, "longest body of a request"),
+    "queries": (512, "queries a request"),
+    "transfer_seconds": (
+        10.0,
+        "time for a request's headers to arrive, again for its body, and again for its answer to be taken",
+    ),
+    "query_characters": (MAX_QUERY_CHARACTERS, "longest query"),
+    "topk": (100, "most documents a query"),
+    "searches": (4, "requests searched for at a time"),
     "waiting": (256, "requests that may wait for it; more are answered 503"),
 }
 
@@ -219,27 +265,53 @@ def open_engine(options: argparse.Namespace) -> Engine:
 def listen(host: str, port: int) -> socket.socket:
     """A socket that takes connections. Raises OSError, with the address, where that is not possible."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen(BACKLOG)
         return listener
     except (OSError, UnicodeError) as error:  # the latter for a host's name that cannot be one
-        raise OSError(f"cannot listen at {host}:{port} ({error}); choose another --host or --port") from error
+        raise OSError(
+            f"cannot listen at {host}:{port} ({error}); choose another --host or --port"
+        ) from error
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Serves until it is stopped. What a user can mend ends it with one line (SystemExit)."""
     parser = cli.make_parser("serve", __doc__)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--index", type=pathlib.Path, metavar="FOLDER", help="made by python -m stepsearch_jax.prepare index")
-    what.add_argument("--config", metavar="FILE", help="configs/X.py; --config.KEY=VALUE changes a key")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 = all (default: %(default)s; there is no password)")
+    what.add_argument(
+        "--index",
+        type=pathlib.Path,
+        metavar="FOLDER",
+        help="made by python -m stepsearch_jax.prepare index",
+    )
+    what.add_argument(
+        "--config", metavar="FILE", help="configs/X.py; --config.KEY=VALUE changes a key"
+    )
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen at; 0.0.0.0 = all (default: %(default)s; there is no password)",
+    )
     parser.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
-    parser.add_argument("--topk", type=int, default=3, help="documents a query where a request does not say (default: %(default)s)")
+    parser.add_argument(
+        "--topk",
+        type=int,
+        default=3,
+        help="documents a query where a request does not say (default: %(default)s)",
+    )
     for name, (default, text) in FLAGS.items():
-        parser.add_argument(f"--max-{name.replace('_', '-')}", type=type(default), default=default, metavar="N", help=f"{text} (default: %(default)s)")
+        parser.add_argument(
+            f"--max-{name.replace('_', '-')}",
+            type=type(default),
+            default=default,
+            metavar="N",
+            help=f"{text} (default: %(default)s)",
+        )
     options = cli.parse_flags(parser, arguments)
     limits = Limits(**{name: getattr(options, f"max_{name}") for name in FLAGS})
     with cli.one_line_errors("the same command begins anew with what is not kept"):
@@ -253,10 +325,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         engine = open_engine(options)
         listener = listen(options.host, options.port)
     count = len(engine.documents)
-    print(f"serving {count} document{'s' * (count > 1)} at http://{options.host}:{options.port}", flush=True)
+    print(
+        f"serving {count} document{'s' * (count > 1)} at http://{options.host}:{options.port}",
+        flush=True,
+    )
     with contextlib.suppress(KeyboardInterrupt):
-        settings = uvicorn.Config(make_app(engine, options.topk, limits), log_level="warning", access_log=False, timeout_graceful_shutdown=5,
-                                  http=make_protocol(limits.transfer_seconds))
+        settings = uvicorn.Config(
+            make_app(engine, options.topk, limits),
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=5,
+            http=make_protocol(limits.transfer_seconds),
+        )
         uvicorn.Server(settings).run([listener])
 
 

@@ -4,6 +4,7 @@ The mesh has axes `data` (copies of the model), `fsdp` (copies that share out pa
 vocabulary). Rows of a batch are spread over data and fsdp together. A tensor group lies within one host, so that every row belongs to one process; of several
 TPU slices each holds whole copies of the model.
 """
+
 from __future__ import annotations
 
 import itertools
@@ -21,7 +22,9 @@ ROWS = PartitionSpec(("data", "fsdp"))
 TOLD = 6  # shapes that a refusal names
 
 
-def make_mesh(data: int, fsdp: int, tensor: int, slices: int = 1, kv_heads: int = 0, devices=None) -> Mesh:
+def make_mesh(
+    data: int, fsdp: int, tensor: int, slices: int = 1, kv_heads: int = 0, devices=None
+) -> Mesh:
     """A mesh with axes data, fsdp, tensor; one of the sizes may be -1: whatever is left of the devices.
 
     slices: TPU slices, which the data-centre network joins; of the axes only data crosses it. kv_heads: of the model that is to be cut; 0 = of none.
@@ -32,16 +35,28 @@ def make_mesh(data: int, fsdp: int, tensor: int, slices: int = 1, kv_heads: int 
     devices = jax.devices() if devices is None else devices
     found = len({_slice_of(device) for device in devices})
     if found != slices:
-        raise ValueError(f"config.mesh.slices is {slices}, but the {len(devices)} devices here belong to {found} slices: set it to {found}")
+        raise ValueError(
+            f"config.mesh.slices is {slices}, but the {len(devices)} devices here belong to {found} slices: set it to {found}"
+        )
     asked = sizes = (data, fsdp, tensor)
     if asked.count(-1) == 1:
         left = len(devices) // max(1, -math.prod(asked))
         sizes = tuple(left if size == -1 else size for size in asked)
     if fault := _find_fault(sizes, slices, kv_heads, devices):
-        fitting = [shape for shape in _factor(len(devices), len(AXES)) if not _find_fault(shape, slices, kv_heads, devices)]
-        fitting.sort(key=lambda shape: -sum(map(operator.eq, shape, asked)))  # the most like what was asked first
-        told = ", ".join(_name(shape) for shape in fitting[:TOLD]) + f" and {len(fitting) - TOLD} more" * (len(fitting) > TOLD)
-        raise ValueError(f"mesh data x fsdp x tensor = {_name(asked)} {fault}: set config.mesh to one that works here: {told}")
+        fitting = [
+            shape
+            for shape in _factor(len(devices), len(AXES))
+            if not _find_fault(shape, slices, kv_heads, devices)
+        ]
+        fitting.sort(
+            key=lambda shape: -sum(map(operator.eq, shape, asked))
+        )  # the most like what was asked first
+        told = ", ".join(
+            _name(shape) for shape in fitting[:TOLD]
+        ) + f" and {len(fitting) - TOLD} more" * (len(fitting) > TOLD)
+        raise ValueError(
+            f"mesh data x fsdp x tensor = {_name(asked)} {fault}: set config.mesh to one that works here: {told}"
+        )
     return Mesh(_lay_out(sizes, slices, devices), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
@@ -62,12 +77,18 @@ def _find_fault(sizes: tuple[int, ...], slices: int, kv_heads: int, devices) -> 
 def _lay_out(sizes: tuple[int, ...], slices: int, devices) -> np.ndarray:
     """The devices as an array [data, fsdp, tensor]: neighbours along fsdp and tensor are near each other, and slices lie one after the other along data."""
     data, fsdp, tensor = sizes
-    if tensor > 1:  # host by host, because the library would take a line of chips through several hosts where a tensor group could be one host's block
+    if (
+        tensor > 1
+    ):  # host by host, because the library would take a line of chips through several hosts where a tensor group could be one host's block
         # By place within each, alike in all: for groups that lie differently in each host libtpu finds no routes on v5e:8x8, and aborts.
         by_place = lambda device: (getattr(device, "coords", []), device.id)
-        return np.array([chip for chips in _hosts(devices) for chip in sorted(chips, key=by_place)]).reshape(sizes)
+        return np.array(
+            [chip for chips in _hosts(devices) for chip in sorted(chips, key=by_place)]
+        ).reshape(sizes)
     if slices > 1:
-        return mesh_utils.create_hybrid_device_mesh((data // slices, fsdp, 1), (slices, 1, 1), devices, allow_split_physical_axes=True)
+        return mesh_utils.create_hybrid_device_mesh(
+            (data // slices, fsdp, 1), (slices, 1, 1), devices, allow_split_physical_axes=True
+        )
     return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
 
 
@@ -86,7 +107,12 @@ def _factor(number: int, parts: int) -> list[tuple[int, ...]]:
     """All ordered products of `parts` positive numbers that make `number`."""
     if parts == 1:
         return [(number,)]
-    return [(first, *rest) for first in range(number, 0, -1) if number % first == 0 for rest in _factor(number // first, parts - 1)]
+    return [
+        (first, *rest)
+        for first in range(number, 0, -1)
+        if number % first == 0
+        for rest in _factor(number // first, parts - 1)
+    ]
 
 
 def _name(sizes: tuple[int, ...]) -> str:
@@ -105,7 +131,11 @@ def spread_rows(x: jax.Array) -> jax.Array:
     all rows; told where the rows are, it gathers the parameters of one layer at a time instead (fully sharded data parallelism).
     """
     mesh = jax.typeof(x).sharding.mesh
-    if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types) or x.shape[0] % row_shards(mesh):
+    if (
+        mesh.empty
+        or any(kind != AxisType.Auto for kind in mesh.axis_types)
+        or x.shape[0] % row_shards(mesh)
+    ):
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, ROWS))
 
@@ -117,7 +147,11 @@ def partition_specs(boxed, rules: dict[str, str | None]):
 
 def shardings(mesh: Mesh, specs):
     """A tree of NamedShardings from a tree of PartitionSpecs."""
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec),
+        specs,
+        is_leaf=lambda x: isinstance(x, PartitionSpec),
+    )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -128,7 +162,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def rows_to_mesh(mesh: Mesh, rows):
     """A tree of this process's rows (NumPy, leading axis) -> global arrays with the rows spread over the mesh."""
     sharding = NamedSharding(mesh, ROWS)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), rows)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), rows
+    )
 
 
 def rows_from_mesh(tree):

@@ -6,6 +6,7 @@ DIR receives config.json, begun.json, metrics.jsonl, tensorboard/, checkpoints/,
 report.html.
 A DIR with a checkpoint is resumed: the result is the same, bit for bit, as without the interruption.
 """
+
 from __future__ import annotations
 
 from stepsearch_jax import cli
@@ -46,7 +47,11 @@ def train(config, workdir: pathlib.Path, search=None) -> dict:
     check_workdir(workdir)
     check_sampling(config)
     held_out = [config.imitation.held_out_split] if config.imitation.phases else []
-    system = build_system(config, list(dict.fromkeys((config.data.train_split, config.evaluation.split, *held_out))), search)
+    system = build_system(
+        config,
+        list(dict.fromkeys((config.data.train_split, config.evaluation.split, *held_out))),
+        search,
+    )
     with lock(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
         return run_iterations(system, workdir, prepare_workdir(system, workdir))
 
@@ -55,17 +60,32 @@ def run_iterations(system: System, workdir: pathlib.Path, first_iterations: int)
     """What `train` does once everything that can be wrong with the input has been looked for. first_iterations: with which the run began."""
     # ---- The parts. ------------------------------------------------------------------------------------------------------------------------------
     config, mesh = system.config, system.mesh
-    split, r, l, k = system.splits[config.data.train_split], config.rollout, config.rl, config.checkpoint
+    split, r, l, k = (
+        system.splits[config.data.train_split],
+        config.rollout,
+        config.rl,
+        config.checkpoint,
+    )
     settings = learner_settings(config)
     build_batch = learner.make_build_batch(system.learner_model, settings)
-    update = learner.make_update(system.learner_model, settings, *make_optimizers(config, first_iterations))
+    update = learner.make_update(
+        system.learner_model, settings, *make_optimizers(config, first_iterations)
+    )
     sample_episodes, to_rollout_layout = make_sampler(system)
     state, reference_params, checkpoints, rollout_key = begin_run(system, workdir)
     start = int(state.iteration)
 
-    answer_gain = bind_answer_gain(system)  # None, unless searches are paid by what they do for the answer
+    answer_gain = bind_answer_gain(
+        system
+    )  # None, unless searches are paid by what they do for the answer
     roll_out = partial(collect, system, sample_episodes, answer_gain=answer_gain)
-    measure = partial(evaluate_policy, system, sample_episodes, split_name=config.evaluation.split, answer_gain=answer_gain)
+    measure = partial(
+        evaluate_policy,
+        system,
+        sample_episodes,
+        split_name=config.evaluation.split,
+        answer_gain=answer_gain,
+    )
 
     before, dumps = measure(to_rollout_layout(reference_params), description="before RL:")
 
@@ -81,7 +101,14 @@ def run_iterations(system: System, workdir: pathlib.Path, first_iterations: int)
             # Rollout: episodes on the device, with searches on the host; then their text, and what each search and each answer earned.
             # The rollout's copy of the policy is gone when they are done.
             sampling_key = jax.random.fold_in(rollout_key, iteration)
-            got = roll_out(to_rollout_layout(state.policy.params), split, rows, sampling_key, r.temperature, r.group_size)
+            got = roll_out(
+                to_rollout_layout(state.policy.params),
+                split,
+                rows,
+                sampling_key,
+                r.temperature,
+                r.group_size,
+            )
             trajectory = cut_padding(got, l.length_multiple)
             clock.lap("rollout")
             # Rewards to their tokens, less the KL; advantages and returns. All this stays fixed during the optimiser steps.
@@ -96,17 +123,40 @@ def run_iterations(system: System, workdir: pathlib.Path, first_iterations: int)
                 dump_batch(workdir, iteration, batch)
             clock.lap("update")
 
-            metrics = rollout_metrics(got) | {name: float(x) for name, x in (batch_metrics | update_metrics).items()}
-            metrics |= {"kl_coef": float(state.kl_coef), "skipped": int(state.skipped)} | clock.seconds | compilations.take(iteration, start)
+            metrics = rollout_metrics(got) | {
+                name: float(x) for name, x in (batch_metrics | update_metrics).items()
+            }
+            metrics |= (
+                {"kl_coef": float(state.kl_coef), "skipped": int(state.skipped)}
+                | clock.seconds
+                | compilations.take(iteration, start)
+            )
             writer.write("rl", iteration, metrics)
-            bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("f1", "step_reward", "gold_recall")})
-            if config.evaluation.every and (iteration + 1) % config.evaluation.every == 0 and iteration + 1 < config.iterations:
-                means, _ = measure(to_rollout_layout(state.policy.params), description=f"after {iteration + 1} iterations:")
+            bar.set_postfix(
+                {name: f"{metrics[name]:.3f}" for name in ("f1", "step_reward", "gold_recall")}
+            )
+            if (
+                config.evaluation.every
+                and (iteration + 1) % config.evaluation.every == 0
+                and iteration + 1 < config.iterations
+            ):
+                means, _ = measure(
+                    to_rollout_layout(state.policy.params),
+                    description=f"after {iteration + 1} iterations:",
+                )
                 writer.write("evaluation", iteration, means)
             # A checkpoint in the background, where one is due. An iteration is longer than a preemption's notice: what counts is the last checkpoint.
-            if checkpoints.keep_pace(iteration + 1, state, every=k.every, minutes=k.minutes, last=iteration + 1 == config.iterations):
+            if checkpoints.keep_pace(
+                iteration + 1,
+                state,
+                every=k.every,
+                minutes=k.minutes,
+                last=iteration + 1 == config.iterations,
+            ):
                 checkpoints.close()
-                raise SystemExit(f"stepsearch_jax: told to end; iteration {iteration + 1} is saved, and the same command goes on from there")
+                raise SystemExit(
+                    f"stepsearch_jax: told to end; iteration {iteration + 1} is saved, and the same command goes on from there"
+                )
     checkpoints.close()
 
     # ---- What came of it. --------------------------------------------------------------------------------------------------------------------------
@@ -119,7 +169,9 @@ def cut_padding(got: Collected, multiple: int) -> Trajectory:
     longest = int(np.max(multihost_utils.process_allgather(got.rows.length.max())))
     width = -(-longest // multiple) * multiple
     per_token = ("tokens", "token_mask", "action_mask", "turn_ids", "sampler_logprobs")
-    return got.trajectory.replace(**{name: getattr(got.trajectory, name)[:, :width] for name in per_token})
+    return got.trajectory.replace(
+        **{name: getattr(got.trajectory, name)[:, :width] for name in per_token}
+    )
 
 
 def choose_rewards(config, got: Collected, iteration: int) -> tuple[np.ndarray, np.ndarray]:
@@ -131,30 +183,58 @@ def choose_rewards(config, got: Collected, iteration: int) -> tuple[np.ndarray, 
     mine = got.scores.step_rewards, got.scores.outcome_rewards
     if not config.reward.shuffle:
         return mine
-    steps, outcomes = (np.concatenate(multihost_utils.process_allgather(x).reshape(jax.process_count(), *x.shape)) for x in mine)
+    steps, outcomes = (
+        np.concatenate(multihost_utils.process_allgather(x).reshape(jax.process_count(), *x.shape))
+        for x in mine
+    )
     order = np.random.default_rng([config.seed, iteration]).permutation(len(outcomes))
     other = np.empty_like(order)
     other[order] = np.roll(order, 1)  # one cycle through all episodes: nobody keeps its own
     other = other.reshape(jax.process_count(), -1)[jax.process_index()]
     searched = (got.rows.search_end >= 0) & got.rows.search_ok
-    return np.where(searched, steps[other], 0), outcomes[other] + np.where(searched, 0, steps[other]).sum(1)
+    return np.where(searched, steps[other], 0), outcomes[other] + np.where(
+        searched, 0, steps[other]
+    ).sum(1)
 
 
 def rollout_metrics(got: Collected) -> dict[str, float]:
     """Means over the episodes of all processes; the gold recall over those whose gold documents are known."""
     s, m = got.scores, got.scores.measures
     columns = {
-        "f1": m.f1, "em": m.em, "gold_recall": m.gold_recall, "searches": m.searches, "step_reward": s.step_rewards.sum(1),
-        "outcome_reward": s.outcome_rewards, "gain": s.gain.sum(1), "redundancy": s.redundancy.sum(1), "key_reward": s.key_rewards,
-        "format_ok": s.gate_passed, "finished": got.rows.finished, "truncated": got.rows.truncated, "length": got.rows.length,
+        "f1": m.f1,
+        "em": m.em,
+        "gold_recall": m.gold_recall,
+        "searches": m.searches,
+        "step_reward": s.step_rewards.sum(1),
+        "outcome_reward": s.outcome_rewards,
+        "gain": s.gain.sum(1),
+        "redundancy": s.redundancy.sum(1),
+        "key_reward": s.key_rewards,
+        "format_ok": s.gate_passed,
+        "finished": got.rows.finished,
+        "truncated": got.rows.truncated,
+        "length": got.rows.length,
         "gold_known": m.gold_known,
     }
-    means = multihost_utils.process_allgather(np.array([np.mean(column) for column in columns.values()])).reshape(-1, len(columns)).mean(0)
+    means = (
+        multihost_utils.process_allgather(
+            np.array([np.mean(column) for column in columns.values()])
+        )
+        .reshape(-1, len(columns))
+        .mean(0)
+    )
     means = dict(zip(columns, means.tolist()))
     means["gold_recall"] /= means.pop("gold_known") or 1
-    decode_steps, flushes, prefilled = multihost_utils.process_allgather(got.counters.sum(0)).reshape(-1, 3).sum(0)
-    counts = {"decode_steps": int(decode_steps), "flushes": int(flushes), "prefilled_tokens": int(prefilled), "failed_searches": got.searches.failed,
-              "seconds/search": got.searches.seconds}
+    decode_steps, flushes, prefilled = (
+        multihost_utils.process_allgather(got.counters.sum(0)).reshape(-1, 3).sum(0)
+    )
+    counts = {
+        "decode_steps": int(decode_steps),
+        "flushes": int(flushes),
+        "prefilled_tokens": int(prefilled),
+        "failed_searches": got.searches.failed,
+        "seconds/search": got.searches.seconds,
+    }
     return means | counts
 
 
@@ -185,7 +265,12 @@ class Compilations:
         """-> seconds spent and programs compiled since the last time; logged if the iteration is not the first."""
         durations, self._durations = self._durations, []
         if durations and iteration > first:
-            logger.info("iteration %d compiled %d programs in %.1f s", iteration, len(durations), sum(durations))
+            logger.info(
+                "iteration %d compiled %d programs in %.1f s",
+                iteration,
+                len(durations),
+                sum(durations),
+            )
         return {"seconds/compile": sum(durations), "compiled_programs": len(durations)}
 
 
@@ -211,8 +296,14 @@ def prepare_workdir(system: System, workdir: pathlib.Path) -> int:
         remember_beginning(workdir, beginning)
     for name, split in system.splits.items():
         recall = system.measure_retrieval(name)
-        logger.info("%s: %d questions; %d passages; recall@%d of the gold passages for the gold sub-questions: %.3f", name, len(split.questions),
-                     len(system.source.documents), system.config.search.k, recall)
+        logger.info(
+            "%s: %d questions; %d passages; recall@%d of the gold passages for the gold sub-questions: %.3f",
+            name,
+            len(split.questions),
+            len(system.source.documents),
+            system.config.search.k,
+            recall,
+        )
     return beginning["iterations"]
 
 
@@ -220,9 +311,17 @@ def dump_batch(workdir: pathlib.Path, iteration: int, batch) -> None:
     """Keeps this process's rows of a batch whose gradient was not finite."""
     arrays = sharding.rows_from_mesh(batch)
     with (workdir / f"skipped-{iteration}-{jax.process_index()}.npz").open("wb") as file:
-        np.savez_compressed(file, **{name: getattr(arrays, name) for name in batch.__dataclass_fields__})
-    logger.warning("iteration %d: a gradient was not finite; the step was skipped and the batch kept in %s", iteration, workdir)
+        np.savez_compressed(
+            file, **{name: getattr(arrays, name) for name in batch.__dataclass_fields__}
+        )
+    logger.warning(
+        "iteration %d: a gradient was not finite; the step was skipped and the batch kept in %s",
+        iteration,
+        workdir,
+    )
 
 
 if __name__ == "__main__":
-    cli.run_guarded(train, options.config, options.workdir, "the same command goes on from the last checkpoint")
+    cli.run_guarded(
+        train, options.config, options.workdir, "the same command goes on from the last checkpoint"
+    )

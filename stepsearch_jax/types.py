@@ -3,6 +3,7 @@
 Axis letters: B episodes, T tokens, K turns, D documents a turn. Every per-token array is indexed by the token that it describes: `logprobs[b, t]` is the
 log-probability of `tokens[b, t]` given `tokens[b, :t]`. The one shift between predictions and tokens lives in `models.scoring`.
 """
+
 from __future__ import annotations
 
 from typing import Any
@@ -19,7 +20,9 @@ class Trajectory:
     token_mask: jax.Array  # [B, T] bool: not padding
     action_mask: jax.Array  # [B, T] bool: sampled by the policy (a subset of token_mask)
     turn_ids: jax.Array  # [B, T] int32: turn of the token, -1 in the prompt and padding
-    sampler_logprobs: jax.Array  # [B, T] float32: of action tokens under the sampling policy at temperature 1, 0 elsewhere
+    sampler_logprobs: (
+        jax.Array
+    )  # [B, T] float32: of action tokens under the sampling policy at temperature 1, 0 elsewhere
     search_end: jax.Array  # [B, K] int32: index of the token that closes the turn's search, -1 if the turn did not search
     turn_status: jax.Array  # [B, K] int32: records.TurnStatus
     doc_ids: jax.Array  # [B, K, D] int32: retrieved corpus ids, -1 = none
@@ -39,7 +42,9 @@ class Batch:
     tokens: jax.Array  # [B, T] int32
     token_mask: jax.Array  # [B, T] bool
     action_mask: jax.Array  # [B, T] bool
-    value_mask: jax.Array  # [B, T] bool: the tokens whose value is learned, none without a value model
+    value_mask: (
+        jax.Array
+    )  # [B, T] bool: the tokens whose value is learned, none without a value model
     old_logprobs: jax.Array  # [B, T] float32: of the policy before the optimiser steps
     ref_logprobs: jax.Array  # [B, T] float32: of the frozen reference
     old_values: jax.Array  # [B, T] float32: before the optimiser steps, 0 without a value model
@@ -61,7 +66,9 @@ class TrainState:
 
     policy: ModelState
     value: ModelState | None  # None with an advantage estimator that needs no values
-    iteration: jax.Array  # [] int32: finished iterations (one = one rollout and its optimiser steps)
+    iteration: (
+        jax.Array
+    )  # [] int32: finished iterations (one = one rollout and its optimiser steps)
     position: jax.Array  # [] int32: training questions taken so far, by all processes together
     kl_coef: jax.Array  # [] float32: beta, adapted when the controller is on
     skipped: jax.Array  # [] int32: optimiser steps skipped because a gradient was not finite

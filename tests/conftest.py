@@ -1,11 +1,14 @@
 """Eight fake CPU devices for every test, set before anything imports jax; and where the real data lies."""
+
 import os
 import pathlib
 
 COMPILE_FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # most of the tests' time would go into compiling well
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + f" {COMPILE_FAST} --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + f" {COMPILE_FAST} --xla_force_host_platform_device_count=8"
+)
 os.environ["NPROC"] = "64"  # as `runtime.start_jax` sets it, and says why
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -14,11 +17,18 @@ import pytest
 REPO = pathlib.Path(__file__).resolve().parents[1]
 
 
-LONGEST = "test_shipped_warm_start.py"  # begins first: begun last, it would keep one worker busy alone
+LONGEST = (
+    "test_shipped_warm_start.py"  # begins first: begun last, it would keep one worker busy alone
+)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", default=os.environ.get("SLOW") == "1", help="also run the tests marked slow")
+    parser.addoption(
+        "--slow",
+        action="store_true",
+        default=os.environ.get("SLOW") == "1",
+        help="also run the tests marked slow",
+    )
 
 
 def pytest_collection_modifyitems(config, items):

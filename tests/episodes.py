@@ -1,4 +1,5 @@
 """Random episodes as arrays, and the advantage estimators as plain loops over Python lists: the oracles of the mathematics."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -6,7 +7,17 @@ import numpy as np
 B, T, K = 6, 20, 4
 ESTIMATORS = ("gae", "turn_gae", "grpo", "rloo", "turn_return")
 CRITIC_FREE = ("grpo", "rloo", "turn_return")
-PER_TOKEN = ("logprobs", "old_logprobs", "ref_logprobs", "values", "old_values", "entropy", "token_mask", "action_mask", "turn_ids")
+PER_TOKEN = (
+    "logprobs",
+    "old_logprobs",
+    "ref_logprobs",
+    "values",
+    "old_values",
+    "entropy",
+    "token_mask",
+    "action_mask",
+    "turn_ids",
+)
 
 
 def draw_episodes(seed: int, share: float = 0.9) -> dict[str, np.ndarray]:
@@ -32,16 +43,32 @@ def draw_episodes(seed: int, share: float = 0.9) -> dict[str, np.ndarray]:
         token_mask[b, :end] = True
     old = -np.abs(normal(B, T))
     return dict(
-        logprobs=old + 0.3 * normal(B, T), old_logprobs=old, ref_logprobs=old + 0.2 * normal(B, T), values=normal(B, T), old_values=normal(B, T),
-        entropy=np.abs(normal(B, T)), token_mask=token_mask, action_mask=action_mask, turn_ids=turn_ids,
-        group_ids=np.array([7, -3, 40], np.int32)[rng.integers(0, 3, B)], search_end=search_end, step_rewards=normal(B, K), outcome_rewards=normal(B))
+        logprobs=old + 0.3 * normal(B, T),
+        old_logprobs=old,
+        ref_logprobs=old + 0.2 * normal(B, T),
+        values=normal(B, T),
+        old_values=normal(B, T),
+        entropy=np.abs(normal(B, T)),
+        token_mask=token_mask,
+        action_mask=action_mask,
+        turn_ids=turn_ids,
+        group_ids=np.array([7, -3, 40], np.int32)[rng.integers(0, 3, B)],
+        search_end=search_end,
+        step_rewards=normal(B, K),
+        outcome_rewards=normal(B),
+    )
 
 
 def pad_rows_and_tokens(batch: dict, rows: int, tokens: int) -> dict:
     """The same batch with rows of padding below and padding to the right, filled with what must not matter."""
+
     def pad(name, array):
         fill = False if array.dtype == bool else -1 if name in ("turn_ids", "search_end") else 7
-        return np.pad(array, ((0, rows), (0, tokens if name in PER_TOKEN else 0))[: array.ndim], constant_values=fill)
+        return np.pad(
+            array,
+            ((0, rows), (0, tokens if name in PER_TOKEN else 0))[: array.ndim],
+            constant_values=fill,
+        )
 
     return {name: pad(name, array) for name, array in batch.items()}
 
@@ -50,48 +77,97 @@ def insert_observation(batch: dict, at: int, length: int) -> dict:
     """The same batch with `length` more observation tokens before token `at`, in the turn of the token before them."""
     longer = {}
     for name in PER_TOKEN:
-        token = batch[name][:, at - 1:at] if name in ("turn_ids", "token_mask") else np.zeros_like(batch[name][:, :1])
-        longer[name] = np.concatenate([batch[name][:, :at], token.repeat(length, axis=1), batch[name][:, at:]], axis=1)
-    return batch | longer | dict(search_end=batch["search_end"] + length * (batch["search_end"] >= at))
+        token = (
+            batch[name][:, at - 1 : at]
+            if name in ("turn_ids", "token_mask")
+            else np.zeros_like(batch[name][:, :1])
+        )
+        longer[name] = np.concatenate(
+            [batch[name][:, :at], token.repeat(length, axis=1), batch[name][:, at:]], axis=1
+        )
+    return (
+        batch | longer | dict(search_end=batch["search_end"] + length * (batch["search_end"] >= at))
+    )
 
 
 def list_turns(action_mask: np.ndarray, turn_ids: np.ndarray, b: int) -> list[list[int]]:
     """The action tokens of each turn of row b that has any."""
-    turns = [[t for t in range(action_mask.shape[1]) if action_mask[b, t] and turn_ids[b, t] == k] for k in range(int(turn_ids[b].max(initial=-1)) + 1)]
+    turns = [
+        [t for t in range(action_mask.shape[1]) if action_mask[b, t] and turn_ids[b, t] == k]
+        for k in range(int(turn_ids[b].max(initial=-1)) + 1)
+    ]
     return [tokens for tokens in turns if tokens]
 
 
-def loop_gae(rewards: list[float], values: list[float], gamma: float, gae_lambda: float) -> list[float]:
+def loop_gae(
+    rewards: list[float], values: list[float], gamma: float, gae_lambda: float
+) -> list[float]:
     """The definition, a sum of one-step errors for each place; float64."""
     deltas = [r + gamma * after - v for r, v, after in zip(rewards, values, [*values[1:], 0.0])]
-    return [sum((gamma * gae_lambda) ** n * delta for n, delta in enumerate(deltas[i:])) for i in range(len(deltas))]
+    return [
+        sum((gamma * gae_lambda) ** n * delta for n, delta in enumerate(deltas[i:]))
+        for i in range(len(deltas))
+    ]
 
 
 def standardize(x: float, among: list[float]) -> float:
     return (x - np.mean(among)) / (np.std(among) + 1e-6)
 
 
-def loop_estimate(rewards, values, action_mask, credit_mask, turn_ids, group_ids, *, estimator, gamma, gae_lambda, whiten_advantages):
+def loop_estimate(
+    rewards,
+    values,
+    action_mask,
+    credit_mask,
+    turn_ids,
+    group_ids,
+    *,
+    estimator,
+    gamma,
+    gae_lambda,
+    whiten_advantages,
+):
     """`estimate_advantages` from its definitions -> (advantages, returns, value_mask), NumPy [B, T], float64."""
     shape = action_mask.shape
     advantages, returns, value_mask = np.zeros(shape), np.zeros(shape), np.zeros(shape, bool)
     turns = [list_turns(action_mask, turn_ids, b) for b in range(shape[0])]
-    turn_rewards = [[sum(float(rewards[b, t]) for t in tokens) for tokens in turns[b]] for b in range(shape[0])]
+    turn_rewards = [
+        [sum(float(rewards[b, t]) for t in tokens) for tokens in turns[b]] for b in range(shape[0])
+    ]
     for b in range(shape[0]):
-        members = [other for other in range(shape[0]) if group_ids[other] == group_ids[b] and turns[other]]
+        members = [
+            other for other in range(shape[0]) if group_ids[other] == group_ids[b] and turns[other]
+        ]
         totals = {other: sum(turn_rewards[other]) for other in members}
         if estimator == "gae":
             kept = [t for t in range(shape[1]) if credit_mask[b, t]]
-            found = loop_gae([float(rewards[b, t]) for t in kept], [float(values[b, t]) for t in kept], gamma, gae_lambda)
+            found = loop_gae(
+                [float(rewards[b, t]) for t in kept],
+                [float(values[b, t]) for t in kept],
+                gamma,
+                gae_lambda,
+            )
             for t, advantage in zip(kept, found):
-                advantages[b, t], returns[b, t], value_mask[b, t] = advantage, advantage + values[b, t], True
+                advantages[b, t], returns[b, t], value_mask[b, t] = (
+                    advantage,
+                    advantage + values[b, t],
+                    True,
+                )
         if not turns[b]:
             continue
         if estimator == "turn_gae":
-            found = loop_gae(turn_rewards[b], [float(values[b, tokens[0]]) for tokens in turns[b]], gamma, gae_lambda)
+            found = loop_gae(
+                turn_rewards[b],
+                [float(values[b, tokens[0]]) for tokens in turns[b]],
+                gamma,
+                gae_lambda,
+            )
             for tokens, advantage in zip(turns[b], found):
                 advantages[b, tokens] = advantage
-                returns[b, tokens[0]], value_mask[b, tokens[0]] = advantage + values[b, tokens[0]], True
+                returns[b, tokens[0]], value_mask[b, tokens[0]] = (
+                    advantage + values[b, tokens[0]],
+                    True,
+                )
         elif estimator == "grpo":
             advantages[b, action_mask[b]] = standardize(totals[b], list(totals.values()))
         elif estimator == "rloo":
@@ -100,7 +176,10 @@ def loop_estimate(rewards, values, action_mask, credit_mask, turn_ids, group_ids
         elif estimator == "turn_return":
             last = [turn_rewards[other][-1] for other in members]
             earlier = [reward for other in members for reward in turn_rewards[other][:-1]]
-            found = [*(standardize(reward, earlier) for reward in turn_rewards[b][:-1]), standardize(turn_rewards[b][-1], last)]
+            found = [
+                *(standardize(reward, earlier) for reward in turn_rewards[b][:-1]),
+                standardize(turn_rewards[b][-1], last),
+            ]
             for k, tokens in enumerate(turns[b]):
                 advantages[b, tokens] = sum(gamma**j * reward for j, reward in enumerate(found[k:]))
     covered = credit_mask if estimator == "gae" else action_mask

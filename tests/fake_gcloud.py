@@ -4,6 +4,7 @@ A folder (FAKE_GCLOUD) is the cloud: `calls.jsonl` has the words of every call; 
 are the home folders of the hosts; `buckets/B/…` is gs://B/…; `plan.json` says how many hosts a TPU has and which calls fail. A flag that the real command
 does not have (Google's reference of the gcloud CLI, general availability) is refused.
 """
+
 import json
 import os
 import pathlib
@@ -13,7 +14,17 @@ import sys
 
 CLOUD = pathlib.Path(os.environ["FAKE_GCLOUD"])
 WIDE = {"project", "quiet", "format"}  # flags of every command
-CREATE = {"zone", "accelerator-type", "spot", "async", "network", "service-account", "reserved", "internal-ips", "metadata"}
+CREATE = {
+    "zone",
+    "accelerator-type",
+    "spot",
+    "async",
+    "network",
+    "service-account",
+    "reserved",
+    "internal-ips",
+    "metadata",
+}
 FLAGS = {
     ("tpu-vm", "create"): CREATE | {"version"},
     ("tpu-vm", "describe"): {"zone"},
@@ -24,7 +35,10 @@ FLAGS = {
     ("queued-resources", "describe"): {"zone"},
     ("queued-resources", "delete"): {"zone", "force", "async"},
 }
-NEXT = {"WAITING_FOR_RESOURCES": "PROVISIONING", "PROVISIONING": "ACTIVE"}  # a request moves on whenever it is looked at
+NEXT = {
+    "WAITING_FOR_RESOURCES": "PROVISIONING",
+    "PROVISIONING": "ACTIVE",
+}  # a request moves on whenever it is looked at
 
 
 def main(words: list[str]) -> int:
@@ -35,11 +49,15 @@ def main(words: list[str]) -> int:
         return copy_storage(words[1:])
     assert words[:2] == ["compute", "tpus"], words
     kind, verb = words[2:4]
-    flags = dict(word.removeprefix("--").partition("=")[::2] for word in words[4:] if word.startswith("--"))
+    flags = dict(
+        word.removeprefix("--").partition("=")[::2] for word in words[4:] if word.startswith("--")
+    )
     names = [word for word in words[4:] if not word.startswith("--")]
     if unknown := set(flags) - FLAGS[kind, verb] - WIDE:
         return fail(f"unrecognized arguments: {unknown}", 2)
-    if failures := plan.get(f"fail {kind} {verb}"):  # messages of the next calls, None where it works
+    if failures := plan.get(
+        f"fail {kind} {verb}"
+    ):  # messages of the next calls, None where it works
         message = failures.pop(0)
         (CLOUD / "plan.json").write_text(json.dumps(plan))
         if message:
@@ -55,7 +73,11 @@ def fail(message: str, status: int = 1) -> int:
 
 
 def change(kind: str, verb: str, name: str, flags: dict[str, str]) -> int:
-    state, node, request = CLOUD / f"{name}.{kind}", CLOUD / f"{name}.tpu-vm", CLOUD / f"{name}.queued-resources"
+    state, node, request = (
+        CLOUD / f"{name}.{kind}",
+        CLOUD / f"{name}.tpu-vm",
+        CLOUD / f"{name}.queued-resources",
+    )
     if verb == "create":
         if state.exists():
             return fail(f"ALREADY_EXISTS: {name}")
@@ -80,7 +102,10 @@ def change(kind: str, verb: str, name: str, flags: dict[str, str]) -> int:
 
 
 def list_homes(name: str, worker: str, hosts: int) -> list[pathlib.Path]:
-    homes = [CLOUD / "hosts" / f"{name}-{number}" for number in (range(hosts) if worker == "all" else [int(worker)])]
+    homes = [
+        CLOUD / "hosts" / f"{name}-{number}"
+        for number in (range(hosts) if worker == "all" else [int(worker)])
+    ]
     for home in homes:
         home.mkdir(parents=True, exist_ok=True)
     return homes
@@ -94,12 +119,30 @@ def run_on_hosts(names: list[str], flags: dict[str, str], hosts: int) -> int:
         return fail(f"the TPU {name} is not ready")
     started = []
     for number, home in enumerate(list_homes(name, flags.get("worker", "0"), hosts)):
-        output = open(pathlib.Path(flags["output-directory"]) / f"{number}.log", "w") if "output-directory" in flags else None
+        output = (
+            open(pathlib.Path(flags["output-directory"]) / f"{number}.log", "w")
+            if "output-directory" in flags
+            else None
+        )
         # Processes learn of one another as under Slurm: the platform announces them.
-        announced = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": str(hosts), "SLURM_PROCID": str(number),
-                     "SLURM_LOCALID": str(number), "SLURM_STEP_NUM_NODES": "1"}
-        started.append(subprocess.Popen(["bash", "-c", flags["command"]], cwd=home, env=os.environ | announced | {"HOME": str(home)}, stdout=output,
-                                        stderr=subprocess.STDOUT if output else None, stdin=subprocess.DEVNULL))
+        announced = {
+            "SLURM_JOB_ID": str(os.getpid()),
+            "SLURM_STEP_NODELIST": "localhost",
+            "SLURM_NTASKS": str(hosts),
+            "SLURM_PROCID": str(number),
+            "SLURM_LOCALID": str(number),
+            "SLURM_STEP_NUM_NODES": "1",
+        }
+        started.append(
+            subprocess.Popen(
+                ["bash", "-c", flags["command"]],
+                cwd=home,
+                env=os.environ | announced | {"HOME": str(home)},
+                stdout=output,
+                stderr=subprocess.STDOUT if output else None,
+                stdin=subprocess.DEVNULL,
+            )
+        )
     statuses = [process.wait() for process in started]
     return next((status for status in statuses if status), 0)
 
@@ -113,7 +156,12 @@ def copy_to_hosts(names: list[str], flags: dict[str, str], hosts: int) -> int:
 
 def copy_storage(words: list[str]) -> int:
     """cp FILE FILE, and rsync --recursive FOLDER FOLDER."""
-    source, target = (CLOUD / "buckets" / word.removeprefix("gs://") if word.startswith("gs://") else pathlib.Path(word) for word in words[-2:])
+    source, target = (
+        CLOUD / "buckets" / word.removeprefix("gs://")
+        if word.startswith("gs://")
+        else pathlib.Path(word)
+        for word in words[-2:]
+    )
     if not source.exists():
         return fail(f"The following URLs matched no objects or files: {words[-2]}")
     if words[0] == "cp":

@@ -1,4 +1,5 @@
 """tf-idf as plain loops over dictionaries: the oracle of the similarities and of the information gain."""
+
 from __future__ import annotations
 
 import math
@@ -15,14 +16,20 @@ def loop_cosine(a: str, b: str, collection: Sequence[str]) -> float:
 
     def weigh(text: str) -> dict[str, float]:
         words = count(text)
-        return {w: words.count(w) * (math.log((1 + len(sets)) / (1 + sum(w in words_ for words_ in sets))) + 1) for w in words}
+        return {
+            w: words.count(w)
+            * (math.log((1 + len(sets)) / (1 + sum(w in words_ for words_ in sets))) + 1)
+            for w in words
+        }
 
     x, y = weigh(a), weigh(b)
     norms = math.sqrt(sum(v * v for v in x.values()) * sum(v * v for v in y.values()))
     return sum(v * y.get(w, 0) for w, v in x.items()) / norms if norms else 0.0
 
 
-def loop_similarity(texts: Sequence[str], gold_ids: Sequence[int], doc_ids: Sequence[int], *, tfidf_fit: str) -> np.ndarray:
+def loop_similarity(
+    texts: Sequence[str], gold_ids: Sequence[int], doc_ids: Sequence[int], *, tfidf_fit: str
+) -> np.ndarray:
     """[n, k] cosines of one question's gold documents with documents."""
     table = np.zeros((len(gold_ids), len(doc_ids)))
     for j, doc in enumerate(doc_ids):
@@ -32,7 +39,13 @@ def loop_similarity(texts: Sequence[str], gold_ids: Sequence[int], doc_ids: Sequ
     return table
 
 
-def loop_gain(texts: Sequence[str], gold_ids: Sequence[int], searches: Sequence[Sequence[int]], *, tfidf_fit: str) -> list[float]:
+def loop_gain(
+    texts: Sequence[str],
+    gold_ids: Sequence[int],
+    searches: Sequence[Sequence[int]],
+    *,
+    tfidf_fit: str,
+) -> list[float]:
     """G of every search, from the documents that each retrieved (none: the search failed)."""
     memory, gain = [0.0] * len(gold_ids), []
     for doc_ids in searches:

@@ -5,6 +5,7 @@
 
 Prints a line for each and exits 1 when one is missed. docs/losses.md lists them; tests/test_mutations.py checks that list and that every fault still applies.
 """
+
 from __future__ import annotations
 
 import pathlib
@@ -16,7 +17,10 @@ from typing import NamedTuple
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
 COPIED = ("stepsearch_jax", "configs", "tests", "docs", "pyproject.toml")
-PLACEMENT, ADVANTAGES, LOSSES, LEARNER = (f"stepsearch_jax/{name}.py" for name in ("rewards/placement", "rl/advantages", "rl/losses", "rl/learner"))
+PLACEMENT, ADVANTAGES, LOSSES, LEARNER = (
+    f"stepsearch_jax/{name}.py"
+    for name in ("rewards/placement", "rl/advantages", "rl/losses", "rl/learner")
+)
 SCORING, MASKING = "stepsearch_jax/rewards/scoring.py", "stepsearch_jax/masking.py"
 
 
@@ -29,53 +33,251 @@ class Fault(NamedTuple):
 
 
 FAULTS = (
-    Fault("a step reward one token too early", PLACEMENT, "search_end[:, :, None] == position", "search_end[:, :, None] - 1 == position", "test_placement.py"),
-    Fault("the outcome always overwrites", PLACEMENT, "jnp.where(is_last, 0, step) if outcome_overwrites else step", "jnp.where(is_last, 0, step)",
-          "test_placement.py"),
-    Fault("merging loses the step rewards", PLACEMENT, "rewards.sum(axis=1, keepdims=True)", "outcome_rewards[:, None]", "test_placement.py"),
-    Fault("a later, worse query overwrites a better one", SCORING, 'if key_match == "max":', 'if key_match != "max":', "test_scoring.py"),
-    Fault("a query that fits nothing overwrites", SCORING, "if best > 0:", "if True:", "test_scoring.py"),
-    Fault("half an answer ends a text", SCORING, 'return "<answer>" in text', 'return text or "<answer>" in text', "test_scoring.py"),
-    Fault("redundancy is rewarded", SCORING, "gain * use_gain - redundancy * use_redundancy", "gain * use_gain + redundancy * use_redundancy",
-          "test_scoring.py"),
-    Fault("the KL has its sign flipped", ADVANTAGES, "placed - kl_coef * kl if", "placed + kl_coef * kl if", "test_advantages.py"),
-    Fault("the KL is charged in the reward and in the loss", ADVANTAGES, 'kl_coef * kl if kl_placement == "reward" else placed', "kl_coef * kl",
-          "test_advantages.py"),
-    Fault("GAE steps through observations", ADVANTAGES, "jnp.where(keep, value, next_value), jnp.where(keep, advantage, next_advantage)", "value, advantage",
-          "test_advantages.py"),
-    Fault("GAE forgets lambda", ADVANTAGES, "gamma * gae_lambda * next_advantage", "gamma * next_advantage", "test_advantages.py"),
-    Fault("whitening over observations", ADVANTAGES, "whiten(advantages, covered)", "whiten(advantages, turn_ids >= 0)", "test_advantages.py"),
-    Fault("wide GAE reaches into the prompt", ADVANTAGES, "token_mask & (turn_ids >= 0) if over", "token_mask if over", "test_advantages.py"),
-    Fault("turn GAE trains every value", ADVANTAGES, "action_mask, starts), returns, starts", "action_mask, starts), returns, action_mask",
-          "test_advantages.py"),
-    Fault("a turn's reward is its first token's", ADVANTAGES, "total = following + value", "total = value", "test_advantages.py"),
-    Fault("an absent episode counts in its group", ADVANTAGES, "action_mask.any(axis=1, keepdims=True)",
-          "jnp.ones_like(action_mask.any(axis=1, keepdims=True))", "test_advantages.py"),
-    Fault("the leave-one-out mean holds the episode itself", ADVANTAGES, " & ~jnp.eye(len(group_ids), dtype=bool)", "", "test_advantages.py"),
-    Fault("outcomes and step rewards are standardised together", ADVANTAGES, "(starts & is_last, starts & ~is_last)", "(starts,)", "test_advantages.py"),
-    Fault("groups are told apart by neighbourhood", MASKING, "same = group_ids[:, None] == group_ids",
-          "same = jnp.cumsum(jnp.diff(group_ids, prepend=0) != 0)[:, None] == jnp.cumsum(jnp.diff(group_ids, prepend=0) != 0)", "test_masking.py"),
-    Fault("an empty mask divides by zero", MASKING, "/ jnp.maximum(mask.sum(axis), 1)", "/ mask.sum(axis)", "test_masking.py"),
-    Fault("the policy loss has its sign flipped", LOSSES, "loss = -mean(jnp.minimum", "loss = mean(jnp.minimum", "test_losses.py"),
-    Fault("the clip bounds are swapped", LOSSES, "clip(ratio, 1 - clip_low, 1 + clip_high)", "clip(ratio, 1 - clip_high, 1 + clip_low)", "test_losses.py"),
-    Fault("the larger of the clipped terms", LOSSES, "jnp.minimum(unclipped, clipped)", "jnp.maximum(unclipped, clipped)", "test_losses.py"),
-    Fault("a cut ratio loses its gradient", LOSSES, "ratio = ratio * jax.lax.stop_gradient(jnp.minimum(1, max_ratio / ratio))",
-          "ratio = jnp.minimum(ratio, max_ratio)", "test_losses.py"),
-    Fault("the policy loss drops its mask", LOSSES, "aggregate, mask=action_mask", "aggregate, mask=jnp.ones_like(action_mask)", "test_losses.py"),
-    Fault("the value loss takes the smaller error", LOSSES, "jnp.maximum(unclipped, clipped)", "jnp.minimum(unclipped, clipped)", "test_losses.py"),
-    Fault("returns carry a gradient", LOSSES, "old_values, returns = jax.lax.stop_gradient((old_values, returns))\n", "\n", "test_losses.py"),
-    Fault("entropy is punished", LOSSES, "policy - entropy_coef * bonus", "policy + entropy_coef * bonus", "test_losses.py"),
-    Fault("the KL loss turns the divergence round", LOSSES, "kl_penalty(logprobs, ref_logprobs", "kl_penalty(ref_logprobs, logprobs", "test_losses.py"),
-    Fault("sequence means are sums", LOSSES, "masked_mean(x, mask, axis=1).sum()", "masked_sum(x, mask)", "test_losses.py"),
-    Fault("a micro-batch is divided by its own count", LEARNER, "part, normalizers[name], kl_coef",
-          "part, loss_normalizer({'policy': part.action_mask, 'value': part.value_mask}[name], aggregation=aggregation), kl_coef",
-          "test_learner.py -k same_update"),
-    Fault("one finite gradient is enough for a step", LEARNER, ".values()))).all()", ".values()))).any()", "test_learner.py -k not_finite"),
-    Fault("the learner cuts no ratio", LEARNER, "max_ratio=settings.max_ratio", "max_ratio=jnp.inf", "test_learner.py"),
-    Fault("the sampler's log-probabilities are not used", LEARNER, "old[0] if by_learner else trajectory.sampler_logprobs",
-          "old[0] if by_learner else ref_logprobs", "test_learner.py"),
-    Fault("groups are not passed on", LEARNER, "trajectory.turn_ids, trajectory.group_ids", "trajectory.turn_ids, jnp.arange(len(mask))",
-          "test_learner.py -k batch_of_a_rollout"),
+    Fault(
+        "a step reward one token too early",
+        PLACEMENT,
+        "search_end[:, :, None] == position",
+        "search_end[:, :, None] - 1 == position",
+        "test_placement.py",
+    ),
+    Fault(
+        "the outcome always overwrites",
+        PLACEMENT,
+        "jnp.where(is_last, 0, step) if outcome_overwrites else step",
+        "jnp.where(is_last, 0, step)",
+        "test_placement.py",
+    ),
+    Fault(
+        "merging loses the step rewards",
+        PLACEMENT,
+        "rewards.sum(axis=1, keepdims=True)",
+        "outcome_rewards[:, None]",
+        "test_placement.py",
+    ),
+    Fault(
+        "a later, worse query overwrites a better one",
+        SCORING,
+        'if key_match == "max":',
+        'if key_match != "max":',
+        "test_scoring.py",
+    ),
+    Fault(
+        "a query that fits nothing overwrites",
+        SCORING,
+        "if best > 0:",
+        "if True:",
+        "test_scoring.py",
+    ),
+    Fault(
+        "half an answer ends a text",
+        SCORING,
+        'return "<answer>" in text',
+        'return text or "<answer>" in text',
+        "test_scoring.py",
+    ),
+    Fault(
+        "redundancy is rewarded",
+        SCORING,
+        "gain * use_gain - redundancy * use_redundancy",
+        "gain * use_gain + redundancy * use_redundancy",
+        "test_scoring.py",
+    ),
+    Fault(
+        "the KL has its sign flipped",
+        ADVANTAGES,
+        "placed - kl_coef * kl if",
+        "placed + kl_coef * kl if",
+        "test_advantages.py",
+    ),
+    Fault(
+        "the KL is charged in the reward and in the loss",
+        ADVANTAGES,
+        'kl_coef * kl if kl_placement == "reward" else placed',
+        "kl_coef * kl",
+        "test_advantages.py",
+    ),
+    Fault(
+        "GAE steps through observations",
+        ADVANTAGES,
+        "jnp.where(keep, value, next_value), jnp.where(keep, advantage, next_advantage)",
+        "value, advantage",
+        "test_advantages.py",
+    ),
+    Fault(
+        "GAE forgets lambda",
+        ADVANTAGES,
+        "gamma * gae_lambda * next_advantage",
+        "gamma * next_advantage",
+        "test_advantages.py",
+    ),
+    Fault(
+        "whitening over observations",
+        ADVANTAGES,
+        "whiten(advantages, covered)",
+        "whiten(advantages, turn_ids >= 0)",
+        "test_advantages.py",
+    ),
+    Fault(
+        "wide GAE reaches into the prompt",
+        ADVANTAGES,
+        "token_mask & (turn_ids >= 0) if over",
+        "token_mask if over",
+        "test_advantages.py",
+    ),
+    Fault(
+        "turn GAE trains every value",
+        ADVANTAGES,
+        "action_mask, starts), returns, starts",
+        "action_mask, starts), returns, action_mask",
+        "test_advantages.py",
+    ),
+    Fault(
+        "a turn's reward is its first token's",
+        ADVANTAGES,
+        "total = following + value",
+        "total = value",
+        "test_advantages.py",
+    ),
+    Fault(
+        "an absent episode counts in its group",
+        ADVANTAGES,
+        "action_mask.any(axis=1, keepdims=True)",
+        "jnp.ones_like(action_mask.any(axis=1, keepdims=True))",
+        "test_advantages.py",
+    ),
+    Fault(
+        "the leave-one-out mean holds the episode itself",
+        ADVANTAGES,
+        " & ~jnp.eye(len(group_ids), dtype=bool)",
+        "",
+        "test_advantages.py",
+    ),
+    Fault(
+        "outcomes and step rewards are standardised together",
+        ADVANTAGES,
+        "(starts & is_last, starts & ~is_last)",
+        "(starts,)",
+        "test_advantages.py",
+    ),
+    Fault(
+        "groups are told apart by neighbourhood",
+        MASKING,
+        "same = group_ids[:, None] == group_ids",
+        "same = jnp.cumsum(jnp.diff(group_ids, prepend=0) != 0)[:, None] == jnp.cumsum(jnp.diff(group_ids, prepend=0) != 0)",
+        "test_masking.py",
+    ),
+    Fault(
+        "an empty mask divides by zero",
+        MASKING,
+        "/ jnp.maximum(mask.sum(axis), 1)",
+        "/ mask.sum(axis)",
+        "test_masking.py",
+    ),
+    Fault(
+        "the policy loss has its sign flipped",
+        LOSSES,
+        "loss = -mean(jnp.minimum",
+        "loss = mean(jnp.minimum",
+        "test_losses.py",
+    ),
+    Fault(
+        "the clip bounds are swapped",
+        LOSSES,
+        "clip(ratio, 1 - clip_low, 1 + clip_high)",
+        "clip(ratio, 1 - clip_high, 1 + clip_low)",
+        "test_losses.py",
+    ),
+    Fault(
+        "the larger of the clipped terms",
+        LOSSES,
+        "jnp.minimum(unclipped, clipped)",
+        "jnp.maximum(unclipped, clipped)",
+        "test_losses.py",
+    ),
+    Fault(
+        "a cut ratio loses its gradient",
+        LOSSES,
+        "ratio = ratio * jax.lax.stop_gradient(jnp.minimum(1, max_ratio / ratio))",
+        "ratio = jnp.minimum(ratio, max_ratio)",
+        "test_losses.py",
+    ),
+    Fault(
+        "the policy loss drops its mask",
+        LOSSES,
+        "aggregate, mask=action_mask",
+        "aggregate, mask=jnp.ones_like(action_mask)",
+        "test_losses.py",
+    ),
+    Fault(
+        "the value loss takes the smaller error",
+        LOSSES,
+        "jnp.maximum(unclipped, clipped)",
+        "jnp.minimum(unclipped, clipped)",
+        "test_losses.py",
+    ),
+    Fault(
+        "returns carry a gradient",
+        LOSSES,
+        "old_values, returns = jax.lax.stop_gradient((old_values, returns))\n",
+        "\n",
+        "test_losses.py",
+    ),
+    Fault(
+        "entropy is punished",
+        LOSSES,
+        "policy - entropy_coef * bonus",
+        "policy + entropy_coef * bonus",
+        "test_losses.py",
+    ),
+    Fault(
+        "the KL loss turns the divergence round",
+        LOSSES,
+        "kl_penalty(logprobs, ref_logprobs",
+        "kl_penalty(ref_logprobs, logprobs",
+        "test_losses.py",
+    ),
+    Fault(
+        "sequence means are sums",
+        LOSSES,
+        "masked_mean(x, mask, axis=1).sum()",
+        "masked_sum(x, mask)",
+        "test_losses.py",
+    ),
+    Fault(
+        "a micro-batch is divided by its own count",
+        LEARNER,
+        "part, normalizers[name], kl_coef",
+        "part, loss_normalizer({'policy': part.action_mask, 'value': part.value_mask}[name], aggregation=aggregation), kl_coef",
+        "test_learner.py -k same_update",
+    ),
+    Fault(
+        "one finite gradient is enough for a step",
+        LEARNER,
+        ".values()))).all()",
+        ".values()))).any()",
+        "test_learner.py -k not_finite",
+    ),
+    Fault(
+        "the learner cuts no ratio",
+        LEARNER,
+        "max_ratio=settings.max_ratio",
+        "max_ratio=jnp.inf",
+        "test_learner.py",
+    ),
+    Fault(
+        "the sampler's log-probabilities are not used",
+        LEARNER,
+        "old[0] if by_learner else trajectory.sampler_logprobs",
+        "old[0] if by_learner else ref_logprobs",
+        "test_learner.py",
+    ),
+    Fault(
+        "groups are not passed on",
+        LEARNER,
+        "trajectory.turn_ids, trajectory.group_ids",
+        "trajectory.turn_ids, jnp.arange(len(mask))",
+        "test_learner.py -k batch_of_a_rollout",
+    ),
 )
 
 
@@ -83,15 +285,29 @@ def apply(fault: Fault, root: pathlib.Path) -> None:
     """Raises ValueError when the fault's text does not stand in its file exactly once."""
     source = (root / fault.file).read_text()
     if source.count(fault.old) != 1:
-        raise ValueError(f"{fault.name!r}: {fault.old!r} stands {source.count(fault.old)} times in {fault.file}; mend tests/mutations.py")
+        raise ValueError(
+            f"{fault.name!r}: {fault.old!r} stands {source.count(fault.old)} times in {fault.file}; mend tests/mutations.py"
+        )
     (root / fault.file).write_text(source.replace(fault.old, fault.new))
 
 
 def run_tests(root: pathlib.Path, tests: str) -> int:
     """pytest's exit code: 0 all passed, 1 some failed, more: they did not run."""
     file, *options = tests.split()
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/{file}", *options]
-    return subprocess.run(command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        f"tests/{file}",
+        *options,
+    ]
+    return subprocess.run(
+        command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ).returncode
 
 
 def check(tests: str, fault: Fault | None) -> int:
@@ -117,7 +333,10 @@ def main(words: list[str]) -> int:
     for fault in chosen:
         caught = check(fault.tests, fault) == 1
         missed += not caught
-        print(f"{'caught' if caught else 'MISSED'}  {fault.name}  ({fault.file}, {fault.tests})", flush=True)
+        print(
+            f"{'caught' if caught else 'MISSED'}  {fault.name}  ({fault.file}, {fault.tests})",
+            flush=True,
+        )
     print(f"{len(chosen) - missed} of {len(chosen)} faults caught")
     return int(missed > 0 or not chosen)
 

@@ -1,4 +1,5 @@
 """A made-up cloud for the tests of the pod scripts: a repository whose scripts speak to a fake gcloud, and hosts that are folders of this machine."""
+
 import json
 import os
 import pathlib
@@ -39,28 +40,58 @@ class Cloud:
     """A repository in a folder whose name has a space, and a cloud to which its scripts speak."""
 
     def __init__(self, folder: pathlib.Path, hosts: int = 2):
-        self.root, self.folder, self.attempts, self.log = folder / "a clone", folder / "cloud", folder / "attempts", folder / "python.log"
+        self.root, self.folder, self.attempts, self.log = (
+            folder / "a clone",
+            folder / "cloud",
+            folder / "attempts",
+            folder / "python.log",
+        )
         for path in (self.root, self.folder, self.attempts, folder / "bin"):
             path.mkdir()
-        shutil.copytree(REPO / "launch", self.root / "launch", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            REPO / "launch", self.root / "launch", ignore=shutil.ignore_patterns("__pycache__")
+        )
         for name in ("requirements.txt", "requirements-tpu.txt"):
             (self.root / name).write_text("numpy\n")
         (self.root / "a file").write_text("kept\n")
         (self.root / ".gitignore").write_text("runs/\n")
-        git = ["git", "-c", "user.name=test", "-c", "user.email=test@localhost", "-C", str(self.root)]
+        git = [
+            "git",
+            "-c",
+            "user.name=test",
+            "-c",
+            "user.email=test@localhost",
+            "-C",
+            str(self.root),
+        ]
         for words in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", "all"]):
             subprocess.run([*git, *words], check=True)
         self.plan(hosts=hosts)
         gcloud = folder / "bin/gcloud"
-        gcloud.write_text(f"#!/bin/sh\nexec '{sys.executable}' -S '{REPO}/tests/fake_gcloud.py' \"$@\"\n")
+        gcloud.write_text(
+            f"#!/bin/sh\nexec '{sys.executable}' -S '{REPO}/tests/fake_gcloud.py' \"$@\"\n"
+        )
         python = folder / "python of the hosts"
         (folder / "train.py").write_text(FAKE_TRAIN.format(attempts=str(self.attempts)))
-        python.write_text(FAKE_PYTHON.format(python=f"'{sys.executable}'", log=f"'{self.log}'", train=f"'{folder / 'train.py'}'"))
+        python.write_text(
+            FAKE_PYTHON.format(
+                python=f"'{sys.executable}'", log=f"'{self.log}'", train=f"'{folder / 'train.py'}'"
+            )
+        )
         for file in (gcloud, python):
             file.chmod(0o755)
-        inherited = {name: value for name, value in os.environ.items() if name not in {*TPU, "CAPACITY", "DRY_RUN", "PYTHON", "CREATE_FLAGS"}}
-        self.environment = inherited | {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "FAKE_GCLOUD": str(self.folder), "PYTHON": str(python),
-                                        "POLL_S": "0.01", "RETRY_S": "0.01"}
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in {*TPU, "CAPACITY", "DRY_RUN", "PYTHON", "CREATE_FLAGS"}
+        }
+        self.environment = inherited | {
+            "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
+            "FAKE_GCLOUD": str(self.folder),
+            "PYTHON": str(python),
+            "POLL_S": "0.01",
+            "RETRY_S": "0.01",
+        }
 
     def plan(self, **values) -> None:
         (self.folder / "plan.json").write_text(json.dumps(values))
@@ -72,8 +103,16 @@ class Cloud:
         (self.attempts / "plan.json").write_text(json.dumps(steps))
 
     def start(self, script: str, *arguments: str, **environment: str) -> subprocess.Popen:
-        return subprocess.Popen(["bash", str(self.root / script), *arguments], cwd="/", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE, text=True, env=self.environment | environment, start_new_session=True)
+        return subprocess.Popen(
+            ["bash", str(self.root / script), *arguments],
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=self.environment | environment,
+            start_new_session=True,
+        )
 
     def run(self, script: str, *arguments: str, **environment: str) -> tuple[int, str, str]:
         """Runs a script from another folder, without input -> (exit status, stdout, stderr)."""
@@ -84,7 +123,9 @@ class Cloud:
     def take_calls(self) -> list[list[str]]:
         """The words of gcloud's calls since the last time, without "compute tpus"."""
         path = self.folder / "calls.jsonl"
-        calls = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        calls = (
+            [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        )
         path.unlink(missing_ok=True)
         return [words[2:] if words[:2] == ["compute", "tpus"] else words for words in calls]
 
@@ -97,7 +138,9 @@ class Cloud:
 
     def started(self, host: int = 0) -> list[list[str]]:
         """Arguments of the trainings that were started on a host, in order."""
-        files = sorted(self.attempts.glob(f"{host}-*"), key=lambda path: int(path.name.split("-")[1]))
+        files = sorted(
+            self.attempts.glob(f"{host}-*"), key=lambda path: int(path.name.split("-")[1])
+        )
         return [json.loads(file.read_text()) for file in files]
 
 

@@ -1,4 +1,5 @@
 """Runs of the commands for tests: in processes of their own, with a made-up policy that searches, on a data set that all tests share."""
+
 from __future__ import annotations
 
 import os
@@ -38,7 +39,9 @@ def searching_start(tmp_path_factory) -> pathlib.Path:
     """A start/ folder with a random policy of the tiny model that prefers the search tags, so that there is about one search an episode."""
     folder = tmp_path_factory.getbasetemp() / "searching_start"
     if not folder.is_dir():
-        system = build_system(here(tiny_config.get_config(str(shared_cache(tmp_path_factory)))), ["train"])
+        system = build_system(
+            here(tiny_config.get_config(str(shared_cache(tmp_path_factory)))), ["train"]
+        )
         checkpoint.save_params(folder, make_searching_params(system, seed=26))
     return folder
 
@@ -49,12 +52,22 @@ def make_searching_params(system: System, seed: int):
     def draw(path, leaf):
         if path[-1].key == "scale":
             return jnp.ones(leaf.shape)
-        drawn = rng.normal(scale=scale, size=leaf.shape[::-1]).T if path[-1].key == "lm_head" else rng.normal(scale=scale, size=leaf.shape)
+        drawn = (
+            rng.normal(scale=scale, size=leaf.shape[::-1]).T
+            if path[-1].key == "lm_head"
+            else rng.normal(scale=scale, size=leaf.shape)
+        )
         return jnp.asarray(drawn, leaf.dtype)
 
-    boxed = jax.eval_shape(lambda: Policy(system.learner_model).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32), method=Policy.init_all))
+    boxed = jax.eval_shape(
+        lambda: Policy(system.learner_model).init(
+            jax.random.key(0), jnp.zeros((1, 2), jnp.int32), method=Policy.init_all
+        )
+    )
     params = jax.tree_util.tree_map_with_path(draw, nn.unbox(boxed))
-    params["params"]["trunk"]["embedding"] *= 4.0  # tokens matter more than their neighbours: greedy decoding does not repeat itself
+    params["params"]["trunk"]["embedding"] *= (
+        4.0  # tokens matter more than their neighbours: greedy decoding does not repeat itself
+    )
     tags = jnp.array([system.tokenizer.encode(tag)[0] for tag in ("<search>", "</search>")])
     params["params"]["lm_head"] = params["params"]["lm_head"].at[:, tags].multiply(8.0)
     return params
@@ -66,16 +79,37 @@ def start(command: list, *, devices: int = 1, log: pathlib.Path) -> subprocess.P
     Programs are compiled fast rather than well, and kept beside the folders of the tests.
     """
     flags = f"{COMPILE_FAST} --xla_force_host_platform_device_count={devices}"
-    programs = {"JAX_COMPILATION_CACHE_DIR": str(log.parents[1] / "programs"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    environment = os.environ | programs | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": f"{REPO}:{REPO / 'tests'}"}
+    programs = {
+        "JAX_COMPILATION_CACHE_DIR": str(log.parents[1] / "programs"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    environment = (
+        os.environ
+        | programs
+        | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": f"{REPO}:{REPO / 'tests'}"}
+    )
     environment.pop("NPROC", None)  # this process's own setting, by tests/conftest.py
     with log.open("w") as file:
-        return subprocess.Popen([sys.executable, *map(str, command)], cwd=REPO, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        return subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            cwd=REPO,
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
 
 
-def start_command(module: str, cache: pathlib.Path, workdir: pathlib.Path, *options: str, devices: int = 1) -> subprocess.Popen:
+def start_command(
+    module: str, cache: pathlib.Path, workdir: pathlib.Path, *options: str, devices: int = 1
+) -> subprocess.Popen:
     """Starts a command on the tiny config, its output in WORKDIR.log."""
-    command = ["-m", f"stepsearch_jax.{module}", f"--config=tests/tiny_config.py:{cache}", f"--workdir={workdir}", *options]
+    command = [
+        "-m",
+        f"stepsearch_jax.{module}",
+        f"--config=tests/tiny_config.py:{cache}",
+        f"--workdir={workdir}",
+        *options,
+    ]
     return start(command, devices=devices, log=workdir.with_suffix(".log"))
 
 
@@ -100,8 +134,14 @@ def read_tree(folder: pathlib.Path) -> dict[str, np.ndarray]:
     """Every leaf of a saved tree by its path, whatever devices it was saved from."""
     with ocp.PyTreeCheckpointer() as checkpointer:
         saved = checkpointer.metadata(folder.resolve()).item_metadata.tree
-        tree = checkpointer.restore(folder.resolve(), restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved))
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        tree = checkpointer.restore(
+            folder.resolve(),
+            restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved),
+        )
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def final_state(workdir: pathlib.Path, iteration: int) -> dict[str, np.ndarray]:

@@ -1,4 +1,5 @@
 """Golden checkpoints and how tests read them. `tests/golden/make_huggingface.py` records them."""
+
 import pathlib
 
 import flax.linen as nn
@@ -15,21 +16,32 @@ from stepsearch_jax.models.weights import load_policy
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "huggingface"
 CASES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
-STORED = {"qwen2": "float32", "qwen2_yarn": "float16"}  # type of the golden weights; bfloat16 otherwise
+STORED = {
+    "qwen2": "float32",
+    "qwen2_yarn": "float16",
+}  # type of the golden weights; bfloat16 otherwise
 ONE = (1, 1, 1)  # data, fsdp, tensor
 EXPORT = dict(shard_bytes=1 << 30, context=64, end_ids=[0], pad_id=0, tokenizer_files={})
 
 
 def configure(stored, vocab_size: int = 46):
-    return stored.model_config(vocab_size=vocab_size, dtype=jnp.float32, remat="none", attention_block=4)
+    return stored.model_config(
+        vocab_size=vocab_size, dtype=jnp.float32, remat="none", attention_block=4
+    )
 
 
 def make_like(config, mesh_shape=ONE):
     """Shapes and shardings of a policy's parameters, under the rules of the learner."""
     mesh = sharding.make_mesh(*mesh_shape, devices=jax.devices()[: int(np.prod(mesh_shape))])
     boxes = tiny.make_boxes(Policy(config))
-    places = sharding.shardings(mesh, sharding.partition_specs(boxes, dict(base.get_config().mesh.train_rules)))
-    return jax.tree.map(lambda box, place: jax.ShapeDtypeStruct(box.shape, box.dtype, sharding=place), nn.unbox(boxes), places)
+    places = sharding.shardings(
+        mesh, sharding.partition_specs(boxes, dict(base.get_config().mesh.train_rules))
+    )
+    return jax.tree.map(
+        lambda box, place: jax.ShapeDtypeStruct(box.shape, box.dtype, sharding=place),
+        nn.unbox(boxes),
+        places,
+    )
 
 
 def load(path: pathlib.Path, mesh_shape=ONE):

@@ -1,4 +1,5 @@
 """A small sweep for tests: a config, a sweep file, and a training command that trains nothing."""
+
 from __future__ import annotations
 
 import contextlib
@@ -82,7 +83,10 @@ class Bench:
         self.plan = {}
         with contextlib.suppress(ValueError):
             points = list_points(load_sweeps([self.sweep], self.config, ()))
-            self.plan = {point.name: dict(config=point.config, f1=0.1 * n) for n, point in enumerate(points, start=1)}
+            self.plan = {
+                point.name: dict(config=point.config, f1=0.1 * n)
+                for n, point in enumerate(points, start=1)
+            }
         self.change_plan(**changes)
 
     def change_plan(self, **changes) -> None:
@@ -91,7 +95,12 @@ class Bench:
         self.write("plan.json", json.dumps(self.plan))
 
     def arguments(self, *more: str) -> list[str]:
-        return [f"--sweep={self.sweep}", f"--config={self.config}", f"--workdir={self.workdir}", *more]
+        return [
+            f"--sweep={self.sweep}",
+            f"--config={self.config}",
+            f"--workdir={self.workdir}",
+            *more,
+        ]
 
     def run(self, *more: str) -> tuple[int, str, str]:
         """-> (exit status, stdout, stderr) of the sweep."""

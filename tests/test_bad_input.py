@@ -1,4 +1,5 @@
 """Whatever is wrong with config, files or flags is said in one clear line, before anything is compiled."""
+
 import importlib
 import json
 import pathlib
@@ -15,8 +16,17 @@ from stepsearch_jax.run.system import build_system
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 PARAGRAPH = {"idx": 0, "title": "Ann", "paragraph_text": "Ann is from Rome."}
-ROW = {"id": "2hop__1_2", "question": "Where is Ann from?", "answer": "Rome", "answer_aliases": [], "answerable": True, "paragraphs": [PARAGRAPH],
-       "question_decomposition": [{"id": 1, "question": "Where is Ann from?", "answer": "Rome", "paragraph_support_idx": 0}]}
+ROW = {
+    "id": "2hop__1_2",
+    "question": "Where is Ann from?",
+    "answer": "Rome",
+    "answer_aliases": [],
+    "answerable": True,
+    "paragraphs": [PARAGRAPH],
+    "question_decomposition": [
+        {"id": 1, "question": "Where is Ann from?", "answer": "Rome", "paragraph_support_idx": 0}
+    ],
+}
 
 
 @pytest.fixture
@@ -41,10 +51,14 @@ def test_compilations_are_noticed(compilations):
 
 def write_lines(path: pathlib.Path, rows: list) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    )
 
 
-def write_musique(folder: pathlib.Path, train: list, corpus: list | None = None) -> dict[str, object]:
+def write_musique(
+    folder: pathlib.Path, train: list, corpus: list | None = None
+) -> dict[str, object]:
     """Files of MuSiQue -> the keys that name them."""
     write_lines(folder / "train.jsonl", train)
     write_lines(folder / "validation.jsonl", [ROW])
@@ -55,50 +69,166 @@ def write_musique(folder: pathlib.Path, train: list, corpus: list | None = None)
 
 def write_tokenizer(folder: pathlib.Path, without: int | None) -> dict[str, object]:
     """A byte-level tokenizer of single bytes, one of them missing -> the key that names it."""
-    alphabet = {byte: chr(byte) if 0x21 <= byte < 0x7F else chr(256 + n) for n, byte in enumerate([*range(0x21), *range(0x21, 0x7F)])}
-    vocabulary = {alphabet[byte]: n for n, byte in enumerate(NEEDED_BYTES) if byte != without} | {"<|endoftext|>": 200}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    end = {"id": 200, "content": "<|endoftext|>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    alphabet = {
+        byte: chr(byte) if 0x21 <= byte < 0x7F else chr(256 + n)
+        for n, byte in enumerate([*range(0x21), *range(0x21, 0x7F)])
+    }
+    vocabulary = {alphabet[byte]: n for n, byte in enumerate(NEEDED_BYTES) if byte != without} | {
+        "<|endoftext|>": 200
+    }
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": False,
+    }
+    end = {
+        "id": 200,
+        "content": "<|endoftext|>",
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
     folder.mkdir(parents=True)
-    (folder / "tokenizer.json").write_text(json.dumps({
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [end], "normalizer": None, "pre_tokenizer": byte_level,
-        "post_processor": None, "decoder": byte_level, "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                                                                 "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-                                                                 "vocab": vocabulary, "merges": []}}))
+    (folder / "tokenizer.json").write_text(
+        json.dumps(
+            {
+                "version": "1.0",
+                "truncation": None,
+                "padding": None,
+                "added_tokens": [end],
+                "normalizer": None,
+                "pre_tokenizer": byte_level,
+                "post_processor": None,
+                "decoder": byte_level,
+                "model": {
+                    "type": "BPE",
+                    "dropout": None,
+                    "unk_token": None,
+                    "continuing_subword_prefix": None,
+                    "end_of_word_suffix": None,
+                    "fuse_unk": False,
+                    "byte_fallback": False,
+                    "vocab": vocabulary,
+                    "merges": [],
+                },
+            }
+        )
+    )
     return {"prompt.tokenizer": str(folder)}
 
 
 # What is wrong: name -> (the keys to set, from a folder for files; what the message must say).
 CASES = {
-    "malformed row": (lambda f: write_musique(f, [ROW, {**ROW, "answer": 7}]), r"train\.jsonl, line 2: field 'answer' should be str, not int"),
-    "not JSON": (lambda f: write_musique(f, [ROW, ROW, '{"id": ']), r"train\.jsonl, line 3: not JSON"),
+    "malformed row": (
+        lambda f: write_musique(f, [ROW, {**ROW, "answer": 7}]),
+        r"train\.jsonl, line 2: field 'answer' should be str, not int",
+    ),
+    "not JSON": (
+        lambda f: write_musique(f, [ROW, ROW, '{"id": ']),
+        r"train\.jsonl, line 3: not JSON",
+    ),
     "empty corpus": (lambda f: write_musique(f, [ROW], []), r"corpus\.jsonl: the file is empty"),
-    "missing path": (lambda f: {"data.kind": "musique", "data.path": str(f / "nothing")}, "no train, validation or test file .* in .*nothing: set data.path"),
-    "no path": (lambda f: {"data.kind": "musique", "data.path": ""}, "data.path is empty: set it to the folder of MuSiQue"),
+    "missing path": (
+        lambda f: {"data.kind": "musique", "data.path": str(f / "nothing")},
+        "no train, validation or test file .* in .*nothing: set data.path",
+    ),
+    "no path": (
+        lambda f: {"data.kind": "musique", "data.path": ""},
+        "data.path is empty: set it to the folder of MuSiQue",
+    ),
     "empty cache": (lambda f: {"data.cache_dir": ""}, "config.data.cache_dir is empty"),
-    "a file for a cache": (lambda f: write_lines(f / "file", []) or {"data.cache_dir": str(f / "file")}, "cache_dir=.*file cannot be made a folder"),
-    "missing byte": (lambda f: write_tokenizer(f / "bytes", without=ord("<")), r"tokenizer\.json: tokenizer lacks byte 0x3c \('<'\)"),
-    "missing tokenizer": (lambda f: {"prompt.tokenizer": str(f / "nothing")}, "tokenizer folder .*nothing does not exist"),
-    "long prompt": (lambda f: {"prompt.max_prompt_tokens": 12}, r"prompt of question train-\d+ has \d+ tokens, more than config.prompt.max_prompt_tokens=12"),
-    "mesh and devices": (lambda f: {"mesh.data": 3}, "mesh data x fsdp x tensor = 3 x 1 x 2 does not use the 8 devices here"),
-    "kv heads": (lambda f: {"mesh.data": 2, "mesh.tensor": 4}, "2 x 1 x 4 would split a kv head.*num_kv_heads=2: set config.mesh to one that works here: "),
-    "slices": (lambda f: {"mesh.slices": 2}, "config.mesh.slices is 2, but the 8 devices here belong to 1 slices"),
-    "no such mesh axis": (lambda f: {"mesh.train_rules.ffn": "model"}, "config.mesh.train_rules.ffn is 'model'; it must be data or fsdp or tensor or None"),
-    "rollout cut otherwise": (lambda f: {"mesh.rollout_rules.embed": "fsdp"}, "config.mesh.rollout_rules.embed is 'fsdp'; it must be None"),
-    "uneven cut": (lambda f: {"mesh.data": 1, "mesh.fsdp": 4, "model.embed_dim": 30}, "mesh.fsdp=4 does not divide the model.s embed axis of 30"),
-    "mesh and batch": (lambda f: {"rollout.questions": 10}, r"10 episodes .* cannot be cut into 4 mesh shards"),
+    "a file for a cache": (
+        lambda f: write_lines(f / "file", []) or {"data.cache_dir": str(f / "file")},
+        "cache_dir=.*file cannot be made a folder",
+    ),
+    "missing byte": (
+        lambda f: write_tokenizer(f / "bytes", without=ord("<")),
+        r"tokenizer\.json: tokenizer lacks byte 0x3c \('<'\)",
+    ),
+    "missing tokenizer": (
+        lambda f: {"prompt.tokenizer": str(f / "nothing")},
+        "tokenizer folder .*nothing does not exist",
+    ),
+    "long prompt": (
+        lambda f: {"prompt.max_prompt_tokens": 12},
+        r"prompt of question train-\d+ has \d+ tokens, more than config.prompt.max_prompt_tokens=12",
+    ),
+    "mesh and devices": (
+        lambda f: {"mesh.data": 3},
+        "mesh data x fsdp x tensor = 3 x 1 x 2 does not use the 8 devices here",
+    ),
+    "kv heads": (
+        lambda f: {"mesh.data": 2, "mesh.tensor": 4},
+        "2 x 1 x 4 would split a kv head.*num_kv_heads=2: set config.mesh to one that works here: ",
+    ),
+    "slices": (
+        lambda f: {"mesh.slices": 2},
+        "config.mesh.slices is 2, but the 8 devices here belong to 1 slices",
+    ),
+    "no such mesh axis": (
+        lambda f: {"mesh.train_rules.ffn": "model"},
+        "config.mesh.train_rules.ffn is 'model'; it must be data or fsdp or tensor or None",
+    ),
+    "rollout cut otherwise": (
+        lambda f: {"mesh.rollout_rules.embed": "fsdp"},
+        "config.mesh.rollout_rules.embed is 'fsdp'; it must be None",
+    ),
+    "uneven cut": (
+        lambda f: {"mesh.data": 1, "mesh.fsdp": 4, "model.embed_dim": 30},
+        "mesh.fsdp=4 does not divide the model.s embed axis of 30",
+    ),
+    "mesh and batch": (
+        lambda f: {"rollout.questions": 10},
+        r"10 episodes .* cannot be cut into 4 mesh shards",
+    ),
     "micro-batch": (lambda f: {"rl.micro_rows": 3}, "rl.micro_rows=3 must be a multiple"),
-    "slots and mesh": (lambda f: {"rollout.slots": 6}, r"rollout.slots=6 must be 0 \(all\), or a multiple of the 4 mesh shards"),
-    "too many slots": (lambda f: {"rollout.slots": 400}, "rollout.slots=400 must be .* up to the [0-9]+ episodes of an iteration"),
-    "imitation rows": (lambda f: {"imitation.phases": ((10, 6, False, 0.0, 0.02),)}, "6 rows .* cannot be cut into 4 mesh shards"),
+    "slots and mesh": (
+        lambda f: {"rollout.slots": 6},
+        r"rollout.slots=6 must be 0 \(all\), or a multiple of the 4 mesh shards",
+    ),
+    "too many slots": (
+        lambda f: {"rollout.slots": 400},
+        "rollout.slots=400 must be .* up to the [0-9]+ episodes of an iteration",
+    ),
+    "imitation rows": (
+        lambda f: {"imitation.phases": ((10, 6, False, 0.0, 0.02),)},
+        "6 rows .* cannot be cut into 4 mesh shards",
+    ),
     "short context": (lambda f: {"rollout.context": 100}, "rollout.context=100 has no room"),
-    "small observation": (lambda f: {"search.max_observation_tokens": 5}, "more than max_observation_tokens=5"),
-    "endless saturation": (lambda f: {"search.bm25_k1": float("inf")}, "BM25's k1 is inf, and must be finite and not negative"),
-    "unknown split": (lambda f: {"evaluation.split": "exam"}, "no split 'exam', only train, validation, test"),
-    "unknown training split": (lambda f: {"data.train_split": "exam"}, "data.train_split is 'exam'"),
-    "unknown template": (lambda f: {"prompt.template": "long"}, "prompt template 'long' does not exist"),
-    "too few entities": (lambda f: {"data.atlas.entities": 10}, "a world needs at least 60 entities, not 10"),
-    **{key: (lambda f, key=key: {key: "no such word"}, f"config.{re.escape(key)} is 'no such word'; it must be one of") for key in CHOICES},
+    "small observation": (
+        lambda f: {"search.max_observation_tokens": 5},
+        "more than max_observation_tokens=5",
+    ),
+    "endless saturation": (
+        lambda f: {"search.bm25_k1": float("inf")},
+        "BM25's k1 is inf, and must be finite and not negative",
+    ),
+    "unknown split": (
+        lambda f: {"evaluation.split": "exam"},
+        "no split 'exam', only train, validation, test",
+    ),
+    "unknown training split": (
+        lambda f: {"data.train_split": "exam"},
+        "data.train_split is 'exam'",
+    ),
+    "unknown template": (
+        lambda f: {"prompt.template": "long"},
+        "prompt template 'long' does not exist",
+    ),
+    "too few entities": (
+        lambda f: {"data.atlas.entities": 10},
+        "a world needs at least 60 entities, not 10",
+    ),
+    **{
+        key: (
+            lambda f, key=key: {key: "no such word"},
+            f"config.{re.escape(key)} is 'no such word'; it must be one of",
+        )
+        for key in CHOICES
+    },
 }
 
 
@@ -106,8 +236,12 @@ def test_single_bytes_make_a_tokenizer(tmp_path):
     """What the missing byte is missing from is a tokenizer otherwise."""
     from stepsearch_jax.prompting.tokenizers import load_tokenizer
 
-    tokenizer = load_tokenizer(write_tokenizer(tmp_path / "bytes", without=None)["prompt.tokenizer"], [])
-    assert tokenizer.decode(tokenizer.encode("<search> a b </search>\n")) == "<search> a b </search>\n"
+    tokenizer = load_tokenizer(
+        write_tokenizer(tmp_path / "bytes", without=None)["prompt.tokenizer"], []
+    )
+    assert (
+        tokenizer.decode(tokenizer.encode("<search> a b </search>\n")) == "<search> a b </search>\n"
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -116,36 +250,78 @@ def test_refused_before_any_compilation(name, tmp_path, tmp_path_factory, compil
     config = running.here(tiny_config.get_config(str(running.shared_cache(tmp_path_factory))))
     config.update_from_flattened_dict(make(tmp_path))
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
-        build_system(config, list(dict.fromkeys([config.data.train_split, config.evaluation.split])))
+        build_system(
+            config, list(dict.fromkeys([config.data.train_split, config.evaluation.split]))
+        )
     assert "\n" not in str(caught.value) and not compilations
 
 
 # Flags: arguments after the config and workdir, what the last line must say. {}: a folder for files.
 COMMANDS = {
-    "unknown key": (["--config.rollout.qestions=8"], r"^stepsearch_jax: --config\.rollout\.qestions=8: the config has no such key"),
-    "key below a number": (["--config.iterations.first=8"], r"^stepsearch_jax: --config\.iterations\.first=8: the config has no such key"),
+    "unknown key": (
+        ["--config.rollout.qestions=8"],
+        r"^stepsearch_jax: --config\.rollout\.qestions=8: the config has no such key",
+    ),
+    "key below a number": (
+        ["--config.iterations.first=8"],
+        r"^stepsearch_jax: --config\.iterations\.first=8: the config has no such key",
+    ),
     "not a number": (["--config.iterations=many"], "--config.iterations=many"),
-    "malformed row": (["--config.data.kind=musique", "--config.data.path={}"], r"^stepsearch_jax: .*train\.jsonl, line 2: field 'answer'"),
-    "missing byte": (["--config.prompt.tokenizer={}/bytes"], "^stepsearch_jax: .*tokenizer lacks byte 0x3c"),
-    "mesh": (["--config.mesh.data=3"], "^stepsearch_jax: mesh data x fsdp x tensor = 3 x 1 x 1 does not use the 1 devices here"),
-    "unknown variant": (["--config=configs/atlas_quickstart.py:foo"], "^stepsearch_jax: flag --config=.*: configs/atlas_quickstart.py:foo is not known"),
+    "malformed row": (
+        ["--config.data.kind=musique", "--config.data.path={}"],
+        r"^stepsearch_jax: .*train\.jsonl, line 2: field 'answer'",
+    ),
+    "missing byte": (
+        ["--config.prompt.tokenizer={}/bytes"],
+        "^stepsearch_jax: .*tokenizer lacks byte 0x3c",
+    ),
+    "mesh": (
+        ["--config.mesh.data=3"],
+        "^stepsearch_jax: mesh data x fsdp x tensor = 3 x 1 x 1 does not use the 1 devices here",
+    ),
+    "unknown variant": (
+        ["--config=configs/atlas_quickstart.py:foo"],
+        "^stepsearch_jax: flag --config=.*: configs/atlas_quickstart.py:foo is not known",
+    ),
     "no config": (["--config="], "^stepsearch_jax: flag --config=: there is no file"),
-    "stray word": (["config.seed=1"], "^stepsearch_jax: unexpected argument config.seed=1; write --config.key=value"),
+    "stray word": (
+        ["config.seed=1"],
+        "^stepsearch_jax: unexpected argument config.seed=1; write --config.key=value",
+    ),
     "empty workdir": (["--workdir="], "^stepsearch_jax: argument --workdir: it names no folder"),
-    "a file for a workdir": (["--workdir={}/train.jsonl"], r"^stepsearch_jax: --workdir=.*: nothing can be written to .*train\.jsonl \(Not a directory\)"),
-    "no coordinator": (["--config.distributed.processes=2"], "^stepsearch_jax: config.distributed.processes=2 cannot be joined "),
+    "a file for a workdir": (
+        ["--workdir={}/train.jsonl"],
+        r"^stepsearch_jax: --workdir=.*: nothing can be written to .*train\.jsonl \(Not a directory\)",
+    ),
+    "no coordinator": (
+        ["--config.distributed.processes=2"],
+        "^stepsearch_jax: config.distributed.processes=2 cannot be joined ",
+    ),
     "missing config": (["--config=configs/nothing.py"], r"^stepsearch_jax: .*configs/nothing\.py"),
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in ("unknown key", "malformed row") else pytest.mark.slow) for name in COMMANDS])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name, marks=() if name in ("unknown key", "malformed row") else pytest.mark.slow
+        )
+        for name in COMMANDS
+    ],
+)
 def test_command_refuses_with_one_line(name, tmp_path, tmp_path_factory, monkeypatch):
     monkeypatch.setenv("JAX_LOG_COMPILES", "1")
     write_musique(tmp_path, [ROW, {**ROW, "answer": 7}])
     write_tokenizer(tmp_path / "bytes", without=ord("<"))
     options, message = COMMANDS[name]
     workdir = tmp_path / "run"
-    process = running.start_command("train", running.shared_cache(tmp_path_factory), workdir, *(option.format(tmp_path) for option in options))
+    process = running.start_command(
+        "train",
+        running.shared_cache(tmp_path_factory),
+        workdir,
+        *(option.format(tmp_path) for option in options),
+    )
     check_refusal(process, workdir.with_suffix(".log"), message)
     assert not (workdir / "start").exists()
 
@@ -154,12 +330,25 @@ def test_command_refuses_with_one_line(name, tmp_path, tmp_path_factory, monkeyp
 @pytest.mark.parametrize("flag", ["config", "workdir"])
 def test_missing_flag(flag, tmp_path):
     given = {"config": f"tests/tiny_config.py:{tmp_path}", "workdir": tmp_path / "run"}
-    process = running.start(["-m", "stepsearch_jax.evaluate", *(f"--{name}={value}" for name, value in given.items() if name != flag)], log=tmp_path / "log")
-    check_refusal(process, tmp_path / "log", f"^stepsearch_jax: the following arguments are required: --{flag}")
+    process = running.start(
+        [
+            "-m",
+            "stepsearch_jax.evaluate",
+            *(f"--{name}={value}" for name, value in given.items() if name != flag),
+        ],
+        log=tmp_path / "log",
+    )
+    check_refusal(
+        process,
+        tmp_path / "log",
+        f"^stepsearch_jax: the following arguments are required: --{flag}",
+    )
 
 
 def check_refusal(process, log: pathlib.Path, message: str) -> None:
     code, output = process.wait(timeout=300), log.read_text()
-    assert code not in (0, None) and "Traceback" not in output and "XLA compilation" not in output, output
+    assert (
+        code not in (0, None) and "Traceback" not in output and "XLA compilation" not in output
+    ), output
     assert any(re.search(message, line) for line in output.splitlines()), output
     assert sum(line.startswith("stepsearch_jax: ") for line in output.splitlines()) <= 1

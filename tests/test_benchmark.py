@@ -1,4 +1,5 @@
 """The benchmark command, and what the reward benchmark times: both sides score the same texts and agree."""
+
 import json
 import pathlib
 import subprocess
@@ -28,7 +29,15 @@ def test_both_sides_compute_the_gain_of_the_same_episodes():
     corpus, (episodes, _) = make_small()
     ours = reward.score(episodes, fit_similarity(corpus, tfidf_fit="pair"), SMALL.turns).gain
     peer = reward.fit_and_gain(episodes, corpus, reward._import_vectorizer())
-    loops = [loop_gain(corpus, episode.question.gold_ids, [turn.doc_ids for turn in episode.search_turns], tfidf_fit="pair") for episode in episodes]
+    loops = [
+        loop_gain(
+            corpus,
+            episode.question.gold_ids,
+            [turn.doc_ids for turn in episode.search_turns],
+            tfidf_fit="pair",
+        )
+        for episode in episodes
+    ]
     np.testing.assert_allclose(peer, loops, rtol=0, atol=1e-9)
     np.testing.assert_allclose(ours, loops, rtol=0, atol=1e-6)
     assert (ours > 0).any() and len(np.unique(ours)) > 3
@@ -43,18 +52,31 @@ def test_batches_are_of_the_size_that_is_claimed():
         found = [i for episode in batch for i in episode.doc_ids]
         assert sorted(gold + found) == list(range(len(corpus)))
         for episode in batch:
-            assert [len(turn.doc_ids) for turn in episode.search_turns] == [2, 2] and len(episode.question.gold_ids) == 2
-            assert passes_strict_gate(episode) and all(len(sub.queries) == 3 for sub in episode.question.sub_questions)
-    assert [e.question for e in episodes] == [e.question for e in later] and [e.doc_ids for e in episodes] != [e.doc_ids for e in later]
-    assert not {query for e in episodes for query in e.queries} & {query for e in later for query in e.queries}
+            assert [len(turn.doc_ids) for turn in episode.search_turns] == [2, 2] and len(
+                episode.question.gold_ids
+            ) == 2
+            assert passes_strict_gate(episode) and all(
+                len(sub.queries) == 3 for sub in episode.question.sub_questions
+            )
+    assert [e.question for e in episodes] == [e.question for e in later] and [
+        e.doc_ids for e in episodes
+    ] != [e.doc_ids for e in later]
+    assert not {query for e in episodes for query in e.queries} & {
+        query for e in later for query in e.queries
+    }
     assert make_small()[0] == corpus and make_small(seed=1)[0] != corpus
 
 
 def test_figures_hang_together():
     pytest.importorskip("sklearn")
     figures = reward.measure(repeats=3, seed=0, size=SMALL)
-    assert figures["ratio"] == figures["peer_s"] / figures["ours_s"] == figures["pair"]["ratio"] and figures["largest_difference"] < 1e-6
-    assert figures["ours_s"] == figures["pair"]["batch_s"] == sorted(figures["runs_s"]["pair"])[1] > 0
+    assert (
+        figures["ratio"] == figures["peer_s"] / figures["ours_s"] == figures["pair"]["ratio"]
+        and figures["largest_difference"] < 1e-6
+    )
+    assert (
+        figures["ours_s"] == figures["pair"]["batch_s"] == sorted(figures["runs_s"]["pair"])[1] > 0
+    )
     assert [len(runs) for runs in figures["runs_s"].values()] == [3, 3, 3]
     assert figures["corpus"]["first_ratio"] == figures["peer_s"] / figures["corpus"]["first_s"]
     table = reward.render(figures).splitlines()
@@ -83,8 +105,13 @@ def test_the_command_prints_a_table_and_writes_figures(monkeypatch, capsys, tmp_
     monkeypatch.setattr(reward, "measure", measure)
     monkeypatch.setattr(reward, "render", lambda figures: f"table of {figures}")
     benchmark.main(["reward", "--json", str(tmp_path / "f.json"), "--repeats", "2", "--seed", "5"])
-    assert capsys.readouterr().out == "table of {'ours_s': 1.0}\n" and seen == {"repeats": 2, "seed": 5}
-    assert json.loads((tmp_path / "f.json").read_text()) == {"ours_s": 1.0} and list(tmp_path.iterdir()) == [tmp_path / "f.json"]
+    assert capsys.readouterr().out == "table of {'ours_s': 1.0}\n" and seen == {
+        "repeats": 2,
+        "seed": 5,
+    }
+    assert json.loads((tmp_path / "f.json").read_text()) == {"ours_s": 1.0} and list(
+        tmp_path.iterdir()
+    ) == [tmp_path / "f.json"]
     benchmark.main(["reward"])
     assert "table" in capsys.readouterr().out and seen == {"repeats": 7, "seed": 0}
 
@@ -92,25 +119,66 @@ def test_the_command_prints_a_table_and_writes_figures(monkeypatch, capsys, tmp_
 def test_all_runs_every_subject_with_the_flags_that_it_knows(monkeypatch, capsys, tmp_path):
     seen = {}
     for name, module in (("rollout", rollout), ("update", update), ("reward", reward)):
-        monkeypatch.setattr(module, "measure", lambda name=name, **options: seen.setdefault(name, options))
+        monkeypatch.setattr(
+            module, "measure", lambda name=name, **options: seen.setdefault(name, options)
+        )
         monkeypatch.setattr(module, "render", lambda figures, name=name: f"table of {name}")
-    benchmark.main(["all", "--case", "long", "slots", "--episodes", "32", "--peer", "transformers", "--peer-python", "there",
-                    "--json", str(tmp_path / "f.json")])
+    benchmark.main(
+        [
+            "all",
+            "--case",
+            "long",
+            "slots",
+            "--episodes",
+            "32",
+            "--peer",
+            "transformers",
+            "--peer-python",
+            "there",
+            "--json",
+            str(tmp_path / "f.json"),
+        ]
+    )
     assert seen == {
-        "rollout": dict(repeats=3, seed=0, case=["long", "slots"], config=None, episodes=32, peer="transformers", peer_python="there"),
-        "update": dict(repeats=5, seed=0, config=None, episodes=32, peer="none", peer_python="there"),  # which has no such peer
+        "rollout": dict(
+            repeats=3,
+            seed=0,
+            case=["long", "slots"],
+            config=None,
+            episodes=32,
+            peer="transformers",
+            peer_python="there",
+        ),
+        "update": dict(
+            repeats=5, seed=0, config=None, episodes=32, peer="none", peer_python="there"
+        ),  # which has no such peer
         "reward": dict(repeats=7, seed=0),
     }
     assert json.loads((tmp_path / "f.json").read_text()) == seen
-    assert capsys.readouterr().out.split("\n")[:3] == ["table of rollout", "table of update", "table of reward"]
+    assert capsys.readouterr().out.split("\n")[:3] == [
+        "table of rollout",
+        "table of update",
+        "table of reward",
+    ]
 
 
 def test_a_config_is_read_with_its_overrides(monkeypatch):
     seen = {}
     monkeypatch.setattr(rollout, "measure", lambda **options: seen.update(options))
     monkeypatch.setattr(rollout, "render", lambda _: "")
-    benchmark.main(["rollout", "--config", f"{REPO}/configs/musique_qwen2_5.py:1.5b", "--config.model.dtype=float32"])
-    assert (seen["config"].model.embed_dim, seen["config"].model.dtype, seen["config"].rollout.dtype) == (1536, "float32", "bfloat16")
+    benchmark.main(
+        [
+            "rollout",
+            "--config",
+            f"{REPO}/configs/musique_qwen2_5.py:1.5b",
+            "--config.model.dtype=float32",
+        ]
+    )
+    assert (
+        seen["config"].model.embed_dim,
+        seen["config"].model.dtype,
+        seen["config"].rollout.dtype,
+    ) == (1536, "float32", "bfloat16")
 
 
 @pytest.mark.parametrize("error", [ImportError, ChildProcessError, ValueError])
@@ -130,21 +198,41 @@ def test_ctrl_c_ends_it_with_one_line(monkeypatch, capsys):
     monkeypatch.setattr(reward, "measure", measure)
     with pytest.raises(SystemExit) as error:
         benchmark.main(["reward"])
-    assert error.value.code == 130 and capsys.readouterr().err == "stepsearch_jax: interrupted; no figures were written\n"
+    assert (
+        error.value.code == 130
+        and capsys.readouterr().err == "stepsearch_jax: interrupted; no figures were written\n"
+    )
 
 
-@pytest.mark.parametrize("arguments,complaint", [
-    (["reward", "--json", "no/such/folder/f.json"], "no/such/folder"), (["reward", "--repeats", "0"], "0 is not a whole number of at least 1"),
-    (["reward", "--seed", "-1"], "--seed"), (["reward", "--json", "."], "name a file"), (["rewards"], "invalid choice"),
-    ([], "subject"), (["reward", "--turns", "3"], "--turns"), (["reward", "--peer", "tunix"], "--peer"),
-    (["update", "--peer", "transformers"], "invalid choice"),
-    (["reward", "--seed", str(2**31)], "more than"), (["reward", "--json", "/proc/f.json"], "--json=/proc/f.json: nothing can be written"),
-    (["rollout", "--case", "turns", "--figure", "turns"], "--figure=turns: its ending must be one of"), (["rollout", "--figure", "f.png"], "add it to --case"),
-    (["rollout", "--episodes", "0"], "at least 1"), (["rollout", "--case", "slots", "--confg=x"], "--confg=x"),
-    (["update", "--config.model.dtype=float32"], "--config.model.dtype"), (["update", "--config=configs/no_such.py"], "no_such.py"),
-    (["rollout", "--config=configs/musique_qwen2_5.py:9b"], "sizes are 0.5b"), (["rollout", "--config=configs/musique_qwen2_5.py", "--config.x=1"], "config.x"),
-    (["rollout", "--peer", "vllm"], "invalid choice"), (["rollout", "--case", "wide"], "invalid choice"),
-])
+@pytest.mark.parametrize(
+    "arguments,complaint",
+    [
+        (["reward", "--json", "no/such/folder/f.json"], "no/such/folder"),
+        (["reward", "--repeats", "0"], "0 is not a whole number of at least 1"),
+        (["reward", "--seed", "-1"], "--seed"),
+        (["reward", "--json", "."], "name a file"),
+        (["rewards"], "invalid choice"),
+        ([], "subject"),
+        (["reward", "--turns", "3"], "--turns"),
+        (["reward", "--peer", "tunix"], "--peer"),
+        (["update", "--peer", "transformers"], "invalid choice"),
+        (["reward", "--seed", str(2**31)], "more than"),
+        (["reward", "--json", "/proc/f.json"], "--json=/proc/f.json: nothing can be written"),
+        (
+            ["rollout", "--case", "turns", "--figure", "turns"],
+            "--figure=turns: its ending must be one of",
+        ),
+        (["rollout", "--figure", "f.png"], "add it to --case"),
+        (["rollout", "--episodes", "0"], "at least 1"),
+        (["rollout", "--case", "slots", "--confg=x"], "--confg=x"),
+        (["update", "--config.model.dtype=float32"], "--config.model.dtype"),
+        (["update", "--config=configs/no_such.py"], "no_such.py"),
+        (["rollout", "--config=configs/musique_qwen2_5.py:9b"], "sizes are 0.5b"),
+        (["rollout", "--config=configs/musique_qwen2_5.py", "--config.x=1"], "config.x"),
+        (["rollout", "--peer", "vllm"], "invalid choice"),
+        (["rollout", "--case", "wide"], "invalid choice"),
+    ],
+)
 def test_what_the_command_refuses(arguments, complaint, monkeypatch, capsys):
     for module in (reward, rollout, update):
         monkeypatch.setattr(module, "measure", lambda **_: pytest.fail("refuse before work starts"))
@@ -160,12 +248,19 @@ def test_without_scikit_learn_one_line_says_what_to_install(monkeypatch):
     assert "scikit-learn" in (REPO / "requirements-bench.txt").read_text()
 
 
-@pytest.mark.parametrize("arguments,words", [
-    (["--help"], ("reward", "scikit-learn", "rollout", "update", "all")),
-    (["rollout", "--help"], ("--case", "--peer", "--peer-python", "prompt 512", "default: 3")),
-    (["update", "--help"], ("--peer", "AdamW", "151936")), (["all", "--help"], ("one after another", "--case")),
-    (["reward", "--help"], ("--json FILE", "--repeats N", "--seed S", "scikit-learn", "first batch")),
-])
+@pytest.mark.parametrize(
+    "arguments,words",
+    [
+        (["--help"], ("reward", "scikit-learn", "rollout", "update", "all")),
+        (["rollout", "--help"], ("--case", "--peer", "--peer-python", "prompt 512", "default: 3")),
+        (["update", "--help"], ("--peer", "AdamW", "151936")),
+        (["all", "--help"], ("one after another", "--case")),
+        (
+            ["reward", "--help"],
+            ("--json FILE", "--repeats N", "--seed S", "scikit-learn", "first batch"),
+        ),
+    ],
+)
 def test_the_command_explains_itself(arguments, words, capsys):
     with pytest.raises(SystemExit) as done:
         benchmark.main(arguments)
@@ -176,9 +271,21 @@ def test_the_command_explains_itself(arguments, words, capsys):
 @pytest.mark.slow
 def test_the_command_writes_its_figures(tmp_path):
     pytest.importorskip("sklearn")
-    command = [sys.executable, "-m", "stepsearch_jax.benchmark", "reward", "--json", str(tmp_path / "f.json"), "--repeats", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "stepsearch_jax.benchmark",
+        "reward",
+        "--json",
+        str(tmp_path / "f.json"),
+        "--repeats",
+        "1",
+    ]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0 and not done.stderr, done.stderr
     figures = json.loads((tmp_path / "f.json").read_text())
     assert figures["size"] == {"episodes": 64, "turns": 4, "documents": 3, "gold": 3, "words": 100}
-    assert figures["ratio"] == pytest.approx(figures["peer_s"] / figures["ours_s"]) and figures["ours_s"] > 0
+    assert (
+        figures["ratio"] == pytest.approx(figures["peer_s"] / figures["ours_s"])
+        and figures["ours_s"] > 0
+    )

@@ -1,4 +1,5 @@
 """The import benchmark: what it measures of a small stored model, and that it sees memory that was held, and a model that came out wrong."""
+
 import time
 
 import jax
@@ -7,7 +8,13 @@ import pytest
 from stored_models import GOLDEN
 
 from stepsearch_jax.benchmark import importing
-from stepsearch_jax.benchmark.importing import HostMemory, make_texts, measure, read_own_memory, render
+from stepsearch_jax.benchmark.importing import (
+    HostMemory,
+    make_texts,
+    measure,
+    read_own_memory,
+    render,
+)
 
 MIB = 2**20
 
@@ -20,7 +27,9 @@ def test_half_of_the_texts_are_padded():
         assert not row[count:].any() and row[:count].any()
 
 
-@pytest.mark.skipif(not read_own_memory(), reason="this system does not tell a process's own memory")
+@pytest.mark.skipif(
+    not read_own_memory(), reason="this system does not tell a process's own memory"
+)
 def test_memory_that_was_given_back_is_seen():
     with HostMemory() as memory:
         held = np.ones(64 * MIB, np.uint8)
@@ -32,7 +41,10 @@ def test_memory_that_was_given_back_is_seen():
 def test_a_model_is_read_written_and_read_by_transformers():
     pytest.importorskip("torch", reason="the logits are compared with torch's")
     figures = measure(repeats=2, seed=0, model=GOLDEN / "qwen2")
-    assert figures["largest_difference"] < 1e-4 < figures["logit_spread"] and len(figures["runs_s"]) == 2
+    assert (
+        figures["largest_difference"] < 1e-4 < figures["logit_spread"]
+        and len(figures["runs_s"]) == 2
+    )
     assert figures["parameters"] * 4 == pytest.approx(figures["parameters_mib"] * MIB)
     assert "qwen2: 0.0M parameters" in render(figures)
 
@@ -40,7 +52,12 @@ def test_a_model_is_read_written_and_read_by_transformers():
 def test_a_model_that_comes_out_wrong_ends_it(monkeypatch):
     pytest.importorskip("torch", reason="the logits are compared with torch's")
     write = importing.export_policy
-    monkeypatch.setattr(importing, "export_policy", lambda folder, params, *rest, **named: write(
-        folder, jax.tree.map(lambda leaf: leaf * 1.01, params), *rest, **named))
+    monkeypatch.setattr(
+        importing,
+        "export_policy",
+        lambda folder, params, *rest, **named: write(
+            folder, jax.tree.map(lambda leaf: leaf * 1.01, params), *rest, **named
+        ),
+    )
     with pytest.raises(ValueError, match="differ from ours"):
         measure(repeats=1, seed=0, model=GOLDEN / "qwen2")

@@ -1,4 +1,5 @@
 """The roofline's formulas, worked by hand and against loops; the rates are only known to be positive."""
+
 import dataclasses
 
 import pytest
@@ -6,7 +7,16 @@ import pytest
 from stepsearch_jax.benchmark import cases, rollout, roofline, sample_model
 
 # 2 layers of width 4: q 4 x 2 x 3, k and v 4 x 1 x 3 each, o 2 x 3 x 4, three of 4 x 5: 24 + 12 + 12 + 24 + 60 = 132 a layer. Output table 7 x 4 = 28.
-TINY = dataclasses.replace(sample_model.MODEL, vocab_size=7, num_layers=2, embed_dim=4, num_heads=2, num_kv_heads=1, head_dim=3, ffn_dim=5)
+TINY = dataclasses.replace(
+    sample_model.MODEL,
+    vocab_size=7,
+    num_layers=2,
+    embed_dim=4,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=3,
+    ffn_dim=5,
+)
 
 
 def test_work_by_hand():
@@ -30,8 +40,18 @@ def test_the_floor_adds_the_worse_of_arithmetic_and_memory():
 def test_what_is_told_of_pieces():
     rates = roofline.Rates(copy_bytes_s=2.0**30, matmul_flops_s=1e9)
     found = rates.describe([roofline.Work(2e9, 0), roofline.Work(1e9, 4 * 2**30)])
-    assert found == {"pieces": 2, "flops": 1.5e9, "bytes": 2.0 * 2**30, "least_s": 2.0 + 4.0, "copy_bytes_s": 2.0**30, "matmul_flops_s": 1e9}
-    assert roofline.render("step", found) == "2 x step: 1.5 GFLOP and 2,048 MiB each; at least 6.00 s at 1 GFLOP/s and 1.1 GB/s"
+    assert found == {
+        "pieces": 2,
+        "flops": 1.5e9,
+        "bytes": 2.0 * 2**30,
+        "least_s": 2.0 + 4.0,
+        "copy_bytes_s": 2.0**30,
+        "matmul_flops_s": 1e9,
+    }
+    assert (
+        roofline.render("step", found)
+        == "2 x step: 1.5 GFLOP and 2,048 MiB each; at least 6.00 s at 1 GFLOP/s and 1.1 GB/s"
+    )
 
 
 def test_the_traffic_of_an_optimiser_step_by_hand():
@@ -44,10 +64,14 @@ def test_the_traffic_of_an_optimiser_step_by_hand():
 def test_a_case_works_through_every_token_once():
     """Against a loop over the positions of an episode: all are fed but the very last token, each sees those before it and itself; logits, and the last of the
     two layers' 108 parameters beyond k and v and its attention, where a token is sampled next."""
-    case = cases.Case(episodes=3, prompt=5, turns=3, turn_tokens=(4,), observation=6, slots=0, **cases.CONFIGURED)
+    case = cases.Case(
+        episodes=3, prompt=5, turns=3, turn_tokens=(4,), observation=6, slots=0, **cases.CONFIGURED
+    )
     prefills, steps = rollout.list_work(TINY, case)
     assert len(prefills) == 3 and len(steps) == 12
-    sampled_positions = {start + i for start in (5, 15, 25) for i in range(4)}  # behind the prompt of 5, and behind 4 sampled and 6 observed tokens
+    sampled_positions = {
+        start + i for start in (5, 15, 25) for i in range(4)
+    }  # behind the prompt of 5, and behind 4 sampled and 6 observed tokens
     flops = 0
     for position in range(case.context - 1):
         sampled = position + 1 in sampled_positions
@@ -59,15 +83,24 @@ def test_a_case_works_through_every_token_once():
 def test_rates_are_measured_once():
     book = roofline.RateBook(TINY)
     rates = book.at(4096.0, 6, unembeds=True)
-    assert rates.copy_bytes_s > 0 and rates.matmul_flops_s > 0 and book.at(4096.0, 6, unembeds=True) == rates
+    assert (
+        rates.copy_bytes_s > 0
+        and rates.matmul_flops_s > 0
+        and book.at(4096.0, 6, unembeds=True) == rates
+    )
 
 
 def test_the_measured_matmuls_are_the_models_own(monkeypatch):
     """A machine that needs one second for everything: the rate is then the number of FLOPs."""
     monkeypatch.setattr(roofline, "_best_seconds", lambda *_: 1.0)
-    assert roofline.measure_matmuls(TINY, 6, unembeds=True) == 2 * 6 * 292 and roofline.measure_matmuls(TINY, 6, unembeds=False) == 2 * 6 * 264
+    assert (
+        roofline.measure_matmuls(TINY, 6, unembeds=True) == 2 * 6 * 292
+        and roofline.measure_matmuls(TINY, 6, unembeds=False) == 2 * 6 * 264
+    )
     assert roofline.measure_copy(4000.0) == roofline.COPIES * 8000
 
 
 def test_infinite_rates_leave_nothing():
-    assert roofline.Rates(float("inf"), float("inf")).floor_s([roofline.Work(1, 1)]) == pytest.approx(0)
+    assert roofline.Rates(float("inf"), float("inf")).floor_s(
+        [roofline.Work(1, 1)]
+    ) == pytest.approx(0)

@@ -1,4 +1,5 @@
 """The update benchmark at tiny sizes: both runs train, the figures follow from their parts, memory is counted against shapes."""
+
 import dataclasses
 import sys
 
@@ -8,9 +9,20 @@ import pytest
 
 from stepsearch_jax.benchmark import cases, rollout, roofline, sample_model, update
 
-MODEL = dataclasses.replace(sample_model.MODEL, vocab_size=64, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=48,
-                            attention_block=16)
-CASE = cases.Case(episodes=4, prompt=6, turns=1, turn_tokens=(5,), observation=1, slots=0, **cases.CONFIGURED)
+MODEL = dataclasses.replace(
+    sample_model.MODEL,
+    vocab_size=64,
+    num_layers=2,
+    embed_dim=32,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    ffn_dim=48,
+    attention_block=16,
+)
+CASE = cases.Case(
+    episodes=4, prompt=6, turns=1, turn_tokens=(5,), observation=1, slots=0, **cases.CONFIGURED
+)
 MEMORY = update.MemoryCase(rows=2, length=32, model=dataclasses.replace(MODEL, remat="layers"))
 
 
@@ -19,7 +31,9 @@ def test_both_runs_train_both_models_and_compile_nothing():
     inputs = rollout.Inputs.draw(MODEL, CASE, seed=0)
     step, updates = update.make_steps(MODEL, MODEL, CASE, inputs, seed=0)
     compiled = []
-    listen = lambda event, *_, **__: compiled.append(event) if event == "/jax/core/compile/backend_compile_duration" else None
+    listen = lambda event, *_, **__: (
+        compiled.append(event) if event == "/jax/core/compile/backend_compile_duration" else None
+    )
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         found = [run() for run in (step, updates, updates, step)]
@@ -28,7 +42,11 @@ def test_both_runs_train_both_models_and_compile_nothing():
     assert not compiled
     for metrics in found:
         values = {name: float(value) for name, value in metrics.items()}
-        assert np.isfinite(list(values.values())).all() and values["policy_grad_norm"] > 0 and values["value_grad_norm"] > 0
+        assert (
+            np.isfinite(list(values.values())).all()
+            and values["policy_grad_norm"] > 0
+            and values["value_grad_norm"] > 0
+        )
 
 
 @pytest.mark.slow
@@ -38,7 +56,10 @@ def test_a_step_samples_in_a_type_of_its_own(monkeypatch):
 
     def spy(*arguments):
         run = make(*arguments)
-        return lambda params, *rest: types.append({leaf.dtype.name for leaf in jax.tree.leaves(params)}) or run(params, *rest)
+        return lambda params, *rest: (
+            types.append({leaf.dtype.name for leaf in jax.tree.leaves(params)})
+            or run(params, *rest)
+        )
 
     monkeypatch.setattr(rollout, "make_rollout", spy)
     sampler = dataclasses.replace(MODEL, dtype=np.dtype("bfloat16"))
@@ -52,22 +73,58 @@ def test_a_step_samples_in_a_type_of_its_own(monkeypatch):
 @pytest.mark.slow
 def test_the_figures(monkeypatch):
     monkeypatch.setattr(roofline, "measure_matmuls", lambda *_, **__: 1e9)
-    found = update.measure(repeats=1, seed=0, peer="none", peer_python=sys.executable, case=CASE, model=MODEL, memory=MEMORY)
-    assert found["ours_s"] == found["step"]["ours_s"] > 0 and found["peer_s"] is None and found["ratio"] is None
-    assert found["model_flops"] == sum(roofline.update_flops(MODEL, 4, 11, unembeds=unembeds) for unembeds in (True, False))
-    assert found["reached_flops_s"] == pytest.approx(found["model_flops"] / found["updates"]["ours_s"])
+    found = update.measure(
+        repeats=1,
+        seed=0,
+        peer="none",
+        peer_python=sys.executable,
+        case=CASE,
+        model=MODEL,
+        memory=MEMORY,
+    )
+    assert (
+        found["ours_s"] == found["step"]["ours_s"] > 0
+        and found["peer_s"] is None
+        and found["ratio"] is None
+    )
+    assert found["model_flops"] == sum(
+        roofline.update_flops(MODEL, 4, 11, unembeds=unembeds) for unembeds in (True, False)
+    )
+    assert found["reached_flops_s"] == pytest.approx(
+        found["model_flops"] / found["updates"]["ours_s"]
+    )
     assert found["matmul_share"] == pytest.approx(found["reached_flops_s"] / 1e9)
-    assert found["roofline"]["flops"] == found["model_flops"] and found["roofline"]["bytes"] == 11 * found["memory"]["gradient_bytes"]
+    assert (
+        found["roofline"]["flops"] == found["model_flops"]
+        and found["roofline"]["bytes"] == 11 * found["memory"]["gradient_bytes"]
+    )
     memory = found["memory"]
     # A layer: 32 * (32 + 16 + 16 + 32) + 3 * 32 * 48 + biases 32 + 16 + 16 + norms 64 = 7808; two of them, final norm 32, embedding 64 * 32: both models;
     # output table 64 * 32, value head 32.
     assert memory["gradient_bytes"] == 4 * (2 * (2 * 7808 + 32 + 2048) + 2048 + 32)
-    assert memory["logits_bytes"] == 4 * 2 * 32 * 64 and memory["beyond_bytes"] == memory["temporary_bytes"] - memory["gradient_bytes"]
-    assert memory["share_of_logits"] == pytest.approx(memory["beyond_bytes"] / memory["logits_bytes"])
+    assert (
+        memory["logits_bytes"] == 4 * 2 * 32 * 64
+        and memory["beyond_bytes"] == memory["temporary_bytes"] - memory["gradient_bytes"]
+    )
+    assert memory["share_of_logits"] == pytest.approx(
+        memory["beyond_bytes"] / memory["logits_bytes"]
+    )
     assert "GFLOP/s" in update.render(found)
 
 
 def test_tunix_computes_the_same():
     pytest.importorskip("tunix")
-    found = update.measure(repeats=1, seed=0, peer="tunix", peer_python=sys.executable, case=CASE, model=MODEL, memory=MEMORY)
-    assert found["step"]["peer_s"] > 0 and found["updates"]["peer_s"] > 0 and found["largest_logit_difference"] < 1e-4
+    found = update.measure(
+        repeats=1,
+        seed=0,
+        peer="tunix",
+        peer_python=sys.executable,
+        case=CASE,
+        model=MODEL,
+        memory=MEMORY,
+    )
+    assert (
+        found["step"]["peer_s"] > 0
+        and found["updates"]["peer_s"] > 0
+        and found["largest_logit_difference"] < 1e-4
+    )

@@ -1,4 +1,5 @@
 """BM25: Lucene's formula by hand and against plain Python, ties, limits; saved folders; recall on real questions."""
+
 import collections
 import gzip
 import json
@@ -50,7 +51,9 @@ def test_score_by_hand(tmp_path):
 
 
 def test_title_counts(tmp_path):
-    index = build_index([Document(0, "Other", "text"), Document(1, "Rome", "text")], tmp_path / "index", K1, B)
+    index = build_index(
+        [Document(0, "Other", "text"), Document(1, "Rome", "text")], tmp_path / "index", K1, B
+    )
     assert index.search(["rome"], 1)[0].tolist() == [[1]]
 
 
@@ -59,10 +62,16 @@ TEXT = st.lists(WORDS, max_size=6).map(" ".join)
 
 
 @settings(max_examples=40, deadline=None)
-@given(texts=st.lists(TEXT, min_size=1, max_size=8).filter(any), queries=st.lists(TEXT, max_size=3), k=st.integers(1, 10))
+@given(
+    texts=st.lists(TEXT, min_size=1, max_size=8).filter(any),
+    queries=st.lists(TEXT, max_size=3),
+    k=st.integers(1, 10),
+)
 def test_agrees_with_loops(tmp_path_factory, texts, queries, k):
     documents = make_documents(*texts)
-    ids, scores = build_index(documents, tmp_path_factory.mktemp("bm25") / "index", K1, B).search(queries, k)
+    ids, scores = build_index(documents, tmp_path_factory.mktemp("bm25") / "index", K1, B).search(
+        queries, k
+    )
     assert ids.shape == scores.shape == (len(queries), k) and ids.dtype == np.int32
     for query, found, found_scores in zip(queries, ids, scores, strict=True):
         expected = score_by_loops(documents, query, K1, B)
@@ -75,14 +84,21 @@ def test_agrees_with_loops(tmp_path_factory, texts, queries, k):
 
 
 def test_ties_stand_in_the_order_of_ids(tmp_path):
-    index = build_index(make_documents(*["po", "rome", "rome city", "rome", "po", "rome", "rome"]), tmp_path / "index", K1, B)
+    index = build_index(
+        make_documents(*["po", "rome", "rome city", "rome", "po", "rome", "rome"]),
+        tmp_path / "index",
+        K1,
+        B,
+    )
     assert index.search(["rome"], 3)[0].tolist() == [[1, 3, 5]]
     assert index.search(["rome"], 9)[0].tolist() == [[1, 3, 5, 6, 2, -1, -1, -1, -1]]
 
 
 @given(st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0]), min_size=1, max_size=12), st.integers(1, 14))
 def test_select_best_is_a_stable_sort(scores, k):
-    expected = [i for i in sorted(range(len(scores)), key=lambda i: (-scores[i], i)) if scores[i] > 0][:k]
+    expected = [
+        i for i in sorted(range(len(scores)), key=lambda i: (-scores[i], i)) if scores[i] > 0
+    ][:k]
     assert select_best(np.array(scores, np.float32), k).tolist() == expected
 
 
@@ -93,7 +109,9 @@ def test_unknown_words_and_empty_queries_find_nothing(tmp_path):
 
 
 def test_results_do_not_depend_on_the_other_queries(tmp_path):
-    index = build_index(make_documents("rome po", "po city", "city rome"), tmp_path / "index", K1, B)
+    index = build_index(
+        make_documents("rome po", "po city", "city rome"), tmp_path / "index", K1, B
+    )
     queries = ["rome", "po city", "city"]
     together = index.search(queries, 2)
     for row, query in enumerate(queries):
@@ -105,7 +123,10 @@ def test_results_do_not_depend_on_the_other_queries(tmp_path):
 def test_bad_corpora_are_refused_and_leave_nothing(tmp_path):
     for documents, message in (
         ([], "the corpus is empty"),
-        ([Document(0, "", "a"), Document(7, "", "b")], "document in row 1 of the corpus has the id 7"),
+        (
+            [Document(0, "", "a"), Document(7, "", "b")],
+            "document in row 1 of the corpus has the id 7",
+        ),
         (make_documents("?", "!"), "no document of the corpus holds a word"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -160,7 +181,9 @@ def test_a_faster_process_may_finish_first(tmp_path):
         (path / "data").write_text("ours")
 
     assert cache.prepare_folder(folder, {"version": 1}, write_while_another_finishes)
-    assert (folder / "data").read_text() == "theirs" and [path.name for path in tmp_path.iterdir()] == ["thing"]
+    assert (folder / "data").read_text() == "theirs" and [
+        path.name for path in tmp_path.iterdir()
+    ] == ["thing"]
 
 
 def test_hash_knows_where_texts_end():
@@ -174,16 +197,24 @@ def test_importing_the_host_rooms_imports_neither_jax_nor_bm25s():
         "import stepsearch_jax.prompting.templates, stepsearch_jax.prompting.tokenizers;"
         "print([m for m in ('jax', 'bm25s') if m in sys.modules])"
     )
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
 
 
 def test_recall_on_real_questions(shared_data, tmp_path):
     """MuSiQue: the gold passage of each of 475 gold sub-questions, earlier answers filled in, among 13,196 passages. Measured 0.792 at 3."""
+
     def read(name):
         with gzip.open(shared_data / "musique" / name, "rt") as file:
             return [json.loads(line) for line in file]
 
-    documents = [Document(i, row["title"], row["text"]) for i, row in enumerate(read("corpus.jsonl.gz"))]
+    documents = [
+        Document(i, row["title"], row["text"]) for i, row in enumerate(read("corpus.jsonl.gz"))
+    ]
     row_of = {}
     for document in documents:
         row_of.setdefault((document.title, document.text), document.id)
@@ -192,7 +223,13 @@ def test_recall_on_real_questions(shared_data, tmp_path):
         hops = row["question_decomposition"]
         paragraphs = {paragraph["idx"]: paragraph for paragraph in row["paragraphs"]}
         for hop in hops:
-            queries.append(re.sub(r"#(\d)", lambda match, hops=hops: hops[int(match[1]) - 1]["answer"], hop["question"]))
+            queries.append(
+                re.sub(
+                    r"#(\d)",
+                    lambda match, hops=hops: hops[int(match[1]) - 1]["answer"],
+                    hop["question"],
+                )
+            )
             paragraph = paragraphs[hop["paragraph_support_idx"]]
             gold.append(row_of[paragraph["title"], paragraph["paragraph_text"]])
     ids, _ = build_index(documents, tmp_path / "index", K1, B).search(queries, 3)

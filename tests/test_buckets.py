@@ -1,4 +1,5 @@
 """Folders in buckets: what is refused before any work, and that their names stay whole. No bucket is reached here."""
+
 import importlib.util
 import pathlib
 

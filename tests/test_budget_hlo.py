@@ -1,4 +1,5 @@
 """Arithmetic, memory traffic and collectives of compiled programs, against counts by hand; the texts of TPU programs, which say less, in made-up ones."""
+
 import functools
 
 import jax
@@ -34,20 +35,33 @@ def test_products_in_nested_loops_are_counted_as_often_as_they_run():
     def outer(x, _):
         return jax.lax.scan(inner, jnp.cos(x @ w), length=3)[0], None
 
-    assert count(lambda x: jax.lax.scan(outer, x, length=5)[0], jnp.ones((4, 6))).flops == 20 * 2 * 4 * 6 * 6
+    assert (
+        count(lambda x: jax.lax.scan(outer, x, length=5)[0], jnp.ones((4, 6))).flops
+        == 20 * 2 * 4 * 6 * 6
+    )
 
 
 def test_without_loops_the_count_is_the_compilers():
     """Batched products and a convolution with stride, padding and holes; all of it large enough that nothing else matters."""
+
     def work(x, y, image, kernel):
-        convolved = jax.lax.conv_general_dilated(image, kernel, (2, 1), ((1, 2), (0, 3)), lhs_dilation=(1, 2), rhs_dilation=(2, 1))
+        convolved = jax.lax.conv_general_dilated(
+            image, kernel, (2, 1), ((1, 2), (0, 3)), lhs_dilation=(1, 2), rhs_dilation=(2, 1)
+        )
         return jnp.einsum("bij,bjk->bik", x, y).sum() + convolved.sum()
 
-    arguments = jnp.ones((4, 64, 64)), jnp.ones((4, 64, 64)), jnp.ones((2, 16, 20, 20)), jnp.ones((24, 16, 3, 5))
+    arguments = (
+        jnp.ones((4, 64, 64)),
+        jnp.ones((4, 64, 64)),
+        jnp.ones((2, 16, 20, 20)),
+        jnp.ones((24, 16, 3, 5)),
+    )
     compiled = jax.jit(work).lower(*arguments).compile()
     told = compiled.cost_analysis()
     told = told[0] if isinstance(told, list) else told
-    assert Module(compiled.as_text(), refuse).costs(RATES).flops == pytest.approx(told["flops"], rel=0.05)
+    assert Module(compiled.as_text(), refuse).costs(RATES).flops == pytest.approx(
+        told["flops"], rel=0.05
+    )
 
 
 def test_a_loop_that_data_ends_is_counted_by_the_caller():
@@ -68,7 +82,13 @@ def test_collectives_run_as_often_as_their_loop():
     """On 4 devices, 5 times: 32 bytes are summed up (2 x 3/4 of it sent), 16 gathered from each (3 x sent), 128 scattered (3/4), 8 passed on."""
     mesh = Mesh(np.array(jax.devices()[:4]), "x")
 
-    @functools.partial(jax.shard_map, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=PartitionSpec(),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )
     def work(x):
         def step(x, _):
             a = jax.lax.psum(jnp.sin(x[:8]), "x")
@@ -81,13 +101,21 @@ def test_collectives_run_as_often_as_their_loop():
 
     found = count(work, jnp.ones(32)).collectives
     assert {kind: (c.count, c.bytes) for kind, c in found.items()} == {
-        "all-reduce": (5, 5 * 2 * 32 * 3 / 4), "all-gather": (5, 5 * 16 * 3), "reduce-scatter": (5, 5 * 128 * 3 / 4), "collective-permute": (5, 5 * 8)}
+        "all-reduce": (5, 5 * 2 * 32 * 3 / 4),
+        "all-gather": (5, 5 * 16 * 3),
+        "reduce-scatter": (5, 5 * 128 * 3 / 4),
+        "collective-permute": (5, 5 * 8),
+    }
 
 
 def test_a_loop_over_layers_reads_each_layer_once():
     """8 layers of [256, 256] float32, 2 MiB in all: sliced out (read and written) and multiplied (read again), one at a time, not 8 times 2 MiB."""
     layers = jnp.ones((8, 256, 256))
-    moved = count(lambda x, layers: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, layers)[0], jnp.ones((4, 256)), layers).bytes
+    moved = count(
+        lambda x, layers: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, layers)[0],
+        jnp.ones((4, 256)),
+        layers,
+    ).bytes
     assert 2 * 2**20 <= moved < 3.5 * 2 * 2**20
 
 
@@ -175,18 +203,31 @@ def test_texts_of_tpu_programs():
     reduce-scatter of 256 bytes over groups of 4; a gathering of 256 bytes from each of 8 that stands in two fusions. The memory takes longest."""
     found = Module(TPU_TEXT, refuse).costs(Rates(1e9, 1.0, 1e9))
     assert found.flops == 5 * 3 * 2 * 16 * 32 * 64
-    each = 3 * 64 * 32 * 2 + 256 + 4 * 4  # weights, what is scattered, and the counter, which is read twice and written beside its stride
+    each = (
+        3 * 64 * 32 * 2 + 256 + 4 * 4
+    )  # weights, what is scattered, and the counter, which is read twice and written beside its stride
     assert found.bytes == 5 * each + 8  # and copied once
-    assert {kind: (c.count, c.bytes) for kind, c in found.collectives.items()} == {"all-gather": (5, 5 * 256 * 7), "reduce-scatter": (5, 5 * 192)}
+    assert {kind: (c.count, c.bytes) for kind, c in found.collectives.items()} == {
+        "all-gather": (5, 5 * 256 * 7),
+        "reduce-scatter": (5, 5 * 192),
+    }
     assert found.seconds == {"compute": 0, "HBM": 5 * each + 8, "ICI": 0}
-    assert Module(TPU_TEXT, refuse).costs(Rates(1e9, 1e9, 1.0)).seconds["ICI"] == 5 * (256 * 7 + 192)
+    assert Module(TPU_TEXT, refuse).costs(Rates(1e9, 1e9, 1.0)).seconds["ICI"] == 5 * (
+        256 * 7 + 192
+    )
 
 
 def test_the_functions_of_a_loop_are_told_innermost_first():
     text = TPU_TEXT.replace("constant(12)", "iota()")  # the bound is no constant any more
-    module = Module(text, lambda functions: 3.0 if functions == ("spin", "<module>") else refuse(functions))
+    module = Module(
+        text, lambda functions: 3.0 if functions == ("spin", "<module>") else refuse(functions)
+    )
     assert module.costs(RATES).flops == 3 * 3 * 2 * 16 * 32 * 64
 
 
 def test_sizes_of_arrays():
-    assert [Array("bf16", (3, 5), True).bytes, Array("pred", (), True).bytes, Array("token", (), True).bytes] == [30, 1, 0]
+    assert [
+        Array("bf16", (3, 5), True).bytes,
+        Array("pred", (), True).bytes,
+        Array("token", (), True).bytes,
+    ] == [30, 1, 0]

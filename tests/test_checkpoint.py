@@ -1,4 +1,5 @@
 """Checkpoints: when they are saved, that a kill at any moment leaves the one before, and that a told end is told to all processes at once."""
+
 import os
 import pathlib
 import signal
@@ -28,18 +29,29 @@ def run_pace(folder, numbers, **pace) -> list[int]:
     """The numbers that are saved."""
     checkpoints = checkpoint.Checkpoints(folder, keep=100)
     for number in numbers:
-        assert not checkpoints.keep_pace(number, make_state(number), last=number == numbers[-1], **pace)
+        assert not checkpoints.keep_pace(
+            number, make_state(number), last=number == numbers[-1], **pace
+        )
     checkpoints.close()
     return sorted(int(path.name) for path in folder.iterdir())
 
 
 def test_another_model_is_told_by_name_and_shapes(tmp_path):
     checkpoint.save_params(tmp_path / "start", make_state(1))
-    with pytest.raises(ValueError, match=r"start holds another model \(a is \(2, 3\) there, \(3, 2\) here\): mend it$"):
-        checkpoint.load_params(tmp_path / "start", {"a": jnp.zeros((3, 2)), "b": jnp.int32(0)}, "mend it")
-    with pytest.raises(ValueError, match=r"start holds another model \(c is missing there, \(1,\) here\): mend it$"):
+    with pytest.raises(
+        ValueError,
+        match=r"start holds another model \(a is \(2, 3\) there, \(3, 2\) here\): mend it$",
+    ):
+        checkpoint.load_params(
+            tmp_path / "start", {"a": jnp.zeros((3, 2)), "b": jnp.int32(0)}, "mend it"
+        )
+    with pytest.raises(
+        ValueError, match=r"start holds another model \(c is missing there, \(1,\) here\): mend it$"
+    ):
         checkpoint.load_params(tmp_path / "start", make_state(1) | {"c": jnp.zeros(1)}, "mend it")
-    with pytest.raises(ValueError, match=r"start holds another model \(b is \(\) there, missing here\)"):
+    with pytest.raises(
+        ValueError, match=r"start holds another model \(b is \(\) there, missing here\)"
+    ):
         checkpoint.load_params(tmp_path / "start", {"a": jnp.zeros((2, 3))}, "mend it")
 
 
@@ -55,7 +67,10 @@ def test_damage_is_told_in_one_line(tmp_path, damage):
         if damage == "undescribed" and path.name == "_METADATA" or damage == "foreign":
             path.unlink()
     again = checkpoint.Checkpoints(tmp_path / "run", keep=2)
-    with pytest.raises(ValueError, match="run/1/default is damaged, .*remove .*run/1: the same command then goes on from the checkpoint before") as caught:
+    with pytest.raises(
+        ValueError,
+        match="run/1/default is damaged, .*remove .*run/1: the same command then goes on from the checkpoint before",
+    ) as caught:
         again.restore(1, make_state(0))
     assert len(str(caught.value)) < 800 and "\n" not in str(caught.value)
     again.close()
@@ -68,7 +83,9 @@ def test_a_disk_that_fails_for_a_moment_is_no_damage(tmp_path, monkeypatch):
         raise OSError(24, "Too many open files")
 
     monkeypatch.setattr(checkpoint.ocp.StandardCheckpointHandler, "metadata", fail)
-    with pytest.raises(OSError, match=r"start could not be read \(.*Too many open files\): try again"):
+    with pytest.raises(
+        OSError, match=r"start could not be read \(.*Too many open files\): try again"
+    ):
         checkpoint.load_params(tmp_path / "start", make_state(0), "remove it")
 
 
@@ -125,13 +142,19 @@ checkpoints.close()
 def test_a_kill_during_a_save_leaves_the_one_before(tmp_path, moment):
     folder = tmp_path / "run/checkpoints"
     environment = os.environ | {"PYTHONPATH": str(REPO), "XLA_FLAGS": ""}
-    done = subprocess.run([sys.executable, "-c", KILLED, str(folder), moment], env=environment, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(folder), moment], env=environment, timeout=120
+    )
     assert done.returncode == -signal.SIGKILL
     names = {path.name for path in folder.iterdir()}
-    assert "1" in names and "2" not in names and len(names) == 2  # the other one is what the kill left
+    assert (
+        "1" in names and "2" not in names and len(names) == 2
+    )  # the other one is what the kill left
     checkpoints = checkpoint.Checkpoints(folder, keep=2)
     assert checkpoints.latest() == 1
-    np.testing.assert_array_equal(checkpoints.restore(1, {"a": jnp.zeros(1000)})["a"], np.ones(1000))
+    np.testing.assert_array_equal(
+        checkpoints.restore(1, {"a": jnp.zeros(1000)})["a"], np.ones(1000)
+    )
     assert {path.name for path in folder.iterdir()} == names  # reading removes nothing
     checkpoints.save(3, {"a": jnp.full(1000, 3.0)})
     checkpoints.close()
@@ -145,9 +168,13 @@ def test_params(tmp_path, monkeypatch):
     assert not checkpoint.has_params(tmp_path / "start")
     checkpoint.save_params(tmp_path / "start", params)
     assert checkpoint.has_params(tmp_path / "start")
-    np.testing.assert_array_equal(checkpoint.load_params(tmp_path / "start", like(params), "none")["a"], params["a"])
+    np.testing.assert_array_equal(
+        checkpoint.load_params(tmp_path / "start", like(params), "none")["a"], params["a"]
+    )
     monkeypatch.chdir(tmp_path)
-    np.testing.assert_array_equal(checkpoint.load_params(pathlib.Path("start"), like(params), "none")["a"], params["a"])
+    np.testing.assert_array_equal(
+        checkpoint.load_params(pathlib.Path("start"), like(params), "none")["a"], params["a"]
+    )
 
 
 # Two processes that count numbers until they are told to end; the clock of the second one stands still: python TOLD FOLDER PROCESS PORT
@@ -181,8 +208,15 @@ def test_a_told_end_is_saved_by_all_processes_after_the_same_number(tmp_path):
 
     environment = os.environ | {"PYTHONPATH": str(REPO), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
     port = running.free_port()
-    processes = [subprocess.Popen([sys.executable, "-c", TOLD, str(tmp_path / "c"), str(n), str(port)], env=environment, stdout=subprocess.PIPE, text=True)
-                 for n in range(2)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TOLD, str(tmp_path / "c"), str(n), str(port)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for n in range(2)
+    ]
     try:
         for line in processes[1].stdout:
             if line.strip() == "5":

@@ -1,4 +1,5 @@
 """What is set before JAX starts."""
+
 import ctypes
 import os
 import subprocess
@@ -21,10 +22,22 @@ def start(monkeypatch):
     def run(flags, platforms, plugins):
         monkeypatch.setenv("XLA_FLAGS", flags)
         monkeypatch.setenv("NPROC", os.environ.get("NPROC", "64"))
-        monkeypatch.setattr(runtime.importlib.metadata, "entry_points", lambda group: plugins if group == "jax_plugins" else ())
+        monkeypatch.setattr(
+            runtime.importlib.metadata,
+            "entry_points",
+            lambda group: plugins if group == "jax_plugins" else (),
+        )
         monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda name: None)
-        monkeypatch.setattr(runtime, "jax", types.SimpleNamespace(config=types.SimpleNamespace(jax_platforms=platforms, update=lambda *_: None)))
-        monkeypatch.setattr(runtime, "keep_freed_memory", lambda: None)  # this process's own would stay changed
+        monkeypatch.setattr(
+            runtime,
+            "jax",
+            types.SimpleNamespace(
+                config=types.SimpleNamespace(jax_platforms=platforms, update=lambda *_: None)
+            ),
+        )
+        monkeypatch.setattr(
+            runtime, "keep_freed_memory", lambda: None
+        )  # this process's own would stay changed
         runtime.start_jax(ONE_PROCESS)
         return os.environ["XLA_FLAGS"]
 
@@ -95,10 +108,21 @@ cli.run_guarded(command, config, pathlib.Path("run"), "the same command goes on"
 """
 
 
-@pytest.mark.parametrize("where", ["plainly", "lost", "in a callback", "in a program", "beside a search"])
+@pytest.mark.parametrize(
+    "where", ["plainly", "lost", "in a callback", "in a program", "beside a search"]
+)
 def test_an_interruption_ends_with_one_line(where):
-    done = subprocess.run([sys.executable, "-c", INTERRUPTED, where], env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=50)
-    assert done.returncode == 130 and done.stderr.splitlines()[-1] == "stepsearch_jax: interrupted; the same command goes on", done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, where],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
+    assert (
+        done.returncode == 130
+        and done.stderr.splitlines()[-1] == "stepsearch_jax: interrupted; the same command goes on"
+    ), done.stderr
     if where != "in a callback":  # where jax may tell of it, too
         assert done.stderr.count("\n") == 1
     assert (done.stdout == "tidied up\n") == (where in ("plainly", "beside a search"))
@@ -124,9 +148,18 @@ print(sorted(faults)[6] * resource.getpagesize() // 2**20)
 """
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt") or sys.platform != "linux", reason="malloc is not glibc's")
+@pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "mallopt") or sys.platform != "linux",
+    reason="malloc is not glibc's",
+)
 @pytest.mark.parametrize("memory, fresh", [("kept", range(0, 8)), ("left", range(48, 80))])
 def test_memory_is_used_again_instead_of_asked_for_anew(memory, fresh):
     """MiB of pages that a call of a program faults in, the median of twelve: the hole that a block leaves may be a little too small for the next one."""
-    found = subprocess.run([sys.executable, "-c", PAGES, memory], env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [sys.executable, "-c", PAGES, memory],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert int(found.stdout) in fresh

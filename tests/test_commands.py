@@ -1,4 +1,5 @@
 """The commands that README, docs and the configs' docstrings show: what they run exists, and their flags, configs and keys are accepted."""
+
 import argparse
 import functools
 import pathlib
@@ -17,27 +18,45 @@ from stepsearch_jax.data.atlas_world import make_worlds
 from stepsearch_jax.run.checks import check_config
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
-PAGES = {str(path.relative_to(REPO)): path.read_text() for pattern in ("README.md", "docs/*.md", "configs/*.py") for path in sorted(REPO.glob(pattern))}
+PAGES = {
+    str(path.relative_to(REPO)): path.read_text()
+    for pattern in ("README.md", "docs/*.md", "configs/*.py")
+    for path in sorted(REPO.glob(pattern))
+}
 
 
 def list_commands(text: str) -> list[str]:
     """Lines that run a part of this repository, those that a backslash continues in one piece."""
     lines = text.replace("\\\n", " ").splitlines()
-    return [" ".join(line.split()) for line in lines if re.match(r"\s*(\w+=\S* )*(python -m stepsearch_jax\.|(python|bash) launch/)", line)]
+    return [
+        " ".join(line.split())
+        for line in lines
+        if re.match(r"\s*(\w+=\S* )*(python -m stepsearch_jax\.|(python|bash) launch/)", line)
+    ]
 
 
-COMMANDS = [pytest.param(command, id=f"{page}: {command[:70]}") for page, text in PAGES.items() for command in list_commands(text)]
+COMMANDS = [
+    pytest.param(command, id=f"{page}: {command[:70]}")
+    for page, text in PAGES.items()
+    for command in list_commands(text)
+]
 
 
 def load(words: list[str]):
     """The config that a command runs with; None where it takes none, or names a placeholder."""
-    file = next((word.removeprefix("--config=") for word in words if word.startswith("--config=")), None)
+    file = next(
+        (word.removeprefix("--config=") for word in words if word.startswith("--config=")), None
+    )
     if "launch/quickstart.sh" in words:
         variant = next((word for word in words[2:] if not word.startswith("-")), "")
         file = "configs/atlas_quickstart.py" + (f":{variant}" if variant else "")
     if file in (None, "…"):
         return None
-    return read_config(argparse.ArgumentParser(), str(REPO / file), [word for word in words if word.startswith("--config.")])
+    return read_config(
+        argparse.ArgumentParser(),
+        str(REPO / file),
+        [word for word in words if word.startswith("--config.")],
+    )
 
 
 def test_commands_are_found():
@@ -49,15 +68,22 @@ def test_commands_are_found():
 @functools.cache
 def read_help(module: str, subcommand: str = "") -> str:
     """What --help prints. It loads no jax, so that it is there at once."""
-    program = (f"import runpy, sys\nsys.argv = ['x', *{[subcommand] if subcommand else []}, '--help']\n"
-               f"try: runpy.run_module('{module}', run_name='__main__', alter_sys=True)\n"
-               "except SystemExit as end: sys.exit(end.code or ('jax' in sys.modules and 'it loads jax'))")
-    done = subprocess.run([sys.executable, "-c", program], cwd=REPO, capture_output=True, text=True, timeout=100)
+    program = (
+        f"import runpy, sys\nsys.argv = ['x', *{[subcommand] if subcommand else []}, '--help']\n"
+        f"try: runpy.run_module('{module}', run_name='__main__', alter_sys=True)\n"
+        "except SystemExit as end: sys.exit(end.code or ('jax' in sys.modules and 'it loads jax'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPO, capture_output=True, text=True, timeout=100
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-SUBCOMMANDS = {"prepare": ("audit", "keys", "index"), "benchmark": ("rollout", "update", "reward", "retrieval", "memory", "import", "all")}
+SUBCOMMANDS = {
+    "prepare": ("audit", "keys", "index"),
+    "benchmark": ("rollout", "update", "reward", "retrieval", "memory", "import", "all"),
+}
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
@@ -69,7 +95,9 @@ def test_help_names_every_flag_and_loads_no_jax(name):
 
 def test_a_flag_of_another_command_is_not_known():
     shown = read_help("stepsearch_jax.train")
-    assert "--workdir" in shown and not any(f"--{name}" in shown for name in ("topology", "jobs", "writer"))
+    assert "--workdir" in shown and not any(
+        f"--{name}" in shown for name in ("topology", "jobs", "writer")
+    )
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -77,11 +105,15 @@ def test_what_it_runs_and_its_flags_exist(command):
     words = shlex.split(command, comments=True)
     given = re.findall(r" --([\w-]+)", " ".join(words))
     if module := re.search(r"python -m ((?:\w+\.)+(\w+))", command):
-        after = words[words.index(module[1]) + 1:]
-        shown = read_help(module[1], after[0] if module[2] in SUBCOMMANDS and "{" not in command else "")
+        after = words[words.index(module[1]) + 1 :]
+        shown = read_help(
+            module[1], after[0] if module[2] in SUBCOMMANDS and "{" not in command else ""
+        )
     else:
         file = next(word for word in words if word.startswith("launch/"))
-        shown = (REPO / file).read_text() + ((REPO / "launch/sweep.py").read_text() if "sweep" in file else "")
+        shown = (REPO / file).read_text() + (
+            (REPO / "launch/sweep.py").read_text() if "sweep" in file else ""
+        )
     for name in given if "{" not in command else ():
         assert re.search(rf"--{name}\b", shown), name
 
@@ -95,8 +127,17 @@ def test_its_config_is_accepted(command):
     check_config(config, sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1]))
     a = config.data.atlas
     if "--config.data.atlas." in command:
-        make_worlds(seed=a.seed, entities=a.entities, extra_facts=a.extra_facts, k1=config.search.bm25_k1, b=config.search.bm25_b, shapes=tuple(a.shapes),
-                    questions=dict(train=a.train_questions, validation=a.validation_questions, test=a.test_questions))
+        make_worlds(
+            seed=a.seed,
+            entities=a.entities,
+            extra_facts=a.extra_facts,
+            k1=config.search.bm25_k1,
+            b=config.search.bm25_b,
+            shapes=tuple(a.shapes),
+            questions=dict(
+                train=a.train_questions, validation=a.validation_questions, test=a.test_questions
+            ),
+        )
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -105,7 +146,11 @@ def test_every_file_and_key_that_a_page_names_exists(page):
         assert (REPO / path).is_file(), path
     config = base.get_config()
     keys = re.findall(r"--config\.([a-z][\w.]*)=", PAGES[page])
-    keys += [key for key in re.findall(r"`([a-z]\w*\.[a-z]\w*)`", PAGES[page]) if key.split(".")[0] in config and not key.endswith((".json", ".py"))]
+    keys += [
+        key
+        for key in re.findall(r"`([a-z]\w*\.[a-z]\w*)`", PAGES[page])
+        if key.split(".")[0] in config and not key.endswith((".json", ".py"))
+    ]
     for key in keys:
         section = config
         for name in key.split("."):

@@ -1,4 +1,5 @@
 """What is wrong with --config, or beside it on the command line, is said in one line."""
+
 import argparse
 
 import pytest
@@ -9,7 +10,7 @@ FILES = {
     "plain.py": "import ml_collections\n\ndef get_config():\n    return ml_collections.ConfigDict({'seed': 0, 'on': True})\n",
     "word.py": "import ml_collections\n\ndef get_config(word):\n    return ml_collections.ConfigDict({'word': word})\n",
     "sizes.py": "from __future__ import annotations\nimport dataclasses\nimport ml_collections\n\n@dataclasses.dataclass\nclass Sizes:\n    layers: int = 2\n\n"
-                "def get_config():\n    return ml_collections.ConfigDict({'layers': Sizes().layers})\n",
+    "def get_config():\n    return ml_collections.ConfigDict({'layers': Sizes().layers})\n",
     "sweep.py": "def sweep(add):\n    pass\n",
     "broken.py": "def get_config(:\n",
     "raising.py": "def get_config():\n    return {}['seed']\n",
@@ -19,9 +20,15 @@ FILES = {
 REFUSED = {  # flags -> the message
     ("none.py",): r"flag --config=none\.py: there is no file none\.py: name a config",
     ("",): r"flag --config=: there is no file",
-    ("plain.py:foo",): r"flag --config=plain\.py:foo: plain\.py takes no argument after a colon: leave :foo away",
-    ("word.py",): r"flag --config=word\.py: word\.py takes an argument after a colon: write word\.py:ARGUMENT",
-    ("sweep.py",): r"flag --config=sweep\.py: .*no attribute 'get_config'; a config defines get_config\(\).*launch/sweep\.py takes sweep files",
+    (
+        "plain.py:foo",
+    ): r"flag --config=plain\.py:foo: plain\.py takes no argument after a colon: leave :foo away",
+    (
+        "word.py",
+    ): r"flag --config=word\.py: word\.py takes an argument after a colon: write word\.py:ARGUMENT",
+    (
+        "sweep.py",
+    ): r"flag --config=sweep\.py: .*no attribute 'get_config'; a config defines get_config\(\).*launch/sweep\.py takes sweep files",
     ("broken.py",): r"flag --config=broken\.py: broken\.py: SyntaxError: ",
     ("raising.py",): r"flag --config=raising\.py: raising\.py, line 2: KeyError: 'seed'; ",
     ("nothing.py",): r"flag --config=nothing\.py: nothing\.py.*get_config\(\) returns NoneType",
@@ -52,7 +59,10 @@ def test_refused_with_one_line(folder, arguments):
 
 
 def test_read(folder):
-    assert read("plain.py", "--config.seed=3", "--noconfig.on").to_dict() == {"seed": 3, "on": False}
+    assert read("plain.py", "--config.seed=3", "--noconfig.on").to_dict() == {
+        "seed": 3,
+        "on": False,
+    }
     assert read("word.py:a:b").word == "a:b"
     assert read("sizes.py").layers == 2
     with pytest.raises(AttributeError, match="locked"):

@@ -1,4 +1,5 @@
 """Every config loads, adds no key that base.py lacks, and every key of base.py is explained and read; the code reads no other keys."""
+
 import ast
 import importlib.util
 import pathlib
@@ -13,7 +14,9 @@ from stepsearch_jax.sharding import AXES
 from stepsearch_jax.sweeps.points import list_points, load_sweeps
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
-CONFIGS = sorted(path for path in (REPO / "configs").rglob("*.py") if "def get_config" in path.read_text())
+CONFIGS = sorted(
+    path for path in (REPO / "configs").rglob("*.py") if "def get_config" in path.read_text()
+)
 SWEEPS = sorted((REPO / "configs" / "sweeps").glob("[!_]*.py"))
 SECTION_METHODS = set(dir(ml_collections.ConfigDict))
 
@@ -23,14 +26,22 @@ def load(path: pathlib.Path) -> list[ml_collections.ConfigDict]:
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return [module.get_config(variant) for variant in module.VARIANTS] if hasattr(module, "VARIANTS") else [module.get_config()]
+    return (
+        [module.get_config(variant) for variant in module.VARIANTS]
+        if hasattr(module, "VARIANTS")
+        else [module.get_config()]
+    )
 
 
 def list_keys(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, object]:
     """Dotted key -> value, of the leaves."""
     keys = {}
     for name, value in config.items():
-        keys |= list_keys(value, f"{prefix}{name}.") if isinstance(value, ml_collections.ConfigDict) else {prefix + name: value}
+        keys |= (
+            list_keys(value, f"{prefix}{name}.")
+            if isinstance(value, ml_collections.ConfigDict)
+            else {prefix + name: value}
+        )
     return keys
 
 
@@ -80,10 +91,16 @@ def find_uncommented(source: str) -> list[str]:
     lines = source.splitlines()
     found = []
     for node in ast.walk(ast.parse(source)):
-        if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Attribute | ast.Subscript):
+        if not isinstance(node, ast.Assign) or not isinstance(
+            node.targets[0], ast.Attribute | ast.Subscript
+        ):
             continue
-        makes_section = isinstance(node.value, ast.Call) and not node.value.args  # ConfigDict(): the heading of a section explains itself
-        commented = any("#" in line for line in lines[node.lineno - 1 : node.end_lineno]) or lines[node.lineno - 2].strip().startswith("#")
+        makes_section = (
+            isinstance(node.value, ast.Call) and not node.value.args
+        )  # ConfigDict(): the heading of a section explains itself
+        commented = any("#" in line for line in lines[node.lineno - 1 : node.end_lineno]) or lines[
+            node.lineno - 2
+        ].strip().startswith("#")
         if not makes_section and not commented:
             found.append(f"line {node.lineno}: {ast.unparse(node.targets[0])}")
     return found
@@ -109,27 +126,44 @@ class Reads:
     `unknown`: attributes of a section that it does not have.
     """
 
-    def __init__(self, sources: dict[str, str], commands: set[str], config: ml_collections.ConfigDict):
+    def __init__(
+        self, sources: dict[str, str], commands: set[str], config: ml_collections.ConfigDict
+    ):
         self.config, self.read, self.unknown = config, set(), set()
         trees = {name: ast.parse(source) for name, source in sources.items()}
-        self.arguments: dict[tuple[str, str], dict[str, set]] = {}  # (module, function) -> parameter -> paths
+        self.arguments: dict[
+            tuple[str, str], dict[str, set]
+        ] = {}  # (module, function) -> parameter -> paths
         self.functions: dict[str, list[tuple[str, ast.FunctionDef]]] = {}
         for module, tree in trees.items():
             for node in ast.walk(tree):
                 if isinstance(node, ast.FunctionDef):
                     self.functions.setdefault(node.name, []).append((module, node))
                     for parameter in node.args.args if module in commands else []:
-                        if parameter.arg == "config" and (parameter.annotation is None or ast.unparse(parameter.annotation).endswith("ConfigDict")):
+                        if parameter.arg == "config" and (
+                            parameter.annotation is None
+                            or ast.unparse(parameter.annotation).endswith("ConfigDict")
+                        ):
                             self.arguments[module, node.name] = {"config": {()}}
         before = None
-        while before != (before := repr(sorted((key, sorted(value.items(), key=str)) for key, value in self.arguments.items()))):  # to a fixed point
+        while before != (
+            before := repr(
+                sorted(
+                    (key, sorted(value.items(), key=str)) for key, value in self.arguments.items()
+                )
+            )
+        ):  # to a fixed point
             for module, tree in trees.items():
                 for node in tree.body:
                     for function in node.body if isinstance(node, ast.ClassDef) else [node]:
-                        self._follow(module, function, in_system=getattr(node, "name", "") == "System")
+                        self._follow(
+                            module, function, in_system=getattr(node, "name", "") == "System"
+                        )
 
     def _follow(self, module: str, function: ast.AST, in_system: bool) -> None:
-        names: dict[str, set[tuple]] = {}  # name -> paths; nested functions share their outer function's names
+        names: dict[
+            str, set[tuple]
+        ] = {}  # name -> paths; nested functions share their outer function's names
         words: dict[str, set[str]] = {}  # name -> the strings that it runs through
         for node in ast.walk(function):
             if isinstance(node, ast.FunctionDef):
@@ -141,12 +175,28 @@ class Reads:
             if isinstance(node, ast.Name):
                 return names.get(node.id, set())
             if isinstance(node, ast.Attribute):
-                if node.attr == "config" and isinstance(node.value, ast.Name) and (node.value.id == "system" or in_system and node.value.id == "self"):
+                if (
+                    node.attr == "config"
+                    and isinstance(node.value, ast.Name)
+                    and (node.value.id == "system" or in_system and node.value.id == "self")
+                ):
                     return {()}
-                return {(*path, node.attr) for path in paths_of(node.value) if self._is_section(path)}
+                return {
+                    (*path, node.attr) for path in paths_of(node.value) if self._is_section(path)
+                }
             if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Name | ast.Constant):
-                keys = {node.slice.value} if isinstance(node.slice, ast.Constant) else words.get(node.slice.id, set())
-                return {(*path, key) for path in paths_of(node.value) if self._is_section(path) for key in keys if isinstance(key, str)}
+                keys = (
+                    {node.slice.value}
+                    if isinstance(node.slice, ast.Constant)
+                    else words.get(node.slice.id, set())
+                )
+                return {
+                    (*path, key)
+                    for path in paths_of(node.value)
+                    if self._is_section(path)
+                    for key in keys
+                    if isinstance(key, str)
+                }
             return set()
 
         def bind(target, value) -> None:
@@ -163,7 +213,9 @@ class Reads:
                         words.setdefault(target.id, set()).add(value.value)
                     bind(target, value)
 
-        for _ in range(3):  # ast.walk is breadth first: a name may be used before the walk has met its binding
+        for _ in range(
+            3
+        ):  # ast.walk is breadth first: a name may be used before the walk has met its binding
             for node in ast.walk(function):
                 if isinstance(node, ast.Assign):
                     for target in node.targets:
@@ -183,14 +235,23 @@ class Reads:
                         self.read.add(path)
 
     def _pass_arguments(self, module: str, call: ast.Call, paths_of) -> None:
-        name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", None)
+        name = (
+            call.func.attr
+            if isinstance(call.func, ast.Attribute)
+            else getattr(call.func, "id", None)
+        )
         here = [found for found in self.functions.get(name, []) if found[0] == module]
         for target_module, function in here or self.functions.get(name, []):
             parameters = [parameter.arg for parameter in function.args.args]
-            given = [*zip(parameters, call.args), *((keyword.arg, keyword.value) for keyword in call.keywords)]
+            given = [
+                *zip(parameters, call.args),
+                *((keyword.arg, keyword.value) for keyword in call.keywords),
+            ]
             for parameter, value in given:
                 if paths := {path for path in paths_of(value) if self._is_section(path)}:
-                    self.arguments.setdefault((target_module, name), {}).setdefault(parameter, set()).update(paths)
+                    self.arguments.setdefault((target_module, name), {}).setdefault(
+                        parameter, set()
+                    ).update(paths)
 
     def _exists(self, path: tuple) -> bool:
         section = self.config
@@ -201,7 +262,9 @@ class Reads:
         return True
 
     def _is_section(self, path: tuple) -> bool:
-        return self._exists(path) and (not path or isinstance(self._value(path), ml_collections.ConfigDict))
+        return self._exists(path) and (
+            not path or isinstance(self._value(path), ml_collections.ConfigDict)
+        )
 
     def _value(self, path: tuple):
         section = self.config
@@ -219,12 +282,24 @@ def test_reads_are_followed():
     """a.x by alias, a.y by attribute, b.x and c.x by a loop, d.* whole, e.x by a string, f.x across two calls; b.y is dead, a.typo unknown."""
     section = {"x": 1, "y": 2}
     config = ml_collections.ConfigDict({name: dict(section) for name in "abcdef"})
-    sources = {"one": (
-        "def run(config):\n    n, a = 1, config.a\n    use(a.x, config.a.y, a.typo, config.to_dict())\n    use([o.x for o in (config.b, config.c)])\n"
-        "    use(dict(config.d), {key: e[key] for key in ('x',)})\n    e = config.e\n    load(config.f)\n"
-    ), "two": "def load(data):\n    open_it(1, part=data)\ndef open_it(n, part):\n    return part.x, other.y\n"}
+    sources = {
+        "one": (
+            "def run(config):\n    n, a = 1, config.a\n    use(a.x, config.a.y, a.typo, config.to_dict())\n    use([o.x for o in (config.b, config.c)])\n"
+            "    use(dict(config.d), {key: e[key] for key in ('x',)})\n    e = config.e\n    load(config.f)\n"
+        ),
+        "two": "def load(data):\n    open_it(1, part=data)\ndef open_it(n, part):\n    return part.x, other.y\n",
+    }
     reads = Reads(sources, {"one"}, config)
-    assert {key for key in list_keys(config) if reads.is_read(key)} == {"a.x", "a.y", "b.x", "c.x", "d.x", "d.y", "e.x", "f.x"}
+    assert {key for key in list_keys(config) if reads.is_read(key)} == {
+        "a.x",
+        "a.y",
+        "b.x",
+        "c.x",
+        "d.x",
+        "d.y",
+        "e.x",
+        "f.x",
+    }
     assert reads.unknown == {("a", "typo")}
 
 
@@ -232,7 +307,11 @@ def test_reads_are_followed():
 def reads() -> Reads:
     package = REPO / "stepsearch_jax"
     commands = {str(path) for path in package.glob("*.py")}
-    return Reads({str(path): path.read_text() for path in sorted(package.rglob("*.py"))}, commands, base.get_config())
+    return Reads(
+        {str(path): path.read_text() for path in sorted(package.rglob("*.py"))},
+        commands,
+        base.get_config(),
+    )
 
 
 def test_no_key_is_dead(reads):

@@ -1,4 +1,5 @@
 """Stored records come back as they went in; MuSiQue rows are read as they are meant, and bad ones refused with file and line."""
+
 import copy
 import gzip
 import json
@@ -24,10 +25,29 @@ texts = st.text(st.characters(codec="utf-8"), max_size=8)
 tuples = st.lists(texts, max_size=3).map(tuple)
 ids = st.lists(st.integers(0, 9), max_size=2).map(tuple)
 passages = st.lists(st.tuples(texts, texts), max_size=2).map(tuple)
-subs = st.lists(st.builds(SubQuestion, question=texts, answer=texts, aliases=tuples, gold_ids=ids, queries=tuples, missing_gold=passages),
-                max_size=3).map(tuple)
-questions = st.builds(Question, uid=texts, question=texts, answer=texts, aliases=tuples, sub_questions=subs, shape=texts, loose_gold_ids=ids,
-                      loose_missing_gold=passages)
+subs = st.lists(
+    st.builds(
+        SubQuestion,
+        question=texts,
+        answer=texts,
+        aliases=tuples,
+        gold_ids=ids,
+        queries=tuples,
+        missing_gold=passages,
+    ),
+    max_size=3,
+).map(tuple)
+questions = st.builds(
+    Question,
+    uid=texts,
+    question=texts,
+    answer=texts,
+    aliases=tuples,
+    sub_questions=subs,
+    shape=texts,
+    loose_gold_ids=ids,
+    loose_missing_gold=passages,
+)
 
 
 def read_records(form, folder, corpus=""):
@@ -51,19 +71,48 @@ def test_rows_hold_everything(question):
 
 
 # Two rows that share a paragraph. Row 2 is a chain: #1 and #2 stand for earlier answers; #40 is part of the text.
-PARAGRAPHS = [{"idx": 0, "title": "Harbour", "paragraph_text": "The harbour  was built by Ann.\n"},
-              {"idx": 1, "title": "Ann", "paragraph_text": "Ann is from Rome."},
-              {"idx": 2, "title": "Other", "paragraph_text": "Nothing."}]
+PARAGRAPHS = [
+    {"idx": 0, "title": "Harbour", "paragraph_text": "The harbour  was built by Ann.\n"},
+    {"idx": 1, "title": "Ann", "paragraph_text": "Ann is from Rome."},
+    {"idx": 2, "title": "Other", "paragraph_text": "Nothing."},
+]
 TWO_HOP = {
-    "id": "2hop__1_2", "question": "Where is the builder of the harbour from?", "answer": "Rome", "answer_aliases": ["Roma"], "answerable": True,
+    "id": "2hop__1_2",
+    "question": "Where is the builder of the harbour from?",
+    "answer": "Rome",
+    "answer_aliases": ["Roma"],
+    "answerable": True,
     "paragraphs": PARAGRAPHS,
-    "question_decomposition": [{"id": 1, "question": "Who built the harbour?", "answer": "Ann", "paragraph_support_idx": 0},
-                               {"id": 2, "question": "Where is #1 from?", "answer": "Rome", "paragraph_support_idx": 1}]}
+    "question_decomposition": [
+        {
+            "id": 1,
+            "question": "Who built the harbour?",
+            "answer": "Ann",
+            "paragraph_support_idx": 0,
+        },
+        {"id": 2, "question": "Where is #1 from?", "answer": "Rome", "paragraph_support_idx": 1},
+    ],
+}
 THREE_HOP = {
-    "id": "3hop1__1_2_3", "question": "Who rules there?", "answer": "Leo", "answer_aliases": [], "answerable": True,
-    "paragraphs": [*PARAGRAPHS[:2], {"idx": 7, "title": "Rome", "paragraph_text": "Leo rules Rome."}],
-    "question_decomposition": [*TWO_HOP["question_decomposition"],
-                               {"id": 3, "question": "Who rules #2, home of #1, since the #40 hit?", "answer": "Leo", "paragraph_support_idx": 7}]}
+    "id": "3hop1__1_2_3",
+    "question": "Who rules there?",
+    "answer": "Leo",
+    "answer_aliases": [],
+    "answerable": True,
+    "paragraphs": [
+        *PARAGRAPHS[:2],
+        {"idx": 7, "title": "Rome", "paragraph_text": "Leo rules Rome."},
+    ],
+    "question_decomposition": [
+        *TWO_HOP["question_decomposition"],
+        {
+            "id": 3,
+            "question": "Who rules #2, home of #1, since the #40 hit?",
+            "answer": "Leo",
+            "paragraph_support_idx": 7,
+        },
+    ],
+}
 
 
 def write_rows(path, rows):
@@ -77,33 +126,64 @@ def test_musique_by_hand_without_a_corpus(tmp_path):
     write_rows(tmp_path / "validation.jsonl.gz", [THREE_HOP])
     documents, splits = read_musique(tmp_path)
     # All paragraphs once, in the order of train, validation: Harbour, Ann, Other, Rome.
-    assert [(d.id, d.title) for d in documents] == [(0, "Harbour"), (1, "Ann"), (2, "Other"), (3, "Rome")]
+    assert [(d.id, d.title) for d in documents] == [
+        (0, "Harbour"),
+        (1, "Ann"),
+        (2, "Other"),
+        (3, "Rome"),
+    ]
     assert documents[0].text == "The harbour  was built by Ann.\n"
     (question,), (chain,) = splits["train"], splits["validation"]
-    assert question == Question("2hop__1_2", "Where is the builder of the harbour from?", "Rome", ("Roma",), (
-        SubQuestion("Who built the harbour?", "Ann", (), (0,), ("Who built the harbour?",)),
-        SubQuestion("Where is Ann from?", "Rome", ("Roma",), (1,), ("Where is Ann from?",))), "2hop")
+    assert question == Question(
+        "2hop__1_2",
+        "Where is the builder of the harbour from?",
+        "Rome",
+        ("Roma",),
+        (
+            SubQuestion("Who built the harbour?", "Ann", (), (0,), ("Who built the harbour?",)),
+            SubQuestion("Where is Ann from?", "Rome", ("Roma",), (1,), ("Where is Ann from?",)),
+        ),
+        "2hop",
+    )
     assert chain.shape == "3hop1" and chain.gold_ids == (0, 1, 3)
     assert chain.sub_questions[2].queries == ("Who rules Rome, home of Ann, since the #40 hit?",)
 
 
 def test_musique_gold_is_found_in_the_corpus_up_to_whitespace(tmp_path):
     write_rows(tmp_path / "validation.jsonl", [TWO_HOP])
-    corpus = [{"id": "x", "title": "Noise", "text": "Noise."}, {"id": "y", "title": " Ann", "text": "Ann  is from\tRome."},
-              {"id": "y2", "title": "Ann", "text": "Ann is from Rome."}, {"id": "z", "title": "Harbour", "text": "The harbour was built by Ann."},
-              {"id": "w", "title": "Harbour", "text": "Another harbour."}]
+    corpus = [
+        {"id": "x", "title": "Noise", "text": "Noise."},
+        {"id": "y", "title": " Ann", "text": "Ann  is from\tRome."},
+        {"id": "y2", "title": "Ann", "text": "Ann is from Rome."},
+        {"id": "z", "title": "Harbour", "text": "The harbour was built by Ann."},
+        {"id": "w", "title": "Harbour", "text": "Another harbour."},
+    ]
     write_rows(tmp_path / "corpus.jsonl.gz", corpus)
     documents, splits = read_musique(tmp_path)
-    assert [(d.id, d.title, d.text) for d in documents] == [(i, row["title"], row["text"]) for i, row in enumerate(corpus)]
+    assert [(d.id, d.title, d.text) for d in documents] == [
+        (i, row["title"], row["text"]) for i, row in enumerate(corpus)
+    ]
     assert splits["validation"][0].gold_ids == (3, 1)  # by title and text; of equal rows the first
 
 
 def test_a_gold_paragraph_that_the_corpus_lacks_is_kept_as_missing(tmp_path):
     write_rows(tmp_path / "train.jsonl", [TWO_HOP])
-    write_rows(tmp_path / "corpus.jsonl", [{"title": "Harbour", "text": "The harbour was built by Ann."}, {"title": "Ann", "text": "Another Ann."}])
+    write_rows(
+        tmp_path / "corpus.jsonl",
+        [
+            {"title": "Harbour", "text": "The harbour was built by Ann."},
+            {"title": "Ann", "text": "Another Ann."},
+        ],
+    )
     (question,) = read_musique(tmp_path)[1]["train"]
-    assert [sub.gold_ids for sub in question.sub_questions] == [(0,), ()] and question.gold_ids == (0,)
-    assert question.sub_questions[1].missing_gold == question.missing_gold == (("Ann", "Ann is from Rome."),)
+    assert [sub.gold_ids for sub in question.sub_questions] == [(0,), ()] and question.gold_ids == (
+        0,
+    )
+    assert (
+        question.sub_questions[1].missing_gold
+        == question.missing_gold
+        == (("Ann", "Ann is from Rome."),)
+    )
 
 
 HOPS = "question_decomposition"
@@ -121,35 +201,60 @@ def change(path, value):
     return json.dumps(row)
 
 
-@pytest.mark.parametrize("line, message", [
-    ('{"id": "2hop', "not JSON"),
-    ('["a"]', "a JSON object is needed, not list"),
-    (change(["question"], KeyError), "field 'question' is missing"),
-    (change(["question"], " "), "field 'question' is empty"),
-    (change(["answer"], 7), "field 'answer' should be str, not int"),
-    (change(["answer_aliases"], "Roma"), "field 'answer_aliases' should be list, not str"),
-    (change(["answer_aliases"], [1]), "'answer_aliases' should hold strings only"),
-    (change(["answer_aliases"], [""]), "'answer_aliases' should hold no empty answer"),
-    (change(["paragraphs"], []), "'paragraphs' is empty"),
-    (change(["paragraphs", 2, "idx"], 1), r"paragraphs\[2\]: idx 1 is that of another paragraph"),
-    (change(["paragraphs", 1], "Ann"), r"paragraphs\[1\] should be an object, not str"),
-    (change(["paragraphs", 1, "title"], KeyError), r"paragraphs\[1\]: field 'title' is missing"),
-    (change([HOPS], []), "'question_decomposition' is empty"),
-    (change([HOPS, 1, "paragraph_support_idx"], None), r"question_decomposition\[1\]: field 'paragraph_support_idx' should be int"),
-    (change([HOPS, 1, "paragraph_support_idx"], True), r"question_decomposition\[1\]: field 'paragraph_support_idx' should be int"),
-    (change([HOPS, 1, "paragraph_support_idx"], 5), "5 is not the idx of a paragraph"),
-    (change([HOPS, 0, "question"], "Who built #2?"), r"question_decomposition\[0\]: #2 refers to a sub-question that does not come"),
-    (change(["answerable"], False), "not answerable"),
-])
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ('{"id": "2hop', "not JSON"),
+        ('["a"]', "a JSON object is needed, not list"),
+        (change(["question"], KeyError), "field 'question' is missing"),
+        (change(["question"], " "), "field 'question' is empty"),
+        (change(["answer"], 7), "field 'answer' should be str, not int"),
+        (change(["answer_aliases"], "Roma"), "field 'answer_aliases' should be list, not str"),
+        (change(["answer_aliases"], [1]), "'answer_aliases' should hold strings only"),
+        (change(["answer_aliases"], [""]), "'answer_aliases' should hold no empty answer"),
+        (change(["paragraphs"], []), "'paragraphs' is empty"),
+        (
+            change(["paragraphs", 2, "idx"], 1),
+            r"paragraphs\[2\]: idx 1 is that of another paragraph",
+        ),
+        (change(["paragraphs", 1], "Ann"), r"paragraphs\[1\] should be an object, not str"),
+        (
+            change(["paragraphs", 1, "title"], KeyError),
+            r"paragraphs\[1\]: field 'title' is missing",
+        ),
+        (change([HOPS], []), "'question_decomposition' is empty"),
+        (
+            change([HOPS, 1, "paragraph_support_idx"], None),
+            r"question_decomposition\[1\]: field 'paragraph_support_idx' should be int",
+        ),
+        (
+            change([HOPS, 1, "paragraph_support_idx"], True),
+            r"question_decomposition\[1\]: field 'paragraph_support_idx' should be int",
+        ),
+        (change([HOPS, 1, "paragraph_support_idx"], 5), "5 is not the idx of a paragraph"),
+        (
+            change([HOPS, 0, "question"], "Who built #2?"),
+            r"question_decomposition\[0\]: #2 refers to a sub-question that does not come",
+        ),
+        (change(["answerable"], False), "not answerable"),
+    ],
+)
 def test_a_malformed_row_names_file_line_and_fault(tmp_path, line, message):
-    (tmp_path / "train.jsonl").write_text(f"{json.dumps(TWO_HOP)}\n\n{line}\n")  # the empty line counts as a line
-    write_rows(tmp_path / "corpus.jsonl", [{"title": p["title"], "text": p["paragraph_text"]} for p in PARAGRAPHS])
+    (tmp_path / "train.jsonl").write_text(
+        f"{json.dumps(TWO_HOP)}\n\n{line}\n"
+    )  # the empty line counts as a line
+    write_rows(
+        tmp_path / "corpus.jsonl",
+        [{"title": p["title"], "text": p["paragraph_text"]} for p in PARAGRAPHS],
+    )
     with pytest.raises(ValueError, match=rf"train\.jsonl, line 3.*{message}"):
         read_musique(tmp_path)
 
 
 def test_malformed_corpus_empty_corpus_empty_split_and_no_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no train, validation or test file .* set data.path"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no train, validation or test file .* set data.path"
+    ):
         read_musique(tmp_path)
     write_rows(tmp_path / "train.jsonl", [TWO_HOP])
     (tmp_path / "corpus.jsonl").write_text("")
@@ -168,35 +273,78 @@ def test_malformed_corpus_empty_corpus_empty_split_and_no_files(tmp_path):
 
 
 def make_config(tmp_path, **changes):
-    atlas = dict(seed=1, entities=80, shapes=("2hop", "3hop_join"), train_questions=12, validation_questions=0, test_questions=6, extra_facts=1)
-    config = dict(kind="atlas", path="", corpus="", cache_dir=str(tmp_path / "cache"), train_split="train", train_questions=0, atlas=atlas)
+    atlas = dict(
+        seed=1,
+        entities=80,
+        shapes=("2hop", "3hop_join"),
+        train_questions=12,
+        validation_questions=0,
+        test_questions=6,
+        extra_facts=1,
+    )
+    config = dict(
+        kind="atlas",
+        path="",
+        corpus="",
+        cache_dir=str(tmp_path / "cache"),
+        train_split="train",
+        train_questions=0,
+        atlas=atlas,
+    )
     return ml_collections.ConfigDict({**config, **changes})
 
 
 def test_atlas_comes_back_from_disk_as_it_was_made(tmp_path):
     wanted = {"train": 12, "test": 6}
-    documents, splits = make_worlds(seed=1, entities=80, extra_facts=1, k1=0.9, b=0.4, shapes=("2hop", "3hop_join"), questions=wanted)
-    gold = {"gold_documents": len({i for question in splits["test"] for i in question.gold_ids}), "missing_gold_documents": 0}
+    documents, splits = make_worlds(
+        seed=1,
+        entities=80,
+        extra_facts=1,
+        k1=0.9,
+        b=0.4,
+        shapes=("2hop", "3hop_join"),
+        questions=wanted,
+    )
+    gold = {
+        "gold_documents": len({i for question in splits["test"] for i in question.gold_ids}),
+        "missing_gold_documents": 0,
+    }
     for _ in range(2):  # built, then read
         source = load_source(make_config(tmp_path), k1=0.9, b=0.4)
         assert list(source.documents) == documents and set(source.splits) == {"train", "test"}
         assert {name: list(rows) for name, rows in source.splits.items()} == splits
         assert source.manifest["documents"] == len(documents)
-        assert source.manifest["splits"]["test"] == {"questions": 6, "sub_questions": 15, "shapes": {"2hop": 3, "3hop_join": 3}, **gold}
+        assert source.manifest["splits"]["test"] == {
+            "questions": 6,
+            "sub_questions": 15,
+            "shapes": {"2hop": 3, "3hop_join": 3},
+            **gold,
+        }
     # Random access, from the end and by slice.
-    assert source.documents[-1] == documents[-1] and source.splits["train"][3:5] == splits["train"][3:5]
+    assert (
+        source.documents[-1] == documents[-1]
+        and source.splits["train"][3:5] == splits["train"][3:5]
+    )
     with pytest.raises(IndexError):
         source.documents[len(documents)]
 
 
 def test_real_musique_every_gold_paragraph_is_found(shared_data):
     documents, splits = read_musique(shared_data / "musique")
-    assert len(documents) == 13_196 and {name: len(rows) for name, rows in splits.items()} == {"train": 1055, "validation": 200}
+    assert len(documents) == 13_196 and {name: len(rows) for name, rows in splits.items()} == {
+        "train": 1055,
+        "validation": 200,
+    }
     subs = [sub for rows in splits.values() for question in rows for sub in question.sub_questions]
-    assert len(subs) == 2774 + 475 and all(len(sub.gold_ids) == 1 and "#1" not in sub.question for sub in subs)
+    assert len(subs) == 2774 + 475 and all(
+        len(sub.gold_ids) == 1 and "#1" not in sub.question for sub in subs
+    )
     # The answer of a sub-question stands in its gold paragraph nearly always: gold ids point at the right rows.
     gold = [documents[sub.gold_ids[0]] for sub in subs]
-    held = sum(sub.answer.lower() in f"{document.title} {document.text}".lower() for sub, document in zip(subs, gold))
+    held = sum(
+        sub.answer.lower() in f"{document.title} {document.text}".lower()
+        for sub, document in zip(subs, gold)
+    )
     assert held / len(subs) > 0.8
 
 
@@ -204,8 +352,15 @@ def test_reading_needs_neither_tensorflow_nor_jax(tmp_path):
     """From a file to records, through the builder, in a process of its own."""
     write_rows(tmp_path / "train.jsonl", [TWO_HOP])
     config = make_config(tmp_path, kind="musique", path=str(tmp_path)).to_dict()
-    code = ("import sys, ml_collections; from stepsearch_jax.data.loading import load_source\n"
-            f"source = load_source(ml_collections.ConfigDict({config!r}), k1=0.9, b=0.4)\n"
-            "print(source.splits['train'][0].answer, len(source.documents), sorted({'jax', 'tensorflow'} & set(sys.modules)))")
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": str(REPO), "HOME": str(tmp_path)})
+    code = (
+        "import sys, ml_collections; from stepsearch_jax.data.loading import load_source\n"
+        f"source = load_source(ml_collections.ConfigDict({config!r}), k1=0.9, b=0.4)\n"
+        "print(source.splits['train'][0].answer, len(source.documents), sorted({'jax', 'tensorflow'} & set(sys.modules)))"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(REPO), "HOME": str(tmp_path)},
+    )
     assert out.stdout.strip().endswith("Rome 3 []"), out.stdout + out.stderr

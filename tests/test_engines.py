@@ -1,4 +1,5 @@
 """Engines that vote on search keys, in the command itself: a search server beside BM25, one that dies on the way, and an encoder."""
+
 import contextlib
 import json
 import pathlib
@@ -23,7 +24,11 @@ from stepsearch_jax.prepare.index import index_files
 from stepsearch_jax.prepare.rules import write_queries
 from stepsearch_jax.prepare.store import Store
 
-PLACES = [f"{first} {second}" for first in ("North", "South", "Old") for second in ("Arton", "Belville", "Corburg", "Dunmouth")]
+PLACES = [
+    f"{first} {second}"
+    for first in ("North", "South", "Old")
+    for second in ("Arton", "Belville", "Corburg", "Dunmouth")
+]
 ONE, OTHER = "bm25:0.9:0.4", "bm25:3.0:1.0"
 
 
@@ -35,8 +40,12 @@ def folder(tmp_path, monkeypatch) -> pathlib.Path:
     rows = [musique_row(place, number) for number, place in enumerate(PLACES)]
     for number, row in enumerate(rows):
         passages = row["paragraphs"]
-        passages[0]["paragraph_text"] += f" North and South, the country of old: {PLACES[number - 1]}." * (number % 4)
-        passages[1]["paragraph_text"] += f" A country and its leader. {PLACES[number - 5]}, {PLACES[number - 2]}." * (number % 3)
+        passages[0]["paragraph_text"] += (
+            f" North and South, the country of old: {PLACES[number - 1]}." * (number % 4)
+        )
+        passages[1]["paragraph_text"] += (
+            f" A country and its leader. {PLACES[number - 5]}, {PLACES[number - 2]}." * (number % 3)
+        )
     write_rows(tmp_path / "data/train.jsonl", rows)
     return tmp_path
 
@@ -44,7 +53,9 @@ def folder(tmp_path, monkeypatch) -> pathlib.Path:
 def make_keys(folder: pathlib.Path, out: str, *more: str) -> tuple[str, dict]:
     """-> rows, figures of the only split."""
     prepare.main(command(folder, f"--out={folder / out}", "--config.search.k=1", *more))
-    return (folder / out / "train.jsonl").read_text(), json.loads((folder / out / "report.json").read_text())["splits"]["train"]
+    return (folder / out / "train.jsonl").read_text(), json.loads(
+        (folder / out / "report.json").read_text()
+    )["splits"]["train"]
 
 
 @contextlib.contextmanager
@@ -52,14 +63,18 @@ def serving(index: pathlib.Path, port: int):
     """`serve` at a given port -> its process."""
     with open(f"{index}.log", "a") as told:
         arguments = ["-m", "stepsearch_jax.serve", f"--index={index}", f"--port={port}"]
-        server = subprocess.Popen([sys.executable, *arguments], cwd=running.REPO, stdout=told, stderr=told)
+        server = subprocess.Popen(
+            [sys.executable, *arguments], cwd=running.REPO, stdout=told, stderr=told
+        )
     try:
         deadline = time.monotonic() + 60
         while True:
             with contextlib.suppress(urllib3.exceptions.HTTPError):
                 urllib3.request("GET", f"http://localhost:{port}/health", retries=False)
                 break
-            assert server.poll() is None and time.monotonic() < deadline, pathlib.Path(f"{index}.log").read_text()
+            assert server.poll() is None and time.monotonic() < deadline, pathlib.Path(
+                f"{index}.log"
+            ).read_text()
             time.sleep(0.1)
         yield server
     finally:
@@ -70,21 +85,41 @@ def serving(index: pathlib.Path, port: int):
 def count_searched(port: int) -> int:
     """Queries that the server has answered."""
     told = urllib3.request("GET", f"http://localhost:{port}/metrics").data.decode()
-    return round(float(next(line for line in told.splitlines() if line.startswith("stepsearch_queries_total")).split()[-1]))
+    return round(
+        float(
+            next(
+                line for line in told.splitlines() if line.startswith("stepsearch_queries_total")
+            ).split()[-1]
+        )
+    )
 
 
 def test_a_server_votes_as_its_index_does_and_may_die(folder, monkeypatch):
     rows, figures = make_keys(folder, "local", "--engines", ONE, OTHER)
     of_engines = figures["all"]["engines"]
-    assert of_engines[ONE]["found"] != of_engines[OTHER]["found"] and "corpus.jsonl" in {path.name for path in (folder / "local").iterdir()}
+    assert of_engines[ONE]["found"] != of_engines[OTHER]["found"] and "corpus.jsonl" in {
+        path.name for path in (folder / "local").iterdir()
+    }
     assert 0 < figures["all"]["kept_share"] < 1
     index_files([folder / "local/corpus.jsonl"], folder / "index", 3.0, 1.0)
     port = running.free_port()
     remote = f"remote:http://localhost:{port}"
-    patient = ["--config.search.attempts=2", "--config.search.backoff_s=0.01", "--config.search.batch=5"]
+    patient = [
+        "--config.search.attempts=2",
+        "--config.search.backoff_s=0.01",
+        "--config.search.batch=5",
+    ]
 
     with serving(folder / "index", port):
-        whole, told = make_keys(folder, "whole", "--engines", ONE, remote, *patient, f"--config.data.cache_dir={folder / 'other-cache'}")
+        whole, told = make_keys(
+            folder,
+            "whole",
+            "--engines",
+            ONE,
+            remote,
+            *patient,
+            f"--config.data.cache_dir={folder / 'other-cache'}",
+        )
         different = count_searched(port)
     assert whole == rows and json.loads(json.dumps(told).replace(remote, OTHER)) == figures
 
@@ -95,23 +130,38 @@ def test_a_server_votes_as_its_index_does_and_may_die(folder, monkeypatch):
         def put(store, texts):
             keep(store, texts)
             kept.extend(texts)
-            if len(kept) == 32:  # of the remote engine: what the other one found was kept by the first run
+            if (
+                len(kept) == 32
+            ):  # of the remote engine: what the other one found was kept by the first run
                 server.kill()
                 server.wait()
 
         keep = Store.put
         patch.setattr(engines, "QUERIES_AT_ONCE", 16)
         patch.setattr(Store, "put", put)
-        with pytest.raises(SystemExit, match=f"stepsearch_jax: the engine {remote} failed 2 times for one request, .*. What was found is kept: run again"):
+        with pytest.raises(
+            SystemExit,
+            match=f"stepsearch_jax: the engine {remote} failed 2 times for one request, .*. What was found is kept: run again",
+        ):
             make_keys(folder, "cut", "--engines", ONE, remote, *patient)
     assert len(kept) == 32 and not any((folder / "cut").iterdir())
-    with pytest.raises(SystemExit, match=f"stepsearch_jax: the search server at http://localhost:{port} does not answer"):
+    with pytest.raises(
+        SystemExit,
+        match=f"stepsearch_jax: the search server at http://localhost:{port} does not answer",
+    ):
         make_keys(folder, "cut", "--engines", ONE, remote, *patient)
     with serving(folder / "index", port):
         make_keys(folder, "cut", "--engines", ONE, remote, *patient)
         assert count_searched(port) == different - 32
         with pytest.raises(SystemExit, match="holds the corpus .* but this run needs"):
-            make_keys(folder, "no", "--engines", ONE, remote, f"--config.data.corpus={folder / 'local/corpus.jsonl'},{folder / 'more.jsonl'}")
+            make_keys(
+                folder,
+                "no",
+                "--engines",
+                ONE,
+                remote,
+                f"--config.data.corpus={folder / 'local/corpus.jsonl'},{folder / 'more.jsonl'}",
+            )
     for name in ("train.jsonl", "report.json"):
         assert (folder / "cut" / name).read_bytes() == (folder / "whole" / name).read_bytes()
 
@@ -119,7 +169,12 @@ def test_a_server_votes_as_its_index_does_and_may_die(folder, monkeypatch):
 def test_an_encoder_votes_as_its_vectors_say(folder):
     """The tiny encoder beside BM25, on sentences of words that it knows; its votes are counted again with plain products of vectors."""
     rng, k = np.random.default_rng(3), 3
-    speak = lambda words: " ".join(rng.choice(["rome", "paris", "france", "city", "river", "capital", "founded", "when", "near"], words))
+    speak = lambda words: " ".join(
+        rng.choice(
+            ["rome", "paris", "france", "city", "river", "capital", "founded", "when", "near"],
+            words,
+        )
+    )
     rows = [musique_row(place, number) for number, place in enumerate(PLACES)]
     for row in rows:
         for passage, sub in zip(row["paragraphs"], row["question_decomposition"], strict=True):
@@ -127,22 +182,43 @@ def test_an_encoder_votes_as_its_vectors_say(folder):
             sub["question"] = f"{speak(2)} of {passage['title']}"
     write_rows(folder / "data/train.jsonl", rows)
     encoder = test_dense.FOLDER / "mean"
-    settings = [f"--config.search.encoder={encoder}", "--config.search.embedding_dtype=float32", f"--config.search.k={k}"]
+    settings = [
+        f"--config.search.encoder={encoder}",
+        "--config.search.embedding_dtype=float32",
+        f"--config.search.k={k}",
+    ]
     rows, figures = make_keys(folder, "keys", "--engines", ONE, "dense", *settings)
 
     documents, splits, _ = read_records(OFFICIAL["musique"].FORMAT, folder / "data")
     embed = load_text_encoder(encoder, 1, jax.devices()[:1]).embed
     vectors = embed([f"{document.title}\n{document.text}" for document in documents])
-    votes, found_by_bm25 = {}, index_files([folder / "keys/corpus.jsonl"], folder / "index", 0.9, 0.4).search
+    votes, found_by_bm25 = (
+        {},
+        index_files([folder / "keys/corpus.jsonl"], folder / "index", 0.9, 0.4).search,
+    )
     for question in splits["train"]:
         for hop, sub in enumerate(question.sub_questions):
             for query in write_queries(sub.question, [question.sub_questions[0].answer][:hop], 5):
                 scores = vectors @ embed([query])[0]
                 order = np.argsort(-scores)
-                assert scores[order[k - 1]] - scores[order[k]] > 1e-5, "which documents are the nearest must not be a matter of rounding"
-                votes[question.uid, hop, query] = sub.gold_ids[0] in found_by_bm25([query], k)[0][0], sub.gold_ids[0] in order[:k]
+                assert scores[order[k - 1]] - scores[order[k]] > 1e-5, (
+                    "which documents are the nearest must not be a matter of rounding"
+                )
+                votes[question.uid, hop, query] = (
+                    sub.gold_ids[0] in found_by_bm25([query], k)[0][0],
+                    sub.gold_ids[0] in order[:k],
+                )
     for e, engine in enumerate((ONE, "dense")):
-        assert figures["all"]["engines"][engine]["found"] == np.mean([both[e] for both in votes.values()])
-    kept = {(row["id"], hop, query) for row in map(json.loads, rows.splitlines()) for hop, queries in enumerate(row["sub_searchs"]) for query in queries}
-    assert kept == {place for place, both in votes.items() if any(both)}  # of two engines one is enough
+        assert figures["all"]["engines"][engine]["found"] == np.mean(
+            [both[e] for both in votes.values()]
+        )
+    kept = {
+        (row["id"], hop, query)
+        for row in map(json.loads, rows.splitlines())
+        for hop, queries in enumerate(row["sub_searchs"])
+        for query in queries
+    }
+    assert kept == {
+        place for place, both in votes.items() if any(both)
+    }  # of two engines one is enough
     assert {(True, False), (False, True), (False, False)} <= set(votes.values())

@@ -1,4 +1,5 @@
 """A run's policy as a folder that others load: the parameters of its newest checkpoint, and a tokenizer that cuts texts as ours does."""
+
 import pathlib
 import subprocess
 import sys
@@ -20,13 +21,34 @@ from stepsearch_jax.run.system import build_system
 
 def test_a_bucket_is_no_folder():
     """Where pathlib would make a folder gs: here."""
-    command = [sys.executable, "-m", "stepsearch_jax.export", "--config=configs/atlas_quickstart.py", "--workdir=runs/none", "--folder=gs://bucket/model"]
+    command = [
+        sys.executable,
+        "-m",
+        "stepsearch_jax.export",
+        "--config=configs/atlas_quickstart.py",
+        "--workdir=runs/none",
+        "--folder=gs://bucket/model",
+    ]
     done = subprocess.run(command, cwd=running.REPO, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("stepsearch_jax: argument --folder: ") and done.stderr.count("\n") == 1, done.stderr
+    assert (
+        done.returncode == 2
+        and done.stderr.startswith("stepsearch_jax: argument --folder: ")
+        and done.stderr.count("\n") == 1
+    ), done.stderr
 
 
-@pytest.mark.parametrize("files", [["notes.txt"], ["config.json", "start/_METADATA"], ["config.json", "model.safetensors", "notes.txt"],
-                                   ["config.json", "tokenizer.json/file"], ["model.safetensors"], ["config.json"], None])
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["notes.txt"],
+        ["config.json", "start/_METADATA"],
+        ["config.json", "model.safetensors", "notes.txt"],
+        ["config.json", "tokenizer.json/file"],
+        ["model.safetensors"],
+        ["config.json"],
+        None,
+    ],
+)
 def test_what_is_no_export_is_not_replaced(tmp_path, files, monkeypatch):
     folder, config = tmp_path / "there", tiny_config.get_config("")
     for name in files or ():
@@ -56,7 +78,9 @@ def test_a_run_is_exported(tmp_path, tmp_path_factory):
     system = build_system(config, [])
     state, _, checkpoints, _ = start.begin_run(system, tmp_path / "run")
     remember_config(tmp_path / "run", config)
-    newer = state.replace(policy=state.policy.replace(params=jax.tree.map(lambda x: x + 0.5, state.policy.params)))
+    newer = state.replace(
+        policy=state.policy.replace(params=jax.tree.map(lambda x: x + 0.5, state.policy.params))
+    )
     checkpoints.save(1, newer)
     checkpoints.close()
 
@@ -64,10 +88,15 @@ def test_a_run_is_exported(tmp_path, tmp_path_factory):
         export.export(config, tmp_path / "run", tmp_path / "run", "float32", 0.001)
     for _ in range(2):  # an earlier export is replaced
         export.export(config, tmp_path / "run", tmp_path / "model", "float32", 0.001)
-    again = load_policy(open_checkpoint(tmp_path / "model"), system.learner_model, newer.policy.params)
+    again = load_policy(
+        open_checkpoint(tmp_path / "model"), system.learner_model, newer.policy.params
+    )
     jax.tree.map(np.testing.assert_array_equal, again, newer.policy.params)
     # For a config.json of qwen2, AutoTokenizer would cut texts as Qwen2 does, whatever tokenizer.json says.
     theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path / "model")
     text = " Question: Who is the founder of the employer of Galine Farnby?\n<search> Galine Farnby employer</search>"
-    assert theirs(text).input_ids == system.tokenizer.encode(text) and theirs.decode(theirs(text).input_ids) == text
+    assert (
+        theirs(text).input_ids == system.tokenizer.encode(text)
+        and theirs.decode(theirs(text).input_ids) == text
+    )
     assert theirs.eos_token_id == system.tokenizer.eos_ids[0]

@@ -1,4 +1,5 @@
 """A search that raises, hangs or kills its process ends the run soon, with a message that names it, on one process and on several."""
+
 import json
 import time
 
@@ -48,20 +49,51 @@ run_guarded(lambda config, workdir: train(config, workdir, search), config, path
 """
 
 
-def run_with_fault(tmp_path, tmp_path_factory, mode: str, faulty: int, processes: int, healthy_calls: int = 2, devices: int = 1):
+def run_with_fault(
+    tmp_path,
+    tmp_path_factory,
+    mode: str,
+    faulty: int,
+    processes: int,
+    healthy_calls: int = 2,
+    devices: int = 1,
+):
     """-> (exit codes, outputs of the processes, seconds from the fault to the end of the last process)."""
     (tmp_path / "driver.py").write_text(DRIVER)
-    folders = [running.shared_cache(tmp_path_factory), running.searching_start(tmp_path_factory), tmp_path / "run"]
+    folders = [
+        running.shared_cache(tmp_path_factory),
+        running.searching_start(tmp_path_factory),
+        tmp_path / "run",
+    ]
     port, logs = running.free_port(), [tmp_path / f"{process}.log" for process in range(processes)]
-    started = [running.start([tmp_path / "driver.py", *folders, mode, faulty, healthy_calls, process, processes, port], devices=devices, log=log)
-               for process, log in enumerate(logs)]
+    started = [
+        running.start(
+            [
+                tmp_path / "driver.py",
+                *folders,
+                mode,
+                faulty,
+                healthy_calls,
+                process,
+                processes,
+                port,
+            ],
+            devices=devices,
+            log=log,
+        )
+        for process, log in enumerate(logs)
+    ]
     try:
         codes = [process.wait(timeout=300) for process in started]
     finally:
         for process in started:
             process.kill()
     fault = tmp_path / "fault"
-    return codes, [log.read_text() for log in logs], time.time() - fault.stat().st_mtime if fault.exists() else None
+    return (
+        codes,
+        [log.read_text() for log in logs],
+        time.time() - fault.stat().st_mtime if fault.exists() else None,
+    )
 
 
 NAMED = {  # what the faulty process says, and its exit code
@@ -72,19 +104,38 @@ NAMED = {  # what the faulty process says, and its exit code
 }
 
 
-@pytest.mark.parametrize("mode", [pytest.param(mode, marks=() if mode == "is killed" else pytest.mark.slow) for mode in NAMED])
+@pytest.mark.parametrize(
+    "mode",
+    [pytest.param(mode, marks=() if mode == "is killed" else pytest.mark.slow) for mode in NAMED],
+)
 def test_one_process(mode, tmp_path, tmp_path_factory):
-    codes, (output,), seconds = run_with_fault(tmp_path, tmp_path_factory, mode, faulty=0, processes=1)
+    codes, (output,), seconds = run_with_fault(
+        tmp_path, tmp_path_factory, mode, faulty=0, processes=1
+    )
     message, code = NAMED[mode]
     assert codes == [code] and message in output, output[-3000:]
     assert "Traceback" not in output and seconds < LIMIT
     if mode == "raises":
-        assert "RuntimeError: the retriever is down" in output and "config.search.max_failure_share=0.0" in output
+        assert (
+            "RuntimeError: the retriever is down" in output
+            and "config.search.max_failure_share=0.0" in output
+        )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode,faulty,processes", [
-    ("raises", 1, 2), ("hangs", 0, 2), ("hangs", 1, 2), ("exits", 1, 2), ("is killed", 0, 2), ("raises", 0, 4), ("hangs", 3, 4), ("is killed", 2, 4)])
+@pytest.mark.parametrize(
+    "mode,faulty,processes",
+    [
+        ("raises", 1, 2),
+        ("hangs", 0, 2),
+        ("hangs", 1, 2),
+        ("exits", 1, 2),
+        ("is killed", 0, 2),
+        ("raises", 0, 4),
+        ("hangs", 3, 4),
+        ("is killed", 2, 4),
+    ],
+)
 def test_several_processes(mode, faulty, processes, tmp_path, tmp_path_factory):
     """The other processes end as well. What they say depends on who notices first: this program or jax, which then ends the process itself."""
     codes, outputs, seconds = run_with_fault(tmp_path, tmp_path_factory, mode, faulty, processes)
@@ -92,14 +143,26 @@ def test_several_processes(mode, faulty, processes, tmp_path, tmp_path_factory):
     assert codes[faulty] == code and message in outputs[faulty], outputs[faulty][-3000:]
     assert seconds < LIMIT
     for process in set(range(processes)) - {faulty}:
-        expected = [f"(process {faulty}, whose log says why)"] if mode == "raises" else [f"process {process} of {processes} ends", "another task died"]
-        assert codes[process] != 0 and any(text in outputs[process] for text in expected), outputs[process][-3000:]
+        expected = (
+            [f"(process {faulty}, whose log says why)"]
+            if mode == "raises"
+            else [f"process {process} of {processes} ends", "another task died"]
+        )
+        assert codes[process] != 0 and any(text in outputs[process] for text in expected), outputs[
+            process
+        ][-3000:]
 
 
 def test_a_search_that_fails_before_the_run_begins(tmp_path, tmp_path_factory):
     """The measure of the retrieval is the first to search."""
-    codes, (output,), _ = run_with_fault(tmp_path, tmp_path_factory, "raises", faulty=0, processes=1, healthy_calls=0)
-    assert codes == [1] and output.splitlines()[-1] == "stepsearch_jax: the search failed: RuntimeError: the retriever is down"
+    codes, (output,), _ = run_with_fault(
+        tmp_path, tmp_path_factory, "raises", faulty=0, processes=1, healthy_calls=0
+    )
+    assert (
+        codes == [1]
+        and output.splitlines()[-1]
+        == "stepsearch_jax: the search failed: RuntimeError: the retriever is down"
+    )
 
 
 def read_lines(path) -> list[dict]:
@@ -108,14 +171,25 @@ def read_lines(path) -> list[dict]:
 
 @pytest.mark.slow
 def test_tolerated_failures_are_counted_and_earn_nothing(tmp_path, tmp_path_factory):
-    codes, (output,), _ = run_with_fault(tmp_path, tmp_path_factory, "tolerated", faulty=0, processes=1)
+    codes, (output,), _ = run_with_fault(
+        tmp_path, tmp_path_factory, "tolerated", faulty=0, processes=1
+    )
     assert codes == [0], output[-3000:]
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert len(lines) == 2 and sum(line["failed_searches"] for line in lines) > 0
     for line in lines:
         assert line["failed_searches"] <= 8 * line["searches"]
         assert line["gain"] == line["redundancy"] == line["step_reward"] == line["gold_recall"] == 0
-    turns = [turn for episode in read_lines(tmp_path / "run" / "transcripts.jsonl") for turn in episode["turns"] if turn["status"] == "search"]
-    asked = [turn for turn in turns if turn["query"]]  # an empty query finds nothing, and that is no failure
-    assert asked and all(not turn["search_ok"] and "The search failed." in turn["observation"] for turn in asked)
+    turns = [
+        turn
+        for episode in read_lines(tmp_path / "run" / "transcripts.jsonl")
+        for turn in episode["turns"]
+        if turn["status"] == "search"
+    ]
+    asked = [
+        turn for turn in turns if turn["query"]
+    ]  # an empty query finds nothing, and that is no failure
+    assert asked and all(
+        not turn["search_ok"] and "The search failed." in turn["observation"] for turn in asked
+    )
     assert not any(turn["documents"] for turn in turns)

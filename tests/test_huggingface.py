@@ -2,6 +2,7 @@
 
 Golden models and logits were recorded by `tests/golden/make_huggingface.py`. Where torch is installed, fresh models are compared live, there and back.
 """
+
 import dataclasses
 import functools
 import gc
@@ -35,16 +36,28 @@ def whole_logits(config, params, tokens):
 def cached_logits(config, params, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Logits [B, T, V] by the cache: chunks of 1 to 3 tokens a row, then single tokens; 0 behind a row's end."""
     policy, (B, T) = Policy(config), tokens.shape
-    extend = jax.jit(lambda chunk, positions, cache: policy.apply(params, chunk, positions, cache, None, method=Policy.extend))
+    extend = jax.jit(
+        lambda chunk, positions, cache: policy.apply(
+            params, chunk, positions, cache, None, method=Policy.extend
+        )
+    )
     unembed = jax.jit(lambda hidden: policy.apply(params, hidden, method=Policy.unembed))
-    cache, done, logits = make_cache(config, B, T), np.zeros(B, int), np.zeros((B, T, config.vocab_size), np.float32)
+    cache, done, logits = (
+        make_cache(config, B, T),
+        np.zeros(B, int),
+        np.zeros((B, T, config.vocab_size), np.float32),
+    )
     beyond = cache.positions
     for width in (3, *[1] * (T - 1)):
-        offered = np.arange(width) < np.arange(1, B + 1)[:, None]  # row b takes up to b + 1 tokens of the chunk
+        offered = (
+            np.arange(width) < np.arange(1, B + 1)[:, None]
+        )  # row b takes up to b + 1 tokens of the chunk
         index = done[:, None] + np.arange(width)
         real = offered & (index < lengths[:, None])
         positions = np.where(real, index, beyond + np.arange(width)).astype(np.int32)
-        hidden, cache = extend(np.take_along_axis(tokens, np.minimum(index, T - 1), axis=1), positions, cache)
+        hidden, cache = extend(
+            np.take_along_axis(tokens, np.minimum(index, T - 1), axis=1), positions, cache
+        )
         scores = np.asarray(unembed(hidden))
         for row, column in np.argwhere(real):
             logits[row, index[row, column]] = scores[row, column]
@@ -55,11 +68,18 @@ def cached_logits(config, params, tokens: np.ndarray, lengths: np.ndarray) -> np
 
 def assert_logits(config, params, tokens, lengths, expected) -> None:
     """Within 1e-4 of `expected` [B, T, V]: rows in a padded batch, the first row alone, and by the cache."""
-    tokens, mask = tokens.astype(np.int32), (np.arange(tokens.shape[1]) < lengths[:, None])[..., None]
+    tokens, mask = (
+        tokens.astype(np.int32),
+        (np.arange(tokens.shape[1]) < lengths[:, None])[..., None],
+    )
     assert np.abs(expected).max() > 1
-    np.testing.assert_allclose(whole_logits(config, params, np.where(mask[..., 0], tokens, 0)) * mask, expected, atol=1e-4)
+    np.testing.assert_allclose(
+        whole_logits(config, params, np.where(mask[..., 0], tokens, 0)) * mask, expected, atol=1e-4
+    )
     short = lengths[1]
-    np.testing.assert_allclose(whole_logits(config, params, tokens[1:2, :short])[0], expected[1, :short], atol=1e-4)
+    np.testing.assert_allclose(
+        whole_logits(config, params, tokens[1:2, :short])[0], expected[1, :short], atol=1e-4
+    )
     np.testing.assert_allclose(cached_logits(config, params, tokens, lengths), expected, atol=1e-4)
 
 
@@ -67,7 +87,15 @@ def assert_logits(config, params, tokens, lengths, expected) -> None:
 
 
 def test_every_family_is_recorded():
-    assert {"qwen2", "qwen2_yarn", "qwen3", "qwen3_yarn", "llama", "llama_llama3", "llama_linear"} == set(CASES)
+    assert {
+        "qwen2",
+        "qwen2_yarn",
+        "qwen3",
+        "qwen3_yarn",
+        "llama",
+        "llama_llama3",
+        "llama_linear",
+    } == set(CASES)
     assert sum(file.stat().st_size for file in GOLDEN.rglob("*") if file.is_file()) < 300_000
 
 
@@ -85,7 +113,9 @@ def test_leaves_arrive_in_their_slices(case):
     _, params = load(GOLDEN / case, EIGHT)
     like = make_like(config, EIGHT)
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y), params, alone)
-    assert jax.tree.leaves(jax.tree.map(lambda x, y: x.sharding == y.sharding and x.dtype == y.dtype, params, like)) == [True] * len(jax.tree.leaves(like))
+    assert jax.tree.leaves(
+        jax.tree.map(lambda x, y: x.sharding == y.sharding and x.dtype == y.dtype, params, like)
+    ) == [True] * len(jax.tree.leaves(like))
     assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(params))
 
 
@@ -95,8 +125,17 @@ def test_rope_scalings_bite():
         config, params = load(GOLDEN / case)
         golden = safetensors.numpy.load_file(GOLDEN / f"{case}_logits.safetensors")
         other = "yarn" if config.rope_scaling.kind == "llama3" else "llama3"
-        for scaling in (None, dataclasses.replace(config.rope_scaling, kind=other, original_context=8, slow=0.1, fast=1.0)):
-            got = whole_logits(dataclasses.replace(config, rope_scaling=scaling), params, golden["tokens"].astype(np.int32))
+        for scaling in (
+            None,
+            dataclasses.replace(
+                config.rope_scaling, kind=other, original_context=8, slow=0.1, fast=1.0
+            ),
+        ):
+            got = whole_logits(
+                dataclasses.replace(config, rope_scaling=scaling),
+                params,
+                golden["tokens"].astype(np.int32),
+            )
             assert np.abs(got[0] - golden["logits"][0]).max() > 0.01
 
 
@@ -104,17 +143,37 @@ def test_rope_scalings_bite():
 
 
 def read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    return {name: array for file in folder.glob("model*.safetensors") for name, array in safetensors.numpy.load_file(file).items()}
+    return {
+        name: array
+        for file in folder.glob("model*.safetensors")
+        for name, array in safetensors.numpy.load_file(file).items()
+    }
 
 
-@pytest.mark.parametrize("case,mesh_shape", [("qwen2", ONE), ("qwen2_yarn", ONE), ("llama_llama3", ONE), ("llama_linear", ONE), ("qwen3_yarn", EIGHT)], ids=str)
+@pytest.mark.parametrize(
+    "case,mesh_shape",
+    [
+        ("qwen2", ONE),
+        ("qwen2_yarn", ONE),
+        ("llama_llama3", ONE),
+        ("llama_linear", ONE),
+        ("qwen3_yarn", EIGHT),
+    ],
+    ids=str,
+)
 def test_export_writes_what_was_read(case, mesh_shape, tmp_path):
     """The same tensors bit for bit, the same architecture, files no larger than asked for; an older folder is replaced."""
     config, params = load(GOLDEN / case, mesh_shape)
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "old").touch()
-    export_policy(folder, params, config, dtype=STORED.get(case, "bfloat16"), **EXPORT | dict(shard_bytes=10_000))
+    export_policy(
+        folder,
+        params,
+        config,
+        dtype=STORED.get(case, "bfloat16"),
+        **EXPORT | dict(shard_bytes=10_000),
+    )
     got, expected = read_tensors(folder), read_tensors(GOLDEN / case)
     assert got.keys() == expected.keys()
     for name in got:
@@ -122,7 +181,11 @@ def test_export_writes_what_was_read(case, mesh_shape, tmp_path):
         np.testing.assert_array_equal(got[name], expected[name])
     assert open_checkpoint(folder).fields == open_checkpoint(GOLDEN / case).fields
     files = sorted(folder.glob("model-*.safetensors"))
-    assert len(files) > 1 and [path.name for path in tmp_path.iterdir()] == ["model"] and not (folder / "old").exists()
+    assert (
+        len(files) > 1
+        and [path.name for path in tmp_path.iterdir()] == ["model"]
+        and not (folder / "old").exists()
+    )
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(array.nbytes for array in got.values())
     for file in files:
@@ -136,8 +199,15 @@ def test_export_with_its_tokenizer(tmp_path, shared_data):
     folder = str(shared_data / "tokenizer_qwen2_5")
     files = list_tokenizer_files(folder, load_tokenizer(folder, ()))
     config, params = load(GOLDEN / "qwen2")
-    export_policy(tmp_path / "model", params, config, dtype="float32", **EXPORT | dict(tokenizer_files=files))
-    assert {path.name for path in (tmp_path / "model").iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    export_policy(
+        tmp_path / "model", params, config, dtype="float32", **EXPORT | dict(tokenizer_files=files)
+    )
+    assert {path.name for path in (tmp_path / "model").iterdir()} >= {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     assert not (tmp_path / "model" / "model.safetensors.index.json").exists()
     assert json.loads((tmp_path / "model" / "tokenizer.json").read_text())["model"]["type"] == "BPE"
 
@@ -149,7 +219,9 @@ def test_an_export_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         export_policy(tmp_path / "model", params, config, dtype="bfloat16", **EXPORT)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    assert open_checkpoint(tmp_path / "model").tensors["model.norm.weight"].read().dtype == np.float32
+    assert (
+        open_checkpoint(tmp_path / "model").tensors["model.norm.weight"].read().dtype == np.float32
+    )
 
 
 @pytest.mark.parametrize("case", ["qwen2", "qwen2_yarn"])  # one table, and two
@@ -159,8 +231,14 @@ def test_a_larger_vocabulary_is_filled_with_the_mean(case):
     params = load_policy(stored, config, make_like(config, EIGHT))
     tokens = np.arange(1, 13, dtype=np.int32)[None]
     wide, narrow = whole_logits(config, params, tokens), whole_logits(*load(GOLDEN / case), tokens)
-    np.testing.assert_allclose(wide[..., :46], narrow, atol=2e-5)  # two programs, summed in orders of their own
-    np.testing.assert_allclose(wide[..., 46:], np.broadcast_to(narrow.mean(-1, keepdims=True), wide[..., 46:].shape), atol=5e-3)  # rounded to the file's type
+    np.testing.assert_allclose(
+        wide[..., :46], narrow, atol=2e-5
+    )  # two programs, summed in orders of their own
+    np.testing.assert_allclose(
+        wide[..., 46:],
+        np.broadcast_to(narrow.mean(-1, keepdims=True), wide[..., 46:].shape),
+        atol=5e-3,
+    )  # rounded to the file's type
     assert (wide.argmax(-1) < 46).all()
 
 
@@ -180,7 +258,9 @@ def test_tensors_are_read_one_at_a_time():
 
         return dataclasses.replace(tensor, read=read_watched)
 
-    watched = dataclasses.replace(stored, tensors={name: watch(name, tensor) for name, tensor in stored.tensors.items()})
+    watched = dataclasses.replace(
+        stored, tensors={name: watch(name, tensor) for name, tensor in stored.tensors.items()}
+    )
     config = configure(stored)
     load_policy(watched, config, make_like(config))
     assert sorted(read) == sorted(stored.tensors) and max(most) <= 2
@@ -194,17 +274,38 @@ def test_a_table_stored_twice(tmp_path):
     tensors["model.embed_tokens.weight"] = table + np.float32(0.02) * np.sign(table)
     safetensors.numpy.save_file(tensors | {"lm_head.weight": table}, folder / "model.safetensors")
     assert np.array_equal(load(folder)[1]["params"]["trunk"]["embedding"], table)
-    safetensors.numpy.save_file(tensors | {"lm_head.weight": table[::-1].copy()}, folder / "model.safetensors")
-    with pytest.raises(ValueError, match="lm_head.weight that is not its embedding.*set it to False"):
+    safetensors.numpy.save_file(
+        tensors | {"lm_head.weight": table[::-1].copy()}, folder / "model.safetensors"
+    )
+    with pytest.raises(
+        ValueError, match="lm_head.weight that is not its embedding.*set it to False"
+    ):
         load(folder)
 
 
 # ---- Configs of published models -----------------------------------------------------------------------------------------------------------------
 
-QWEN_3B = dict(model_type="qwen2", attention_dropout=0.0, bos_token_id=151643, eos_token_id=151645, hidden_act="silu", hidden_size=2048,
-               intermediate_size=11008, max_position_embeddings=32768, max_window_layers=70, num_attention_heads=16, num_hidden_layers=36,
-               num_key_value_heads=2, rms_norm_eps=1e-6, rope_theta=1000000.0, sliding_window=32768, tie_word_embeddings=True, torch_dtype="bfloat16",
-               use_sliding_window=False, vocab_size=151936)
+QWEN_3B = dict(
+    model_type="qwen2",
+    attention_dropout=0.0,
+    bos_token_id=151643,
+    eos_token_id=151645,
+    hidden_act="silu",
+    hidden_size=2048,
+    intermediate_size=11008,
+    max_position_embeddings=32768,
+    max_window_layers=70,
+    num_attention_heads=16,
+    num_hidden_layers=36,
+    num_key_value_heads=2,
+    rms_norm_eps=1e-6,
+    rope_theta=1000000.0,
+    sliding_window=32768,
+    tie_word_embeddings=True,
+    torch_dtype="bfloat16",
+    use_sliding_window=False,
+    vocab_size=151936,
+)
 
 
 def with_config(tmp_path: pathlib.Path, raw: dict) -> pathlib.Path:
@@ -221,24 +322,57 @@ def test_base_config_is_qwen_3b(tmp_path):
 
 
 def test_older_form_of_rope_scaling(tmp_path):
-    old = open_checkpoint(with_config(tmp_path, QWEN_3B | {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}})).fields
+    old = open_checkpoint(
+        with_config(
+            tmp_path,
+            QWEN_3B
+            | {
+                "rope_scaling": {
+                    "type": "yarn",
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 32768,
+                }
+            },
+        )
+    ).fields
     scaling = old["rope_scaling"]
-    assert (scaling.kind, scaling.factor, scaling.original_context, scaling.slow, scaling.fast) == ("yarn", 4.0, 32768, 1.0, 32.0)
+    assert (scaling.kind, scaling.factor, scaling.original_context, scaling.slow, scaling.fast) == (
+        "yarn",
+        4.0,
+        32768,
+        1.0,
+        32.0,
+    )
     assert scaling.attention_factor == pytest.approx(1.1386294)  # 0.1 ln 4 + 1
     assert old["rope_theta"] == 1e6
 
 
-@pytest.mark.parametrize("change,complaint", [
-    ({"model_type": "mistral"}, "config.json: model_type 'mistral' is not supported; supported are qwen2"),
-    ({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "rotary scaling 'longrope' is not supported; supported are default, linear, llama3 and yarn"),
-    ({"rope_scaling": {"type": "yarn", "factor": 4.0, "mscale": 0.7}}, "'yarn' with mscale is not supported"),
-    ({"rope_scaling": {"type": "linear"}}, "lacks the key 'factor'"),
-    ({"use_sliding_window": True}, "use_sliding_window is True; only False"),
-    ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention; only full_attention"),
-    ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-    ({"attention_bias": True}, "attention_bias is True"),
-    ({"quantization_config": {"bits": 4}}, "quantization_config"),
-])
+@pytest.mark.parametrize(
+    "change,complaint",
+    [
+        (
+            {"model_type": "mistral"},
+            "config.json: model_type 'mistral' is not supported; supported are qwen2",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "factor": 4.0}},
+            "rotary scaling 'longrope' is not supported; supported are default, linear, llama3 and yarn",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0, "mscale": 0.7}},
+            "'yarn' with mscale is not supported",
+        ),
+        ({"rope_scaling": {"type": "linear"}}, "lacks the key 'factor'"),
+        ({"use_sliding_window": True}, "use_sliding_window is True; only False"),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            "sliding_attention; only full_attention",
+        ),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ],
+)
 def test_what_is_not_supported_is_refused(tmp_path, change, complaint):
     with pytest.raises(ValueError, match=complaint):
         open_checkpoint(with_config(tmp_path, QWEN_3B | change))
@@ -246,8 +380,14 @@ def test_what_is_not_supported_is_refused(tmp_path, change, complaint):
 
 def test_a_missing_key_and_missing_files(tmp_path):
     with pytest.raises(ValueError, match="lacks the key 'hidden_size'"):
-        open_checkpoint(with_config(tmp_path, {key: value for key, value in QWEN_3B.items() if key != "hidden_size"}))
-    with pytest.raises(FileNotFoundError, match="there is no .*nowhere/config.json: a checkpoint is a folder"):
+        open_checkpoint(
+            with_config(
+                tmp_path, {key: value for key, value in QWEN_3B.items() if key != "hidden_size"}
+            )
+        )
+    with pytest.raises(
+        FileNotFoundError, match="there is no .*nowhere/config.json: a checkpoint is a folder"
+    ):
         open_checkpoint(tmp_path / "nowhere")
     for text in ("{", "[]"):
         (tmp_path / "changed" / "config.json").write_text(text)
@@ -262,7 +402,10 @@ def test_a_missing_key_and_missing_files(tmp_path):
         open_checkpoint(folder)
     shards = shutil.copytree(GOLDEN / "llama_llama3", tmp_path / "shards")
     (shards / "model-00002-of-00004.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="model-00002-of-00004.safetensors, which model.safetensors.index.json names"):
+    with pytest.raises(
+        FileNotFoundError,
+        match="model-00002-of-00004.safetensors, which model.safetensors.index.json names",
+    ):
         open_checkpoint(shards)
     for text in ("{", "{}", "[]", '{"weight_map": []}'):
         (shards / "model.safetensors.index.json").write_text(text)
@@ -270,15 +413,33 @@ def test_a_missing_key_and_missing_files(tmp_path):
             open_checkpoint(shards)
 
 
-@pytest.mark.parametrize("change,complaint", [
-    (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), r"model.layers.1.mlp.up_proj.weight \[32, 24\] is missing"),
-    (lambda t: t.update({"model.layers.0.self_attn.k_proj.weight": np.zeros((24, 12), np.float32)}),
-     r"model.layers.0.self_attn.k_proj.weight in model.safetensors should be \[12, 24\] and is \[24, 12\]"),
-    (lambda t: t.update({"model.layers.2.input_layernorm.weight": np.zeros(24, np.float32)}),
-     r"model.layers.2.input_layernorm.weight \[24\] in model.safetensors is unexpected"),
-    (lambda t: t.update({"model.embed_tokens.weight": np.zeros((45, 24), np.float32)}), r"embed_tokens.weight in model.safetensors should be .*is \[45, 24\]"),
-    (lambda t: t.update({"model.norm.weight": np.zeros(24, np.int8)}), r"model.norm.weight is stored as I8; supported are BF16, F16, F32"),
-])
+@pytest.mark.parametrize(
+    "change,complaint",
+    [
+        (
+            lambda t: t.pop("model.layers.1.mlp.up_proj.weight"),
+            r"model.layers.1.mlp.up_proj.weight \[32, 24\] is missing",
+        ),
+        (
+            lambda t: t.update(
+                {"model.layers.0.self_attn.k_proj.weight": np.zeros((24, 12), np.float32)}
+            ),
+            r"model.layers.0.self_attn.k_proj.weight in model.safetensors should be \[12, 24\] and is \[24, 12\]",
+        ),
+        (
+            lambda t: t.update({"model.layers.2.input_layernorm.weight": np.zeros(24, np.float32)}),
+            r"model.layers.2.input_layernorm.weight \[24\] in model.safetensors is unexpected",
+        ),
+        (
+            lambda t: t.update({"model.embed_tokens.weight": np.zeros((45, 24), np.float32)}),
+            r"embed_tokens.weight in model.safetensors should be .*is \[45, 24\]",
+        ),
+        (
+            lambda t: t.update({"model.norm.weight": np.zeros(24, np.int8)}),
+            r"model.norm.weight is stored as I8; supported are BF16, F16, F32",
+        ),
+    ],
+)
 def test_tensors_that_do_not_fit_are_named(tmp_path, change, complaint):
     folder = shutil.copytree(GOLDEN / "qwen2", tmp_path / "changed")
     tensors = read_tensors(folder)
@@ -290,18 +451,31 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, change, complaint):
 
 def test_many_faults_are_counted(tmp_path):
     folder = shutil.copytree(GOLDEN / "qwen2", tmp_path / "changed")
-    safetensors.numpy.save_file({"model.norm.weight": np.zeros(24, np.float32)}, folder / "model.safetensors")
-    with pytest.raises(ValueError, match="embed_tokens.weight .* is missing; .*; and 17 more"):  # 1 + 2 layers x 12 are missing, 8 are told
+    safetensors.numpy.save_file(
+        {"model.norm.weight": np.zeros(24, np.float32)}, folder / "model.safetensors"
+    )
+    with pytest.raises(
+        ValueError, match="embed_tokens.weight .* is missing; .*; and 17 more"
+    ):  # 1 + 2 layers x 12 are missing, 8 are told
         load(folder)
 
 
-@pytest.mark.parametrize("change,complaint", [
-    (dict(num_layers=3), "config.model.num_layers is 3, there it is 2"),
-    (dict(vocab_size=40), "the vocabulary has 40 tokens, there it has 46"),
-    (dict(rope_theta=1e4), "rope_theta and rope_scaling are 10000.0 and None, there they are 100.0 and None"),
-    (dict(qk_norm=True, qkv_bias=False), "qkv_bias is False, there it is True; config.model.qk_norm is True, there it is False"),
-    (dict(tie_embeddings=False), "tie_embeddings is False, there it is True"),
-])
+@pytest.mark.parametrize(
+    "change,complaint",
+    [
+        (dict(num_layers=3), "config.model.num_layers is 3, there it is 2"),
+        (dict(vocab_size=40), "the vocabulary has 40 tokens, there it has 46"),
+        (
+            dict(rope_theta=1e4),
+            "rope_theta and rope_scaling are 10000.0 and None, there they are 100.0 and None",
+        ),
+        (
+            dict(qk_norm=True, qkv_bias=False),
+            "qkv_bias is False, there it is True; config.model.qk_norm is True, there it is False",
+        ),
+        (dict(tie_embeddings=False), "tie_embeddings is False, there it is True"),
+    ],
+)
 def test_another_architecture_is_refused(change, complaint):
     stored = open_checkpoint(GOLDEN / "qwen2")
     config = dataclasses.replace(configure(stored), **change)
@@ -312,7 +486,13 @@ def test_another_architecture_is_refused(change, complaint):
 def test_export_needs_a_family(tmp_path):
     config, params = load(GOLDEN / "qwen2")
     with pytest.raises(ValueError, match="belongs to no family"):
-        export_policy(tmp_path / "model", params, dataclasses.replace(config, qk_norm=True), dtype="float32", **EXPORT)
+        export_policy(
+            tmp_path / "model",
+            params,
+            dataclasses.replace(config, qk_norm=True),
+            dtype="float32",
+            **EXPORT,
+        )
 
 
 # ---- Against transformers itself -----------------------------------------------------------------------------------------------------------------
@@ -335,5 +515,7 @@ def test_there_and_back_live(case, tmp_path):
     export_policy(tmp_path / "ours", params, config, dtype="float32", **EXPORT)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", local_files_only=True).eval()
     assert type(again) is type(model)
-    for back, expected in zip(make_huggingface.compute_logits(again, tokens, lengths), (padded, alone)):
+    for back, expected in zip(
+        make_huggingface.compute_logits(again, tokens, lengths), (padded, alone)
+    ):
         np.testing.assert_allclose(back, expected, atol=1e-5)

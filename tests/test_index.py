@@ -1,4 +1,5 @@
 """Indexes of corpora of any size: bm25s' own files to the byte however the corpus is cut, restartable after a kill, in bounded memory, searched by bm25s."""
+
 import gzip
 import json
 import os
@@ -23,7 +24,13 @@ from stepsearch_jax.search.bm25 import build_index, load_index, split_words
 from stepsearch_jax.search.cache import hash_documents
 
 K1, B = 0.9, 0.4
-BM25S_FILES = ("data.csc.index.npy", "indices.csc.index.npy", "indptr.csc.index.npy", "vocab.index.json", "params.index.json")
+BM25S_FILES = (
+    "data.csc.index.npy",
+    "indices.csc.index.npy",
+    "indptr.csc.index.npy",
+    "vocab.index.json",
+    "params.index.json",
+)
 
 
 @pytest.fixture
@@ -37,14 +44,28 @@ def draw_documents(count: int, seed: int, vocabulary: int = 60) -> list[Document
     """Documents of 0 to 20 words, common ones and rare ones; many are equal, so that scores tie."""
     rng = np.random.default_rng(seed)
     share = 1 / np.arange(1, vocabulary + 1)
-    return [Document(i, f"title {i % 7}", " ".join(f"w{w}é" for w in rng.choice(vocabulary, rng.choice([0, 1, 2, 20]), p=share / share.sum())))
-            for i in range(count)]
+    return [
+        Document(
+            i,
+            f"title {i % 7}",
+            " ".join(
+                f"w{w}é"
+                for w in rng.choice(vocabulary, rng.choice([0, 1, 2, 20]), p=share / share.sum())
+            ),
+        )
+        for i in range(count)
+    ]
 
 
 def write_corpus(path, documents):
-    with (gzip.open(path, "wt") if path.suffix == ".gz" else open(path, "w")) as file:
+    with gzip.open(path, "wt") if path.suffix == ".gz" else open(path, "w") as file:
         for document in documents:
-            file.write(json.dumps({"id": f"x{document.id}", "title": document.title, "text": document.text or "?"}) + "\n\n")
+            file.write(
+                json.dumps(
+                    {"id": f"x{document.id}", "title": document.title, "text": document.text or "?"}
+                )
+                + "\n\n"
+            )
     return path
 
 
@@ -53,7 +74,13 @@ def build_with_bm25s(documents, folder):
     import bm25s
 
     vocabulary: dict[str, int] = {}
-    rows = [[vocabulary.setdefault(word, len(vocabulary)) for word in split_words(f"{d.title}\n{d.text}")] for d in documents]
+    rows = [
+        [
+            vocabulary.setdefault(word, len(vocabulary))
+            for word in split_words(f"{d.title}\n{d.text}")
+        ]
+        for d in documents
+    ]
     scorer = bm25s.BM25(k1=K1, b=B, method="lucene", backend="numpy", csc_backend="numpy")
     scorer.index((rows, vocabulary), create_empty_token=False, show_progress=False)
     scorer.save(folder, show_progress=False)
@@ -67,7 +94,9 @@ def check_equal(folder, documents, oracle):
 
 
 @settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 2**32), count=st.integers(1, 150), vocabulary=st.sampled_from([3, 60, 400]))
+@given(
+    seed=st.integers(0, 2**32), count=st.integers(1, 150), vocabulary=st.sampled_from([3, 60, 400])
+)
 def test_equal_to_bm25s_to_the_byte(tmp_path_factory, seed, count, vocabulary):
     folder, documents = tmp_path_factory.mktemp("index"), draw_documents(count, seed, vocabulary)
     with pytest.MonkeyPatch.context() as patch:
@@ -80,28 +109,48 @@ def test_equal_to_bm25s_to_the_byte(tmp_path_factory, seed, count, vocabulary):
 def test_ties_equal_bm25s_in_memory(tmp_path, small_pieces):
     """All scores by the library, sorted in a plain way: best first, then by id."""
     documents = draw_documents(300, 5, 12)
-    index, scorer = build_index(documents, tmp_path / "index", K1, B), build_with_bm25s(documents, tmp_path / "oracle")
+    index, scorer = (
+        build_index(documents, tmp_path / "index", K1, B),
+        build_with_bm25s(documents, tmp_path / "oracle"),
+    )
     queries, tied = ["w0é w3é", "w1é", "title w5é w5é", "7 w2é"], 0
     ids, scores = index.search(queries, 20)
     for row, query in enumerate(queries):
         of_all = scorer.get_scores(split_words(query))
         expected = sorted(np.flatnonzero(of_all > 0).tolist(), key=lambda i: (-of_all[i], i))[:20]
         assert ids[row][ids[row] >= 0].tolist() == expected
-        np.testing.assert_array_equal(scores[row][:len(expected)], of_all[expected])
+        np.testing.assert_array_equal(scores[row][: len(expected)], of_all[expected])
         tied += len(expected) - len(set(of_all[expected].tolist()))
     assert tied > 20
 
 
 def test_files_and_memory_give_the_same_index(tmp_path, small_pieces):
     drawn = [Document(d.id, d.title, d.text or "?") for d in draw_documents(120, 0)]
-    paths = [write_corpus(tmp_path / "a.jsonl", drawn[:70]), write_corpus(tmp_path / "b.jsonl.gz", drawn[70:])]
+    paths = [
+        write_corpus(tmp_path / "a.jsonl", drawn[:70]),
+        write_corpus(tmp_path / "b.jsonl.gz", drawn[70:]),
+    ]
     index = index_files(paths, tmp_path / "index", K1, B)
     first = {(d.title, d.text) for d in drawn[:70]}  # is not taken again from the second file
-    documents = [Document(i, d.title, d.text) for i, d in enumerate(drawn[:70] + [d for d in drawn[70:] if (d.title, d.text) not in first])]
+    documents = [
+        Document(i, d.title, d.text)
+        for i, d in enumerate(
+            drawn[:70] + [d for d in drawn[70:] if (d.title, d.text) not in first]
+        )
+    ]
     assert 70 < len(documents) < 120
     check_equal(tmp_path / "index", documents, tmp_path / "oracle")
-    assert index.describe(3) == build_index(documents, tmp_path / "other", K1, B).describe(3) == {
-        "corpus": hash_documents(documents), "documents": len(documents), "retriever": "bm25-lucene", "k": 3, "settings": {"k1": K1, "b": B}}
+    assert (
+        index.describe(3)
+        == build_index(documents, tmp_path / "other", K1, B).describe(3)
+        == {
+            "corpus": hash_documents(documents),
+            "documents": len(documents),
+            "retriever": "bm25-lucene",
+            "k": 3,
+            "settings": {"k1": K1, "b": B},
+        }
+    )
     assert [index.documents[i] for i in range(len(index.documents))] == documents
     for bad in (-1, len(documents)):
         with pytest.raises(IndexError, match=f"document {bad} of {len(documents)}"):
@@ -115,7 +164,11 @@ class Killed(BaseException):
 @pytest.mark.parametrize("after", [0, 1, 37, 119])
 def test_an_interrupted_build_goes_on(tmp_path, small_pieces, monkeypatch, after):
     """Shards that are complete are not split into words again, and the files are those of an uninterrupted build."""
-    documents, real, split = [Document(d.id, d.title, d.text or "?") for d in draw_documents(120, 1)], postings.split_words, []
+    documents, real, split = (
+        [Document(d.id, d.title, d.text or "?") for d in draw_documents(120, 1)],
+        postings.split_words,
+        [],
+    )
     path = write_corpus(tmp_path / "c.jsonl", documents)
 
     def split_some(text):
@@ -133,7 +186,9 @@ def test_an_interrupted_build_goes_on(tmp_path, small_pieces, monkeypatch, after
     index = index_files([path], tmp_path / "index", K1, B)
     assert len(split) - (after + 1) < 120 - after + 40
     check_equal(tmp_path / "index", documents, tmp_path / "oracle")
-    assert [index.documents[i] for i in range(120)] == documents and index.describe(1)["corpus"] == hash_documents(documents)
+    assert [index.documents[i] for i in range(120)] == documents and index.describe(1)[
+        "corpus"
+    ] == hash_documents(documents)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["c.jsonl", "index", "oracle"]
 
 
@@ -152,17 +207,32 @@ index.main(sys.argv[1:])
 def test_a_killed_process_goes_on(tmp_path):
     """SIGKILL, twice, in the middle of the shards; then the same command to its end."""
     documents = [Document(d.id, d.title, d.text or "?") for d in draw_documents(2000, 2, 3000)]
-    arguments = ["--corpus", write_corpus(tmp_path / "c.jsonl", documents), "--out", tmp_path / "index"]
+    arguments = [
+        "--corpus",
+        write_corpus(tmp_path / "c.jsonl", documents),
+        "--out",
+        tmp_path / "index",
+    ]
     environment = os.environ | {"PYTHONPATH": str(running.REPO)}
     begun = tmp_path / "index.unfinished" / "begun"
     for shards in (2, 5):
-        process = subprocess.Popen([sys.executable, "-c", BUILD, "slow", *arguments], env=environment, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [sys.executable, "-c", BUILD, "slow", *arguments],
+            env=environment,
+            stderr=subprocess.DEVNULL,
+        )
         deadline = time.monotonic() + 60
         while not (begun / f"{shards}.json").exists() and time.monotonic() < deadline:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL and not (tmp_path / "index").exists()
-    done = subprocess.run([sys.executable, "-c", BUILD, "fast", *arguments], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", BUILD, "fast", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0 and "| documents | 2000 |" in done.stdout, done.stderr[-2000:]
     check_equal(tmp_path / "index", documents, tmp_path / "oracle")
 
@@ -177,8 +247,16 @@ index.main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("how,links", [(signal.SIGKILL, True), (KeyboardInterrupt(), True), (OSError(28, "No space left on device"), True),
-                                       (KeyboardInterrupt(), False)], ids=["kill", "ctrl-c", "full disk", "copied"])
+@pytest.mark.parametrize(
+    "how,links",
+    [
+        (signal.SIGKILL, True),
+        (KeyboardInterrupt(), True),
+        (OSError(28, "No space left on device"), True),
+        (KeyboardInterrupt(), False),
+    ],
+    ids=["kill", "ctrl-c", "full disk", "copied"],
+)
 def test_an_end_at_the_last_step_loses_nothing(tmp_path, small_pieces, monkeypatch, how, links):
     """All is there but the manifest, after which the folder gets its name; then the same once more, to its end."""
     documents = [Document(d.id, d.title, d.text or "?") for d in draw_documents(120, 1)]
@@ -188,18 +266,42 @@ def test_an_end_at_the_last_step_loses_nothing(tmp_path, small_pieces, monkeypat
         raise how
 
     if not links:
-        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(PermissionError(1, "Operation not permitted")))
+        monkeypatch.setattr(
+            os,
+            "link",
+            lambda *_: (_ for _ in ()).throw(PermissionError(1, "Operation not permitted")),
+        )
     if how == signal.SIGKILL:
-        command = [sys.executable, "-c", KILLED_AT_LAST, "--corpus", path, "--out", tmp_path / "index"]
-        assert subprocess.run(command, env=os.environ | {"PYTHONPATH": str(running.REPO)}, stderr=subprocess.DEVNULL, timeout=120).returncode == -how
+        command = [
+            sys.executable,
+            "-c",
+            KILLED_AT_LAST,
+            "--corpus",
+            path,
+            "--out",
+            tmp_path / "index",
+        ]
+        assert (
+            subprocess.run(
+                command,
+                env=os.environ | {"PYTHONPATH": str(running.REPO)},
+                stderr=subprocess.DEVNULL,
+                timeout=120,
+            ).returncode
+            == -how
+        )
     else:
         with monkeypatch.context() as patch, pytest.raises(type(how)):
-            patch.setattr(cache, "write_manifest", refuse)  # of the whole index: what stands in begun/ is written by others
+            patch.setattr(
+                cache, "write_manifest", refuse
+            )  # of the whole index: what stands in begun/ is written by others
             index_files([path], tmp_path / "index", K1, B)
     assert not (tmp_path / "index").exists()
     monkeypatch.setattr(postings, "split_words", refuse)  # nothing of the first pass is done again
     index = index_files([path], tmp_path / "index", K1, B)
-    assert [index.documents[i] for i in range(120)] == documents and index.describe(1)["corpus"] == hash_documents(documents)
+    assert [index.documents[i] for i in range(120)] == documents and index.describe(1)[
+        "corpus"
+    ] == hash_documents(documents)
     check_equal(tmp_path / "index", documents, tmp_path / "oracle")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["c.jsonl", "index", "oracle"]
 
@@ -218,7 +320,9 @@ def test_shards_without_their_documents_are_made_anew(tmp_path, small_pieces, mo
     assert [index.documents[i] for i in range(120)] == documents
 
 
-def test_a_build_interrupted_while_merging_splits_nothing_again(tmp_path, small_pieces, monkeypatch):
+def test_a_build_interrupted_while_merging_splits_nothing_again(
+    tmp_path, small_pieces, monkeypatch
+):
     from stepsearch_jax.search import bm25
 
     path = write_corpus(tmp_path / "c.jsonl", draw_documents(120, 1))
@@ -245,24 +349,45 @@ def test_other_files_or_settings_begin_anew(tmp_path, small_pieces, monkeypatch)
             index_files([path], tmp_path / "index", K1, B)
     write_corpus(path, documents[1:])
     assert len(index_files([path], tmp_path / "index", K1, B)) == 119
-    assert index_files([path], tmp_path / "index", K1, 1.0).describe(1)["settings"] == {"k1": K1, "b": 1.0}
+    assert index_files([path], tmp_path / "index", K1, 1.0).describe(1)["settings"] == {
+        "k1": K1,
+        "b": 1.0,
+    }
     assert load_index(tmp_path / "index").describe(1)["settings"]["b"] == 1.0
 
 
-@pytest.mark.parametrize("flags,content,message", [
-    ([], '{"title": "a", "text": "b"}\n{"title": ', r"c\.jsonl, line 2: not JSON"),
-    ([], '\n\n{"title": 3, "text": "b"}\n', r"c\.jsonl, line 3: field 'title' should be str, not int"),
-    ([], "", "the file is empty"), ([], '{"title": "?", "text": "!"}\n', "no document of the corpus holds a word"),
-    (["--b=2"], "{}", r"its b is 2, and must lie in \[0, 1\]"), (["--corpus=none"], "{}", "none is not there"),
-    (["--corpus=configs"], "{}", "configs is a folder: name the files in it"),
-    *(([f"--k1={k1}"], "{}", f"BM25's k1 is {k1}, and must be finite and not negative") for k1 in ("nan", "inf", "-1")),
-    (["--json=nowhere/x.json"], "{}", "--json=nowhere/x.json: name a file in a folder that is there"),
-    (["--out=."], "{}", "is there and holds no index"),
-])
+@pytest.mark.parametrize(
+    "flags,content,message",
+    [
+        ([], '{"title": "a", "text": "b"}\n{"title": ', r"c\.jsonl, line 2: not JSON"),
+        (
+            [],
+            '\n\n{"title": 3, "text": "b"}\n',
+            r"c\.jsonl, line 3: field 'title' should be str, not int",
+        ),
+        ([], "", "the file is empty"),
+        ([], '{"title": "?", "text": "!"}\n', "no document of the corpus holds a word"),
+        (["--b=2"], "{}", r"its b is 2, and must lie in \[0, 1\]"),
+        (["--corpus=none"], "{}", "none is not there"),
+        (["--corpus=configs"], "{}", "configs is a folder: name the files in it"),
+        *(
+            ([f"--k1={k1}"], "{}", f"BM25's k1 is {k1}, and must be finite and not negative")
+            for k1 in ("nan", "inf", "-1")
+        ),
+        (
+            ["--json=nowhere/x.json"],
+            "{}",
+            "--json=nowhere/x.json: name a file in a folder that is there",
+        ),
+        (["--out=."], "{}", "is there and holds no index"),
+    ],
+)
 def test_mistakes_are_named_and_leave_nothing(tmp_path, flags, content, message):
     (tmp_path / "c.jsonl").write_text(content)
     with pytest.raises(SystemExit, match=message):
-        prepare.main(["index", f"--corpus={tmp_path / 'c.jsonl'}", f"--out={tmp_path / 'index'}", *flags])
+        prepare.main(
+            ["index", f"--corpus={tmp_path / 'c.jsonl'}", f"--out={tmp_path / 'index'}", *flags]
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["c.jsonl"]
 
 
@@ -270,7 +395,9 @@ def test_other_folders_are_not_touched(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/letter").write_text("dear")
     with pytest.raises(ValueError, match="mine is there and holds no index"):
-        index_files([write_corpus(tmp_path / "c.jsonl", draw_documents(3, 0))], tmp_path / "mine", K1, B)
+        index_files(
+            [write_corpus(tmp_path / "c.jsonl", draw_documents(3, 0))], tmp_path / "mine", K1, B
+        )
     assert (tmp_path / "mine/letter").read_text() == "dear"
 
 
@@ -279,28 +406,46 @@ def test_the_folder_that_one_stands_in_becomes_the_index(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     assert len(index_files([path], pathlib.Path("."), K1, B)) == 9
-    assert sorted(name.name for name in tmp_path.iterdir()) == ["c.jsonl", "here"] and len(load_index(tmp_path / "here")) == 9
+    assert (
+        sorted(name.name for name in tmp_path.iterdir()) == ["c.jsonl", "here"]
+        and len(load_index(tmp_path / "here")) == 9
+    )
 
 
 @pytest.mark.parametrize("name", [*BM25S_FILES, "corpus.jsonl", "corpus.offsets.npy"])
-@pytest.mark.parametrize("damage", [lambda raw: raw[:len(raw) // 2], lambda raw: b"", None], ids=["half", "empty", "gone"])
+@pytest.mark.parametrize(
+    "damage",
+    [lambda raw: raw[: len(raw) // 2], lambda raw: b"", None],
+    ids=["half", "empty", "gone"],
+)
 def test_a_damaged_index_is_named_with_what_to_do(tmp_path, name, damage):
-    index_files([write_corpus(tmp_path / "c.jsonl", draw_documents(50, 1))], tmp_path / "index", K1, B)
+    index_files(
+        [write_corpus(tmp_path / "c.jsonl", draw_documents(50, 1))], tmp_path / "index", K1, B
+    )
     file = tmp_path / "index" / name
     raw = file.read_bytes()
     file.unlink()
     if damage:
         file.write_bytes(damage(raw))
-    with pytest.raises((ValueError, FileNotFoundError), match=r"index (is damaged \(.*\): remove this folder, and|holds no search index; .* makes one)"):
+    with pytest.raises(
+        (ValueError, FileNotFoundError),
+        match=r"index (is damaged \(.*\): remove this folder, and|holds no search index; .* makes one)",
+    ):
         load_index(tmp_path / "index")
 
 
 def test_odd_characters(tmp_path):
     """JSON may hold line separators and pairs of surrogates, and Search-R1's corpus holds contents only."""
-    rows = [{"id": "0", "contents": "\"Po\"\nThe Po is \U0001f30a a river."}, {"title": "Rome", "text": "a\u2028city"}]
+    rows = [
+        {"id": "0", "contents": '"Po"\nThe Po is \U0001f30a a river.'},
+        {"title": "Rome", "text": "a\u2028city"},
+    ]
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     index = index_files([tmp_path / "c.jsonl"], tmp_path / "index", K1, B)
-    assert [index.documents[i] for i in range(2)] == [Document(0, "Po", "The Po is \U0001f30a a river."), Document(1, "Rome", "a\u2028city")]
+    assert [index.documents[i] for i in range(2)] == [
+        Document(0, "Po", "The Po is \U0001f30a a river."),
+        Document(1, "Rome", "a\u2028city"),
+    ]
     assert index.search(["rome river"], 3)[0].tolist() in ([[1, 0, -1]], [[0, 1, -1]])
 
 
@@ -330,9 +475,26 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
         rng = np.random.default_rng(0)
         with open(tmp_path / "c.jsonl", "w") as file:
             for words in rng.zipf(1.3, (count, 100)):
-                file.write(json.dumps({"title": "t", "text": " ".join(f"w{w}" for w in np.minimum(words, 30_000))}) + "\n")
-        command = [sys.executable, "-c", MEASURE, tmp_path / "c.jsonl", tmp_path / f"index-{count}", tmp_path / "out.json"]
-        subprocess.run(command, capture_output=True, check=True, env=os.environ | {"PYTHONPATH": str(running.REPO), "MALLOC_ARENA_MAX": "1"})
+                file.write(
+                    json.dumps(
+                        {"title": "t", "text": " ".join(f"w{w}" for w in np.minimum(words, 30_000))}
+                    )
+                    + "\n"
+                )
+        command = [
+            sys.executable,
+            "-c",
+            MEASURE,
+            tmp_path / "c.jsonl",
+            tmp_path / f"index-{count}",
+            tmp_path / "out.json",
+        ]
+        subprocess.run(
+            command,
+            capture_output=True,
+            check=True,
+            env=os.environ | {"PYTHONPATH": str(running.REPO), "MALLOC_ARENA_MAX": "1"},
+        )
         peaks.append(json.loads((tmp_path / "out.json").read_text())["peak_bytes"] / 2**20)
     assert peaks[1] - peaks[0] < 60, peaks
 

@@ -1,4 +1,5 @@
 """The launch scripts with a fake Python, and README and docs/architecture.md against the tree, the defaults and the loop that they speak of."""
+
 import ast
 import os
 import pathlib
@@ -49,14 +50,27 @@ class Clone:
         self.set_python(sys.executable)
 
     def set_python(self, python: str, status: int = 0) -> None:
-        self.python.write_text(FAKE_PYTHON.format(python=f"'{python}'", log=f"'{self.log}'", status=status))
+        self.python.write_text(
+            FAKE_PYTHON.format(python=f"'{python}'", log=f"'{self.log}'", status=status)
+        )
         self.python.chmod(self.python.stat().st_mode | stat.S_IXUSR)
 
     def run(self, script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
         """Runs a script from another folder, without input."""
-        inherited = {name: value for name, value in os.environ.items() if name not in ("SLOW", "DRY_RUN", "PYTHON")}
-        return subprocess.run(["bash", str(self.root / script), *arguments], cwd="/", stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                              env=inherited | {"PYTHON": str(self.python)} | environment, timeout=60)
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in ("SLOW", "DRY_RUN", "PYTHON")
+        }
+        return subprocess.run(
+            ["bash", str(self.root / script), *arguments],
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            env=inherited | {"PYTHON": str(self.python)} | environment,
+            timeout=60,
+        )
 
     def take_log(self) -> list[str]:
         """What was run as a module since the last time."""
@@ -80,11 +94,19 @@ PIP = "pip install --quiet --disable-pip-version-check -r "
 
 
 def test_test_script_installs_only_what_changed(clone):
-    checks = ["ruff check --quiet --output-format=concise .", "pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15 tests/test_x.py -k a b"]
+    checks = [
+        "ruff check --quiet --output-format=concise .",
+        "pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15 tests/test_x.py -k a b",
+    ]
     arguments = ("tests/test_x.py", "-k", "a b")
     done = clone.run("launch/test.sh", *arguments)
     assert done.returncode == 0, done.stderr
-    assert clone.take_log() == ["venv --clear .venv", PIP + "requirements.txt", PIP + "requirements-test.txt", *checks]
+    assert clone.take_log() == [
+        "venv --clear .venv",
+        PIP + "requirements.txt",
+        PIP + "requirements-test.txt",
+        *checks,
+    ]
     clone.run("launch/test.sh", *arguments)
     assert clone.take_log() == checks
     with (clone.root / "requirements-test.txt").open("a") as file:
@@ -122,32 +144,53 @@ def test_failing_check_fails_the_script(clone):
 
 def test_ci_runs_the_slow_tests_too(clone):
     with clone.python.open() as file:
-        text = file.read().replace('echo "$@"', 'echo "$@ SLOW=${SLOW:-} offline=${HF_HUB_OFFLINE:-}"')
+        text = file.read().replace(
+            'echo "$@"', 'echo "$@ SLOW=${SLOW:-} offline=${HF_HUB_OFFLINE:-}"'
+        )
     clone.python.write_text(text)
     assert clone.run(".ci/run", CI="true").returncode == 0
-    assert clone.take_log()[-1] == "pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15 SLOW=1 offline=1"
+    assert (
+        clone.take_log()[-1]
+        == "pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15 SLOW=1 offline=1"
+    )
     clone.run("launch/test.sh", SLOW="0")
-    assert clone.take_log()[-1] == "pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15 SLOW= offline=" + os.environ.get("HF_HUB_OFFLINE", "")
+    assert (
+        clone.take_log()[-1]
+        == "pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15 SLOW= offline="
+        + os.environ.get("HF_HUB_OFFLINE", "")
+    )
 
 
-@pytest.mark.parametrize("script,last", [("launch/test.sh", "pytest"), ("launch/quickstart.sh", "stepsearch_jax.train")])
+@pytest.mark.parametrize(
+    "script,last", [("launch/test.sh", "pytest"), ("launch/quickstart.sh", "stepsearch_jax.train")]
+)
 def test_dry_run_prints_the_commands_and_does_nothing(clone, script, last):
     before = sorted(clone.root.rglob("*"))
     done = clone.run(script, DRY_RUN="1")
     assert done.returncode == 0, done.stderr
     commands = [line for line in done.stdout.splitlines() if " -m " in line]
-    assert commands[0].endswith("-m venv --clear .venv ") and PIP + "requirements.txt" in commands[1] and f" -m {last} " in commands[-1]
+    assert (
+        commands[0].endswith("-m venv --clear .venv ")
+        and PIP + "requirements.txt" in commands[1]
+        and f" -m {last} " in commands[-1]
+    )
     assert sorted(clone.root.rglob("*")) == before and clone.take_log() == []
 
 
 @pytest.mark.parametrize("script", ["launch/test.sh", "launch/quickstart.sh"])
 def test_old_or_missing_python_is_named(clone, script):
     old = clone.root / "python3.10"
-    old.write_text(f"#!/bin/sh\nexec '{sys.executable}' -c \"import sys; sys.version_info = (3, 10, 9); $2\"\n")
+    old.write_text(
+        f"#!/bin/sh\nexec '{sys.executable}' -c \"import sys; sys.version_info = (3, 10, 9); $2\"\n"
+    )
     old.chmod(0o755)
     for python in (str(old), "/no/such/python"):
         done = clone.run(script, PYTHON=python)
-        assert done.returncode != 0 and done.stderr.startswith("Python 3.11 or newer is needed") and python in done.stderr
+        assert (
+            done.returncode != 0
+            and done.stderr.startswith("Python 3.11 or newer is needed")
+            and python in done.stderr
+        )
         assert not (clone.root / ".venv").exists()
 
 
@@ -155,15 +198,20 @@ def test_quickstart_trains(clone):
     done = clone.run("launch/quickstart.sh", "--config.seed=1", "--config.search.k=2")
     assert done.returncode == 0, done.stderr
     assert clone.take_log() == [
-        "venv --clear .venv", PIP + "requirements.txt",
-        "stepsearch_jax.train --config=configs/atlas_quickstart.py --workdir=runs/quickstart --config.seed=1 --config.search.k=2"]
+        "venv --clear .venv",
+        PIP + "requirements.txt",
+        "stepsearch_jax.train --config=configs/atlas_quickstart.py --workdir=runs/quickstart --config.seed=1 --config.search.k=2",
+    ]
     assert re.search(r"\nthe table\ntook 0 min \d+ s\n$", done.stdout)
     assert (clone.root / "runs/quickstart").is_dir()
 
 
 def test_quickstart_passes_a_variant_on(clone):
     clone.run("launch/quickstart.sh", "one_search", "--config.seed=1")
-    assert clone.take_log()[-1] == "stepsearch_jax.train --config=configs/atlas_quickstart.py:one_search --workdir=runs/quickstart-one_search --config.seed=1"
+    assert (
+        clone.take_log()[-1]
+        == "stepsearch_jax.train --config=configs/atlas_quickstart.py:one_search --workdir=runs/quickstart-one_search --config.seed=1"
+    )
 
 
 def test_failed_training_fails_the_quickstart(clone):
@@ -179,7 +227,9 @@ def test_quickstart_goes_on_or_begins_anew(clone):
     clone.run("launch/quickstart.sh", "--workdir=runs/my run")
     (workdir / "checkpoint").touch()
     done = clone.run("launch/quickstart.sh", "--workdir=runs/my run")
-    assert "going on with the run in runs/my run" in done.stdout and (workdir / "checkpoint").exists()
+    assert (
+        "going on with the run in runs/my run" in done.stdout and (workdir / "checkpoint").exists()
+    )
     done = clone.run("launch/quickstart.sh", "--workdir=runs/my run", "--fresh", DRY_RUN="1")
     assert "rm -r -- runs/my\\ run" in done.stdout and (workdir / "checkpoint").exists()
     done = clone.run("launch/quickstart.sh", "--workdir=runs/my run", "--fresh")
@@ -194,7 +244,11 @@ def test_fresh_removes_no_run_that_is_at_work(clone):
     (workdir / "config.json").touch()
     with lock(workdir):
         done = clone.run("launch/quickstart.sh", "--fresh")
-        assert done.returncode == 2 and "a run is at work in runs/quickstart" in done.stderr and (workdir / "config.json").exists()
+        assert (
+            done.returncode == 2
+            and "a run is at work in runs/quickstart" in done.stderr
+            and (workdir / "config.json").exists()
+        )
     assert clone.run("launch/quickstart.sh", "--fresh", DRY_RUN="1").returncode == 0
 
 
@@ -206,7 +260,9 @@ def test_fresh_removes_nothing_but_runs(clone):
 
 def test_quickstart_explains_itself_and_refuses_what_it_does_not_know(clone):
     done = clone.run("launch/quickstart.sh", "--help", PYTHON="/no/such/python")
-    assert done.returncode == 0 and all(word in done.stdout for word in ("--fresh", "--workdir", "DRY_RUN", "--config.seed=1"))
+    assert done.returncode == 0 and all(
+        word in done.stdout for word in ("--fresh", "--workdir", "DRY_RUN", "--config.seed=1")
+    )
     assert "pipefail" not in done.stdout and "#" not in done.stdout
     for arguments in (["--sede=1"], ["bogus"], ["seed=1"], ["continued", "shuffled"]):
         done = clone.run("launch/quickstart.sh", *arguments)
@@ -221,7 +277,12 @@ def test_quickstart_knows_the_variants_of_its_config(clone):
 
 def test_test_script_explains_itself(clone):
     done = clone.run("launch/test.sh", "--help", PYTHON="/no/such/python")
-    assert done.returncode == 0 and "SLOW=1" in done.stdout and "pipefail" not in done.stdout and clone.take_log() == []
+    assert (
+        done.returncode == 0
+        and "SLOW=1" in done.stdout
+        and "pipefail" not in done.stdout
+        and clone.take_log() == []
+    )
 
 
 # --- the README
@@ -246,8 +307,14 @@ def test_every_path_of_the_tree_exists():
 
 
 def test_every_package_and_module_is_in_the_tree():
-    here = [path for path in (REPO / "stepsearch_jax").iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()]
-    names = {f"stepsearch_jax/{path.name}{'/' * path.is_dir()}" for path in here} - {"stepsearch_jax/__init__.py"}
+    here = [
+        path
+        for path in (REPO / "stepsearch_jax").iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").is_file()
+    ]
+    names = {f"stepsearch_jax/{path.name}{'/' * path.is_dir()}" for path in here} - {
+        "stepsearch_jax/__init__.py"
+    }
     assert len(names) > 20 and names <= set(list_tree())
 
 
@@ -262,19 +329,38 @@ def test_differences_name_the_defaults():
         for key in re.findall(r"`([\w.]+)`", keys):
             section, _, name = key.rpartition(".")
             value = config[section][name] if section else config[name]
-            assert str(value) in words if isinstance(value, str | bool) else value in numbers, (key, value)
+            assert str(value) in words if isinstance(value, str | bool) else value in numbers, (
+                key,
+                value,
+            )
 
 
 def test_every_link_within_the_readme_leads_somewhere():
-    anchors = {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in re.findall(r"^## (.+)$", README, re.MULTILINE)}
+    anchors = {
+        re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-")
+        for title in re.findall(r"^## (.+)$", README, re.MULTILINE)
+    }
     links = re.findall(r"\]\(#([^)]+)\)", README)
     assert links and set(links) <= anchors
 
 
 def test_the_loop_is_that_of_train_py():
     """Every line of the README's loop stands in train.py's, in this order."""
-    train = next(node for node in ast.parse((REPO / "stepsearch_jax/train.py").read_text()).body if getattr(node, "name", "") == "run_iterations")
-    loop = next(node for node in ast.walk(train) if isinstance(node, ast.For) and ast.unparse(node.target) == "iteration")
-    lines = iter(line.strip() for line in (REPO / "stepsearch_jax/train.py").read_text().splitlines()[loop.lineno - 1 : loop.end_lineno])
+    train = next(
+        node
+        for node in ast.parse((REPO / "stepsearch_jax/train.py").read_text()).body
+        if getattr(node, "name", "") == "run_iterations"
+    )
+    loop = next(
+        node
+        for node in ast.walk(train)
+        if isinstance(node, ast.For) and ast.unparse(node.target) == "iteration"
+    )
+    lines = iter(
+        line.strip()
+        for line in (REPO / "stepsearch_jax/train.py")
+        .read_text()
+        .splitlines()[loop.lineno - 1 : loop.end_lineno]
+    )
     shown = find_section("The loop").split("```python\n")[1].split("```")[0].splitlines()
     assert [line for line in shown if line.strip() not in lines] == []

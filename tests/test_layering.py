@@ -1,4 +1,5 @@
 """The layers of the package: who may import whom, and which libraries stay out of which layers."""
+
 import ast
 import pathlib
 import subprocess
@@ -8,15 +9,60 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "stepsearch_jax"
 # From the bottom up: a file imports from its own layer and from layers before it. The commands, last, import everything.
-LAYERS = ("records", "types", "masking", "sharding", "files", "metrics", "data", "search", "prompting", "models", "dense", "rewards", "rollout", "rl", "checkpoint",
-          "runtime", "report", "run", "evaluation", "sweeps", "cli", "commands")
+LAYERS = (
+    "records",
+    "types",
+    "masking",
+    "sharding",
+    "files",
+    "metrics",
+    "data",
+    "search",
+    "prompting",
+    "models",
+    "dense",
+    "rewards",
+    "rollout",
+    "rl",
+    "checkpoint",
+    "runtime",
+    "report",
+    "run",
+    "evaluation",
+    "sweeps",
+    "cli",
+    "commands",
+)
 COMMANDS = {"train", "evaluate", "export", "serve", "prepare", "preflight", "benchmark"}
-HOST = {"records", "files", "metrics", "data", "search", "prompting", "rewards.scoring", "rewards.text_metrics", "rewards.tfidf", "evaluation.measures", "report",
-        "sweeps", "run.config_file", "run.folder"}
-LIGHT = {"cli", "serve", "prepare", "benchmark.cases", "benchmark.__main__"}  # load without jax, so that --help and wrong flags are answered at once
+HOST = {
+    "records",
+    "files",
+    "metrics",
+    "data",
+    "search",
+    "prompting",
+    "rewards.scoring",
+    "rewards.text_metrics",
+    "rewards.tfidf",
+    "evaluation.measures",
+    "report",
+    "sweeps",
+    "run.config_file",
+    "run.folder",
+}
+LIGHT = {
+    "cli",
+    "serve",
+    "prepare",
+    "benchmark.cases",
+    "benchmark.__main__",
+}  # load without jax, so that --help and wrong flags are answered at once
 DEVICE = {"types", "masking", "sharding", "models", "rewards.placement", "rl", "checkpoint"}
 DEVICE_LIBRARIES = {"jax", "jaxlib", "flax", "optax", "orbax"}
-LAZY = {"search/bm25.py", "data/atlas_world.py"}  # the only users of bm25s, which starts jax when it is imported
+LAZY = {
+    "search/bm25.py",
+    "data/atlas_world.py",
+}  # the only users of bm25s, which starts jax when it is imported
 
 
 def module_of(path: pathlib.Path, package: pathlib.Path = PACKAGE) -> str:
@@ -49,7 +95,7 @@ def is_module(name: str) -> bool:
 
 
 def side_of(module: str) -> str | None:
-    """"host", "device", or None: the bridge and the commands, which touch both."""
+    """ "host", "device", or None: the bridge and the commands, which touch both."""
     for side, layers in (("host", HOST), ("device", DEVICE)):
         if module in layers or module.split(".")[0] in layers:
             return side
@@ -84,7 +130,9 @@ FILES = {module_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def test_every_file_has_a_layer():
-    unknown = {module: path for module, path in FILES.items() if module and layer_of(module) not in LAYERS}
+    unknown = {
+        module: path for module, path in FILES.items() if module and layer_of(module) not in LAYERS
+    }
     assert not unknown, "give them a place in LAYERS"
     assert len(FILES) > 30
 
@@ -94,35 +142,58 @@ def test_imports_follow_the_layers(module):
     assert not check_file(module, FILES[module].read_text())
 
 
-@pytest.mark.parametrize("module,source,complaint", [
-    ("search.bm25", "import jax.numpy", "a host layer"),
-    ("rewards.tfidf", "def f():\n    from flax import linen", "a host layer"),
-    ("search.bm25", "import bm25s", "inside a function"),
-    ("search.callback", "def f():\n    import bm25s", "may"),
-    ("models.transformer", "from stepsearch_jax.rl import learner", "later"),
-    ("models.transformer", "from stepsearch_jax import rollout", "later"),
-    ("models.transformer", "from stepsearch_jax.prompting.tags import TAGS", "both sides"),
-    ("checkpoint", "from stepsearch_jax.records import Episode", "both sides"),
-    ("metrics", "from stepsearch_jax import masking", "both sides"),
-    ("data.loading", "from stepsearch_jax.search import bm25", "later"),
-    ("rl.learner", "import stepsearch_jax.run.system", "later"),
-])
+@pytest.mark.parametrize(
+    "module,source,complaint",
+    [
+        ("search.bm25", "import jax.numpy", "a host layer"),
+        ("rewards.tfidf", "def f():\n    from flax import linen", "a host layer"),
+        ("search.bm25", "import bm25s", "inside a function"),
+        ("search.callback", "def f():\n    import bm25s", "may"),
+        ("models.transformer", "from stepsearch_jax.rl import learner", "later"),
+        ("models.transformer", "from stepsearch_jax import rollout", "later"),
+        ("models.transformer", "from stepsearch_jax.prompting.tags import TAGS", "both sides"),
+        ("checkpoint", "from stepsearch_jax.records import Episode", "both sides"),
+        ("metrics", "from stepsearch_jax import masking", "both sides"),
+        ("data.loading", "from stepsearch_jax.search import bm25", "later"),
+        ("rl.learner", "import stepsearch_jax.run.system", "later"),
+    ],
+)
 def test_the_check_finds_faults(module, source, complaint):
     assert any(complaint in fault for fault in check_file(module, source))
 
 
 def test_the_check_lets_good_imports_pass():
-    assert not check_file("rollout.text", "import jax\nfrom stepsearch_jax.prompting.tags import TAGS\nfrom stepsearch_jax.types import Batch")
-    assert not check_file("train", "import jax\nfrom stepsearch_jax import checkpoint\nfrom stepsearch_jax.report.page import write_report")
+    assert not check_file(
+        "rollout.text",
+        "import jax\nfrom stepsearch_jax.prompting.tags import TAGS\nfrom stepsearch_jax.types import Batch",
+    )
+    assert not check_file(
+        "train",
+        "import jax\nfrom stepsearch_jax import checkpoint\nfrom stepsearch_jax.report.page import write_report",
+    )
     assert not check_file("search.bm25", "def f():\n    import bm25s")
 
 
 def test_host_layers_load_without_jax():
     """Not through others either: a fresh interpreter loads every host file."""
-    light = lambda module: side_of(module) == "host" or not LIGHT.isdisjoint((module, module.split(".")[0]))
-    modules = [f"stepsearch_jax.{module}" for module in FILES if light(module) and module != "prepare.__main__"]
+    light = lambda module: (
+        side_of(module) == "host" or not LIGHT.isdisjoint((module, module.split(".")[0]))
+    )
+    modules = [
+        f"stepsearch_jax.{module}"
+        for module in FILES
+        if light(module) and module != "prepare.__main__"
+    ]
     assert len(modules) > 15
-    program = (f"import importlib, sys\nfor name in {modules}: importlib.import_module(name)\n"
-               f"sys.exit(' '.join({DEVICE_LIBRARIES | {'bm25s'}} & set(sys.modules)) or 0)")
-    done = subprocess.run([sys.executable, "-c", program], cwd=PACKAGE.parent, capture_output=True, text=True, timeout=300)
+    program = (
+        f"import importlib, sys\nfor name in {modules}: importlib.import_module(name)\n"
+        f"sys.exit(' '.join({DEVICE_LIBRARIES | {'bm25s'}} & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=PACKAGE.parent,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-2000:]

@@ -1,4 +1,5 @@
 """The learner: one update on any mesh, by any micro-batch, in step with `stepwise_ppo_loss`, with a value model or without."""
+
 import dataclasses
 import functools
 
@@ -20,16 +21,44 @@ CONFIG = dataclasses.replace(tiny.CONFIG, vocab_size=24, embed_dim=16, head_dim=
 POLICY, VALUE = Policy(CONFIG), Value(CONFIG)
 RULES = tiny.ROLLOUT_RULES | {"embed": "fsdp"}
 SETTINGS = learner.LearnerSettings(
-    advantage="gae", gamma=1.0, gae_lambda=1.0, over_observations=False, whiten_advantages=True, clip_low=0.2, clip_high=0.3, old_logprobs="learner",
-    max_ratio=1.35, aggregation="token_mean", value_clip=0.5, entropy_coef=0.01, kl_placement="reward", kl_estimator="k1", kl_target=0.0, kl_horizon=1000.0,
-    minibatches=1, epochs=1, micro_rows=0, placement="step", outcome_overwrites=False)
+    advantage="gae",
+    gamma=1.0,
+    gae_lambda=1.0,
+    over_observations=False,
+    whiten_advantages=True,
+    clip_low=0.2,
+    clip_high=0.3,
+    old_logprobs="learner",
+    max_ratio=1.35,
+    aggregation="token_mean",
+    value_clip=0.5,
+    entropy_coef=0.01,
+    kl_placement="reward",
+    kl_estimator="k1",
+    kl_target=0.0,
+    kl_horizon=1000.0,
+    minibatches=1,
+    epochs=1,
+    micro_rows=0,
+    placement="step",
+    outcome_overwrites=False,
+)
 ROWS, LENGTH = 16, 12
 ONE = (1, 1, 1)
 
 
 def sgd(learning_rate=0.1, max_grad_norm=1.0):
-    return learner.make_optimizer("sgd", learning_rate, warmup=0.0, iterations=1, steps_per_iteration=1, b1=0.9, b2=0.999, weight_decay=0.0,
-                                  max_grad_norm=max_grad_norm)
+    return learner.make_optimizer(
+        "sgd",
+        learning_rate,
+        warmup=0.0,
+        iterations=1,
+        steps_per_iteration=1,
+        b1=0.9,
+        b2=0.999,
+        weight_decay=0.0,
+        max_grad_norm=max_grad_norm,
+    )
 
 
 def recording_sgd():
@@ -40,9 +69,17 @@ def recording_sgd():
 
     def keep(gradient, state, params=None):
         count, first = state
-        return gradient, (count + 1, jax.tree.map(functools.partial(jnp.where, count == 0), gradient, first))
+        return gradient, (
+            count + 1,
+            jax.tree.map(functools.partial(jnp.where, count == 0), gradient, first),
+        )
 
-    return optax.chain(optax.GradientTransformation(lambda params: (jnp.int32(0), jax.tree.map(jnp.zeros_like, params)), keep), sgd())
+    return optax.chain(
+        optax.GradientTransformation(
+            lambda params: (jnp.int32(0), jax.tree.map(jnp.zeros_like, params)), keep
+        ),
+        sgd(),
+    )
 
 
 def models_of(state: TrainState) -> list[ModelState]:
@@ -59,13 +96,28 @@ def latest_params(state: TrainState):
 
 def make_model_state(model, optimizer, shape):
     specs, mesh = sharding.partition_specs(tiny.make_boxes(model), RULES), tiny.mesh_of(shape)
-    return learner.init_model_state(optimizer, mesh, jax.device_put(tiny.draw_params(model, 1), sharding.shardings(mesh, specs)), specs)
+    return learner.init_model_state(
+        optimizer,
+        mesh,
+        jax.device_put(tiny.draw_params(model, 1), sharding.shardings(mesh, specs)),
+        specs,
+    )
 
 
 def make_state(shape=ONE, critic=True) -> TrainState:
-    numbers = dict(iteration=jnp.int32(0), position=jnp.int32(0), kl_coef=jnp.float32(0.1), skipped=jnp.int32(0))
-    policy, value = (make_model_state(model, recording_sgd(), shape) if model is POLICY or critic else None for model in (POLICY, VALUE))
-    return TrainState(policy, value, **jax.device_put(numbers, sharding.replicated(tiny.mesh_of(shape))))
+    numbers = dict(
+        iteration=jnp.int32(0),
+        position=jnp.int32(0),
+        kl_coef=jnp.float32(0.1),
+        skipped=jnp.int32(0),
+    )
+    policy, value = (
+        make_model_state(model, recording_sgd(), shape) if model is POLICY or critic else None
+        for model in (POLICY, VALUE)
+    )
+    return TrainState(
+        policy, value, **jax.device_put(numbers, sharding.replicated(tiny.mesh_of(shape)))
+    )
 
 
 def make_batch() -> Batch:
@@ -93,22 +145,35 @@ def to_host(tree):
 # ---- make_update: on meshes, by micro-batches, against the loss function ---------------------------------------------------------------------------
 
 
-LOSS_ONLY = ("aggregation", "old_logprobs", "max_ratio")  # of the keys, those that no advantage depends on
+LOSS_ONLY = (
+    "aggregation",
+    "old_logprobs",
+    "max_ratio",
+)  # of the keys, those that no advantage depends on
 # An update without a value model, with all else that is not default.
-CRITIC_FREE = dict(advantage="grpo", aggregation="sequence_mean", kl_placement="loss", kl_estimator="k3")
+CRITIC_FREE = dict(
+    advantage="grpo", aggregation="sequence_mean", kl_placement="loss", kl_estimator="k3"
+)
 
 
 @functools.cache
 def one_step(**change):
     """One optimiser step on all rows of a batch of 8."""
     critic = uses_critic(change.get("advantage", "gae"))
-    return learner.make_update(CONFIG, dataclasses.replace(SETTINGS, **change), recording_sgd(), recording_sgd() if critic else None)
+    return learner.make_update(
+        CONFIG,
+        dataclasses.replace(SETTINGS, **change),
+        recording_sgd(),
+        recording_sgd() if critic else None,
+    )
 
 
 @functools.cache
 def four_steps(micro_rows=0, critic=True):
     """Two epochs of two minibatches on a batch of 16, with the adaptive KL coefficient."""
-    change = dict(minibatches=2, epochs=2, kl_target=0.02, kl_horizon=1000.0, micro_rows=micro_rows) | ({} if critic else CRITIC_FREE)
+    change = dict(
+        minibatches=2, epochs=2, kl_target=0.02, kl_horizon=1000.0, micro_rows=micro_rows
+    ) | ({} if critic else CRITIC_FREE)
     return one_step(**change)
 
 
@@ -116,53 +181,139 @@ def four_steps(micro_rows=0, critic=True):
 def run_four_steps(shape, micro_rows=0, critic=True):
     """-> (state, metrics) as NumPy."""
     batch = sharding.rows_to_mesh(tiny.mesh_of(shape), make_batch())
-    return to_host(four_steps(micro_rows, critic)(make_state(shape, critic), batch, jnp.float32(0.02)))
+    return to_host(
+        four_steps(micro_rows, critic)(make_state(shape, critic), batch, jnp.float32(0.02))
+    )
 
 
-@pytest.mark.parametrize("shape,micro_rows,critic", [
-    ((8, 1, 1), 0, True), ((2, 2, 2), 0, True), ((2, 2, 2), 4, False),
-    *(pytest.param(*case, marks=pytest.mark.slow) for case in [
-        ((1, 4, 2), 0, True), ((4, 1, 2), 0, True), ((2, 2, 2), 4, True), ((8, 1, 1), 8, True), (ONE, 2, True), (ONE, 2, False)]),
-], ids=str)
+@pytest.mark.parametrize(
+    "shape,micro_rows,critic",
+    [
+        ((8, 1, 1), 0, True),
+        ((2, 2, 2), 0, True),
+        ((2, 2, 2), 4, False),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ((1, 4, 2), 0, True),
+                ((4, 1, 2), 0, True),
+                ((2, 2, 2), 4, True),
+                ((8, 1, 1), 8, True),
+                (ONE, 2, True),
+                (ONE, 2, False),
+            ]
+        ),
+    ],
+    ids=str,
+)
 def test_every_mesh_and_micro_batch_makes_the_same_update(shape, micro_rows, critic):
     """The gradients of the first of four steps, and the parameters after the last."""
-    (expected, expected_metrics), (got, metrics) = run_four_steps(ONE, critic=critic), run_four_steps(shape, micro_rows, critic)
+    (expected, expected_metrics), (got, metrics) = (
+        run_four_steps(ONE, critic=critic),
+        run_four_steps(shape, micro_rows, critic),
+    )
     close_to_leaf_maximum(first_gradients(got), first_gradients(expected), 1e-5)
     close_to_leaf_maximum(latest_params(got), latest_params(expected), 1e-5)
     close_to_leaf_maximum(metrics, expected_metrics, 1e-4)
     assert (got.iteration, got.skipped) == (1, 0)
     before = tuple(tiny.draw_params(model, 1) for model in (POLICY, VALUE))[: len(models_of(got))]
-    moved = jax.tree.map(lambda a, b: np.abs(a - b).max() > 1e-3 * np.abs(b).max(), latest_params(expected), before)
+    moved = jax.tree.map(
+        lambda a, b: np.abs(a - b).max() > 1e-3 * np.abs(b).max(), latest_params(expected), before
+    )
     assert all(jax.tree.leaves(moved))
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), pytest.param((2, 2, 2), marks=pytest.mark.slow), pytest.param((1, 4, 2), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (8, 1, 1),
+        pytest.param((2, 2, 2), marks=pytest.mark.slow),
+        pytest.param((1, 4, 2), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_every_mesh_starts_alike(shape):
     params, _ = learner.init_params(POLICY, tiny.mesh_of(ONE), RULES, jax.random.key(5))
     placed, specs = learner.init_params(POLICY, tiny.mesh_of(shape), RULES, jax.random.key(5))
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), placed, params)
-    jax.tree.map(lambda x, place: x.sharding.is_equivalent_to(place, x.ndim) or pytest.fail(str(x.sharding)), placed,
-                 sharding.shardings(tiny.mesh_of(shape), specs))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), placed, params
+    )
+    jax.tree.map(
+        lambda x, place: x.sharding.is_equivalent_to(place, x.ndim) or pytest.fail(str(x.sharding)),
+        placed,
+        sharding.shardings(tiny.mesh_of(shape), specs),
+    )
     assert np.std(np.asarray(params["params"]["trunk"]["layers"]["gate"]["kernel"])) > 0.1
 
 
-@pytest.mark.parametrize("change,critic", [
-    (dict(advantage="gae"), True), (dict(advantage="gae", over_observations=True, outcome_overwrites=True, placement="merged"), True),
-    (CRITIC_FREE, False), (dict(advantage="gae", old_logprobs="sampler"), True),
-    pytest.param(dict(advantage="turn_gae", aggregation="sequence_mean", kl_placement="loss", kl_estimator="k3"), True, marks=pytest.mark.slow),
-    pytest.param(dict(advantage="rloo", kl_placement="loss"), False, marks=pytest.mark.slow),
-    pytest.param(dict(advantage="turn_return", aggregation="sequence_mean"), False, marks=pytest.mark.slow),
-], ids=lambda x: x["advantage"] + "_observations" * ("over_observations" in x) + "_sampler" * ("old_logprobs" in x) if isinstance(x, dict) else "")
+@pytest.mark.parametrize(
+    "change,critic",
+    [
+        (dict(advantage="gae"), True),
+        (
+            dict(
+                advantage="gae", over_observations=True, outcome_overwrites=True, placement="merged"
+            ),
+            True,
+        ),
+        (CRITIC_FREE, False),
+        (dict(advantage="gae", old_logprobs="sampler"), True),
+        pytest.param(
+            dict(
+                advantage="turn_gae",
+                aggregation="sequence_mean",
+                kl_placement="loss",
+                kl_estimator="k3",
+            ),
+            True,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(dict(advantage="rloo", kl_placement="loss"), False, marks=pytest.mark.slow),
+        pytest.param(
+            dict(advantage="turn_return", aggregation="sequence_mean"),
+            False,
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=lambda x: (
+        x["advantage"]
+        + "_observations" * ("over_observations" in x)
+        + "_sampler" * ("old_logprobs" in x)
+        if isinstance(x, dict)
+        else ""
+    ),
+)
 def test_gradient_is_that_of_the_loss_function(change, critic):
     """An update's gradients against `stepwise_ppo_loss` differentiated through both models, on the same trajectories."""
     rng, batch = np.random.default_rng(4), split(make_batch(), 0)
     rows = len(batch.tokens)
-    turn_ids = np.where(batch.token_mask & (np.arange(LENGTH) > 1), (np.arange(LENGTH) - 2) // 4, -1).astype(np.int32)
+    turn_ids = np.where(
+        batch.token_mask & (np.arange(LENGTH) > 1), (np.arange(LENGTH) - 2) // 4, -1
+    ).astype(np.int32)
     search_end = np.where(rng.random((rows, 2)) < 0.7, [[4, 7]], -1).astype(np.int32)
-    rewards = rng.normal(size=(rows, 2)).astype(np.float32), rng.normal(size=rows).astype(np.float32)
-    arrays = batch.token_mask, batch.action_mask, turn_ids, np.array([3, 1, 3, 3, 1, 1, 0, 3], np.int32), search_end, *rewards
-    fixed = dict(gamma=0.9, gae_lambda=0.8, over_observations=False, kl_coef=0.1, kl_placement="reward", kl_estimator="k2", placement="step",
-                 outcome_overwrites=False, whiten_advantages=True) | {key: x for key, x in change.items() if key not in LOSS_ONLY}
+    rewards = (
+        rng.normal(size=(rows, 2)).astype(np.float32),
+        rng.normal(size=rows).astype(np.float32),
+    )
+    arrays = (
+        batch.token_mask,
+        batch.action_mask,
+        turn_ids,
+        np.array([3, 1, 3, 3, 1, 1, 0, 3], np.int32),
+        search_end,
+        *rewards,
+    )
+    fixed = dict(
+        gamma=0.9,
+        gae_lambda=0.8,
+        over_observations=False,
+        kl_coef=0.1,
+        kl_placement="reward",
+        kl_estimator="k2",
+        placement="step",
+        outcome_overwrites=False,
+        whiten_advantages=True,
+    ) | {key: x for key, x in change.items() if key not in LOSS_ONLY}
     loss_keys = {key: change.get(key, getattr(SETTINGS, key)) for key in LOSS_ONLY}
 
     @jax.jit
@@ -171,21 +322,45 @@ def test_gradient_is_that_of_the_loss_function(change, critic):
             logprobs, entropy = score_tokens(POLICY, policy_params, batch.tokens)
             values = score_values(VALUE, value_params, batch.tokens)
             return stepwise_ppo_loss(
-                logprobs, batch.old_logprobs, batch.ref_logprobs, values, batch.old_values, entropy, *arrays, clip_low=0.2, clip_high=0.3, value_clip=0.5,
-                value_coef=1.0, entropy_coef=0.01, **{key: x for key, x in loss_keys.items() if key != "old_logprobs"}, **fixed)
+                logprobs,
+                batch.old_logprobs,
+                batch.ref_logprobs,
+                values,
+                batch.old_values,
+                entropy,
+                *arrays,
+                clip_low=0.2,
+                clip_high=0.3,
+                value_clip=0.5,
+                value_coef=1.0,
+                entropy_coef=0.01,
+                **{key: x for key, x in loss_keys.items() if key != "old_logprobs"},
+                **fixed,
+            )
 
         return jax.grad(loss, argnums=(0, 1), has_aux=True)(*params)
 
-    expected, expected_metrics = differentiate(tiny.draw_params(POLICY, 1), tiny.draw_params(VALUE, 1))
-    advantages, returns, value_mask, _ = stepwise_advantages(batch.old_logprobs, batch.ref_logprobs, batch.old_values, *arrays, **fixed)
+    expected, expected_metrics = differentiate(
+        tiny.draw_params(POLICY, 1), tiny.draw_params(VALUE, 1)
+    )
+    advantages, returns, value_mask, _ = stepwise_advantages(
+        batch.old_logprobs, batch.ref_logprobs, batch.old_values, *arrays, **fixed
+    )
     batch = batch.replace(advantages=advantages, returns=returns, value_mask=value_mask)
-    step = one_step(**{key: fixed[key] for key in ("advantage", "kl_placement", "kl_estimator")}, **loss_keys)
+    step = one_step(
+        **{key: fixed[key] for key in ("advantage", "kl_placement", "kl_estimator")}, **loss_keys
+    )
     state, metrics = step(make_state(critic=critic), batch, jnp.float32(0))
     assert len(models_of(state)) == 1 + critic
     for found, wanted in zip(first_gradients(state), expected):
         close_to_leaf_maximum(found, wanted, 1e-5)
-    found_before = {"kl", "reward"} | ({"entropy"} if loss_keys["old_logprobs"] == "learner" else set())  # by make_build_batch
-    assert metrics.keys() - {"policy_grad_norm", "value_grad_norm"} == expected_metrics.keys() - found_before
+    found_before = {"kl", "reward"} | (
+        {"entropy"} if loss_keys["old_logprobs"] == "learner" else set()
+    )  # by make_build_batch
+    assert (
+        metrics.keys() - {"policy_grad_norm", "value_grad_norm"}
+        == expected_metrics.keys() - found_before
+    )
     for name in metrics.keys() & expected_metrics.keys():
         np.testing.assert_allclose(metrics[name], expected_metrics[name], rtol=1e-4, err_msg=name)
     for name in {"clip_fraction", "truncated_fraction", "value_clip_fraction"} & metrics.keys():
@@ -196,7 +371,11 @@ def test_gradient_is_that_of_the_loss_function(change, critic):
 
 
 def step_counts(state: TrainState) -> set[int]:
-    return {int(x) for x in jax.tree.leaves((state.policy.opt_state, state.value.opt_state)) if x.ndim == 0}
+    return {
+        int(x)
+        for x in jax.tree.leaves((state.policy.opt_state, state.value.opt_state))
+        if x.ndim == 0
+    }
 
 
 @pytest.mark.parametrize("field", ["advantages", "returns"])
@@ -208,20 +387,33 @@ def test_nothing_changes_when_a_gradient_is_not_finite(field):
     before = to_host(make_state())
     state, metrics = one_step()(make_state(), batch.replace(**{field: poisoned}), jnp.float32(0))
     after = to_host(state)
-    jax.tree.map(np.testing.assert_array_equal, (after.policy, after.value), (before.policy, before.value))
+    jax.tree.map(
+        np.testing.assert_array_equal, (after.policy, after.value), (before.policy, before.value)
+    )
     assert (after.skipped, after.iteration) == (1, 1)
     assert not np.isfinite(metrics["policy_grad_norm"] + metrics["value_grad_norm"])
-    later, direct = (to_host(one_step()(start, batch, jnp.float32(0))[0]) for start in (state, make_state()))
-    jax.tree.map(np.testing.assert_array_equal, (later.policy, later.value), (direct.policy, direct.value))
+    later, direct = (
+        to_host(one_step()(start, batch, jnp.float32(0))[0]) for start in (state, make_state())
+    )
+    jax.tree.map(
+        np.testing.assert_array_equal, (later.policy, later.value), (direct.policy, direct.value)
+    )
     assert (later.skipped, direct.skipped) == (1, 0)
     assert (step_counts(after), step_counts(direct)) == ({0}, {1})
-    assert all((a != b).any() for a, b in zip(jax.tree.leaves(latest_params(direct)), jax.tree.leaves(latest_params(before))))
+    assert all(
+        (a != b).any()
+        for a, b in zip(
+            jax.tree.leaves(latest_params(direct)), jax.tree.leaves(latest_params(before))
+        )
+    )
 
 
 def test_explained_variance_by_hand():
     """Returns 1, 3: variance 1. Values 1, 2: mean squared error 1/2. Of equal returns, and of none, there is nothing to explain."""
     mask = jnp.array([[True, True, False]])
-    explained = lambda values, returns: float(learner.explained_variance(jnp.array([[*values, 9.0]]), jnp.array([[*returns, -9.0]]), mask))
+    explained = lambda values, returns: float(
+        learner.explained_variance(jnp.array([[*values, 9.0]]), jnp.array([[*returns, -9.0]]), mask)
+    )
     assert explained((1.0, 2.0), (1.0, 3.0)) == pytest.approx(0.5)
     assert np.isnan(explained((0.5, 0.5), (1.0, 1.0)))
     assert np.isnan(learner.explained_variance(jnp.ones((1, 3)), jnp.ones((1, 3)), mask & False))
@@ -231,9 +423,16 @@ def test_explained_variance_by_hand():
 def test_nan_outside_the_actions_changes_nothing(critic):
     batch = split(make_batch(), 0)
     poison = lambda x: np.where(batch.action_mask, x, np.nan)
-    dirty = batch.replace(**{name: poison(getattr(batch, name)) for name in ("old_logprobs", "ref_logprobs", "old_values", "advantages", "returns")})
+    dirty = batch.replace(
+        **{
+            name: poison(getattr(batch, name))
+            for name in ("old_logprobs", "ref_logprobs", "old_values", "advantages", "returns")
+        }
+    )
     step = one_step() if critic else one_step(**CRITIC_FREE)
-    clean, got = (to_host(step(make_state(critic=critic), x, jnp.float32(0))[0]) for x in (batch, dirty))
+    clean, got = (
+        to_host(step(make_state(critic=critic), x, jnp.float32(0))[0]) for x in (batch, dirty)
+    )
     jax.tree.map(np.testing.assert_array_equal, got, clean)
 
 
@@ -243,7 +442,9 @@ def test_without_a_value_model_a_bad_step_is_skipped_all_the_same():
     bad = batch.replace(advantages=np.where(batch.action_mask, np.inf, 0).astype(np.float32))
     state, metrics = one_step(**CRITIC_FREE)(make_state(critic=False), bad, jnp.float32(0))
     jax.tree.map(np.testing.assert_array_equal, to_host(state.policy), before.policy)
-    assert (int(state.skipped), state.value) == (1, None) and not any("value" in name for name in metrics)
+    assert (int(state.skipped), state.value) == (1, None) and not any(
+        "value" in name for name in metrics
+    )
 
 
 def test_a_state_without_a_value_model_is_saved_and_restored(tmp_path):
@@ -277,30 +478,61 @@ def test_only_the_poisoned_minibatch_is_skipped():
     state = make_state()
     for _ in range(2):
         state, _ = one_step()(state, split(batch, 0), jnp.float32(0))
-    got, _ = four_steps()(make_state(), sharding.rows_to_mesh(tiny.mesh_of(ONE), batch.replace(advantages=advantages)), jnp.float32(0.02))
+    got, _ = four_steps()(
+        make_state(),
+        sharding.rows_to_mesh(tiny.mesh_of(ONE), batch.replace(advantages=advantages)),
+        jnp.float32(0.02),
+    )
     assert int(got.skipped) == 2 and step_counts(got) == {2}
     close_to_leaf_maximum(latest_params(got), latest_params(state), 1e-5)
 
 
-@pytest.mark.parametrize("mean_kl,error", [(0.02, 0.0), (0.022, 0.1), (0.2, 0.2), (0.0, -0.2), (-1.0, -0.2), (np.nan, 0.0)])
+@pytest.mark.parametrize(
+    "mean_kl,error",
+    [(0.02, 0.0), (0.022, 0.1), (0.2, 0.2), (0.0, -0.2), (-1.0, -0.2), (np.nan, 0.0)],
+)
 def test_adaptive_kl(mean_kl, error):
     """The error, at most 0.2 either way, times the share of the horizon of 1,000 episodes that this batch of 16 is."""
-    got, _ = four_steps()(make_state(), sharding.rows_to_mesh(tiny.mesh_of(ONE), make_batch()), jnp.float32(mean_kl))
+    got, _ = four_steps()(
+        make_state(), sharding.rows_to_mesh(tiny.mesh_of(ONE), make_batch()), jnp.float32(mean_kl)
+    )
     np.testing.assert_allclose(got.kl_coef, 0.1 * (1 + error * 16 / 1000), rtol=1e-6)
 
 
 def test_split_rows_by_stride():
     rows = {"x": np.arange(12).reshape(6, 2)}
     parts = learner.split_rows(rows, 3)
-    assert parts["x"][..., 0].tolist() == [[0, 6], [2, 8], [4, 10]]  # rows 0 and 3, 1 and 4, 2 and 5
+    assert parts["x"][..., 0].tolist() == [
+        [0, 6],
+        [2, 8],
+        [4, 10],
+    ]  # rows 0 and 3, 1 and 4, 2 and 5
     np.testing.assert_array_equal(learner.join_rows(parts)["x"], rows["x"])
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
-@pytest.mark.parametrize("warmup,rates", [(0.5, [1 / 2, 1, 1, 1]), (1.0, [1 / 4, 2 / 4, 3 / 4, 1]), (0.0, [1, 1, 1, 1]), (0.1, [1, 1, 1, 1])])
+@pytest.mark.parametrize(
+    "warmup,rates",
+    [
+        (0.5, [1 / 2, 1, 1, 1]),
+        (1.0, [1 / 4, 2 / 4, 3 / 4, 1]),
+        (0.0, [1, 1, 1, 1]),
+        (0.1, [1, 1, 1, 1]),
+    ],
+)
 def test_schedule_counts_iterations(name, warmup, rates):
     """4 iterations of 3 steps each; the steps of one iteration have one rate. A constant gradient makes Adam's step the rate itself."""
-    optimizer = learner.make_optimizer(name, 0.1, warmup=warmup, iterations=4, steps_per_iteration=3, b1=0.9, b2=0.999, weight_decay=0.0, max_grad_norm=9.0)
+    optimizer = learner.make_optimizer(
+        name,
+        0.1,
+        warmup=warmup,
+        iterations=4,
+        steps_per_iteration=3,
+        b1=0.9,
+        b2=0.999,
+        weight_decay=0.0,
+        max_grad_norm=9.0,
+    )
     params = {"x": jnp.ones(2)}
     state, steps = optimizer.init(params), []
     for _ in range(12):
@@ -310,13 +542,26 @@ def test_schedule_counts_iterations(name, warmup, rates):
 
 
 def test_gradients_are_clipped_by_their_global_norm():
-    update, _ = sgd(1.0, max_grad_norm=1.0).update({"x": jnp.array([3.0]), "y": jnp.array([4.0])}, sgd().init({"x": jnp.ones(1), "y": jnp.ones(1)}))
+    update, _ = sgd(1.0, max_grad_norm=1.0).update(
+        {"x": jnp.array([3.0]), "y": jnp.array([4.0])},
+        sgd().init({"x": jnp.ones(1), "y": jnp.ones(1)}),
+    )
     np.testing.assert_allclose([update["x"][0], update["y"][0]], [-0.6, -0.8], rtol=1e-5)
 
 
 def test_unknown_optimizer():
     with pytest.raises(ValueError, match="'adam'.*adamw or sgd"):
-        learner.make_optimizer("adam", 0.1, warmup=0, iterations=1, steps_per_iteration=1, b1=0.9, b2=0.999, weight_decay=0.0, max_grad_norm=1.0)
+        learner.make_optimizer(
+            "adam",
+            0.1,
+            warmup=0,
+            iterations=1,
+            steps_per_iteration=1,
+            b1=0.9,
+            b2=0.999,
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+        )
 
 
 # ---- make_build_batch --------------------------------------------------------------------------------------------------------------------------------
@@ -328,40 +573,95 @@ def sampled() -> Trajectory:
     return tiny.run_rollout("callback", ONE, prompts, jax.random.key(7), 1.0)[0]
 
 
-@pytest.mark.parametrize("change", [
-    dict(kl_estimator="k3"), dict(advantage="turn_return", kl_placement="loss"), dict(old_logprobs="sampler"),
-    pytest.param(dict(over_observations=True), marks=pytest.mark.slow),
-], ids=lambda change: next(iter(change)))
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(kl_estimator="k3"),
+        dict(advantage="turn_return", kl_placement="loss"),
+        dict(old_logprobs="sampler"),
+        pytest.param(dict(over_observations=True), marks=pytest.mark.slow),
+    ],
+    ids=lambda change: next(iter(change)),
+)
 def test_batch_of_a_rollout(change):
     """Log-probabilities of the sampler are the learner's; a fresh value model says 0; all else is `stepwise_advantages`, scored in parts of 4 rows."""
-    trajectory, rng = sampled().replace(group_ids=np.arange(16, dtype=np.int32) % 3), np.random.default_rng(6)
+    trajectory, rng = (
+        sampled().replace(group_ids=np.arange(16, dtype=np.int32) % 3),
+        np.random.default_rng(6),
+    )
     policy_params, reference_params = tiny.make_params(), tiny.make_params(seed=1)
     value_params = tiny.draw_params(Value(tiny.CONFIG), 1)
-    value_params = {"params": value_params["params"] | {"head": np.zeros(tiny.CONFIG.embed_dim, np.float32)}}
-    numbers = dict(iteration=jnp.int32(0), position=jnp.int32(0), kl_coef=jnp.float32(0.1), skipped=jnp.int32(0))
+    value_params = {
+        "params": value_params["params"] | {"head": np.zeros(tiny.CONFIG.embed_dim, np.float32)}
+    }
+    numbers = dict(
+        iteration=jnp.int32(0),
+        position=jnp.int32(0),
+        kl_coef=jnp.float32(0.1),
+        skipped=jnp.int32(0),
+    )
     critic = uses_critic(change.get("advantage", "gae"))
-    state = TrainState(ModelState(policy_params, ()), ModelState(value_params, ()) if critic else None, **numbers)
-    rewards = rng.normal(size=trajectory.search_end.shape).astype(np.float32), rng.normal(size=16).astype(np.float32)
+    state = TrainState(
+        ModelState(policy_params, ()), ModelState(value_params, ()) if critic else None, **numbers
+    )
+    rewards = (
+        rng.normal(size=trajectory.search_end.shape).astype(np.float32),
+        rng.normal(size=16).astype(np.float32),
+    )
     settings = dataclasses.replace(SETTINGS, gamma=0.9, gae_lambda=0.8, micro_rows=4, **change)
-    batch, metrics = to_host(learner.make_build_batch(tiny.CONFIG, settings)(state, reference_params, trajectory, *rewards))
+    batch, metrics = to_host(
+        learner.make_build_batch(tiny.CONFIG, settings)(
+            state, reference_params, trajectory, *rewards
+        )
+    )
 
     mask = trajectory.action_mask
     assert mask.sum() > 200
-    np.testing.assert_allclose(batch.old_logprobs[mask], trajectory.sampler_logprobs[mask], atol=1e-4)
+    np.testing.assert_allclose(
+        batch.old_logprobs[mask], trajectory.sampler_logprobs[mask], atol=1e-4
+    )
     by_learner = settings.old_logprobs == "learner"
     assert by_learner != np.array_equal(batch.old_logprobs, trajectory.sampler_logprobs)
-    assert metrics.get("sampler_mismatch", 0) < 1e-4 and ("sampler_mismatch" in metrics) == by_learner
+    assert (
+        metrics.get("sampler_mismatch", 0) < 1e-4 and ("sampler_mismatch" in metrics) == by_learner
+    )
     np.testing.assert_array_equal(batch.old_values, 0)
     for name in ("tokens", "token_mask", "action_mask"):
         np.testing.assert_array_equal(getattr(batch, name), getattr(trajectory, name))
     score = jax.jit(functools.partial(score_tokens, Policy(tiny.CONFIG)))
-    (old_logprobs, entropy), (ref_logprobs, _) = (score(params, trajectory.tokens) for params in (policy_params, reference_params))
-    np.testing.assert_allclose(np.where(mask, batch.old_logprobs, 0), np.where(mask, old_logprobs, 0), atol=1e-4)
+    (old_logprobs, entropy), (ref_logprobs, _) = (
+        score(params, trajectory.tokens) for params in (policy_params, reference_params)
+    )
+    np.testing.assert_allclose(
+        np.where(mask, batch.old_logprobs, 0), np.where(mask, old_logprobs, 0), atol=1e-4
+    )
     np.testing.assert_allclose(batch.ref_logprobs, ref_logprobs, atol=1e-4)
     advantages, returns, value_mask, expected = stepwise_advantages(
-        batch.old_logprobs, ref_logprobs, batch.old_values, trajectory.token_mask, mask, trajectory.turn_ids, trajectory.group_ids, trajectory.search_end,
-        *rewards, kl_coef=0.1, **{key: getattr(settings, key) for key in (
-            "advantage", "gamma", "gae_lambda", "over_observations", "whiten_advantages", "kl_placement", "kl_estimator", "placement", "outcome_overwrites")})
+        batch.old_logprobs,
+        ref_logprobs,
+        batch.old_values,
+        trajectory.token_mask,
+        mask,
+        trajectory.turn_ids,
+        trajectory.group_ids,
+        trajectory.search_end,
+        *rewards,
+        kl_coef=0.1,
+        **{
+            key: getattr(settings, key)
+            for key in (
+                "advantage",
+                "gamma",
+                "gae_lambda",
+                "over_observations",
+                "whiten_advantages",
+                "kl_placement",
+                "kl_estimator",
+                "placement",
+                "outcome_overwrites",
+            )
+        },
+    )
     np.testing.assert_allclose(batch.advantages, advantages, atol=1e-4)
     np.testing.assert_allclose(batch.returns, returns, atol=1e-4)
     np.testing.assert_array_equal(batch.value_mask, value_mask)
@@ -369,18 +669,28 @@ def test_batch_of_a_rollout(change):
     np.testing.assert_allclose(metrics["reward"], expected["reward"], rtol=1e-4)
     if by_learner:
         np.testing.assert_allclose(metrics["entropy"], np.asarray(entropy)[mask].mean(), rtol=1e-4)
-    assert np.abs(metrics["kl"]) > 0.01 and metrics["action_tokens"] == mask.sum() and ("value_explained" in metrics) == critic == value_mask.any()
+    assert (
+        np.abs(metrics["kl"]) > 0.01
+        and metrics["action_tokens"] == mask.sum()
+        and ("value_explained" in metrics) == critic == value_mask.any()
+    )
     if critic:  # values of 0 explain nothing: 1 - mean(R^2) / var(R)
         learned = batch.returns[value_mask]
-        np.testing.assert_allclose(metrics["value_explained"], 1 - np.square(learned).mean() / learned.var(), rtol=1e-3)
+        np.testing.assert_allclose(
+            metrics["value_explained"], 1 - np.square(learned).mean() / learned.var(), rtol=1e-3
+        )
 
 
 def test_value_model_is_born_from_the_policy():
     """With a head of zeros and the policy's trunk, copied, because updates donate it."""
     policy_params = jax.tree.map(jnp.asarray, tiny.draw_params(POLICY, 1))
-    got, _ = learner.init_value_params(VALUE, tiny.mesh_of(ONE), RULES, jax.random.key(2), policy_params)
+    got, _ = learner.init_value_params(
+        VALUE, tiny.mesh_of(ONE), RULES, jax.random.key(2), policy_params
+    )
     assert jax.tree.structure(got) == jax.tree.structure(tiny.draw_params(VALUE, 2))
     np.testing.assert_array_equal(got["params"]["head"], np.zeros(CONFIG.embed_dim))
-    jax.tree.map(np.testing.assert_array_equal, got["params"]["trunk"], policy_params["params"]["trunk"])
+    jax.tree.map(
+        np.testing.assert_array_equal, got["params"]["trunk"], policy_params["params"]["trunk"]
+    )
     jax.tree.map(lambda x: x.delete(), got)
     assert np.isfinite(policy_params["params"]["trunk"]["embedding"]).all()

@@ -1,4 +1,5 @@
 """Loading: a changed input is a new data set, limits and mistakes; and the order in which questions are taken."""
+
 import os
 import pathlib
 import time
@@ -19,23 +20,38 @@ def load(config):
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.integers(1, 40), st.integers(0, 5), st.integers(0, 200), st.integers(0, 90), st.integers(0, 90))
+@given(
+    st.integers(1, 40),
+    st.integers(0, 5),
+    st.integers(0, 200),
+    st.integers(0, 90),
+    st.integers(0, 90),
+)
 def test_question_rows_laws(num_questions, seed, position, count, more):
     rows = question_rows(position, count + more, num_questions, seed)
     assert rows.shape == (count + more,) and rows.dtype == np.int64
     # Cut anywhere, taken from anywhere: the same rows.
-    parts = [question_rows(position, count, num_questions, seed), question_rows(position + count, more, num_questions, seed)]
+    parts = [
+        question_rows(position, count, num_questions, seed),
+        question_rows(position + count, more, num_questions, seed),
+    ]
     np.testing.assert_array_equal(rows, np.concatenate(parts))
     # Row by row, from the definition: position p is entry p mod n of the permutation of epoch p // n.
     for offset in range(0, count + more, 7):
         epoch, entry = divmod(position + offset, num_questions)
-        assert rows[offset] == np.random.default_rng([seed, epoch]).permutation(num_questions)[entry]
+        assert (
+            rows[offset] == np.random.default_rng([seed, epoch]).permutation(num_questions)[entry]
+        )
     epoch = question_rows(3 * num_questions, num_questions, num_questions, seed)
     assert sorted(epoch.tolist()) == list(range(num_questions))
 
 
 def test_epochs_and_seeds_differ():
-    first, second, other = question_rows(0, 100, 100, 0), question_rows(100, 100, 100, 0), question_rows(0, 100, 100, 1)
+    first, second, other = (
+        question_rows(0, 100, 100, 0),
+        question_rows(100, 100, 100, 0),
+        question_rows(0, 100, 100, 1),
+    )
     assert (first != second).any() and (first != other).any()
 
 
@@ -45,11 +61,19 @@ def test_question_rows_refuses_nonsense(arguments):
         question_rows(*arguments)
 
 
-@pytest.mark.parametrize("name, damage", [("musique-train.array_record-00000-of-00001", lambda raw: raw[:len(raw) // 2]),
-                                          ("corpus.jsonl", lambda raw: raw[:20] + bytes(len(raw) - 20)), ("corpus.jsonl", lambda raw: raw[:-1]),
-                                          ("corpus.jsonl", None), ("corpus.offsets.npy", lambda raw: raw[:-1]),
-                                          ("musique-train.array_record-00000-of-00001", None), ("dataset_info.json", lambda raw: raw[:9]),
-                                          ("metadata.json", None)])
+@pytest.mark.parametrize(
+    "name, damage",
+    [
+        ("musique-train.array_record-00000-of-00001", lambda raw: raw[: len(raw) // 2]),
+        ("corpus.jsonl", lambda raw: raw[:20] + bytes(len(raw) - 20)),
+        ("corpus.jsonl", lambda raw: raw[:-1]),
+        ("corpus.jsonl", None),
+        ("corpus.offsets.npy", lambda raw: raw[:-1]),
+        ("musique-train.array_record-00000-of-00001", None),
+        ("dataset_info.json", lambda raw: raw[:9]),
+        ("metadata.json", None),
+    ],
+)
 def test_a_damaged_data_set_is_named_with_what_to_do(tmp_path, name, damage):
     config = make_config(tmp_path, kind="musique", path=str(tmp_path))
     write_rows(tmp_path / "train.jsonl", [TWO_HOP, THREE_HOP])
@@ -59,7 +83,10 @@ def test_a_damaged_data_set_is_named_with_what_to_do(tmp_path, name, damage):
     file.unlink()
     if damage:
         file.write_bytes(damage(raw))
-    with pytest.raises(ValueError, match=r"the stored data set \S+ is damaged \(.*\): remove this folder, and it is made again"):
+    with pytest.raises(
+        ValueError,
+        match=r"the stored data set \S+ is damaged \(.*\): remove this folder, and it is made again",
+    ):
         source = load(config)
         print(source.splits["train"][0], source.documents[0])
 
@@ -68,7 +95,9 @@ def test_what_killed_processes_left_is_removed_after_a_day(tmp_path):
     config = make_config(tmp_path, kind="musique", path=str(tmp_path))
     write_rows(tmp_path / "train.jsonl", [TWO_HOP])
     load(config)
-    (folder,) = (path.parent.parent for path in pathlib.Path(config.cache_dir).rglob("metadata.json"))
+    (folder,) = (
+        path.parent.parent for path in pathlib.Path(config.cache_dir).rglob("metadata.json")
+    )
     for name, age in (("incomplete.OLD_1.0.0", 2 * loading.LEFT_S), ("incomplete.NEW_1.0.0", 60)):
         (folder / name).mkdir()
         for path in (folder / name / "part", folder / name):
@@ -86,7 +115,9 @@ def test_a_corpus_may_be_larger_than_what_tfds_holds(tmp_path, monkeypatch):
     rows = [{"title": f"T{i}", "text": "é" * 300} for i in range(20)]
     write_rows(tmp_path / "corpus.jsonl", rows)
     source = load(config)
-    assert [(document.id, document.title, document.text) for document in source.documents] == [(i, row["title"], row["text"]) for i, row in enumerate(rows)]
+    assert [(document.id, document.title, document.text) for document in source.documents] == [
+        (i, row["title"], row["text"]) for i, row in enumerate(rows)
+    ]
     assert len(source.splits["train"]) == 2
 
 
@@ -115,14 +146,19 @@ def test_atlas_arguments_name_the_data_set(tmp_path):
 
 def test_train_questions_takes_the_first(tmp_path):
     everything, few = load(make_config(tmp_path)), load(make_config(tmp_path, train_questions=5))
-    assert list(few.splits["train"]) == everything.splits["train"][:5] and len(few.splits["test"]) == 6
+    assert (
+        list(few.splits["train"]) == everything.splits["train"][:5] and len(few.splits["test"]) == 6
+    )
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"train_questions": 13}, r"train_questions is 13, but split 'train' has 12"),
-    ({"train_split": "dev"}, r"train_split is 'dev', but the data set has \['test', 'train'\]"),
-    ({"kind": "squad"}, "data.kind is 'squad'; known are"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"train_questions": 13}, r"train_questions is 13, but split 'train' has 12"),
+        ({"train_split": "dev"}, r"train_split is 'dev', but the data set has \['test', 'train'\]"),
+        ({"kind": "squad"}, "data.kind is 'squad'; known are"),
+    ],
+)
 def test_mistakes_in_the_config(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         load(make_config(tmp_path, **changes))
@@ -143,7 +179,9 @@ def test_making_a_data_set_is_told_in_one_line(tmp_path, capfd, caplog):
     config = make_config(tmp_path)
     for _ in range(2):  # only what is made
         load(config)
-    assert [record.getMessage().split(" /")[0] for record in caplog.records] == ["making the data set"]
+    assert [record.getMessage().split(" /")[0] for record in caplog.records] == [
+        "making the data set"
+    ]
     assert capfd.readouterr() == ("", "")
 
 

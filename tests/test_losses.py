@@ -1,4 +1,5 @@
 """The losses: by hand, the whole objective against a loop over Python floats, and the laws that a policy gradient must obey."""
+
 import functools
 import math
 import pathlib
@@ -8,25 +9,71 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from episodes import CRITIC_FREE, B, K, T, draw_episodes, insert_observation, list_turns, loop_estimate, pad_rows_and_tokens
+from episodes import (
+    CRITIC_FREE,
+    B,
+    K,
+    T,
+    draw_episodes,
+    insert_observation,
+    list_turns,
+    loop_estimate,
+    pad_rows_and_tokens,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepsearch_jax.rl import aggregate, entropy_bonus, kl_loss, loss_normalizer, policy_loss, stepwise_ppo_loss, value_loss
+from stepsearch_jax.rl import (
+    aggregate,
+    entropy_bonus,
+    kl_loss,
+    loss_normalizer,
+    policy_loss,
+    stepwise_ppo_loss,
+    value_loss,
+)
 
 PAGE = pathlib.Path(__file__).resolve().parents[1] / "docs/losses.md"
 KEYWORDS = dict(
-    advantage="gae", gamma=0.97, gae_lambda=0.9, whiten_advantages=True, clip_low=0.2, clip_high=0.3, aggregation="token_mean", value_clip=0.5,
-    value_coef=0.7, entropy_coef=0.01, kl_coef=0.05, kl_placement="reward", kl_estimator="k1", placement="step", outcome_overwrites=False,
-    over_observations=False)
-STATIC = ("advantage", "whiten_advantages", "aggregation", "kl_placement", "kl_estimator", "placement", "outcome_overwrites", "over_observations")
+    advantage="gae",
+    gamma=0.97,
+    gae_lambda=0.9,
+    whiten_advantages=True,
+    clip_low=0.2,
+    clip_high=0.3,
+    aggregation="token_mean",
+    value_clip=0.5,
+    value_coef=0.7,
+    entropy_coef=0.01,
+    kl_coef=0.05,
+    kl_placement="reward",
+    kl_estimator="k1",
+    placement="step",
+    outcome_overwrites=False,
+    over_observations=False,
+)
+STATIC = (
+    "advantage",
+    "whiten_advantages",
+    "aggregation",
+    "kl_placement",
+    "kl_estimator",
+    "placement",
+    "outcome_overwrites",
+    "over_observations",
+)
 # What a config may ask for, so that every word stands in some case.
 CASES = {
-    "gae": {}, "truncated": dict(max_ratio=1.4), "not whitened": dict(whiten_advantages=False), "merged": dict(placement="merged", kl_estimator="k2"),
+    "gae": {},
+    "truncated": dict(max_ratio=1.4),
+    "not whitened": dict(whiten_advantages=False),
+    "merged": dict(placement="merged", kl_estimator="k2"),
     "observations": dict(over_observations=True, outcome_overwrites=True, kl_estimator="k3"),
     "sequences": dict(aggregation="sequence_mean", kl_placement="loss", kl_estimator="k3"),
     "turn_gae": dict(advantage="turn_gae", aggregation="sequence_mean", kl_estimator="abs"),
-    "grpo": dict(advantage="grpo", aggregation="sequence_mean", kl_placement="loss", kl_estimator="k3"),
+    "grpo": dict(
+        advantage="grpo", aggregation="sequence_mean", kl_placement="loss", kl_estimator="k3"
+    ),
     "rloo": dict(advantage="rloo", kl_placement="loss", kl_estimator="k2"),
     "turn_return": dict(advantage="turn_return", kl_placement="loss", kl_estimator="k1"),
 }
@@ -39,7 +86,9 @@ TOKENS = dict(aggregation="token_mean")
 def differentiate(batch, **keywords):
     """-> ((loss, metrics), gradients by name of the array). One program for both."""
     floats = {name: array for name, array in batch.items() if array.dtype == np.float32}
-    return jax.value_and_grad(lambda floats: stepwise_ppo_loss(**batch | floats, **keywords), has_aux=True)(floats)
+    return jax.value_and_grad(
+        lambda floats: stepwise_ppo_loss(**batch | floats, **keywords), has_aux=True
+    )(floats)
 
 
 def loss_of(batch, **change):
@@ -57,8 +106,25 @@ def penalty(x: float, estimator: str) -> float:
     return {"k1": x, "k2": x * x / 2, "k3": math.exp(-x) - 1 + x, "abs": abs(x)}[estimator]
 
 
-def loop_loss(batch, *, clip_low, clip_high, max_ratio=math.inf, aggregation, value_clip, value_coef, entropy_coef, kl_coef, kl_placement, kl_estimator,
-              placement, outcome_overwrites, over_observations, advantage, **estimating):
+def loop_loss(
+    batch,
+    *,
+    clip_low,
+    clip_high,
+    max_ratio=math.inf,
+    aggregation,
+    value_clip,
+    value_coef,
+    entropy_coef,
+    kl_coef,
+    kl_placement,
+    kl_estimator,
+    placement,
+    outcome_overwrites,
+    over_observations,
+    advantage,
+    **estimating,
+):
     """The objective from its definition, one Python float at a time. step_rewards None: plain outcome-only PPO."""
     mask, f = batch["action_mask"], lambda name, b, t: float(batch[name][b, t])
     rewards = np.zeros(mask.shape)
@@ -68,32 +134,63 @@ def loop_loss(batch, *, clip_low, clip_high, max_ratio=math.inf, aggregation, va
             if batch["search_end"][b, k] >= 0:
                 rewarded[int(batch["search_end"][b, k])] = f("step_rewards", b, k)
         if len(kept):
-            rewarded[kept[-1]] = float(batch["outcome_rewards"][b]) + (0 if outcome_overwrites else rewarded.get(kept[-1], 0.0))
+            rewarded[kept[-1]] = float(batch["outcome_rewards"][b]) + (
+                0 if outcome_overwrites else rewarded.get(kept[-1], 0.0)
+            )
             if placement == "merged":
                 rewarded = {kept[-1]: sum(rewarded.values())}
         for t in kept:
-            charged = kl_coef * penalty(f("old_logprobs", b, t) - f("ref_logprobs", b, t), kl_estimator) if kl_placement == "reward" else 0.0
+            charged = (
+                kl_coef * penalty(f("old_logprobs", b, t) - f("ref_logprobs", b, t), kl_estimator)
+                if kl_placement == "reward"
+                else 0.0
+            )
             rewards[b, t] = rewarded.get(int(t), 0.0) - charged
     credit = batch["token_mask"] & (batch["turn_ids"] >= 0) if over_observations else mask
     advantages, returns, value_mask = loop_estimate(
-        rewards, batch["old_values"], mask, credit, batch["turn_ids"], batch["group_ids"], estimator=advantage, **estimating)
+        rewards,
+        batch["old_values"],
+        mask,
+        credit,
+        batch["turn_ids"],
+        batch["group_ids"],
+        estimator=advantage,
+        **estimating,
+    )
 
     def mean(term, over):
         rows = [[term(b, t) for t in range(T) if over[b, t]] for b in range(B)]
         rows = [row for row in rows if row]
-        return np.mean([np.mean(row) for row in rows] if aggregation == "sequence_mean" else sum(rows, [])) if rows else 0.0
+        return (
+            np.mean(
+                [np.mean(row) for row in rows] if aggregation == "sequence_mean" else sum(rows, [])
+            )
+            if rows
+            else 0.0
+        )
 
     def policy_term(b, t):
         ratio = min(math.exp(f("logprobs", b, t) - f("old_logprobs", b, t)), max_ratio)
-        return -min(ratio * advantages[b, t], min(max(ratio, 1 - clip_low), 1 + clip_high) * advantages[b, t])
+        return -min(
+            ratio * advantages[b, t],
+            min(max(ratio, 1 - clip_low), 1 + clip_high) * advantages[b, t],
+        )
 
     def value_term(b, t):
         new, old, target = f("values", b, t), f("old_values", b, t), returns[b, t]
-        return 0.5 * max((new - target) ** 2, (min(max(new, old - value_clip), old + value_clip) - target) ** 2)
+        return 0.5 * max(
+            (new - target) ** 2, (min(max(new, old - value_clip), old + value_clip) - target) ** 2
+        )
 
-    loss = mean(policy_term, mask) + value_coef * mean(value_term, value_mask) - entropy_coef * mean(lambda b, t: f("entropy", b, t), mask)
+    loss = (
+        mean(policy_term, mask)
+        + value_coef * mean(value_term, value_mask)
+        - entropy_coef * mean(lambda b, t: f("entropy", b, t), mask)
+    )
     if kl_placement == "loss":
-        loss += kl_coef * mean(lambda b, t: penalty(f("logprobs", b, t) - f("ref_logprobs", b, t), kl_estimator), mask)
+        loss += kl_coef * mean(
+            lambda b, t: penalty(f("logprobs", b, t) - f("ref_logprobs", b, t), kl_estimator), mask
+        )
     return loss
 
 
@@ -112,13 +209,17 @@ def test_policy_loss_by_hand():
     old = jnp.full((1, 5), -1.0)
 
     def run(logprobs):
-        return policy_loss(logprobs, old, advantages, mask, clip_low=0.2, clip_high=0.3, normalizer=4, **TOKENS)
+        return policy_loss(
+            logprobs, old, advantages, mask, clip_low=0.2, clip_high=0.3, normalizer=4, **TOKENS
+        )
 
     (loss, metrics), gradient = jax.value_and_grad(run, has_aux=True)(old + jnp.log(ratio))
     assert loss == pytest.approx(-0.0125, abs=1e-6) and metrics["clip_fraction"] == 0.5
     np.testing.assert_allclose(gradient, [[0, 1.5 * 2 / 4, 0, -1.25 / 4, 0]], rtol=1e-5)
     # k3 of KL(old || new): (r - 1 - log r) / 4 over the four tokens.
-    assert metrics["approx_kl"] == pytest.approx(sum(r - 1 - math.log(r) for r in (1.5, 1.5, 0.5, 1.25)) / 4, rel=1e-5)
+    assert metrics["approx_kl"] == pytest.approx(
+        sum(r - 1 - math.log(r) for r in (1.5, 1.5, 0.5, 1.25)) / 4, rel=1e-5
+    )
 
 
 def test_truncated_ratios_by_hand():
@@ -130,8 +231,12 @@ def test_truncated_ratios_by_hand():
     """
     ratio, advantages = jnp.array([[4.0, 4, 1.5, 0.5, 9]]), jnp.array([[-1.0, 1, -1, 1, -1]])
     old, mask = jnp.full((1, 5), -3.0), jnp.array([[True] * 4 + [False]])
-    run = lambda x, **limit: policy_loss(x, old, advantages, mask, clip_low=0.2, clip_high=0.3, normalizer=4, **TOKENS, **limit)
-    (loss, metrics), gradient = jax.value_and_grad(run, has_aux=True)(old + jnp.log(ratio), max_ratio=2.0)
+    run = lambda x, **limit: policy_loss(
+        x, old, advantages, mask, clip_low=0.2, clip_high=0.3, normalizer=4, **TOKENS, **limit
+    )
+    (loss, metrics), gradient = jax.value_and_grad(run, has_aux=True)(
+        old + jnp.log(ratio), max_ratio=2.0
+    )
     assert loss == pytest.approx(1.7 / 4, rel=1e-5)
     assert metrics["truncated_fraction"] == 0.5 and metrics["clip_fraction"] == 0.25
     np.testing.assert_allclose(gradient, [[2 / 4, 0, 1.5 / 4, -0.5 / 4, 0]], rtol=1e-5)
@@ -153,32 +258,56 @@ def test_value_loss_by_hand():
     def run(values):
         return value_loss(values, old, returns, mask, value_clip=0.5, normalizer=3, **TOKENS)
 
-    (loss, metrics), gradient = jax.value_and_grad(run, has_aux=True)(jnp.array([[1.0, 0.4, -2.0, 50.0]]))
+    (loss, metrics), gradient = jax.value_and_grad(run, has_aux=True)(
+        jnp.array([[1.0, 0.4, -2.0, 50.0]])
+    )
     assert loss == pytest.approx(1.601667, rel=1e-5)
     np.testing.assert_allclose(gradient, [[0, -0.2, -1, 0]], atol=1e-6)
-    assert metrics["value_clip_fraction"] == pytest.approx(1 / 3) and metrics["value_error"] == pytest.approx(9.36 / 3, rel=1e-5)
+    assert metrics["value_clip_fraction"] == pytest.approx(1 / 3) and metrics[
+        "value_error"
+    ] == pytest.approx(9.36 / 3, rel=1e-5)
 
 
 def test_rounding_is_no_clipping():
     """Values that moved by less than value_clip are not counted, although a compiled old + (new - old) is not new in every last bit."""
     old, step, returns = jax.random.normal(jax.random.key(0), (3, 1, 1000))
-    loss = jax.jit(lambda values: value_loss(values, old, returns, jnp.ones((1, 1000), bool), value_clip=0.5, normalizer=1000, **TOKENS))
+    loss = jax.jit(
+        lambda values: value_loss(
+            values,
+            old,
+            returns,
+            jnp.ones((1, 1000), bool),
+            value_clip=0.5,
+            normalizer=1000,
+            **TOKENS,
+        )
+    )
     _, metrics = loss(old + 0.3 * jnp.tanh(step))
     assert metrics["value_clip_fraction"] == 0
 
 
 def test_entropy_bonus_by_hand():
-    bonus, metrics = entropy_bonus(jnp.array([[1.0, 2.0, 50.0]]), jnp.array([[True, True, False]]), normalizer=4, **TOKENS)
-    assert bonus == metrics["entropy"] == pytest.approx(0.75)  # (1 + 2) / 4: this is half of a minibatch of four action tokens
+    bonus, metrics = entropy_bonus(
+        jnp.array([[1.0, 2.0, 50.0]]), jnp.array([[True, True, False]]), normalizer=4, **TOKENS
+    )
+    assert (
+        bonus == metrics["entropy"] == pytest.approx(0.75)
+    )  # (1 + 2) / 4: this is half of a minibatch of four action tokens
 
 
 def test_aggregation_by_hand():
     """Rows (1, 2, 3), none, (8): over tokens 14 / 4 = 3.5; over sequences (2 + 8) / 2 = 5. The 99s are outside."""
-    x, mask = jnp.array([[1.0, 2, 3], [99, 99, 99], [99, 8, 99]]), jnp.array([[True] * 3, [False] * 3, [False, True, False]])
+    x, mask = (
+        jnp.array([[1.0, 2, 3], [99, 99, 99], [99, 8, 99]]),
+        jnp.array([[True] * 3, [False] * 3, [False, True, False]]),
+    )
     for aggregation, count, mean in (("token_mean", 4, 3.5), ("sequence_mean", 2, 5)):
         assert loss_normalizer(mask, aggregation=aggregation) == count
         assert aggregate(x, mask, aggregation=aggregation, normalizer=count) == pytest.approx(mean)
-    for call in (lambda: loss_normalizer(mask, aggregation="max"), lambda: aggregate(x, mask, aggregation="max", normalizer=1)):
+    for call in (
+        lambda: loss_normalizer(mask, aggregation="max"),
+        lambda: aggregate(x, mask, aggregation="max", normalizer=1),
+    ):
         with pytest.raises(ValueError, match="rl.aggregation is 'max'"):
             call()
 
@@ -186,7 +315,9 @@ def test_aggregation_by_hand():
 def test_kl_loss_by_hand():
     """x = .5 and -1 and an observation: k2 = .125 and .5, so the loss is .625 / 2; its gradient x / 2."""
     reference, mask = jnp.array([[-1.5, -1.0, 9]]), jnp.array([[True, True, False]])
-    run = lambda logprobs: kl_loss(logprobs, reference, mask, estimator="k2", normalizer=2, **TOKENS)
+    run = lambda logprobs: kl_loss(
+        logprobs, reference, mask, estimator="k2", normalizer=2, **TOKENS
+    )
     (loss, metrics), gradient = jax.value_and_grad(run, has_aux=True)(jnp.array([[-1.0, -2.0, -9]]))
     assert loss == metrics["kl_loss"] == pytest.approx(0.3125)
     np.testing.assert_allclose(gradient, [[0.25, -0.5, 0]], rtol=1e-6)
@@ -200,7 +331,16 @@ def test_which_divergence_a_kl_loss_lowers():
     slope = lambda loss: jax.jit(jax.grad(loss))(logits)
 
     def gradient(estimator):
-        return slope(lambda x: kl_loss(jax.nn.log_softmax(x)[tokens], jnp.log(q)[tokens], mask, estimator=estimator, normalizer=4, **TOKENS)[0])
+        return slope(
+            lambda x: kl_loss(
+                jax.nn.log_softmax(x)[tokens],
+                jnp.log(q)[tokens],
+                mask,
+                estimator=estimator,
+                normalizer=4,
+                **TOKENS,
+            )[0]
+        )
 
     forward = slope(lambda x: (jax.nn.softmax(x) * (jax.nn.log_softmax(x) - jnp.log(q))).sum())
     backward = slope(lambda x: (q * (jnp.log(q) - jax.nn.log_softmax(x))).sum())
@@ -212,7 +352,9 @@ def test_which_divergence_a_kl_loss_lowers():
 
 def test_extreme_log_ratios_stay_finite():
     ones, old = jnp.ones((1, 2)), jnp.full((1, 2), -1e-3)
-    policy = lambda x: policy_loss(x, old, -ones, ones > 0, clip_low=0.2, clip_high=0.2, normalizer=2, **TOKENS)[0]
+    policy = lambda x: policy_loss(
+        x, old, -ones, ones > 0, clip_low=0.2, clip_high=0.2, normalizer=2, **TOKENS
+    )[0]
     kl = lambda x: kl_loss(x, old, ones > 0, estimator="k3", normalizer=2, **TOKENS)[0]
     for extreme in (500.0, -500.0, -np.inf):
         for loss in (policy, kl):
@@ -233,20 +375,50 @@ def test_stepwise_ppo_loss_by_hand():
     same = jnp.array([[-1.0, 9, -2]])
     values, entropy = jnp.array([[0.25, 9, 0.5]]), jnp.array([[0.2, 9, 0.4]])
     loss, metrics = stepwise_ppo_loss(
-        same, same, same, values, values, entropy, jnp.ones((1, 3), bool), jnp.array([[True, False, True]]), jnp.array([[0, 0, 1]]), jnp.array([0]),
-        jnp.array([[0, -1]]), jnp.array([[0.5, 9]]), jnp.array([1.0]), **KEYWORDS | dict(
-            gamma=1.0, gae_lambda=1.0, value_coef=2.0, entropy_coef=0.1, kl_coef=0.3, whiten_advantages=False))
+        same,
+        same,
+        same,
+        values,
+        values,
+        entropy,
+        jnp.ones((1, 3), bool),
+        jnp.array([[True, False, True]]),
+        jnp.array([[0, 0, 1]]),
+        jnp.array([0]),
+        jnp.array([[0, -1]]),
+        jnp.array([[0.5, 9]]),
+        jnp.array([1.0]),
+        **KEYWORDS
+        | dict(
+            gamma=1.0,
+            gae_lambda=1.0,
+            value_coef=2.0,
+            entropy_coef=0.1,
+            kl_coef=0.3,
+            whiten_advantages=False,
+        ),
+    )
     assert loss == pytest.approx(0.00125, abs=1e-6)
-    assert metrics["policy_loss"] == pytest.approx(-0.875) and metrics["value_loss"] == pytest.approx(0.453125)
+    assert metrics["policy_loss"] == pytest.approx(-0.875) and metrics[
+        "value_loss"
+    ] == pytest.approx(0.453125)
     assert metrics["entropy"] == pytest.approx(0.3) and metrics["reward"] == pytest.approx(1.5)
-    assert metrics["kl"] == metrics["clip_fraction"] == metrics["value_clip_fraction"] == metrics["approx_kl"] == 0
+    assert (
+        metrics["kl"]
+        == metrics["clip_fraction"]
+        == metrics["value_clip_fraction"]
+        == metrics["approx_kl"]
+        == 0
+    )
 
 
 @cases
 @settings(max_examples=20, deadline=None)
 @given(batches)
 def test_equals_a_plain_loop(change, batch):
-    np.testing.assert_allclose(loss_of(batch, **change)[0], loop_loss(batch, **KEYWORDS | change), rtol=1e-4, atol=2e-4)
+    np.testing.assert_allclose(
+        loss_of(batch, **change)[0], loop_loss(batch, **KEYWORDS | change), rtol=1e-4, atol=2e-4
+    )
 
 
 @settings(max_examples=30, deadline=None)
@@ -255,7 +427,9 @@ def test_zero_step_rewards_reduce_to_outcome_only_ppo(batch):
     batch = batch | dict(step_rewards=np.zeros((B, K), np.float32))
     expected = loop_loss(batch | dict(step_rewards=None), **KEYWORDS)
     for placement in ("step", "merged"):
-        np.testing.assert_allclose(loss_of(batch, placement=placement)[0], expected, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(
+            loss_of(batch, placement=placement)[0], expected, rtol=1e-4, atol=1e-4
+        )
 
 
 @settings(max_examples=30, deadline=None)
@@ -285,8 +459,19 @@ def test_observation_and_padding_tokens_have_exactly_no_gradient_and_no_influenc
     for gradient, where in zip(gradients, (outside, outside_values, outside)):
         assert np.isfinite(gradient).all() and (gradient[where] == 0).all()
     for rubbish in (np.nan, -np.inf, 1e30):
-        other = batch | {name: np.where(outside_values if "values" in name else outside, np.float32(rubbish), batch[name])
-                         for name in ("logprobs", "old_logprobs", "ref_logprobs", "values", "old_values", "entropy")}
+        other = batch | {
+            name: np.where(
+                outside_values if "values" in name else outside, np.float32(rubbish), batch[name]
+            )
+            for name in (
+                "logprobs",
+                "old_logprobs",
+                "ref_logprobs",
+                "values",
+                "old_values",
+                "entropy",
+            )
+        }
         np.testing.assert_array_equal(loss_of(other, **change)[0], loss_of(batch, **change)[0])
         for a, b in zip(gradients_of(other, **change), gradients):
             np.testing.assert_array_equal(a, b)
@@ -297,10 +482,18 @@ def test_only_asked_for_values_are_learned():
     batch = draw_episodes(4)
     starts = np.zeros((B, T), bool)
     for b in range(B):
-        starts[b, [tokens[0] for tokens in list_turns(batch["action_mask"], batch["turn_ids"], b)]] = True
-    expected = {"gae": batch["action_mask"], "observations": batch["turn_ids"] >= 0, "turn_gae": starts} | dict.fromkeys(CRITIC_FREE, np.zeros((B, T), bool))
+        starts[
+            b, [tokens[0] for tokens in list_turns(batch["action_mask"], batch["turn_ids"], b)]
+        ] = True
+    expected = {
+        "gae": batch["action_mask"],
+        "observations": batch["turn_ids"] >= 0,
+        "turn_gae": starts,
+    } | dict.fromkeys(CRITIC_FREE, np.zeros((B, T), bool))
     for name, where in expected.items():
-        np.testing.assert_array_equal(gradients_of(batch, **CASES[name] | dict(value_clip=1e6))[1] != 0, where, err_msg=name)
+        np.testing.assert_array_equal(
+            gradients_of(batch, **CASES[name] | dict(value_clip=1e6))[1] != 0, where, err_msg=name
+        )
 
 
 @pytest.mark.parametrize("name", ["gae", "grpo"])
@@ -313,7 +506,11 @@ def test_rewards_advantages_and_returns_carry_no_gradient(name):
     mask, old = batch["action_mask"], jnp.asarray(batch["old_logprobs"])
     over = dict(normalizer=mask.sum(), **TOKENS)
     for gradient in (
-        jax.grad(lambda x: policy_loss(batch["logprobs"], old, x, mask, clip_low=0.2, clip_high=0.2, **over)[0])(old),
+        jax.grad(
+            lambda x: policy_loss(
+                batch["logprobs"], old, x, mask, clip_low=0.2, clip_high=0.2, **over
+            )[0]
+        )(old),
         jax.grad(lambda x: value_loss(batch["values"], x, x, mask, value_clip=0.5, **over)[0])(old),
         jax.grad(lambda x: kl_loss(batch["logprobs"], x, mask, estimator="k2", **over)[0])(old),
     ):
@@ -324,12 +521,18 @@ def test_rewards_advantages_and_returns_carry_no_gradient(name):
 @settings(max_examples=10, deadline=None)
 @given(batches, st.permutations(range(B)))
 def test_padding_and_order_of_episodes_change_nothing(change, batch, order):
-    order, loss, gradients = np.array(order), loss_of(batch, **change)[0], gradients_of(batch, **change)
+    order, loss, gradients = (
+        np.array(order),
+        loss_of(batch, **change)[0],
+        gradients_of(batch, **change),
+    )
     permuted = {name: array[order] for name, array in batch.items()}
     padded = pad_rows_and_tokens(batch, 1, 5)
     for other in (permuted, padded):
         np.testing.assert_allclose(loss_of(other, **change)[0], loss, rtol=1e-4, atol=1e-5)
-    for whole, one, other in zip(gradients, gradients_of(permuted, **change), gradients_of(padded, **change)):
+    for whole, one, other in zip(
+        gradients, gradients_of(permuted, **change), gradients_of(padded, **change)
+    ):
         np.testing.assert_allclose(one, whole[order], atol=1e-4)
         np.testing.assert_allclose(other[:B, :T], whole, atol=1e-4)
         assert (other[B:] == 0).all() and (other[:, T:] == 0).all()
@@ -341,7 +544,9 @@ def test_padding_and_order_of_episodes_change_nothing(change, batch, order):
 def test_a_long_observation_changes_nothing(name, batch):
     """400 observation tokens in the middle of every episode, at gamma and lambda below 1."""
     longer = insert_observation(batch, 6, 400)
-    np.testing.assert_allclose(loss_of(longer, **CASES[name])[0], loss_of(batch, **CASES[name])[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        loss_of(longer, **CASES[name])[0], loss_of(batch, **CASES[name])[0], rtol=1e-4, atol=1e-5
+    )
     for a, b in zip(gradients_of(longer, **CASES[name]), gradients_of(batch, **CASES[name])):
         np.testing.assert_allclose(np.delete(a, np.s_[6:406], axis=1), b, atol=1e-5)
 
@@ -352,8 +557,24 @@ def evaluate_rows(logprobs, values, data, counts, rows, aggregation):
     part = {name: array[rows] for name, array in data.items()}
     logprobs, values, mask = logprobs[rows], values[rows], part["action_mask"]
     over_actions = dict(aggregation=aggregation, normalizer=counts[0])
-    policy, one = policy_loss(logprobs, part["old_logprobs"], part["advantages"], mask, clip_low=0.2, clip_high=0.3, **over_actions)
-    value, two = value_loss(values, part["old_values"], part["returns"], part["value_mask"], value_clip=0.5, aggregation=aggregation, normalizer=counts[1])
+    policy, one = policy_loss(
+        logprobs,
+        part["old_logprobs"],
+        part["advantages"],
+        mask,
+        clip_low=0.2,
+        clip_high=0.3,
+        **over_actions,
+    )
+    value, two = value_loss(
+        values,
+        part["old_values"],
+        part["returns"],
+        part["value_mask"],
+        value_clip=0.5,
+        aggregation=aggregation,
+        normalizer=counts[1],
+    )
     bonus, three = entropy_bonus(part["entropy"], mask, **over_actions)
     kl, four = kl_loss(logprobs, part["ref_logprobs"], mask, estimator="k3", **over_actions)
     return policy + value - bonus + kl, one | two | three | four
@@ -367,9 +588,15 @@ def test_a_micro_batch_split_changes_nothing(aggregation, batch):
     rng = np.random.default_rng(0)
     advantages, returns = (rng.normal(size=(B, T)).astype(np.float32) for _ in range(2))
     data = batch | dict(advantages=advantages, returns=returns, value_mask=batch["turn_ids"] >= 0)
-    counts = tuple(loss_normalizer(data[name], aggregation=aggregation) for name in ("action_mask", "value_mask"))
+    counts = tuple(
+        loss_normalizer(data[name], aggregation=aggregation)
+        for name in ("action_mask", "value_mask")
+    )
     whole = evaluate_rows(data["logprobs"], data["values"], data, counts, np.arange(B), aggregation)
-    parts = [evaluate_rows(data["logprobs"], data["values"], data, counts, np.array([row]), aggregation) for row in range(B)]
+    parts = [
+        evaluate_rows(data["logprobs"], data["values"], data, counts, np.array([row]), aggregation)
+        for row in range(B)
+    ]
     total = jax.tree.map(lambda *leaves: sum(leaves), *parts)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), total, whole)
 

@@ -1,4 +1,5 @@
 """Masked statistics: by hand, against NumPy, and harmless where the mask is empty or what lies outside is not finite."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepsearch_jax.masking import masked_mean, masked_sum, masked_var, standardize_in_groups, whiten
+from stepsearch_jax.masking import (
+    masked_mean,
+    masked_sum,
+    masked_var,
+    standardize_in_groups,
+    whiten,
+)
 
 X = jnp.array([[1.0, 100.0, 3.0], [jnp.nan, 8.0, jnp.inf]])
 MASK = jnp.array([[True, False, True], [False, True, False]])
@@ -19,8 +26,14 @@ def test_by_hand():
     np.testing.assert_allclose(masked_mean(X, MASK, axis=1), [2, 8])
     np.testing.assert_allclose(masked_var(X, MASK, axis=1), [1, 0])
     scale = (26 / 3) ** -0.5
-    np.testing.assert_allclose(whiten(X, MASK), [[-3 * scale, 0, -1 * scale], [0, 4 * scale, 0]], rtol=1e-5)
-    np.testing.assert_allclose(whiten(X, MASK, shift_mean=False), [[4 - 3 * scale, 0, 4 - scale], [0, 4 + 4 * scale, 0]], rtol=1e-5)
+    np.testing.assert_allclose(
+        whiten(X, MASK), [[-3 * scale, 0, -1 * scale], [0, 4 * scale, 0]], rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        whiten(X, MASK, shift_mean=False),
+        [[4 - 3 * scale, 0, 4 - scale], [0, 4 + 4 * scale, 0]],
+        rtol=1e-5,
+    )
 
 
 def test_empty_and_single_masks_are_defined():
@@ -31,7 +44,9 @@ def test_empty_and_single_masks_are_defined():
     np.testing.assert_array_equal(whiten(X, none.at[1, 1].set(True)), np.zeros((2, 3)))
 
 
-@pytest.mark.parametrize("statistic", [masked_sum, masked_mean, masked_var, lambda x, m: (whiten(x, m) ** 3).sum()])
+@pytest.mark.parametrize(
+    "statistic", [masked_sum, masked_mean, masked_var, lambda x, m: (whiten(x, m) ** 3).sum()]
+)
 def test_what_lies_outside_touches_no_gradient(statistic):
     gradient = jax.grad(lambda x: statistic(x, MASK))(X)
     clean = jax.grad(lambda x: statistic(x, MASK))(jnp.where(MASK, X, 7.0))
@@ -57,22 +72,39 @@ def test_groups_by_hand():
     x = jnp.array([[1.0, 3, jnp.nan], [jnp.inf, 5, 0], [jnp.nan, 8, 0], [jnp.nan, 0, 0]])
     mask = jnp.array([[True, True, False], [False, True, False], [False, True, False], [False] * 3])
     got = standardize_in_groups(x, mask, jnp.array([4, -1, 4, 4]), epsilon=0.5)
-    np.testing.assert_allclose(got, np.array([[-3, -1, 0], [0] * 3, [0, 4, 0], [0] * 3]) / ((26 / 3) ** 0.5 + 0.5), rtol=1e-5)
+    np.testing.assert_allclose(
+        got,
+        np.array([[-3, -1, 0], [0] * 3, [0, 4, 0], [0] * 3]) / ((26 / 3) ** 0.5 + 0.5),
+        rtol=1e-5,
+    )
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.3, 1.0]))
 def test_groups_equal_numpy(seed, share):
     rng = np.random.default_rng(seed)
-    x, mask, ids = rng.normal(10, 1, (5, 3)).astype(np.float32), rng.random((5, 3)) < share, rng.integers(0, 3, 5)
+    x, mask, ids = (
+        rng.normal(10, 1, (5, 3)).astype(np.float32),
+        rng.random((5, 3)) < share,
+        rng.integers(0, 3, 5),
+    )
     got = np.asarray(standardize_in_groups(x, mask, ids, epsilon=1e-6))
     assert (got[~mask] == 0).all()
     for group in set(ids):
         kept = x[ids == group][mask[ids == group]].astype(np.float64)
         if len(kept):
-            np.testing.assert_allclose(got[ids == group][mask[ids == group]], (kept - kept.mean()) / (kept.std() + 1e-6), atol=1e-2)
+            np.testing.assert_allclose(
+                got[ids == group][mask[ids == group]],
+                (kept - kept.mean()) / (kept.std() + 1e-6),
+                atol=1e-2,
+            )
 
 
 def test_equal_entries_of_a_group_become_exactly_nothing():
     for value in (0.1 + 0.2, 1e6 / 3, -7e-3):
-        np.testing.assert_array_equal(standardize_in_groups(jnp.full((7, 3), value), jnp.ones((7, 3), bool), jnp.zeros(7, int), epsilon=1e-6), 0)
+        np.testing.assert_array_equal(
+            standardize_in_groups(
+                jnp.full((7, 3), value), jnp.ones((7, 3), bool), jnp.zeros(7, int), epsilon=1e-6
+            ),
+            0,
+        )

@@ -1,4 +1,5 @@
 """What a process holds of its corpus: hardly anything that grows with it; and the benchmark that measures this on large ones."""
+
 import gc
 import json
 import tracemalloc
@@ -14,7 +15,10 @@ from stepsearch_jax.rewards import tfidf
 from stepsearch_jax.run.system import build_system
 from stepsearch_jax.search import corpus_tokens, postings
 
-GROWTH = {"most": 350, "kept": 20}  # bytes a passage. Its text alone has about 600; buffers that small corpora do not fill count among the most
+GROWTH = {
+    "most": 350,
+    "kept": 20,
+}  # bytes a passage. Its text alone has about 600; buffers that small corpora do not fill count among the most
 
 
 @pytest.fixture
@@ -41,12 +45,22 @@ def trace(work, *arguments):
 def test_memory_hardly_grows_with_the_corpus(config, tmp_path, monkeypatch):
     """From making the data set to scoring, by what Python and NumPy allocate: the most at each stage, and what a system keeps."""
     monkeypatch.setattr(memory, "QUESTIONS", 8)
-    for module, name in ((postings, "SHARD_WORDS"), (postings, "MERGE_POSTINGS"), (tfidf, "_COUNTED_AT_ONCE")):
-        monkeypatch.setattr(module, name, 1 << 14)  # what is worked on at a time is full with the smaller corpus already
+    for module, name in (
+        (postings, "SHARD_WORDS"),
+        (postings, "MERGE_POSTINGS"),
+        (tfidf, "_COUNTED_AT_ONCE"),
+    ):
+        monkeypatch.setattr(
+            module, name, 1 << 14
+        )  # what is worked on at a time is full with the smaller corpus already
     monkeypatch.setattr(corpus_tokens, "_CHUNK", 64)
     monkeypatch.setattr(reward, "VOCABULARY", 500)  # memory does grow with the different words
     held = {}
-    for count in (200, 201, 1000):  # the first one's is also what libraries keep when they are first used
+    for count in (
+        200,
+        201,
+        1000,
+    ):  # the first one's is also what libraries keep when they are first used
         folder, corpus = tmp_path / str(count), tmp_path / f"{count}.jsonl"
         folder.mkdir()
         write_corpus(corpus, count, seed=0)
@@ -66,11 +80,21 @@ def test_memory_hardly_grows_with_the_corpus(config, tmp_path, monkeypatch):
 
 
 def test_figures_of_the_benchmark(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "_hold_alone", lambda config, stage: memory.hold(json.loads(config.to_json()), stage))
+    monkeypatch.setattr(
+        memory,
+        "_hold_alone",
+        lambda config, stage: memory.hold(json.loads(config.to_json()), stage),
+    )
     monkeypatch.setattr(memory, "QUESTIONS", 4)
-    figures = memory.measure(repeats=2, seed=0, passages=[90, 40], folder=tmp_path / "made", config=config)
-    assert [size["passages"] for size in figures["sizes"]] == [40, 90] and set(figures["slopes"]) == set(memory.STAGES)
-    assert memory.render(figures).splitlines()[2].startswith("| 40 | ") and "| bytes a passage | " in memory.render(figures)
+    figures = memory.measure(
+        repeats=2, seed=0, passages=[90, 40], folder=tmp_path / "made", config=config
+    )
+    assert [size["passages"] for size in figures["sizes"]] == [40, 90] and set(
+        figures["slopes"]
+    ) == set(memory.STAGES)
+    assert memory.render(figures).splitlines()[2].startswith(
+        "| 40 | "
+    ) and "| bytes a passage | " in memory.render(figures)
     with pytest.raises(FileExistsError):
         memory.measure(repeats=1, seed=0, passages=[40], folder=tmp_path / "made", config=config)
     with pytest.raises(ValueError, match="--config is needed"):

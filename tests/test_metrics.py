@@ -27,10 +27,12 @@ def read_events(folder):
     for path in sorted(folder.iterdir()):
         data, at = path.read_bytes(), 0
         while at < len(data):  # a TFRecord: length u64, its crc u32, payload, its crc u32
-            size = int.from_bytes(data[at:at + 8], "little")
-            event = event_pb2.Event.FromString(data[at + 12:at + 12 + size])
+            size = int.from_bytes(data[at : at + 8], "little")
+            event = event_pb2.Event.FromString(data[at + 12 : at + 12 + size])
             at += 12 + size + 4
-            scalars += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+            scalars += [
+                (event.step, value.tag, value.simple_value) for value in event.summary.value
+            ]
             if event.session_log.status:
                 starts.append(event.step)
     return scalars, starts
@@ -40,7 +42,9 @@ def test_lines_are_plain_json_in_order(tmp_path):
     with MetricsWriter(tmp_path / "new" / "folder", 0) as writer:
         writer.write("imitation", 0, {"loss/policy": np.float32(0.5)})
         text = (tmp_path / "new" / "folder" / METRICS_FILE).read_text()
-        assert text == '{"stage": "imitation", "iteration": 0, "loss/policy": 0.5}\n'  # flushed at once
+        assert (
+            text == '{"stage": "imitation", "iteration": 0, "loss/policy": 0.5}\n'
+        )  # flushed at once
         writer.write("rl", np.int64(0), {"f1": 1, "kl": np.array(0.25)})
     assert read_metrics(tmp_path / "new" / "folder") == [
         {"stage": "imitation", "iteration": 0, "loss/policy": 0.5},
@@ -50,19 +54,35 @@ def test_lines_are_plain_json_in_order(tmp_path):
 
 def test_nan_and_infinity_become_null(tmp_path):
     with MetricsWriter(tmp_path, 0) as writer:
-        writer.write("rl", 0, {"f1": math.nan, "kl": math.inf, "entropy": -math.inf, "searches": 2.0})
+        writer.write(
+            "rl", 0, {"f1": math.nan, "kl": math.inf, "entropy": -math.inf, "searches": 2.0}
+        )
 
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
 
     row = json.loads((tmp_path / METRICS_FILE).read_text(), parse_constant=refuse)
-    assert row == {"stage": "rl", "iteration": 0, "f1": None, "kl": None, "entropy": None, "searches": 2.0}
+    assert row == {
+        "stage": "rl",
+        "iteration": 0,
+        "f1": None,
+        "kl": None,
+        "entropy": None,
+        "searches": 2.0,
+    }
     assert read_events(tmp_path / "tensorboard" / "rl")[0] == [(0, "searches", 2.0)]
 
 
-@pytest.mark.parametrize("values, message", [
-    ({"f1": "good"}, '"f1"'), ({"f1": None}, '"f1"'), ({"f1": np.zeros(2)}, '"f1"'), ({"stage": 1.0}, '"stage"'), ({"iteration": 1.0}, '"iteration"'),
-])
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"f1": "good"}, '"f1"'),
+        ({"f1": None}, '"f1"'),
+        ({"f1": np.zeros(2)}, '"f1"'),
+        ({"stage": 1.0}, '"stage"'),
+        ({"iteration": 1.0}, '"iteration"'),
+    ],
+)
 def test_what_is_no_metric_is_refused_and_nothing_written(tmp_path, values, message):
     with MetricsWriter(tmp_path, 0) as writer, pytest.raises(ValueError, match=message):
         writer.write("rl", 0, values)
@@ -81,7 +101,7 @@ def test_a_resumed_log_equals_an_uninterrupted_one(tmp_path_factory, killed, los
     write_run(broken, 0, killed)
     next_line = (whole / METRICS_FILE).read_bytes().splitlines()[3 + killed]
     with open(broken / METRICS_FILE, "ab") as file:
-        file.write(next_line[:min(cut, len(next_line) - 1)])
+        file.write(next_line[: min(cut, len(next_line) - 1)])
     write_run(broken, resumed, 8)
     assert (broken / METRICS_FILE).read_bytes() == (whole / METRICS_FILE).read_bytes()
     assert not [path for path in broken.iterdir() if path.name.endswith(".tmp")]
@@ -96,11 +116,16 @@ def test_only_the_stage_being_written_is_cut(tmp_path):
 
 
 def test_a_later_stage_of_a_resumed_process_starts_afresh(tmp_path):
-    write_run(tmp_path, 0, 3, stage="rl")  # left by a process whose imitation is now done again from iteration 8
+    write_run(
+        tmp_path, 0, 3, stage="rl"
+    )  # left by a process whose imitation is now done again from iteration 8
     with MetricsWriter(tmp_path, 8) as writer:
         writer.write("imitation", 8, {"loss/policy": 1.0})
         writer.write("rl", 0, {"f1": 0.5})
-    assert [(row["stage"], row["iteration"]) for row in read_metrics(tmp_path)] == [("imitation", 8), ("rl", 0)]
+    assert [(row["stage"], row["iteration"]) for row in read_metrics(tmp_path)] == [
+        ("imitation", 8),
+        ("rl", 0),
+    ]
 
 
 def test_several_lines_of_one_iteration_are_kept(tmp_path):
@@ -115,7 +140,11 @@ def test_tensorboard_has_the_values_and_forgets_what_is_done_again(tmp_path):
     write_run(tmp_path, 2, 3)
     scalars, starts = read_events(tmp_path / "tensorboard" / "rl")
     assert sorted(starts) == [0, 2]
-    assert sorted(scalars) == sorted((i, tag, value) for i in (0, 1, 2, 3, 2) for tag, value in (("f1", np.float32(i / 7)), ("loss/policy", -i)))
+    assert sorted(scalars) == sorted(
+        (i, tag, value)
+        for i in (0, 1, 2, 3, 2)
+        for tag, value in (("f1", np.float32(i / 7)), ("loss/policy", -i))
+    )
 
 
 def test_a_line_broken_in_the_middle_is_an_error_with_its_number(tmp_path):
@@ -145,8 +174,15 @@ def test_progress_without_a_terminal_writes_a_few_plain_lines(monkeypatch):
         seen.append(i)
     assert seen == list(range(200))
     lines = stream.getvalue().splitlines()
-    assert len(lines) == 2 and "\r" not in stream.getvalue()  # the first and the last; both ends of an interval far below 30 s
-    assert lines[0].startswith("rl:   0%") and lines[1].startswith("rl: 100%") and "200/200" in lines[1] and "f1=0.995" in lines[1]
+    assert (
+        len(lines) == 2 and "\r" not in stream.getvalue()
+    )  # the first and the last; both ends of an interval far below 30 s
+    assert (
+        lines[0].startswith("rl:   0%")
+        and lines[1].startswith("rl: 100%")
+        and "200/200" in lines[1]
+        and "f1=0.995" in lines[1]
+    )
 
 
 def test_progress_counts_units_by_hand(monkeypatch):
@@ -171,5 +207,7 @@ def test_a_terminal_gets_a_bar_with_the_time_left(monkeypatch):
 
 
 def test_jax_is_not_imported():
-    code = "import sys, stepsearch_jax.metrics, stepsearch_jax.report; sys.exit('jax' in sys.modules)"
+    code = (
+        "import sys, stepsearch_jax.metrics, stepsearch_jax.report; sys.exit('jax' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

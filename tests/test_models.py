@@ -1,4 +1,5 @@
 """The transformer: against a NumPy forward pass, cached against uncached, chunked against whole."""
+
 import dataclasses
 import functools
 import math
@@ -17,8 +18,24 @@ from stepsearch_jax.models.attention import make_cache
 from stepsearch_jax.models.transformer import Policy, Value
 from stepsearch_jax.sharding import make_mesh
 
-CONFIG = ModelConfig(vocab_size=22, num_layers=2, embed_dim=12, num_heads=6, num_kv_heads=2, head_dim=4, ffn_dim=20, rope_theta=1e4,
-                     rope_scaling=None, norm_eps=1e-6, qkv_bias=True, qk_norm=False, tie_embeddings=False, dtype=jnp.float32, remat="none", attention_block=4)
+CONFIG = ModelConfig(
+    vocab_size=22,
+    num_layers=2,
+    embed_dim=12,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=4,
+    ffn_dim=20,
+    rope_theta=1e4,
+    rope_scaling=None,
+    norm_eps=1e-6,
+    qkv_bias=True,
+    qk_norm=False,
+    tie_embeddings=False,
+    dtype=jnp.float32,
+    remat="none",
+    attention_block=4,
+)
 TOKENS = np.random.default_rng(0).integers(0, 22, (3, 10)).astype(np.int32)
 
 
@@ -41,9 +58,11 @@ def forward(config: ModelConfig, params, tokens: np.ndarray) -> np.ndarray:
     T, N, G, H = len(tokens), config.num_heads, config.num_kv_heads, config.head_dim
 
     def norm(x, scale):
-        return x / np.sqrt((x ** 2).mean(-1, keepdims=True) + config.norm_eps) * scale
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_eps) * scale
 
-    def turn(x):  # [T, heads, H]: coordinates i and i + H/2 are one point of a plane, turned by t / theta^(2i/H)
+    def turn(
+        x,
+    ):  # [T, heads, H]: coordinates i and i + H/2 are one point of a plane, turned by t / theta^(2i/H)
         y = np.empty_like(x)
         for t in range(T):
             for i in range(H // 2):
@@ -56,7 +75,11 @@ def forward(config: ModelConfig, params, tokens: np.ndarray) -> np.ndarray:
     for layer in range(config.num_layers):
         w = jax.tree.map(lambda a, layer=layer: a[layer], p["layers"])
         h = norm(x, w["attention_norm"]["scale"])
-        q, k, v = (np.einsum("td,dnh->tnh", h, w[name]["kernel"]) + (w[name]["bias"] if config.qkv_bias else 0) for name in "qkv")
+        q, k, v = (
+            np.einsum("td,dnh->tnh", h, w[name]["kernel"])
+            + (w[name]["bias"] if config.qkv_bias else 0)
+            for name in "qkv"
+        )
         q, k = turn(q), turn(k)
         attended = np.zeros((T, N, H))
         for t in range(T):
@@ -72,16 +95,28 @@ def forward(config: ModelConfig, params, tokens: np.ndarray) -> np.ndarray:
     return norm(x, p["final_norm"]["scale"])
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"tie_embeddings": True}, {"qkv_bias": False, "rope_theta": 100.0, "norm_eps": 0.1}, {"num_kv_heads": 6}, {"num_kv_heads": 1, "num_layers": 1},
-], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_embeddings": True},
+        {"qkv_bias": False, "rope_theta": 100.0, "norm_eps": 0.1},
+        {"num_kv_heads": 6},
+        {"num_kv_heads": 1, "num_layers": 1},
+    ],
+    ids=str,
+)
 def test_policy_equals_numpy(changes):
     config = dataclasses.replace(CONFIG, **changes)
     policy = Policy(config)
     params = make_params(policy)
     assert ("lm_head" in params["params"]) == (not config.tie_embeddings)
     assert ("bias" in params["params"]["trunk"]["layers"]["q"]) == config.qkv_bias
-    kernel = np.asarray(params["params"]["trunk"]["embedding"].T if config.tie_embeddings else params["params"]["lm_head"])
+    kernel = np.asarray(
+        params["params"]["trunk"]["embedding"].T
+        if config.tie_embeddings
+        else params["params"]["lm_head"]
+    )
     logits = full_logits(policy, params, TOKENS)
     assert logits.dtype == jnp.float32
     for b in range(3):
@@ -95,14 +130,20 @@ def test_value_equals_numpy():
     params = make_params(value)
     got = jax.jit(value.apply)(params, TOKENS)
     for b in range(3):
-        np.testing.assert_allclose(got[b], forward(CONFIG, params, TOKENS[b]) @ np.asarray(params["params"]["head"]), atol=1e-4)
+        np.testing.assert_allclose(
+            got[b],
+            forward(CONFIG, params, TOKENS[b]) @ np.asarray(params["params"]["head"]),
+            atol=1e-4,
+        )
 
 
 def test_later_tokens_and_padding_change_nothing_before_them():
     policy = Policy(CONFIG)
     changed = TOKENS.copy()
     changed[:, 6:] = 0
-    before, after = (np.asarray(full_logits(policy, make_params(policy), x)) for x in (TOKENS, changed))
+    before, after = (
+        np.asarray(full_logits(policy, make_params(policy), x)) for x in (TOKENS, changed)
+    )
     np.testing.assert_allclose(after[:, :6], before[:, :6], atol=1e-6)
     assert np.abs(after[:, 6:] - before[:, 6:]).max() > 0.1
 
@@ -134,18 +175,28 @@ def test_causal_attention_in_blocks(monkeypatch):
 
     for block in (512, 3, 5):
         monkeypatch.setattr(attention, "ATTENTION_QUERY_BLOCK", block)
-        gradient, out = jax.jit(lambda *a: jax.grad(objective, argnums=(0, 1, 2), has_aux=True)(*a))(q, k, v)
+        gradient, out = jax.jit(
+            lambda *a: jax.grad(objective, argnums=(0, 1, 2), has_aux=True)(*a)
+        )(q, k, v)
         np.testing.assert_allclose(out, expected, atol=1e-5)
         gradients.append(gradient)
     for gradient in gradients[1:]:
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradient, gradients[0])
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradient, gradients[0]
+        )
 
 
-def decode_everything(config: ModelConfig, params, tokens: np.ndarray, lengths: list[int]) -> np.ndarray:
+def decode_everything(
+    config: ModelConfig, params, tokens: np.ndarray, lengths: list[int]
+) -> np.ndarray:
     """Logits [B, T, V] of ragged rows by the cache: prompts by chunks of some rows in any order, then single tokens of all rows, idle ones among them."""
     policy = Policy(config)
     B, T = tokens.shape
-    extend = jax.jit(lambda chunk, positions, cache, rows: policy.apply(params, chunk, positions, cache, rows, method=Policy.extend))
+    extend = jax.jit(
+        lambda chunk, positions, cache, rows: policy.apply(
+            params, chunk, positions, cache, rows, method=Policy.extend
+        )
+    )
     unembed = jax.jit(lambda hidden: policy.apply(params, hidden, method=Policy.unembed))
     cache = make_cache(config, B, T)
     beyond = cache.positions
@@ -155,15 +206,21 @@ def decode_everything(config: ModelConfig, params, tokens: np.ndarray, lengths: 
     def read(rows: list[int], counts: list[int]) -> None:
         """Feeds the next counts[i] tokens of rows[i] in one chunk of width 4; a row of B is no row."""
         nonlocal cache
-        chunk, positions = np.zeros((len(rows), 4), np.int32), np.tile(beyond + np.arange(4, dtype=np.int32), (len(rows), 1))
+        chunk, positions = (
+            np.zeros((len(rows), 4), np.int32),
+            np.tile(beyond + np.arange(4, dtype=np.int32), (len(rows), 1)),
+        )
         for i, (row, count) in enumerate(zip(rows, counts)):
             if row < B:
-                chunk[i, :count], positions[i, :count] = tokens[row, done[row]:done[row] + count], np.arange(done[row], done[row] + count)
+                chunk[i, :count], positions[i, :count] = (
+                    tokens[row, done[row] : done[row] + count],
+                    np.arange(done[row], done[row] + count),
+                )
         hidden, cache = extend(chunk, positions, cache, np.array(rows))
         scores = np.asarray(unembed(hidden))
         for i, (row, count) in enumerate(zip(rows, counts)):
             if row < B:
-                logits[row, done[row]:done[row] + count] = scores[i, :count]
+                logits[row, done[row] : done[row] + count] = scores[i, :count]
                 done[row] += count
 
     read([2, 0], [4, 3])
@@ -198,12 +255,22 @@ def test_cached_equals_whole(block, by_token):
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_reading_fills_the_cache_as_extending_does(qk_norm):
     config = dataclasses.replace(CONFIG, qk_norm=qk_norm)
-    policy, rows, positions = Policy(config), np.array([2, 0]), np.array([[0, 1, 2, 3], [0, 1, 2, 99]], np.int32)
+    policy, rows, positions = (
+        Policy(config),
+        np.array([2, 0]),
+        np.array([[0, 1, 2, 3], [0, 1, 2, 99]], np.int32),
+    )
     params, caches = make_params(policy), {}
     for method in (Policy.extend, Policy.read):
-        made = policy.apply(params, TOKENS[:2, :4], positions, make_cache(config, 3, 10), rows, method=method)
+        made = policy.apply(
+            params, TOKENS[:2, :4], positions, make_cache(config, 3, 10), rows, method=method
+        )
         caches[method] = made[1] if method is Policy.extend else made
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), caches[Policy.read], caches[Policy.extend])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+        caches[Policy.read],
+        caches[Policy.extend],
+    )
     assert (np.asarray(caches[Policy.read].k) != 0).any(axis=(1, 2, 3, 4, 5)).all()  # of each layer
 
 
@@ -218,20 +285,34 @@ def test_reading_leaves_out_the_last_layers_results(monkeypatch):
     policy, positions = Policy(CONFIG), np.tile(np.arange(4, dtype=np.int32), (2, 1))
     for method, expected in ((Policy.extend, [0, 1]), (Policy.read, [0])):
         ran.clear()
-        run = jax.jit(lambda params, cache, method=method: policy.apply(params, TOKENS[:2, :4], positions, cache, None, method=method))
+        run = jax.jit(
+            lambda params, cache, method=method: policy.apply(
+                params, TOKENS[:2, :4], positions, cache, None, method=method
+            )
+        )
         run(make_params(policy), make_cache(CONFIG, 2, 4))
         jax.effects_barrier()
         assert sorted(ran) == expected
 
 
-@pytest.mark.parametrize("by_token,shape,token_axes", [(False, (2, 3, 3, 2, 4, 4), {"k": 5, "v": 4}), (True, (2, 3, 3, 4, 128), {"k": 3, "v": 3})])
+@pytest.mark.parametrize(
+    "by_token,shape,token_axes",
+    [(False, (2, 3, 3, 2, 4, 4), {"k": 5, "v": 4}), (True, (2, 3, 3, 4, 128), {"k": 3, "v": 3})],
+)
 def test_padding_leaves_the_cache_alone(by_token, shape, token_axes):
     config = dataclasses.replace(CONFIG, cache_by_token=by_token)
     policy = Policy(config)
     cache = make_cache(config, 3, 10)
     assert cache.v.shape == shape and cache.positions == 12  # 10 positions are 3 blocks of 4
     positions = np.array([[0, 1, 13, 14], [12, 13, 14, 15]], np.int32)
-    _, cache = policy.apply(make_params(policy), TOKENS[:2, :4], positions, cache, np.array([1, 0]), method=Policy.extend)
+    _, cache = policy.apply(
+        make_params(policy),
+        TOKENS[:2, :4],
+        positions,
+        cache,
+        np.array([1, 0]),
+        method=Policy.extend,
+    )
     for name, t in token_axes.items():
         array = np.moveaxis(np.asarray(getattr(cache, name)) != 0, t, 3)  # [L, J, B, t, ...]
         written = array.any(axis=(0, *range(4, array.ndim))).swapaxes(0, 1).reshape(3, 12)
@@ -256,7 +337,9 @@ def test_bfloat16_is_close():
 
 
 def test_shift():
-    np.testing.assert_array_equal(scoring.shift_to_tokens(jnp.array([[1, 2, 3], [4, 5, 6]])), [[0, 1, 2], [0, 4, 5]])
+    np.testing.assert_array_equal(
+        scoring.shift_to_tokens(jnp.array([[1, 2, 3], [4, 5, 6]])), [[0, 1, 2], [0, 4, 5]]
+    )
 
 
 @pytest.mark.parametrize("tie", [False, True])
@@ -269,7 +352,9 @@ def test_score_tokens(tie):
         assert logprobs[b, 0] == entropy[b, 0] == 0
         for t in range(1, 10):  # given tokens[:t], that is after reading token t - 1
             np.testing.assert_allclose(logprobs[b, t], full[b, t - 1, TOKENS[b, t]], atol=1e-5)
-            np.testing.assert_allclose(entropy[b, t], -(np.exp(full[b, t - 1]) * full[b, t - 1]).sum(), atol=1e-5)
+            np.testing.assert_allclose(
+                entropy[b, t], -(np.exp(full[b, t - 1]) * full[b, t - 1]).sum(), atol=1e-5
+            )
 
 
 def test_score_tokens_in_chunks(monkeypatch):
@@ -286,7 +371,9 @@ def test_score_tokens_in_chunks(monkeypatch):
         """-> gradient and values, and the elements of the largest array over the vocabulary."""
         program = jax.jit(lambda params: jax.grad(objective, has_aux=True)(params))
         over_vocabulary = re.findall(r"f32\[((?:\d+,)+22)\]", str(jax.make_jaxpr(program)(params)))
-        return program(params), max(math.prod(int(n) for n in shape.split(",")) for shape in over_vocabulary)
+        return program(params), max(
+            math.prod(int(n) for n in shape.split(",")) for shape in over_vocabulary
+        )
 
     whole, whole_size = run()
     monkeypatch.setattr(scoring, "LOGITS_PER_CHUNK", 4 * 3 * 22 + 1)
@@ -302,15 +389,23 @@ def test_score_answers_equals_one_forward_an_answer(monkeypatch, block):
     policy, rng = Policy(CONFIG), np.random.default_rng(5)
     params = make_params(policy)
     seen = np.array([[2, 5, 10], [1, 1, 9], [3, 7, 8]], np.int32)
-    answers, length, opening = rng.integers(0, 22, (3, 5)).astype(np.int32), np.array([5, 3, 2], np.int32), 2
-    got = jax.jit(functools.partial(scoring.score_answers, policy))(params, TOKENS, seen, answers, opening, length)
+    answers, length, opening = (
+        rng.integers(0, 22, (3, 5)).astype(np.int32),
+        np.array([5, 3, 2], np.int32),
+        2,
+    )
+    got = jax.jit(functools.partial(scoring.score_answers, policy))(
+        params, TOKENS, seen, answers, opening, length
+    )
     assert got[2].tolist() == [0, 0, 0]  # an opening tag and nothing behind it
     for b in range(2):
         for p in range(3):
             alone = np.concatenate([TOKENS[b, : seen[b, p]], answers[b, : length[b]]])
             full = np.asarray(jax.nn.log_softmax(full_logits(policy, params, alone[None])))[0]
             scored = range(seen[b, p] + opening, len(alone))
-            np.testing.assert_allclose(got[b, p], np.mean([full[t - 1, alone[t]] for t in scored]), atol=1e-5)
+            np.testing.assert_allclose(
+                got[b, p], np.mean([full[t - 1, alone[t]] for t in scored]), atol=1e-5
+            )
 
 
 def test_score_values():
@@ -325,20 +420,33 @@ def test_score_values():
 def test_remat_changes_nothing():
     def gradient(remat):
         policy = Policy(dataclasses.replace(CONFIG, remat=remat))
-        return jax.jit(jax.grad(lambda params: jnp.sin(scoring.score_tokens(policy, params, TOKENS)[0]).sum()))(make_params(Policy(CONFIG)))
+        return jax.jit(
+            jax.grad(lambda params: jnp.sin(scoring.score_tokens(policy, params, TOKENS)[0]).sum())
+        )(make_params(Policy(CONFIG)))
 
     plain = gradient("none")
     assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(plain))
     for remat in ("dots", "layers"):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max())), gradient(remat), plain)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max())),
+            gradient(remat),
+            plain,
+        )
 
 
 def test_remat_keeps_less():
     """What the backward pass needs of the forward pass shrinks from "none" to "dots" to "layers"."""
+
     def kept(remat):
         config = dataclasses.replace(CONFIG, remat=remat, num_layers=8)
         loss = lambda params: jnp.sin(Policy(config).apply(params, jnp.tile(TOKENS, (8, 4)))).sum()
-        return jax.jit(jax.grad(loss)).lower(make_params(Policy(config))).compile().memory_analysis().temp_size_in_bytes
+        return (
+            jax.jit(jax.grad(loss))
+            .lower(make_params(Policy(config)))
+            .compile()
+            .memory_analysis()
+            .temp_size_in_bytes
+        )
 
     none, dots, layers = map(kept, ("none", "dots", "layers"))
     assert layers < 0.8 * dots < 0.8 * 0.8 * none
@@ -346,11 +454,24 @@ def test_remat_keeps_less():
 
 def test_slice_of_a_model():
     config = CONFIG.place_on(make_mesh(1, 1, 2, devices=jax.devices()[:2]))
-    assert (config.num_heads, config.num_kv_heads, config.ffn_dim, config.vocab_size, config.tensor_axis) == (3, 1, 10, 11, "tensor")
-    assert (config.embed_dim, config.head_dim, config.num_layers, config.cache_by_token) == (12, 4, 2, False)
+    assert (
+        config.num_heads,
+        config.num_kv_heads,
+        config.ffn_dim,
+        config.vocab_size,
+        config.tensor_axis,
+    ) == (3, 1, 10, 11, "tensor")
+    assert (config.embed_dim, config.head_dim, config.num_layers, config.cache_by_token) == (
+        12,
+        4,
+        2,
+        False,
+    )
     assert CONFIG.place_on(make_mesh(2, 1, 1, devices=jax.devices()[:2])) == CONFIG
 
 
 def test_tpus_keep_the_cache_by_token():
-    mesh = SimpleNamespace(shape={"tensor": 1}, devices=np.array([[[SimpleNamespace(platform="tpu")]]]))
+    mesh = SimpleNamespace(
+        shape={"tensor": 1}, devices=np.array([[[SimpleNamespace(platform="tpu")]]])
+    )
     assert CONFIG.place_on(mesh) == dataclasses.replace(CONFIG, cache_by_token=True)

@@ -1,4 +1,5 @@
 """The official files of each data set: tiny made-up rows by hand, malformed ones refused with file and line, and the real files."""
+
 import copy
 import json
 import re
@@ -17,21 +18,64 @@ from stepsearch_jax.prepare.index import index_files
 from stepsearch_jax.records import Question, SubQuestion
 from stepsearch_jax.search.cache import hash_documents
 
-CORPUS = [{"title": "Noise", "text": "Nothing."}, {"title": "Film", "text": "Film is a film. It is by Ann."},
-          {"title": "Ann (director)", "text": "Ann died in May."}, {"title": "Rome", "text": "A city."}]
-CONTEXT = [["Film", ["Film is a film.", " It is by Ann."]], ["Ann (director)", ["Ann died in May."]], ["Other", ["Other", "text."]]]
-HOTPOT = {"_id": "h1", "question": "When did the director of Film die?", "answer": "May", "type": "bridge", "level": "hard",
-          "supporting_facts": [["Film", 1], ["Ann (director)", 0], ["Film", 0]], "context": CONTEXT}
-TWO_WIKI = {**HOTPOT, "type": "compositional", "evidences": [["Film", "director", "Ann"], ["Ann", "date of death", "May"], ["Film", "director", "Bob"]]}
+CORPUS = [
+    {"title": "Noise", "text": "Nothing."},
+    {"title": "Film", "text": "Film is a film. It is by Ann."},
+    {"title": "Ann (director)", "text": "Ann died in May."},
+    {"title": "Rome", "text": "A city."},
+]
+CONTEXT = [
+    ["Film", ["Film is a film.", " It is by Ann."]],
+    ["Ann (director)", ["Ann died in May."]],
+    ["Other", ["Other", "text."]],
+]
+HOTPOT = {
+    "_id": "h1",
+    "question": "When did the director of Film die?",
+    "answer": "May",
+    "type": "bridge",
+    "level": "hard",
+    "supporting_facts": [["Film", 1], ["Ann (director)", 0], ["Film", 0]],
+    "context": CONTEXT,
+}
+TWO_WIKI = {
+    **HOTPOT,
+    "type": "compositional",
+    "evidences": [
+        ["Film", "director", "Ann"],
+        ["Ann", "date of death", "May"],
+        ["Film", "director", "Bob"],
+    ],
+}
 BAMBOOGLE = {"id": "test_0", "question": "Who?", "golden_answers": ["Ann", "Anna"]}
-PHANTOM = {"id": "p1", "question": "Who is the friend of the father of the person whose hobby is chess?", "answer": ["Cid", "Dan"], "difficulty": 3,
-           "hops": [{"relation": "hobby", "gold_titles": ["Ann"], "values": ["chess"]}, {"relation": "father", "gold_titles": ["Ann"], "values": ["Bob"]},
-                    {"relation": "friend", "gold_titles": ["Bob", "Eve"], "values": ["Cid", "Dan"]}]}
-SUPPORT = [{"title": "Film", "paragraph_text": "Film is a film. It is by Ann."}, {"title": "Ann", "paragraph_text": "Gone."}]
-STEPSEARCH = {"question": "When did the director of Film die?", "final_answer": "May", "answer_aliases": ["in May"],
-              "sub_searchs": [["director Film", "Film by", "director Film"], ["Ann death"]], "sub_support_docs": SUPPORT}
-SEARCH_R1 = {"data_source": "nq", "prompt": [{"role": "user", "content": "Answer. Question: x Question: who?\n"}],
-             "reward_model": {"style": "rule", "ground_truth": {"target": ["Ann", "Anna"]}}, "extra_info": {"index": 0, "split": "train"}}
+PHANTOM = {
+    "id": "p1",
+    "question": "Who is the friend of the father of the person whose hobby is chess?",
+    "answer": ["Cid", "Dan"],
+    "difficulty": 3,
+    "hops": [
+        {"relation": "hobby", "gold_titles": ["Ann"], "values": ["chess"]},
+        {"relation": "father", "gold_titles": ["Ann"], "values": ["Bob"]},
+        {"relation": "friend", "gold_titles": ["Bob", "Eve"], "values": ["Cid", "Dan"]},
+    ],
+}
+SUPPORT = [
+    {"title": "Film", "paragraph_text": "Film is a film. It is by Ann."},
+    {"title": "Ann", "paragraph_text": "Gone."},
+]
+STEPSEARCH = {
+    "question": "When did the director of Film die?",
+    "final_answer": "May",
+    "answer_aliases": ["in May"],
+    "sub_searchs": [["director Film", "Film by", "director Film"], ["Ann death"]],
+    "sub_support_docs": SUPPORT,
+}
+SEARCH_R1 = {
+    "data_source": "nq",
+    "prompt": [{"role": "user", "content": "Answer. Question: x Question: who?\n"}],
+    "reward_model": {"style": "rule", "ground_truth": {"target": ["Ann", "Anna"]}},
+    "extra_info": {"index": 0, "split": "train"},
+}
 
 
 def read(kind, folder, corpus=""):
@@ -39,140 +83,322 @@ def read(kind, folder, corpus=""):
 
 
 def test_hotpotqa_names_documents_but_no_sub_questions(tmp_path):
-    (tmp_path / "hotpot_train_v1.1.json").write_text(json.dumps([HOTPOT]))  # under its official name
+    (tmp_path / "hotpot_train_v1.1.json").write_text(
+        json.dumps([HOTPOT])
+    )  # under its official name
     fullwiki = {**HOTPOT, "id": 7, "supporting_facts": [["Rome", 0], ["Film", 0]]}
     del fullwiki["_id"]
     write_rows(tmp_path / "validation.jsonl", [fullwiki])
     documents, splits, files = read("hotpotqa", tmp_path)
     # Without a corpus: the contexts, each once.
-    contexts = [("Film", "Film is a film.  It is by Ann."), ("Ann (director)", "Ann died in May."), ("Other", "Other text.")]
+    contexts = [
+        ("Film", "Film is a film.  It is by Ann."),
+        ("Ann (director)", "Ann died in May."),
+        ("Other", "Other text."),
+    ]
     assert [(d.title, d.text) for d in documents] == contexts
-    assert splits["train"] == [Question("h1", HOTPOT["question"], "May", shape="bridge", loose_gold_ids=(0, 1))]
+    assert splits["train"] == [
+        Question("h1", HOTPOT["question"], "May", shape="bridge", loose_gold_ids=(0, 1))
+    ]
     (other,) = splits["validation"]
     assert other.uid == "7" and other.gold_ids == (0,) and other.missing_gold == (("Rome", ""),)
     assert set(files) == {"train", "validation"}
     # With one: gold documents by title and text, and where the row has no text for them by title alone.
     write_rows(tmp_path / "corpus.jsonl", CORPUS)
     documents, splits, files = read("hotpotqa", tmp_path)
-    assert len(documents) == 4 and splits["train"][0].gold_ids == (1, 2) and splits["validation"][0].gold_ids == (3, 1)
-    assert files["corpus"] == {"path": str(tmp_path / "corpus.jsonl"), "sha256": hash_file(tmp_path / "corpus.jsonl")}
+    assert (
+        len(documents) == 4
+        and splits["train"][0].gold_ids == (1, 2)
+        and splits["validation"][0].gold_ids == (3, 1)
+    )
+    assert files["corpus"] == {
+        "path": str(tmp_path / "corpus.jsonl"),
+        "sha256": hash_file(tmp_path / "corpus.jsonl"),
+    }
 
 
 def test_2wikimultihopqa_evidences_are_sub_questions(tmp_path):
-    pairs = [{"question": "Who made Film?", "answer": "Ann made Film."}, {"question": "When did Ann die?", "answer": "May."}]
-    write_rows(tmp_path / "train.jsonl", [TWO_WIKI, {**TWO_WIKI, "evidences": TWO_WIKI["evidences"][:2], "qa_pairs": pairs}])
+    pairs = [
+        {"question": "Who made Film?", "answer": "Ann made Film."},
+        {"question": "When did Ann die?", "answer": "May."},
+    ]
+    write_rows(
+        tmp_path / "train.jsonl",
+        [TWO_WIKI, {**TWO_WIKI, "evidences": TWO_WIKI["evidences"][:2], "qa_pairs": pairs}],
+    )
     write_rows(tmp_path / "corpus.jsonl", CORPUS[:2])
     plain, written = read("2wikimultihopqa", tmp_path).splits["train"]
     asked = "What is the director of Film?", "What is the date of death of Ann?"
-    lacking = (("Ann (director)", "Ann died in May."),)  # the article of Ann, apart from the bracket
-    assert plain.sub_questions == (SubQuestion(asked[0], "Ann", ("Bob",), (1,), (asked[0],)), SubQuestion(asked[1], "May", (), (), (asked[1],), lacking))
-    assert plain.shape == "compositional" and plain.gold_ids == (1,) and plain.missing_gold == lacking
-    assert [(sub.question, sub.answer) for sub in written.sub_questions] == [("Who made Film?", "Ann"), ("When did Ann die?", "May")]
+    lacking = (
+        ("Ann (director)", "Ann died in May."),
+    )  # the article of Ann, apart from the bracket
+    assert plain.sub_questions == (
+        SubQuestion(asked[0], "Ann", ("Bob",), (1,), (asked[0],)),
+        SubQuestion(asked[1], "May", (), (), (asked[1],), lacking),
+    )
+    assert (
+        plain.shape == "compositional" and plain.gold_ids == (1,) and plain.missing_gold == lacking
+    )
+    assert [(sub.question, sub.answer) for sub in written.sub_questions] == [
+        ("Who made Film?", "Ann"),
+        ("When did Ann die?", "May"),
+    ]
 
 
-@pytest.mark.parametrize("subjects, titles, expected", [
-    (["A", "B"], ["B", "A"], {"A": "A", "B": "B"}),
-    (["a (film)", "B"], ["A", "B"], {"a (film)": "A", "B": "B"}),
-    (["A", "King B"], ["A (film)", "B of C"], {"A": "A (film)", "King B": "B of C"}),  # the only ones left
-    (["King A", "King B"], ["A of C", "B of C"], {}),
-    (["A"], ["A (film)", "A (song)"], {}),  # it could be either
-    (["A (film)", "A"], ["A"], {"A": "A"}),
-])
+@pytest.mark.parametrize(
+    "subjects, titles, expected",
+    [
+        (["A", "B"], ["B", "A"], {"A": "A", "B": "B"}),
+        (["a (film)", "B"], ["A", "B"], {"a (film)": "A", "B": "B"}),
+        (
+            ["A", "King B"],
+            ["A (film)", "B of C"],
+            {"A": "A (film)", "King B": "B of C"},
+        ),  # the only ones left
+        (["King A", "King B"], ["A of C", "B of C"], {}),
+        (["A"], ["A (film)", "A (song)"], {}),  # it could be either
+        (["A (film)", "A"], ["A"], {"A": "A"}),
+    ],
+)
 def test_articles_of_subjects(subjects, titles, expected):
     assert match_titles(subjects, titles) == expected
 
 
 def test_two_wiki_keeps_the_documents_that_belong_to_no_sub_question_with_certainty(tmp_path):
-    row = {**TWO_WIKI, "evidences": [["The film", "director", "Ann"], ["Anna", "date of death", "May"]]}
+    row = {
+        **TWO_WIKI,
+        "evidences": [["The film", "director", "Ann"], ["Anna", "date of death", "May"]],
+    }
     write_rows(tmp_path / "dev.jsonl", [row])
     (question,) = read("2wikimultihopqa", tmp_path).splits["validation"]
-    assert [sub.gold_ids for sub in question.sub_questions] == [(), ()] and question.loose_gold_ids == question.gold_ids == (0, 1)
+    assert [sub.gold_ids for sub in question.sub_questions] == [
+        (),
+        (),
+    ] and question.loose_gold_ids == question.gold_ids == (0, 1)
 
 
 def test_bamboogle_in_both_forms(tmp_path):
     write_rows(tmp_path / "corpus.jsonl", CORPUS)
     write_rows(tmp_path / "test.jsonl", [BAMBOOGLE])
-    assert read("bamboogle", tmp_path).splits == {"test": [Question("test_0", "Who?", "Ann", ("Anna",))]}
+    assert read("bamboogle", tmp_path).splits == {
+        "test": [Question("test_0", "Who?", "Ann", ("Anna",))]
+    }
     (tmp_path / "test.jsonl").unlink()
     (tmp_path / "bamboogle.csv").write_text('Question,Answer\nWho?,Ann\n"When, then?",May\n')
-    assert read("bamboogle", tmp_path).splits == {"test": [Question("test_0", "Who?", "Ann"), Question("test_1", "When, then?", "May")]}
+    assert read("bamboogle", tmp_path).splits == {
+        "test": [Question("test_0", "Who?", "Ann"), Question("test_1", "When, then?", "May")]
+    }
 
 
 def test_phantomwiki_hops(tmp_path):
     known = {"id": "p2", "question": "How many?", "answer": ["2"], "difficulty": 1}
-    direct = {**PHANTOM, "id": "p3", "question": "What is the hobby of Ann?", "hops": PHANTOM["hops"][:1]}
-    again = {**PHANTOM, "id": "p4", "question": "What is the hobby of the person whose hobby is chess?", "hops": [PHANTOM["hops"][0]] * 2}
+    direct = {
+        **PHANTOM,
+        "id": "p3",
+        "question": "What is the hobby of Ann?",
+        "hops": PHANTOM["hops"][:1],
+    }
+    again = {
+        **PHANTOM,
+        "id": "p4",
+        "question": "What is the hobby of the person whose hobby is chess?",
+        "hops": [PHANTOM["hops"][0]] * 2,
+    }
     write_rows(tmp_path / "questions.jsonl", [PHANTOM, known, direct, again])
-    write_rows(tmp_path / "articles.jsonl", [{"title": name, "article": f"# {name}"} for name in ("Ann", "Bob", "Cid")])
+    write_rows(
+        tmp_path / "articles.jsonl",
+        [{"title": name, "article": f"# {name}"} for name in ("Ann", "Bob", "Cid")],
+    )
     first, second, third, fourth = read("phantomwiki", tmp_path).splits["test"]
-    assert second == Question("p2", "How many?", "2", shape="difficulty 1") and first.answer == "Cid, Dan" and first.aliases == ()
+    assert (
+        second == Question("p2", "How many?", "2", shape="difficulty 1")
+        and first.answer == "Cid, Dan"
+        and first.aliases == ()
+    )
     whose = "Who is the person whose hobby is chess?"
     assert first.sub_questions == (
-        SubQuestion(whose, "Ann", (), (0,), (whose,)), SubQuestion("Who is the father of Ann?", "Bob", (), (0,), ("Who is the father of Ann?",)),
-        SubQuestion("Who is the friend of Bob, Eve?", "Cid, Dan", (), (1,), ("Who is the friend of Bob?", "Who is the friend of Eve?"), (("Eve", ""),)))
-    assert [(sub.question, sub.answer) for sub in third.sub_questions] == [("What is the hobby of Ann?", "chess")]
-    assert [(sub.question, sub.answer) for sub in fourth.sub_questions] == [(whose, "Ann"), ("What is the hobby of Ann?", "chess")]
+        SubQuestion(whose, "Ann", (), (0,), (whose,)),
+        SubQuestion("Who is the father of Ann?", "Bob", (), (0,), ("Who is the father of Ann?",)),
+        SubQuestion(
+            "Who is the friend of Bob, Eve?",
+            "Cid, Dan",
+            (),
+            (1,),
+            ("Who is the friend of Bob?", "Who is the friend of Eve?"),
+            (("Eve", ""),),
+        ),
+    )
+    assert [(sub.question, sub.answer) for sub in third.sub_questions] == [
+        ("What is the hobby of Ann?", "chess")
+    ]
+    assert [(sub.question, sub.answer) for sub in fourth.sub_questions] == [
+        (whose, "Ann"),
+        ("What is the hobby of Ann?", "chess"),
+    ]
 
 
 def test_stepsearch_rows(tmp_path):
-    full = {**STEPSEARCH, "id": 5, "sub_questions": ["Who made Film?", "When did Ann die?"], "sub_answers": ["Ann", "May"],
-            "sub_support_docs": [[SUPPORT[0]], SUPPORT]}
+    full = {
+        **STEPSEARCH,
+        "id": 5,
+        "sub_questions": ["Who made Film?", "When did Ann die?"],
+        "sub_answers": ["Ann", "May"],
+        "sub_support_docs": [[SUPPORT[0]], SUPPORT],
+    }
     unpaired = {**STEPSEARCH, "sub_support_docs": SUPPORT[:1]}
     write_rows(tmp_path / "musi_answerable_train.jsonl", [STEPSEARCH, full, unpaired])
     documents, splits, _ = read("stepsearch", tmp_path)
     assert [d.title for d in documents] == ["Film", "Ann"]
     plain, other, loose = splits["train"]
-    assert plain == Question("train_0", STEPSEARCH["question"], "May", ("in May",), (
-        SubQuestion("director Film", "", (), (0,), ("director Film", "Film by")), SubQuestion("Ann death", "", (), (1,), ("Ann death",))), "2hop")
-    assert [(sub.question, sub.answer, sub.gold_ids) for sub in other.sub_questions] == [("Who made Film?", "Ann", (0,)), ("When did Ann die?", "May", (0, 1))]
-    assert other.uid == "5" and [sub.gold_ids for sub in loose.sub_questions] == [(), ()] and loose.gold_ids == loose.loose_gold_ids == (0,)
+    assert plain == Question(
+        "train_0",
+        STEPSEARCH["question"],
+        "May",
+        ("in May",),
+        (
+            SubQuestion("director Film", "", (), (0,), ("director Film", "Film by")),
+            SubQuestion("Ann death", "", (), (1,), ("Ann death",)),
+        ),
+        "2hop",
+    )
+    assert [(sub.question, sub.answer, sub.gold_ids) for sub in other.sub_questions] == [
+        ("Who made Film?", "Ann", (0,)),
+        ("When did Ann die?", "May", (0, 1)),
+    ]
+    assert (
+        other.uid == "5"
+        and [sub.gold_ids for sub in loose.sub_questions] == [(), ()]
+        and loose.gold_ids == loose.loose_gold_ids == (0,)
+    )
 
 
 def test_search_r1_parquet(tmp_path):
-    write_rows(tmp_path / "wiki-18.jsonl", [{"id": "0", "contents": f'"{row["title"]}"\n{row["text"]}'} for row in CORPUS])
+    write_rows(
+        tmp_path / "wiki-18.jsonl",
+        [{"id": "0", "contents": f'"{row["title"]}"\n{row["text"]}'} for row in CORPUS],
+    )
     named = {**SEARCH_R1, "id": "train_9", "question": "where?", "golden_answers": ["Rome"]}
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([named, {**SEARCH_R1, "id": None, "question": None, "golden_answers": None}]),
-                                tmp_path / "train.parquet")
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist(
+            [named, {**SEARCH_R1, "id": None, "question": None, "golden_answers": None}]
+        ),
+        tmp_path / "train.parquet",
+    )
     keyed = copy.deepcopy(SEARCH_R1)
-    keyed["reward_model"]["ground_truth"] |= {"target": "Ann", "search_keys": STEPSEARCH["sub_searchs"]}
+    keyed["reward_model"]["ground_truth"] |= {
+        "target": "Ann",
+        "search_keys": STEPSEARCH["sub_searchs"],
+    }
     keyed["extra_info"]["support_docs"] = SUPPORT
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([keyed]), tmp_path / "test.parquet")
     documents, splits, _ = read("search_r1", tmp_path)
     assert [(d.title, d.text) for d in documents] == [(row["title"], row["text"]) for row in CORPUS]
-    assert splits["train"] == [Question("train_9", "where?", "Rome", shape="nq"), Question("train_1", "who?", "Ann", ("Anna",), shape="nq")]
+    assert splits["train"] == [
+        Question("train_9", "where?", "Rome", shape="nq"),
+        Question("train_1", "who?", "Ann", ("Anna",), shape="nq"),
+    ]
     (question,) = splits["test"]
-    assert [(sub.queries, sub.gold_ids) for sub in question.sub_questions] == [(("director Film", "Film by"), (1,)), (("Ann death",), ())]
+    assert [(sub.queries, sub.gold_ids) for sub in question.sub_questions] == [
+        (("director Film", "Film by"), (1,)),
+        (("Ann death",), ()),
+    ]
     assert question.missing_gold == (("Ann", "Gone."),)
 
 
-FILES = {"musique": ("train", TWO_HOP), "hotpotqa": ("train", HOTPOT), "2wikimultihopqa": ("train", TWO_WIKI), "bamboogle": ("test", BAMBOOGLE),
-         "phantomwiki": ("questions", PHANTOM), "stepsearch": ("train", STEPSEARCH), "search_r1": ("train", SEARCH_R1)}
+FILES = {
+    "musique": ("train", TWO_HOP),
+    "hotpotqa": ("train", HOTPOT),
+    "2wikimultihopqa": ("train", TWO_WIKI),
+    "bamboogle": ("test", BAMBOOGLE),
+    "phantomwiki": ("questions", PHANTOM),
+    "stepsearch": ("train", STEPSEARCH),
+    "search_r1": ("train", SEARCH_R1),
+}
 
 
-@pytest.mark.parametrize("kind, changes, message", [
-    ("hotpotqa", {"context": [["Film", "text"]]}, r"context\[0\] should be a title and a list of sentences"),
-    ("hotpotqa", {"context": [["Film", ["a", 1]]]}, r"context\[0\] should be a title and a list of sentences"),
-    ("hotpotqa", {"supporting_facts": [["Film", 0], ["Ann"]]}, r"supporting_facts\[1\] should be a title and a number"),
-    ("hotpotqa", {"supporting_facts": []}, "'supporting_facts' is empty"),
-    ("hotpotqa", {"answer": KeyError}, "field 'answer' is missing"),
-    ("2wikimultihopqa", {"evidences": KeyError}, "field 'evidences' is missing"),
-    ("2wikimultihopqa", {"evidences": [["Film", "director"]]}, r"evidences\[0\] should be a subject, a relation and an object"),
-    ("2wikimultihopqa", {"qa_pairs": [{"question": "Who?"}]}, "'qa_pairs' holds 1 pairs for 3 evidences"),
-    ("bamboogle", {"golden_answers": []}, "'golden_answers' should hold at least one answer"),
-    ("bamboogle", {"question": ""}, "field 'question' is empty"),
-    ("phantomwiki", {"answer": "Cid"}, "field 'answer' should be list, not str"),
-    ("phantomwiki", {"hops": [{"relation": "father", "gold_titles": [], "values": ["a"]}]}, r"hops\[0\]: 'gold_titles' should hold at least one"),
-    ("phantomwiki", {"difficulty": "3"}, "field 'difficulty' should be int"),
-    ("stepsearch", {"sub_searchs": ["director"]}, r"sub_searchs\[0\] should be a list, not str"),
-    ("stepsearch", {"sub_searchs": [[], ["a"]]}, r"sub_searchs\[0\] should hold at least one query"),
-    ("stepsearch", {"sub_support_docs": ["text"]}, r"sub_support_docs\[0\] should be an object with title and paragraph_text"),
-    ("stepsearch", {"sub_support_docs": [{"paragraph_text": "Film is a film."}]}, r"sub_support_docs\[0\]: field 'title' is missing"),
-    ("stepsearch", {"sub_questions": ["one"]}, "'sub_questions' has 1 entries, but 'sub_searchs' has 2"),
-    ("search_r1", {"reward_model": KeyError}, "field 'golden_answers' is missing, and so is 'reward_model'"),
-    ("search_r1", {"reward_model": {"ground_truth": {}}}, "reward_model, ground_truth: field 'target' is missing"),
-    ("search_r1", {"prompt": [{"role": "user", "content": "Who?"}]}, "no question behind 'Question:' in the prompt"),
-    ("search_r1", {"data_source": KeyError}, "field 'data_source' is missing"),
-])
+@pytest.mark.parametrize(
+    "kind, changes, message",
+    [
+        (
+            "hotpotqa",
+            {"context": [["Film", "text"]]},
+            r"context\[0\] should be a title and a list of sentences",
+        ),
+        (
+            "hotpotqa",
+            {"context": [["Film", ["a", 1]]]},
+            r"context\[0\] should be a title and a list of sentences",
+        ),
+        (
+            "hotpotqa",
+            {"supporting_facts": [["Film", 0], ["Ann"]]},
+            r"supporting_facts\[1\] should be a title and a number",
+        ),
+        ("hotpotqa", {"supporting_facts": []}, "'supporting_facts' is empty"),
+        ("hotpotqa", {"answer": KeyError}, "field 'answer' is missing"),
+        ("2wikimultihopqa", {"evidences": KeyError}, "field 'evidences' is missing"),
+        (
+            "2wikimultihopqa",
+            {"evidences": [["Film", "director"]]},
+            r"evidences\[0\] should be a subject, a relation and an object",
+        ),
+        (
+            "2wikimultihopqa",
+            {"qa_pairs": [{"question": "Who?"}]},
+            "'qa_pairs' holds 1 pairs for 3 evidences",
+        ),
+        ("bamboogle", {"golden_answers": []}, "'golden_answers' should hold at least one answer"),
+        ("bamboogle", {"question": ""}, "field 'question' is empty"),
+        ("phantomwiki", {"answer": "Cid"}, "field 'answer' should be list, not str"),
+        (
+            "phantomwiki",
+            {"hops": [{"relation": "father", "gold_titles": [], "values": ["a"]}]},
+            r"hops\[0\]: 'gold_titles' should hold at least one",
+        ),
+        ("phantomwiki", {"difficulty": "3"}, "field 'difficulty' should be int"),
+        (
+            "stepsearch",
+            {"sub_searchs": ["director"]},
+            r"sub_searchs\[0\] should be a list, not str",
+        ),
+        (
+            "stepsearch",
+            {"sub_searchs": [[], ["a"]]},
+            r"sub_searchs\[0\] should hold at least one query",
+        ),
+        (
+            "stepsearch",
+            {"sub_support_docs": ["text"]},
+            r"sub_support_docs\[0\] should be an object with title and paragraph_text",
+        ),
+        (
+            "stepsearch",
+            {"sub_support_docs": [{"paragraph_text": "Film is a film."}]},
+            r"sub_support_docs\[0\]: field 'title' is missing",
+        ),
+        (
+            "stepsearch",
+            {"sub_questions": ["one"]},
+            "'sub_questions' has 1 entries, but 'sub_searchs' has 2",
+        ),
+        (
+            "search_r1",
+            {"reward_model": KeyError},
+            "field 'golden_answers' is missing, and so is 'reward_model'",
+        ),
+        (
+            "search_r1",
+            {"reward_model": {"ground_truth": {}}},
+            "reward_model, ground_truth: field 'target' is missing",
+        ),
+        (
+            "search_r1",
+            {"prompt": [{"role": "user", "content": "Who?"}]},
+            "no question behind 'Question:' in the prompt",
+        ),
+        ("search_r1", {"data_source": KeyError}, "field 'data_source' is missing"),
+    ],
+)
 def test_a_malformed_row_names_file_and_line(tmp_path, kind, changes, message):
     stem, row = FILES[kind]
     bad = {name: value for name, value in {**row, **changes}.items() if value is not KeyError}
@@ -186,20 +412,36 @@ def test_a_malformed_row_names_file_and_line(tmp_path, kind, changes, message):
 def test_builders_store_and_missing_files_say_where_to_get_them(tmp_path, kind):
     stem, row = FILES[kind]
     config = make_config(tmp_path, kind=kind, path=str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"set data.path to the folder of .*, from https?://"):
+    with pytest.raises(
+        FileNotFoundError, match=r"set data.path to the folder of .*, from https?://"
+    ):
         open_source(config, 0.9, 0.4)
     write_rows(tmp_path / f"{stem}.jsonl", [row])
     if OFFICIAL[kind].FORMAT.read_passages is None:
-        with pytest.raises(FileNotFoundError, match=r"brings no passages to search: put a corpus .* or set data.corpus"):
+        with pytest.raises(
+            FileNotFoundError,
+            match=r"brings no passages to search: put a corpus .* or set data.corpus",
+        ):
             open_source(config, 0.9, 0.4)
     write_rows(tmp_path / "corpus.jsonl", CORPUS)
     source = open_source(config, 0.9, 0.4)
     expected = read(kind, tmp_path)
-    assert list(source.documents) == expected.documents and {name: list(rows) for name, rows in source.splits.items()} == expected.splits
-    assert source.manifest["files"] == expected.files and source.manifest["kind"] == kind and open_source(config, 0.9, 0.4).manifest == source.manifest
+    assert (
+        list(source.documents) == expected.documents
+        and {name: list(rows) for name, rows in source.splits.items()} == expected.splits
+    )
+    assert (
+        source.manifest["files"] == expected.files
+        and source.manifest["kind"] == kind
+        and open_source(config, 0.9, 0.4).manifest == source.manifest
+    )
     (split,) = expected.splits
-    assert source.manifest["splits"][split]["gold_documents"] == len(expected.splits[split][0].gold_ids)
-    assert source.manifest["splits"][split]["missing_gold_documents"] == len(expected.splits[split][0].missing_gold)
+    assert source.manifest["splits"][split]["gold_documents"] == len(
+        expected.splits[split][0].gold_ids
+    )
+    assert source.manifest["splits"][split]["missing_gold_documents"] == len(
+        expected.splits[split][0].missing_gold
+    )
     if split == "test":  # a data set for testing only can be opened, but not trained on
         with pytest.raises(ValueError, match="data.train_split is 'train', but the data set has"):
             load_source(config, 0.9, 0.4)
@@ -213,18 +455,41 @@ def test_another_corpus_stands_in_for_the_one_beside(tmp_path, caplog, monkeypat
     beside = open_source(config, 0.9, 0.4)
     config.corpus = f"{tmp_path / 'more.jsonl'},{tmp_path / 'corpus.jsonl'}"
     source = open_source(config, 0.9, 0.4)
-    assert [document.title for document in source.documents] == ["Noise", "More", "Film", "Ann (director)", "Rome"]
-    assert source.manifest["hash"] != beside.manifest["hash"] and set(source.manifest["files"]) == {"test", "corpus", "corpus 1"}
-    index = index_files([tmp_path / "more.jsonl", tmp_path / "corpus.jsonl"], tmp_path / "index", 0.9, 0.4)  # to be served to a run with this corpus
+    assert [document.title for document in source.documents] == [
+        "Noise",
+        "More",
+        "Film",
+        "Ann (director)",
+        "Rome",
+    ]
+    assert source.manifest["hash"] != beside.manifest["hash"] and set(source.manifest["files"]) == {
+        "test",
+        "corpus",
+        "corpus 1",
+    }
+    index = index_files(
+        [tmp_path / "more.jsonl", tmp_path / "corpus.jsonl"], tmp_path / "index", 0.9, 0.4
+    )  # to be served to a run with this corpus
     assert index.describe(1)["corpus"] == hash_documents(source.documents) and len(index) == 5
     config.corpus = str(tmp_path / "none.jsonl")
-    with pytest.raises(FileNotFoundError, match=r"the corpus .*none\.jsonl is not there: change data.corpus"):
+    with pytest.raises(
+        FileNotFoundError, match=r"the corpus .*none\.jsonl is not there: change data.corpus"
+    ):
         open_source(config, 0.9, 0.4)
     # What another corpus lacks is said.
     (tmp_path / "musique").mkdir()
     write_rows(tmp_path / "musique" / "train.jsonl", [TWO_HOP])
     monkeypatch.setattr(loading.logger, "propagate", True)
-    open_source(make_config(tmp_path, kind="musique", path=str(tmp_path / "musique"), corpus=str(tmp_path / "more.jsonl")), 0.9, 0.4)
+    open_source(
+        make_config(
+            tmp_path,
+            kind="musique",
+            path=str(tmp_path / "musique"),
+            corpus=str(tmp_path / "more.jsonl"),
+        ),
+        0.9,
+        0.4,
+    )
     assert "musique: the corpus lacks 2 of the 2 gold documents of split train" in caplog.text
 
 
@@ -234,7 +499,13 @@ def test_a_changed_reader_is_a_new_data_set(tmp_path, monkeypatch):
     hashes = {open_source(config, 0.9, 0.4).manifest["hash"]}
     source_of = loading.inspect.getsource
     for module in ("rows", "passages", "official", "hotpotqa", "schema"):
-        monkeypatch.setattr(loading.inspect, "getsource", lambda read, m=module: source_of(read) + ("#" if read.__name__.endswith(f".{m}") else ""))
+        monkeypatch.setattr(
+            loading.inspect,
+            "getsource",
+            lambda read, m=module: (
+                source_of(read) + ("#" if read.__name__.endswith(f".{m}") else "")
+            ),
+        )
         hashes.add(open_source(config, 0.9, 0.4).manifest["hash"])
     assert len(hashes) == 6
 
@@ -253,23 +524,53 @@ def test_real_files(shared_data, kind):
     documents, splits, files = read(kind, shared_data / kind, corpus)
     found = {}
     for split, questions in splits.items():
-        held, lacking = ({x for question in questions for x in gold(question)} for gold in (lambda q: q.gold_ids, lambda q: q.missing_gold))
-        found[split] = len(questions), sum(len(question.sub_questions) for question in questions), len(held), len(lacking)
+        held, lacking = (
+            {x for question in questions for x in gold(question)}
+            for gold in (lambda q: q.gold_ids, lambda q: q.missing_gold)
+        )
+        found[split] = (
+            len(questions),
+            sum(len(question.sub_questions) for question in questions),
+            len(held),
+            len(lacking),
+        )
         assert len({question.uid for question in questions}) == len(questions)
     assert found == REAL[kind]
-    assert all(re.fullmatch("[0-9a-f]{64}", file["sha256"]) for file in files.values()) and "corpus" in files
+    assert (
+        all(re.fullmatch("[0-9a-f]{64}", file["sha256"]) for file in files.values())
+        and "corpus" in files
+    )
     # The answer of a sub-question stands in its gold documents nearly always (of a date, all its words do): gold ids point at the right rows.
-    subs = [sub for questions in splits.values() for question in questions for sub in question.sub_questions if sub.gold_ids]
-    texts = [" ".join(f"{documents[i].title} {documents[i].text}" for i in sub.gold_ids).lower() for sub in subs]
+    subs = [
+        sub
+        for questions in splits.values()
+        for question in questions
+        for sub in question.sub_questions
+        if sub.gold_ids
+    ]
+    texts = [
+        " ".join(f"{documents[i].title} {documents[i].text}" for i in sub.gold_ids).lower()
+        for sub in subs
+    ]
     words = [set(re.findall(r"\w+", sub.answer.lower())) for sub in subs]
-    assert not subs or sum(answer <= set(re.findall(r"\w+", text)) for answer, text in zip(words, texts)) / len(subs) > 0.8
+    assert (
+        not subs
+        or sum(answer <= set(re.findall(r"\w+", text)) for answer, text in zip(words, texts))
+        / len(subs)
+        > 0.8
+    )
 
 
 def test_files_of_a_folder_and_of_its_corpus(tmp_path):
     form = OFFICIAL["phantomwiki"].FORMAT
     write_rows(tmp_path / "questions.jsonl.gz", [PHANTOM])
     write_rows(tmp_path / "articles.jsonl", CORPUS)
-    assert find_inputs(form, tmp_path) == ({"test": tmp_path / "questions.jsonl.gz"}, [tmp_path / "articles.jsonl"])
+    assert find_inputs(form, tmp_path) == (
+        {"test": tmp_path / "questions.jsonl.gz"},
+        [tmp_path / "articles.jsonl"],
+    )
     write_rows(tmp_path / "articles.jsonl.gz", CORPUS)
-    with pytest.raises(ValueError, match="articles.jsonl and .*articles.jsonl.gz are the same split twice"):
+    with pytest.raises(
+        ValueError, match="articles.jsonl and .*articles.jsonl.gz are the same split twice"
+    ):
         find_inputs(form, tmp_path)

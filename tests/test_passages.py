@@ -1,4 +1,5 @@
 """Passages are found by title and text whatever their white space; the corpora of several files become one."""
+
 import json
 
 import pytest
@@ -12,26 +13,58 @@ from stepsearch_jax.records import Document, Question, SubQuestion
 def locate(passages, *gold):
     """-> ids of the gold passages that are there, and the others."""
     question = Question("q", "?", "a", loose_missing_gold=gold)
-    (found,) = locate_gold({"s": [question]}, [Document(i, title, text) for i, (title, text) in enumerate(passages)])["s"]
+    (found,) = locate_gold(
+        {"s": [question]}, [Document(i, title, text) for i, (title, text) in enumerate(passages)]
+    )["s"]
     return found.loose_gold_ids, found.loose_missing_gold
 
 
 def test_gold_is_found_by_title_and_text():
-    passages = [("Ann", "Ann is  from\nRome."), ("Bob", "One."), ("Bob", "Two."), ("Ann", "Ann is from Rome."), ("Cid", "x")]
-    for gold, row in {("Ann ", "Ann is from Rome."): 0, ("Bob", "Two ."): 2, ("Cid", ""): 4}.items():  # 0: the first of equal ones
+    passages = [
+        ("Ann", "Ann is  from\nRome."),
+        ("Bob", "One."),
+        ("Bob", "Two."),
+        ("Ann", "Ann is from Rome."),
+        ("Cid", "x"),
+    ]
+    for gold, row in {
+        ("Ann ", "Ann is from Rome."): 0,
+        ("Bob", "Two ."): 2,
+        ("Cid", ""): 4,
+    }.items():  # 0: the first of equal ones
         assert locate(passages, gold) == ((row,), ())
     # "": by title alone, and only where no other document has it. White space does not count, but is a text.
-    for gold in ("Bob", "Three."), ("Bo", "bTwo."), ("bob", "Two."), ("Bob", ""), ("Ann", ""), ("Dan", ""), ("Cid", " "):
+    for gold in (
+        ("Bob", "Three."),
+        ("Bo", "bTwo."),
+        ("bob", "Two."),
+        ("Bob", ""),
+        ("Ann", ""),
+        ("Dan", ""),
+        ("Cid", " "),
+    ):
         assert locate(passages, gold) == ((), (gold,))
-    assert locate(passages, ("Cid", ""), ("Dan", "y"), ("Cid", "x"), ("Bob", "One."), ("Dan", "y")) == ((4, 1), (("Dan", "y"),))
+    assert locate(
+        passages, ("Cid", ""), ("Dan", "y"), ("Cid", "x"), ("Bob", "One."), ("Dan", "y")
+    ) == ((4, 1), (("Dan", "y"),))
 
 
 def test_missing_gold_is_found_beside_what_was_found_before():
-    question = Question("q", "?", "a", sub_questions=(SubQuestion("s", "a", gold_ids=(0,), missing_gold=(("B", "b"), ("C", "c"))),),
-                        loose_gold_ids=(0,), loose_missing_gold=(("D", ""),))
+    question = Question(
+        "q",
+        "?",
+        "a",
+        sub_questions=(
+            SubQuestion("s", "a", gold_ids=(0,), missing_gold=(("B", "b"), ("C", "c"))),
+        ),
+        loose_gold_ids=(0,),
+        loose_missing_gold=(("D", ""),),
+    )
     documents = [Document(i, title, title.lower()) for i, title in enumerate("ADC")]
     (found,), nothing = locate_gold({"a": [question], "b": []}, documents).values()
-    assert found.sub_questions[0].gold_ids == (0, 2) and found.sub_questions[0].missing_gold == (("B", "b"),)
+    assert found.sub_questions[0].gold_ids == (0, 2) and found.sub_questions[0].missing_gold == (
+        ("B", "b"),
+    )
     assert found.loose_gold_ids == (0, 1) and found.loose_missing_gold == () and nothing == []
     assert found.gold_ids == (0, 2, 1) and found.missing_gold == (("B", "b"),)
 
@@ -40,29 +73,51 @@ def test_passages_are_seen_once(monkeypatch):
     """Whatever their white space, and also when most of them are sorted away; a digest that ends in a zero is as good as another."""
     monkeypatch.setattr(module, "_UNSORTED", 7)
     real, seen = module._digest, Seen()
-    monkeypatch.setattr(module, "_digest", lambda passage: {("0", "x"): b"a" * 15, ("1", "x"): b"a" * 14 + b"\0b"}.get(passage) or real(passage))
+    monkeypatch.setattr(
+        module,
+        "_digest",
+        lambda passage: (
+            {("0", "x"): b"a" * 15, ("1", "x"): b"a" * 14 + b"\0b"}.get(passage) or real(passage)
+        ),
+    )
     for _ in range(2):
         assert [seen.add((str(i), "x")) for i in range(40)] == [_ == 0] * 40
-    assert ("3 ", " x") in seen and ("3", "x ") in seen and ("3x", "") not in seen and ("40", "x") not in seen
+    assert (
+        ("3 ", " x") in seen
+        and ("3", "x ") in seen
+        and ("3x", "") not in seen
+        and ("40", "x") not in seen
+    )
 
 
-@pytest.mark.parametrize("row, expected", [
-    ({"title": "A", "text": "a", "contents": '"B"\nb'}, ("A", "a")),
-    ({"title": "A", "article": "# a"}, ("A", "# a")),
-    ({"contents": '"A "b" c"\ntext\nmore'}, ('A "b" c', "text\nmore")),
-    ({"id": 0, "contents": "A\ntext"}, ("A", "text")),
-    ({"contents": '"Heroes" (album)\ntext'}, ('"Heroes" (album)', "text")), ({"contents": 'Toys "R" "Us"\ntext'}, ('Toys "R" "Us"', "text")),
-    ({"contents": '""Heroes" (album)"\nx'}, ('"Heroes" (album)', "x")), ({"contents": '""Heroes" and "Low""\ntext'}, ('"Heroes" and "Low"', "text")),
-])
+@pytest.mark.parametrize(
+    "row, expected",
+    [
+        ({"title": "A", "text": "a", "contents": '"B"\nb'}, ("A", "a")),
+        ({"title": "A", "article": "# a"}, ("A", "# a")),
+        ({"contents": '"A "b" c"\ntext\nmore'}, ('A "b" c', "text\nmore")),
+        ({"id": 0, "contents": "A\ntext"}, ("A", "text")),
+        ({"contents": '"Heroes" (album)\ntext'}, ('"Heroes" (album)', "text")),
+        ({"contents": 'Toys "R" "Us"\ntext'}, ('Toys "R" "Us"', "text")),
+        ({"contents": '""Heroes" (album)"\nx'}, ('"Heroes" (album)', "x")),
+        ({"contents": '""Heroes" and "Low""\ntext'}, ('"Heroes" and "Low"', "text")),
+    ],
+)
 def test_forms_of_a_corpus_row(row, expected):
     assert read_passage(Row(row, "f, line 1", 1)) == expected
 
 
-@pytest.mark.parametrize("row, message", [
-    ({"title": "A"}, "field 'text' is missing"), ({"text": "a"}, "field 'title' is missing"), ({"contents": "no title"}, "'contents' should be a title"),
-    ({"contents": '""\ntext'}, "'contents' should be"), ({"contents": "A\n "}, "'contents' should be"),
-    ({"contents": "\t\ntext"}, "'contents' should be"),
-])
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"title": "A"}, "field 'text' is missing"),
+        ({"text": "a"}, "field 'title' is missing"),
+        ({"contents": "no title"}, "'contents' should be a title"),
+        ({"contents": '""\ntext'}, "'contents' should be"),
+        ({"contents": "A\n "}, "'contents' should be"),
+        ({"contents": "\t\ntext"}, "'contents' should be"),
+    ],
+)
 def test_malformed_corpus_rows(row, message):
     with pytest.raises(ValueError, match=f"f, line 1: {message}"):
         read_passage(Row(row, "f, line 1", 1))
@@ -73,6 +128,8 @@ def test_several_files_become_one_corpus(tmp_path):
     paths = []
     for name, titles in files.items():
         paths.append(tmp_path / f"{name}.jsonl")
-        paths[-1].write_text("".join(json.dumps({"title": title, "text": "x"}) + "\n" for title in titles))
+        paths[-1].write_text(
+            "".join(json.dumps({"title": title, "text": "x"}) + "\n" for title in titles)
+        )
     # The first file as it is; of the others what no file before them holds.
     assert [title for title, _ in read_corpus(paths)] == ["A", "B", "A", "C", "C", "D"]

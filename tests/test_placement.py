@@ -1,4 +1,5 @@
 """Rewards at their tokens: by hand, against a loop over Python lists, and the totals."""
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,24 +16,35 @@ OUTCOME = np.array([2.0, 3.0, 4.0], np.float32)
 
 
 def place(placement, outcome_overwrites=False):
-    return np.asarray(place_rewards(STEP, OUTCOME, END, MASK, placement=placement, outcome_overwrites=outcome_overwrites))
+    return np.asarray(
+        place_rewards(
+            STEP, OUTCOME, END, MASK, placement=placement, outcome_overwrites=outcome_overwrites
+        )
+    )
 
 
 def test_step_by_hand():
     """Row 0: .5 on token 3 (its search_end), 2 on token 6 (the last action token, not the last token). The 9s stand on turns without a search.
     Row 2: search and outcome meet on token 2: .25 + 4."""
-    np.testing.assert_array_equal(place(placement="step"), [[0, 0, 0, 0.5, 0, 0, 2, 0], [0] * 8, [0, 0, 4.25, 0, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(
+        place(placement="step"), [[0, 0, 0, 0.5, 0, 0, 2, 0], [0] * 8, [0, 0, 4.25, 0, 0, 0, 0, 0]]
+    )
 
 
 def test_merged_by_hand():
-    np.testing.assert_array_equal(place(placement="merged"), [[0, 0, 0, 0, 0, 0, 2.5, 0], [0] * 8, [0, 0, 4.25, 0, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(
+        place(placement="merged"),
+        [[0, 0, 0, 0, 0, 0, 2.5, 0], [0] * 8, [0, 0, 4.25, 0, 0, 0, 0, 0]],
+    )
 
 
 def test_outcome_overwrites_by_hand():
     """Row 2 loses the .25 that stood on its last action token; row 0 has its step reward elsewhere and keeps it."""
     step = [[0, 0, 0, 0.5, 0, 0, 2, 0], [0] * 8, [0, 0, 4, 0, 0, 0, 0, 0]]
     np.testing.assert_array_equal(place(placement="step", outcome_overwrites=True), step)
-    np.testing.assert_array_equal(place(placement="merged", outcome_overwrites=True).sum(1), np.sum(step, 1))
+    np.testing.assert_array_equal(
+        place(placement="merged", outcome_overwrites=True).sum(1), np.sum(step, 1)
+    )
 
 
 def test_unknown_placement_is_refused():
@@ -44,7 +56,10 @@ def test_nan_on_turns_that_never_happened_does_no_harm():
     step = np.where(END < 0, np.nan, STEP)
     outcome = np.where(MASK.any(1), OUTCOME, np.nan)
     for placement in ("step", "merged"):
-        np.testing.assert_array_equal(place_rewards(step, outcome, END, MASK, placement=placement, outcome_overwrites=False), place(placement=placement))
+        np.testing.assert_array_equal(
+            place_rewards(step, outcome, END, MASK, placement=placement, outcome_overwrites=False),
+            place(placement=placement),
+        )
 
 
 @st.composite
@@ -58,7 +73,12 @@ def batches(draw):
         actions = np.flatnonzero(mask[row])
         if len(actions):
             end[row] = np.where(rng.random(k) < 0.6, rng.choice(actions, k), -1)
-    return rng.normal(size=(b, k)).astype(np.float32), rng.normal(size=b).astype(np.float32), end, mask
+    return (
+        rng.normal(size=(b, k)).astype(np.float32),
+        rng.normal(size=b).astype(np.float32),
+        end,
+        mask,
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -73,9 +93,13 @@ def test_equals_a_plain_loop(batch, overwrites):
         actions = [t for t in range(mask.shape[1]) if mask[b, t]]
         if actions:
             expected[b, actions[-1]] = outcome[b] + (0 if overwrites else expected[b, actions[-1]])
-    placed = np.asarray(place_rewards(step, outcome, end, mask, placement="step", outcome_overwrites=overwrites))
+    placed = np.asarray(
+        place_rewards(step, outcome, end, mask, placement="step", outcome_overwrites=overwrites)
+    )
     np.testing.assert_allclose(placed, expected, atol=1e-6)
-    merged = np.asarray(place_rewards(step, outcome, end, mask, placement="merged", outcome_overwrites=overwrites))
+    merged = np.asarray(
+        place_rewards(step, outcome, end, mask, placement="merged", outcome_overwrites=overwrites)
+    )
     np.testing.assert_allclose(merged.sum(1), placed.sum(1), atol=1e-5)  # the same total, elsewhere
     assert ((merged != 0).sum(1) <= 1).all()
     assert (placed[~mask] == 0).all() and (merged[~mask] == 0).all()
@@ -84,6 +108,8 @@ def test_equals_a_plain_loop(batch, overwrites):
 def test_padding_changes_nothing():
     wider = jnp.pad(jnp.asarray(MASK), ((0, 0), (0, 5)))
     for placement in ("step", "merged"):
-        padded = np.asarray(place_rewards(STEP, OUTCOME, END, wider, placement=placement, outcome_overwrites=False))
+        padded = np.asarray(
+            place_rewards(STEP, OUTCOME, END, wider, placement=placement, outcome_overwrites=False)
+        )
         np.testing.assert_array_equal(padded[:, :8], place(placement=placement))
         assert (padded[:, 8:] == 0).all()

@@ -1,4 +1,5 @@
 """Trainings on made-up TPUs: a sweep over two of them, and the real training command on two hosts whose machines vanish."""
+
 import importlib.util
 import pathlib
 import re
@@ -27,7 +28,9 @@ import os, subprocess, sys
 flags = [flag.replace("--workdir=gs://", "--workdir={bucket}/") for flag in sys.argv[2:]]
 sys.exit(subprocess.run([sys.executable, "{self.train}", *flags]).returncode if sys.argv[1] == "0" else 0)
 """)
-        spec = importlib.util.spec_from_file_location("sweep_pod", cloud.root / "launch/sweep_pod.py")
+        spec = importlib.util.spec_from_file_location(
+            "sweep_pod", cloud.root / "launch/sweep_pod.py"
+        )
         self.command = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(self.command)
 
@@ -41,7 +44,9 @@ sys.exit(subprocess.run([sys.executable, "{self.train}", *flags]).returncode if 
         """-> (exit status, stdout, stderr)."""
         self.capsys.readouterr()
         try:
-            status = self.command.main(["--pods=pod-a,pod-b", "--storage=gs://b/my sweep/", *self.arguments(*more)])
+            status = self.command.main(
+                ["--pods=pod-a,pod-b", "--storage=gs://b/my sweep/", *self.arguments(*more)]
+            )
         except SystemExit as end:  # argparse
             status = end.code
         return status, *self.capsys.readouterr()
@@ -49,8 +54,18 @@ sys.exit(subprocess.run([sys.executable, "{self.train}", *flags]).returncode if 
 
 @pytest.fixture
 def pod_sweep(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sweeping, "CONFIG", sweeping.CONFIG.replace("seed=0,", "seed=0, distributed=dict(processes=1),"))
-    monkeypatch.setattr(sweeping, "SWEEP", sweeping.define('add("Full", {}, range(2))', 'add("merged", {"reward.placement": "merged"}, [0])'))
+    monkeypatch.setattr(
+        sweeping,
+        "CONFIG",
+        sweeping.CONFIG.replace("seed=0,", "seed=0, distributed=dict(processes=1),"),
+    )
+    monkeypatch.setattr(
+        sweeping,
+        "SWEEP",
+        sweeping.define(
+            'add("Full", {}, range(2))', 'add("merged", {"reward.placement": "merged"}, [0])'
+        ),
+    )
     monkeypatch.setattr(sys, "path", list(sys.path))  # loading the command adds to it
     folder = tmp_path / "bench"
     folder.mkdir()
@@ -65,14 +80,22 @@ def pod_sweep(tmp_path, capsys, monkeypatch):
 def test_sweep_on_two_tpus(pod_sweep, monkeypatch):
     """Both are at work at once, a point at a time on each; a point that fails is run again the next time, what is finished is not."""
     monkeypatch.setenv("RESTARTS", "1")
-    pod_sweep.change_plan(**{"merged-0": dict(fail="no luck", status=1)}, **{name: dict(seconds=3.0) for name in ("full-0", "full-1")})
+    pod_sweep.change_plan(
+        **{"merged-0": dict(fail="no luck", status=1)},
+        **{name: dict(seconds=3.0) for name in ("full-0", "full-1")},
+    )
     status, _, error = pod_sweep.run_pods("--config.iterations=6")
     assert status == 1 and "failed: merged-0: exit status 1" in error, error
     assert set(pod_sweep.take_starts()) == set(pod_sweep.plan)
     runs = pod_sweep.cloud.folder / "buckets/b/my sweep/points"
     assert {path.name for path in runs.iterdir()} == set(pod_sweep.plan)
-    assert (pod_sweep.workdir / "points/full-0/metrics.jsonl").read_text() == (runs / "full-0/metrics.jsonl").read_text()
-    first = [re.search(r"on (pod-.)", (pod_sweep.workdir / f"points/full-{seed}.log").read_text())[1] for seed in (0, 1)]
+    assert (pod_sweep.workdir / "points/full-0/metrics.jsonl").read_text() == (
+        runs / "full-0/metrics.jsonl"
+    ).read_text()
+    first = [
+        re.search(r"on (pod-.)", (pod_sweep.workdir / f"points/full-{seed}.log").read_text())[1]
+        for seed in (0, 1)
+    ]
     assert sorted(first) == ["pod-a", "pod-b"]
     table = pod_sweep.read_table()["sweeps"][0]["methods"]
     assert [len([run for run in method["runs"] if run["finished"]]) for method in table] == [2, 0]
@@ -90,7 +113,10 @@ def test_sweep_dry_run_and_bad_input(pod_sweep, monkeypatch):
     status, out, error = pod_sweep.run_pods()
     lines = out.splitlines()
     assert status == 0 and len(lines) == len(pod_sweep.plan), error
-    assert all(line.startswith("NAME=pod-a|pod-b bash launch/pod/train_pod.sh ") for line in lines) and "'--workdir=gs://b/my sweep/points/full-0'" in lines[0]
+    assert (
+        all(line.startswith("NAME=pod-a|pod-b bash launch/pod/train_pod.sh ") for line in lines)
+        and "'--workdir=gs://b/my sweep/points/full-0'" in lines[0]
+    )
     monkeypatch.delenv("ZONE")
     status, _, error = pod_sweep.run_pods()
     assert status == 2 and "ZONE is missing" in error
@@ -104,31 +130,50 @@ def test_real_training_survives_a_preemption_bit_for_bit(tmp_path, tmp_path_fact
 
     cloud = Cloud(tmp_path, hosts=2)
     for name in ("stepsearch_jax", "configs"):
-        shutil.copytree(REPO / name, cloud.root / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            REPO / name, cloud.root / name, ignore=shutil.ignore_patterns("__pycache__")
+        )
     (cloud.root / "tests").mkdir()
     shutil.copy(REPO / "tests/tiny_config.py", cloud.root / "tests")
-    (cloud.attempts.parent / "train.py").write_text("import os, sys\nos.execv(sys.executable, [sys.executable, '-m', 'stepsearch_jax.train', *sys.argv[2:]])\n")
-    cloud.environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": running.COMPILE_FAST, "PYTHONPATH": ".", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-                          "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs")}
+    (cloud.attempts.parent / "train.py").write_text(
+        "import os, sys\nos.execv(sys.executable, [sys.executable, '-m', 'stepsearch_jax.train', *sys.argv[2:]])\n"
+    )
+    cloud.environment |= {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": running.COMPILE_FAST,
+        "PYTHONPATH": ".",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs"),
+    }
     cloud.set_state("READY")
     assert cloud.run("launch/pod/setup.sh", **NAMES)[0] == 0
     whole, preempted = tmp_path / "disk/whole", tmp_path / "disk/preempted"
-    flags = [f"--config=tests/tiny_config.py:{running.shared_cache(tmp_path_factory)}",
-             f"--config.imitation.checkpoint={running.searching_start(tmp_path_factory)}", "--config.iterations=4", "--config.evaluation.questions=8"]
+    flags = [
+        f"--config=tests/tiny_config.py:{running.shared_cache(tmp_path_factory)}",
+        f"--config.imitation.checkpoint={running.searching_start(tmp_path_factory)}",
+        "--config.iterations=4",
+        "--config.evaluation.questions=8",
+    ]
 
     def start(workdir: pathlib.Path) -> subprocess.Popen:
         return cloud.start("launch/pod/train_pod.sh", *flags, f"--workdir={workdir}", **TPU)
 
     process = start(whole)
     out, error = process.communicate(timeout=600)
-    assert process.returncode == 0, error + "".join(log.read_text()[-3000:] for log in cloud.root.glob("runs/pods/*/*/*.log"))
+    assert process.returncode == 0, error + "".join(
+        log.read_text()[-3000:] for log in cloud.root.glob("runs/pods/*/*/*.log")
+    )
     process = start(preempted)
     wait_until(lambda: (preempted / "checkpoints/1").is_dir(), 300)
     preempt(cloud)
     out, error = process.communicate(timeout=600)
     assert process.returncode == 0 and "search-1 is PREEMPTED" in error, error
     logs = [path.read_text() for path in sorted(cloud.root.glob("runs/pods/search-1/*/1.log"))]
-    assert len(logs) == 3 and "resumed from iteration" not in logs[1] and "resumed from iteration" in logs[2]
+    assert (
+        len(logs) == 3
+        and "resumed from iteration" not in logs[1]
+        and "resumed from iteration" in logs[2]
+    )
     expected, got = running.final_state(whole, 4), running.final_state(preempted, 4)
     assert expected.keys() == got.keys()
     for name, leaf in expected.items():

@@ -1,4 +1,5 @@
 """The pod scripts against a fake gcloud: what they ask of it, and, on hosts that are folders of this machine, what they really do."""
+
 import os
 import re
 import shlex
@@ -35,7 +36,12 @@ def test_syntax_and_help(script, cloud):
     if script.name != "pod.sh":
         assert os.access(script, os.X_OK)
         status, out, _ = cloud.run(f"launch/pod/{script.name}", "--help")
-        assert status == 0 and f"launch/pod/{script.name}" in out and "pipefail" not in out and "#" not in out
+        assert (
+            status == 0
+            and f"launch/pod/{script.name}" in out
+            and "pipefail" not in out
+            and "#" not in out
+        )
 
 
 @pytest.mark.parametrize("script", ["create", "setup", "train_pod", "stop", "delete"])
@@ -43,16 +49,31 @@ def test_missing_names_are_named(script, cloud):
     needed = TPU if script in ("create", "train_pod") else NAMES
     arguments = TRAIN[1:] if script == "train_pod" else ()
     for name in needed:
-        status, _, error = cloud.run(f"launch/pod/{script}.sh", *arguments, **{key: value for key, value in needed.items() if key != name})
+        status, _, error = cloud.run(
+            f"launch/pod/{script}.sh",
+            *arguments,
+            **{key: value for key, value in needed.items() if key != name},
+        )
         assert status == 2 and error.startswith(f"{name} is missing: ") and f"{name}=" in error
     assert cloud.take_calls() == []
 
 
-@pytest.mark.parametrize("arguments", [(), ("train",), ("train", "attempt-1"), ("copy", "gs://b/x"), ("stop",), ("instal",)])
+@pytest.mark.parametrize(
+    "arguments",
+    [(), ("train",), ("train", "attempt-1"), ("copy", "gs://b/x"), ("stop",), ("instal",)],
+)
 def test_host_shows_its_help_where_arguments_lack(arguments, tmp_path):
     environment = os.environ | {"HOME": str(tmp_path)}
-    done = subprocess.run(["bash", REPO / "launch/pod/host.sh", *arguments], env=environment, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stderr) == (2, "") and done.stdout.startswith("What the pod scripts run on every host")
+    done = subprocess.run(
+        ["bash", REPO / "launch/pod/host.sh", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (2, "") and done.stdout.startswith(
+        "What the pod scripts run on every host"
+    )
 
 
 # --- create and delete
@@ -60,28 +81,58 @@ def test_host_shows_its_help_where_arguments_lack(arguments, tmp_path):
 
 @pytest.mark.parametrize("capacity,flags", [("on-demand", []), ("spot", ["--spot"])])
 def test_create(cloud, capacity, flags):
-    status, out, _ = cloud.run("launch/pod/create.sh", CAPACITY=capacity, CREATE_FLAGS="--network=my-net --reserved", **TPU)
+    status, out, _ = cloud.run(
+        "launch/pod/create.sh", CAPACITY=capacity, CREATE_FLAGS="--network=my-net --reserved", **TPU
+    )
     assert status == 0 and out.splitlines()[-1] == "search-1 is ready"
-    assert cloud.changes() == [["tpu-vm", "create", "search-1", "--version=v2-alpha-tpuv5-lite", "--accelerator-type=v5litepod-16", "--network=my-net",
-                                "--reserved", *flags, *PLACE]]
+    assert cloud.changes() == [
+        [
+            "tpu-vm",
+            "create",
+            "search-1",
+            "--version=v2-alpha-tpuv5-lite",
+            "--accelerator-type=v5litepod-16",
+            "--network=my-net",
+            "--reserved",
+            *flags,
+            *PLACE,
+        ]
+    ]
     assert cloud.run("launch/pod/create.sh", **TPU)[0] == 0 and cloud.changes() == []  # it is there
 
 
 @pytest.mark.parametrize("capacity,flags", [("queued", []), ("queued-spot", ["--spot"])])
 def test_create_queued(cloud, capacity, flags):
     """The request waits, then the TPU is made; started again in between, the script only waits."""
-    create = ["queued-resources", "create", "search-1", "--node-id=search-1", "--runtime-version=v2-alpha-tpuv5-lite", "--async",
-              "--accelerator-type=v5litepod-16", *flags, *PLACE]
-    assert cloud.run("launch/pod/create.sh", CAPACITY=capacity, **TPU)[0] == 0 and cloud.changes() == [create]
+    create = [
+        "queued-resources",
+        "create",
+        "search-1",
+        "--node-id=search-1",
+        "--runtime-version=v2-alpha-tpuv5-lite",
+        "--async",
+        "--accelerator-type=v5litepod-16",
+        *flags,
+        *PLACE,
+    ]
+    assert cloud.run("launch/pod/create.sh", CAPACITY=capacity, **TPU)[
+        0
+    ] == 0 and cloud.changes() == [create]
     assert (cloud.folder / "search-1.tpu-vm").read_text() == "READY"
     (cloud.folder / "search-1.tpu-vm").unlink()
     cloud.set_state("WAITING_FOR_RESOURCES", "queued-resources")
-    assert cloud.run("launch/pod/create.sh", CAPACITY=capacity, **TPU)[0] == 0 and cloud.changes() == []
+    assert (
+        cloud.run("launch/pod/create.sh", CAPACITY=capacity, **TPU)[0] == 0
+        and cloud.changes() == []
+    )
     # The TPU was preempted, its request suspended: both go, and a new request is made.
     cloud.set_state("PREEMPTED")
     cloud.set_state("SUSPENDED", "queued-resources")
     assert cloud.run("launch/pod/create.sh", CAPACITY=capacity, **TPU)[0] == 0
-    assert cloud.changes() == [["queued-resources", "delete", "search-1", "--force", *PLACE], create]
+    assert cloud.changes() == [
+        ["queued-resources", "delete", "search-1", "--force", *PLACE],
+        create,
+    ]
 
 
 def test_a_failed_request_is_told(cloud):
@@ -96,7 +147,10 @@ def test_a_failed_request_is_told(cloud):
 def test_what_was_preempted_is_made_anew(cloud, state):
     cloud.set_state(state)
     assert cloud.run("launch/pod/create.sh", CAPACITY="spot", **TPU)[0] == 0
-    assert [words[:3] for words in cloud.changes()] == [["tpu-vm", "delete", "search-1"], ["tpu-vm", "create", "search-1"]]
+    assert [words[:3] for words in cloud.changes()] == [
+        ["tpu-vm", "delete", "search-1"],
+        ["tpu-vm", "create", "search-1"],
+    ]
 
 
 def test_errors_of_gcloud_end_the_scripts(cloud):
@@ -105,7 +159,11 @@ def test_errors_of_gcloud_end_the_scripts(cloud):
     assert status == 1 and "no more capacity" in error
     cloud.plan(hosts=1, **{"fail tpu-vm describe": ["PERMISSION_DENIED: no"] * 10})
     status, _, error = cloud.run("launch/pod/create.sh", **TPU)
-    assert status == 1 and "the state of search-1 cannot be read" in error and "PERMISSION_DENIED" in error
+    assert (
+        status == 1
+        and "the state of search-1 cannot be read" in error
+        and "PERMISSION_DENIED" in error
+    )
     cloud.take_calls()
     cloud.plan(hosts=1, **{"fail tpu-vm describe": ["connection lost"] * 2})
     assert cloud.run("launch/pod/create.sh", **TPU)[0] == 0
@@ -122,7 +180,9 @@ def test_delete_asks_nothing_and_deletes_what_there_is(cloud):
     cloud.set_state("ACTIVE", "queued-resources")
     assert cloud.run("launch/pod/delete.sh", **NAMES)[0] == 0
     assert cloud.changes() == [["queued-resources", "delete", "search-1", "--force", *PLACE]]
-    assert [path.name for path in cloud.folder.glob("*.tpu-vm")] == ["another.tpu-vm"] and not list(cloud.folder.glob("*.queued-resources"))
+    assert [path.name for path in cloud.folder.glob("*.tpu-vm")] == ["another.tpu-vm"] and not list(
+        cloud.folder.glob("*.queued-resources")
+    )
 
 
 @pytest.mark.parametrize("script", ["create", "delete", "stop"])
@@ -130,10 +190,18 @@ def test_a_name_as_an_argument_touches_no_other_tpu(cloud, script):
     cloud.set_state("READY")
     cloud.take_calls()
     status, _, error = cloud.run(f"launch/pod/{script}.sh", "search-2", **TPU)
-    assert status == 2 and f"{script}.sh takes no arguments (search-2)" in error and cloud.take_calls() == []
+    assert (
+        status == 2
+        and f"{script}.sh takes no arguments (search-2)" in error
+        and cloud.take_calls() == []
+    )
     if script == "stop":
         status, _, error = cloud.run("launch/pod/stop.sh", WAIT_S="10m", **NAMES)
-        assert status == 2 and "WAIT_S=10m is no number of seconds" in error and cloud.take_calls() == []
+        assert (
+            status == 2
+            and "WAIT_S=10m is no number of seconds" in error
+            and cloud.take_calls() == []
+        )
 
 
 # --- set up
@@ -150,33 +218,68 @@ def test_setup_brings_the_working_tree_and_data_to_every_host(cloud, tmp_path):
     for folder in (data, bucket):
         folder.mkdir(parents=True)
         (folder / "train.jsonl").write_text(folder.name)
-    status, out, error = cloud.run("launch/pod/setup.sh", f"{data}=data/of mine", "gs://my-bucket/musique $1=data/musique 'x'", **NAMES)
+    status, out, error = cloud.run(
+        "launch/pod/setup.sh",
+        f"{data}=data/of mine",
+        "gs://my-bucket/musique $1=data/musique 'x'",
+        **NAMES,
+    )
     assert status == 0, error
     for host in (0, 1):
         there = cloud.home(host) / "stepsearch"
-        assert (there / "not committed").read_text() == "new\n" and (there / "a file").read_text() == "changed\n"
-        assert not (there / "launch/test.sh").exists() and not (there / "runs").exists() and not (there / ".git").exists()
-        assert (there / "data/of mine/train.jsonl").read_text() == "my data" and (there / "data/musique 'x'/train.jsonl").read_text() == "musique $1"
-        installed = [line.split(": ")[1] for line in cloud.log.read_text().splitlines() if line.startswith(f"{there}: ")]
+        assert (there / "not committed").read_text() == "new\n" and (
+            there / "a file"
+        ).read_text() == "changed\n"
+        assert (
+            not (there / "launch/test.sh").exists()
+            and not (there / "runs").exists()
+            and not (there / ".git").exists()
+        )
+        assert (there / "data/of mine/train.jsonl").read_text() == "my data" and (
+            there / "data/musique 'x'/train.jsonl"
+        ).read_text() == "musique $1"
+        installed = [
+            line.split(": ")[1]
+            for line in cloud.log.read_text().splitlines()
+            if line.startswith(f"{there}: ")
+        ]
         pip = "-m pip install --quiet --disable-pip-version-check -r "
-        assert installed == ["-m venv --clear .venv", pip + "requirements.txt", pip + "requirements-tpu.txt"]
+        assert installed == [
+            "-m venv --clear .venv",
+            pip + "requirements.txt",
+            pip + "requirements-tpu.txt",
+        ]
     assert all("--worker=all" in words for words in cloud.take_calls() if words[0] == "tpu-vm")
 
 
 def test_setup_clones_a_commit(cloud):
     cloud.set_state("READY")
-    commit = subprocess.run(["git", "-C", cloud.root, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "-C", cloud.root, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+    ).stdout.strip()
     (cloud.root / "not committed").touch()
     for _ in range(2):  # again, over what is there
-        status, _, error = cloud.run("launch/pod/setup.sh", REPOSITORY=str(cloud.root), COMMIT=commit, **NAMES)
+        status, _, error = cloud.run(
+            "launch/pod/setup.sh", REPOSITORY=str(cloud.root), COMMIT=commit, **NAMES
+        )
         assert status == 0, error
-        assert (cloud.home(1) / "stepsearch/a file").exists() and not (cloud.home(1) / "stepsearch/not committed").exists()
+        assert (cloud.home(1) / "stepsearch/a file").exists() and not (
+            cloud.home(1) / "stepsearch/not committed"
+        ).exists()
     status, _, error = cloud.run("launch/pod/setup.sh", REPOSITORY=str(cloud.root), **NAMES)
     assert status == 2 and error.startswith("COMMIT is missing")
 
 
 def test_setup_refuses_what_is_not_there(cloud):
-    for argument in ("no pair", "/no/such/folder=data", "=data", "data=", "gs://=data", "gs:///musique=data", "gs:bucket=data"):
+    for argument in (
+        "no pair",
+        "/no/such/folder=data",
+        "=data",
+        "data=",
+        "gs://=data",
+        "gs:///musique=data",
+        "gs:bucket=data",
+    ):
         status, _, error = cloud.run("launch/pod/setup.sh", argument, **NAMES)
         assert status == 2 and argument.split("=")[0] in error
     assert cloud.take_calls() == []
@@ -190,13 +293,28 @@ def test_a_host_without_a_new_python_gets_one(cloud, tmp_path):
     cloud.set_state("READY")
     tools = tmp_path / "tools"
     tools.mkdir()
-    for name in ("bash", "cat", "dirname", "head", "mkdir", "rm", "cp", "tar", "gzip", "env", "tail", "touch", "setsid", "sh"):
+    for name in (
+        "bash",
+        "cat",
+        "dirname",
+        "head",
+        "mkdir",
+        "rm",
+        "cp",
+        "tar",
+        "gzip",
+        "env",
+        "tail",
+        "touch",
+        "setsid",
+        "sh",
+    ):
         (tools / name).symlink_to(shutil.which(name))
     old = tools / "python3"
-    old.write_text(f"""#!{shutil.which('bash')}
+    old.write_text(f"""#!{shutil.which("bash")}
 case "$*" in
   -c*) exit 1 ;;
-  *"uv python find 3.12") echo "{cloud.environment['PYTHON']}" ;;
+  *"uv python find 3.12") echo "{cloud.environment["PYTHON"]}" ;;
   *) echo "old: $*" >>"{cloud.log}" ;;
 esac
 """)
@@ -204,10 +322,19 @@ esac
     repository = cloud.root
     environment = cloud.environment | {"PATH": str(tools), "HOME": str(tmp_path)}
     del environment["PYTHON"]
-    done = subprocess.run([tools / "bash", repository / "launch/pod/host.sh", "install"], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [tools / "bash", repository / "launch/pod/host.sh", "install"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     lines = cloud.log.read_text().splitlines()
-    assert lines[:2] == ["old: -m pip install --quiet --user uv", "old: -m uv python install --quiet 3.12"] and "venv --clear .venv" in lines[2]
+    assert (
+        lines[:2]
+        == ["old: -m pip install --quiet --user uv", "old: -m uv python install --quiet 3.12"]
+        and "venv --clear .venv" in lines[2]
+    )
 
 
 # --- train
@@ -219,13 +346,21 @@ def test_train_runs_on_all_hosts_with_a_log_each(pod):
     odd = "--config.data.path=a b $HOME 'c'  \"d\"*"
     status, out, error = pod.run(*TRAIN, odd, **TPU)
     assert status == 0 and out.splitlines()[-1] == "the training is complete", error
-    expected = ["--config=configs/x.py:small", "--workdir=/disk/run", "--config.distributed.processes=0", odd]
+    expected = [
+        "--config=configs/x.py:small",
+        "--workdir=/disk/run",
+        "--config.distributed.processes=0",
+        odd,
+    ]
     assert pod.started(0) == pod.started(1) == [expected]
     (attempt,) = (pod.root / "runs/pods/search-1").iterdir()
     assert sorted(path.name for path in attempt.iterdir()) == ["0.log", "1.log"]
     assert [(attempt / f"{host}.log").read_text() for host in (0, 1)] == ["hello\n"] * 2
     (call,) = pod.changes()
-    assert call[:4] == ["tpu-vm", "ssh", "search-1", "--worker=all"] and f"--output-directory=runs/pods/search-1/{attempt.name}" in call
+    assert (
+        call[:4] == ["tpu-vm", "ssh", "search-1", "--worker=all"]
+        and f"--output-directory=runs/pods/search-1/{attempt.name}" in call
+    )
 
 
 @pytest.mark.slow
@@ -241,9 +376,18 @@ def test_a_preempted_tpu_is_replaced_and_the_training_resumed(pod, tmp_path):
     out, error = process.communicate(timeout=60)
     assert process.returncode == 0, error
     assert "search-1 is PREEMPTED" in error and out.splitlines()[-1] == "the training is complete"
-    assert pod.started(0) == pod.started(1) and len(pod.started(0)) == 2 and pod.started(0)[0] == pod.started(0)[1]
+    assert (
+        pod.started(0) == pod.started(1)
+        and len(pod.started(0)) == 2
+        and pod.started(0)[0] == pod.started(0)[1]
+    )
     changes = [words[:2] for words in pod.changes()]
-    assert changes[:4] == [["tpu-vm", "ssh"], ["tpu-vm", "delete"], ["tpu-vm", "create"], ["tpu-vm", "scp"]] and changes[-1] == ["tpu-vm", "ssh"]
+    assert changes[:4] == [
+        ["tpu-vm", "ssh"],
+        ["tpu-vm", "delete"],
+        ["tpu-vm", "create"],
+        ["tpu-vm", "scp"],
+    ] and changes[-1] == ["tpu-vm", "ssh"]
     assert (pod.home(1) / "stepsearch/data/x y/x").exists()
     assert len(list((pod.root / "runs/pods/search-1").iterdir())) == 2
 
@@ -266,14 +410,20 @@ def test_a_failure_of_the_program_stops_with_its_message(pod):
     pod.set_attempts(dict(say="stepsearch_jax: data.path is empty", status=1))
     status, _, error = pod.run(*TRAIN, RESTARTS="2", **TPU)
     assert status == 1 and len(pod.started(0)) == 2
-    assert error.count("--- the end of") == 2 and error.count("stepsearch_jax: data.path is empty") == 2
+    assert (
+        error.count("--- the end of") == 2
+        and error.count("stepsearch_jax: data.path is empty") == 2
+    )
     assert (pod.folder / "search-1.tpu-vm").read_text() == "READY"
 
 
 @pytest.mark.slow
 def test_only_attempts_without_progress_count(pod):
     """Crashes after a new checkpoint each are no reason to give up; three in a row that begin where the last one did are."""
-    resumed = [dict(say=f"12:00:00 resumed from iteration {iteration}", status=70) for iteration in (10, 20, 30, 30, 30)]
+    resumed = [
+        dict(say=f"12:00:00 resumed from iteration {iteration}", status=70)
+        for iteration in (10, 20, 30, 30, 30)
+    ]
     pod.set_attempts(dict(status=70), *resumed, {})
     status, _, error = pod.run(*TRAIN, **TPU)
     assert status == 70 and len(pod.started(0)) == 6
@@ -284,8 +434,11 @@ def test_only_attempts_without_progress_count(pod):
 def test_one_host_that_fails_fails_the_attempt(pod):
     """The other one is ended before the next attempt."""
     pod.set_attempts(dict(seconds=0.0))
-    (pod.attempts.parent / "train.py").write_text(FAKE_TRAIN.format(attempts=str(pod.attempts)).replace(
-        "sys.exit(", "sys.exit(9 if sys.argv[1] == '1' and number == 0 else "))
+    (pod.attempts.parent / "train.py").write_text(
+        FAKE_TRAIN.format(attempts=str(pod.attempts)).replace(
+            "sys.exit(", "sys.exit(9 if sys.argv[1] == '1' and number == 0 else "
+        )
+    )
     status, out, error = pod.run(*TRAIN, **TPU)
     assert status == 0 and "ended with status 9; search-1 is READY" in error
     assert sum("host.sh stop 10" in word for words in pod.changes() for word in words) == 1
@@ -315,7 +468,14 @@ def test_a_broken_connection_starts_nothing_twice(pod):
     host = ["bash", "launch/pod/host.sh", "train", "attempt-1", "--config=x", "--workdir=y"]
     environment = pod.environment | {"HOME": str(pod.home(0)), "SLURM_PROCID": "0"}
     for _ in range(2):
-        done = subprocess.run(host, cwd=pod.home(0) / "stepsearch", env=environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            host,
+            cwd=pod.home(0) / "stepsearch",
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
         assert (done.returncode, done.stdout) == (5, "going\n")
     assert len(pod.started(0)) == 1
 
@@ -333,7 +493,12 @@ def test_stop_ends_the_training(pod):
 
 @pytest.mark.slow
 def test_train_refuses_what_it_does_not_know(pod):
-    for arguments in (("--config=x", "--workdir=runs/x"), ("--config=x", "--workdir=/x", "--sede=1"), ("--config=x",), ("--workdir=/x",)):
+    for arguments in (
+        ("--config=x", "--workdir=runs/x"),
+        ("--config=x", "--workdir=/x", "--sede=1"),
+        ("--config=x",),
+        ("--workdir=/x",),
+    ):
         status, _, error = pod.run("launch/pod/train_pod.sh", *arguments, **TPU)
         assert status == 2 and "--help" in error
     for argument in ("--workdir=gs:///x", "--workdir=gs://"):
@@ -341,22 +506,38 @@ def test_train_refuses_what_it_does_not_know(pod):
     assert pod.take_calls() == []
 
 
-@pytest.mark.parametrize("arguments,variables,complaint", [
-    (["--copy=/no/such/folder=data"], {}, "there is no folder /no/such/folder"), (["--copy=gs:///x=data"], {}, "names no bucket"),
-    ([], {"CAPACITY": "sopt"}, "CAPACITY=sopt is not known"), ([], {"REPOSITORY": "https://x"}, "COMMIT is missing")])
-def test_train_refuses_what_a_new_tpu_could_not_be_made_with(cloud, arguments, variables, complaint):
+@pytest.mark.parametrize(
+    "arguments,variables,complaint",
+    [
+        (["--copy=/no/such/folder=data"], {}, "there is no folder /no/such/folder"),
+        (["--copy=gs:///x=data"], {}, "names no bucket"),
+        ([], {"CAPACITY": "sopt"}, "CAPACITY=sopt is not known"),
+        ([], {"REPOSITORY": "https://x"}, "COMMIT is missing"),
+    ],
+)
+def test_train_refuses_what_a_new_tpu_could_not_be_made_with(
+    cloud, arguments, variables, complaint
+):
     """At once, not hours later, when the first TPU is gone."""
     cloud.set_state("READY")
     status, _, error = cloud.run(*TRAIN, *arguments, **variables, **TPU)
     assert status == 2 and complaint in error and cloud.take_calls() == []
 
 
-@pytest.mark.parametrize("script,arguments,expected", [
-    ("create", [], ["tpu-vm create search-1"]),
-    ("setup", ["gs://b/x y=data/x y"], ["tpu-vm scp", "host.sh", r"gs://b/x\\\ y"]),
-    ("train_pod", [*TRAIN[1:], "--config.data.path=a b"], ["tpu-vm ssh", r"train", "tpu-vm create", "tpu-vm scp", "host.sh\\ stop"]),
-    ("stop", [], ["host.sh\\ stop"]),
-    ("delete", [], ["queued-resources delete search-1", "tpu-vm delete search-1"])])
+@pytest.mark.parametrize(
+    "script,arguments,expected",
+    [
+        ("create", [], ["tpu-vm create search-1"]),
+        ("setup", ["gs://b/x y=data/x y"], ["tpu-vm scp", "host.sh", r"gs://b/x\\\ y"]),
+        (
+            "train_pod",
+            [*TRAIN[1:], "--config.data.path=a b"],
+            ["tpu-vm ssh", r"train", "tpu-vm create", "tpu-vm scp", "host.sh\\ stop"],
+        ),
+        ("stop", [], ["host.sh\\ stop"]),
+        ("delete", [], ["queued-resources delete search-1", "tpu-vm delete search-1"]),
+    ],
+)
 def test_dry_run_prints_the_commands_and_does_nothing(cloud, script, arguments, expected):
     before = sorted(cloud.root.rglob("*"))
     status, out, error = cloud.run(f"launch/pod/{script}.sh", *arguments, DRY_RUN="1", **TPU)

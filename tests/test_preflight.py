@@ -1,4 +1,5 @@
 """The preflight command: its programs on fake devices, what it makes of them, and the whole of it for a slice of TPUs that is not there."""
+
 import dataclasses
 import json
 import os
@@ -25,8 +26,20 @@ from stepsearch_jax.sharding import AXES
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
 CHIP = Chip(hbm=GIB, rates=Rates(1e9, 1e9, 1e9), accelerator="none", cores=1, axes=2)
-SETTINGS = RolloutSettings(max_turns=3, max_turn_tokens=4, context=40, max_prompt_tokens=10, max_observation_tokens=7, documents=1, top_k=0, top_p=1.0, slots=0,
-                           flush_share=0.5, prefill_rows=2, prefill_tokens=4)
+SETTINGS = RolloutSettings(
+    max_turns=3,
+    max_turn_tokens=4,
+    context=40,
+    max_prompt_tokens=10,
+    max_observation_tokens=7,
+    documents=1,
+    top_k=0,
+    top_p=1.0,
+    slots=0,
+    flush_share=0.5,
+    prefill_rows=2,
+    prefill_tokens=4,
+)
 
 
 def make_config(**changes):
@@ -52,20 +65,32 @@ def test_the_longest_episode_and_its_loops():
     Eight episodes in four slots: two waves of three outer steps, 12 sampled tokens a wave. Prefill, two rows of four tokens at a time: prompts in 3 chunks
     (9 tokens), observations in 2 (7 tokens, from the action's last on)."""
     plan = plan_rollout(SETTINGS, attention_block=8, episodes=8, slots=4)
-    assert (plan.prompt, plan.sampled, plan.searches, plan.observed, plan.waves, plan.outer_steps) == (10, 12, 2, 14, 2, 6)
+    assert (
+        plan.prompt,
+        plan.sampled,
+        plan.searches,
+        plan.observed,
+        plan.waves,
+        plan.outer_steps,
+    ) == (10, 12, 2, 14, 2, 6)
     assert plan.decode_steps == 2 * 12 / 6
     # Sampled at 10-13, 21-24, 32-35 from the token before each, blocks of 8: 2 2 2 2, 3 3 3 3, 4 5 5 5 hold positions up to 9-12, 20-23, 31-34.
     assert plan.decode_blocks == (4 * 2 + 4 * 3 + 4 + 3 * 5) / 12
     assert (plan.start_chunks, plan.start_blocks) == (2 * 3, (1 + 1 + 2) / 3)  # up to 3, 7, 8
     # Observations are read from 13 and 24 on: up to 16, 19 and 27, 30; twice, and the second wave's prompts.
-    assert (plan.prefill_chunks, plan.prefill_blocks) == (2 * (2 * 4 + 3) / 6, (2 * (3 + 3 + 4 + 4) + 1 + 1 + 2) / 11)
+    assert (plan.prefill_chunks, plan.prefill_blocks) == (
+        2 * (2 * 4 + 3) / 6,
+        (2 * (3 + 3 + 4 + 4) + 1 + 1 + 2) / 11,
+    )
 
 
 def test_loops_are_known_by_their_functions():
     plan = plan_rollout(SETTINGS, attention_block=8, episodes=8, slots=4)
     around = ("turn", "run_shard", "rollout")
     assert plan.trips(("decode_until_wait", *around)) == plan.decode_steps
-    assert plan.trips(("attend_cached", "extend", "decode_until_wait", *around)) == plan.decode_blocks
+    assert (
+        plan.trips(("attend_cached", "extend", "decode_until_wait", *around)) == plan.decode_blocks
+    )
     assert plan.trips(("_prefill", "start_episodes", "_start", "run_shard")) == plan.start_chunks
     assert plan.trips(("attend_cached", "_prefill", "absorb", *around)) == plan.prefill_blocks
     assert plan.trips(("run_shard", "rollout")) == plan.outer_steps
@@ -78,9 +103,25 @@ def test_loops_are_known_by_their_functions():
 
 
 def judge(hbm: float, refused: float = 0.0):
-    parts = dict(policy=10.0, policy_optimizer=20.0, value=9.0, value_optimizer=18.0, reference=10.0, rollout_copy=5.0, environment=1.0, cache=30.0)
-    compiled = {phase: Compiled(Memory(*sizes), "", 0.0, 1.0) for phase, sizes in dict(
-        copy=(0.5, 5.0, 0.1), rollout=(40.0, 2.0, 0.2), score=(12.0, 3.0, 0.3), update=(25.0, 0.25, 0.4)).items()}
+    parts = dict(
+        policy=10.0,
+        policy_optimizer=20.0,
+        value=9.0,
+        value_optimizer=18.0,
+        reference=10.0,
+        rollout_copy=5.0,
+        environment=1.0,
+        cache=30.0,
+    )
+    compiled = {
+        phase: Compiled(Memory(*sizes), "", 0.0, 1.0)
+        for phase, sizes in dict(
+            copy=(0.5, 5.0, 0.1),
+            rollout=(40.0, 2.0, 0.2),
+            score=(12.0, 3.0, 0.3),
+            update=(25.0, 0.25, 0.4),
+        ).items()
+    }
     if refused:
         compiled["update"] = Compiled(None, "", refused, 1.0)
     return verdict.judge(parts, compiled, hbm)
@@ -90,7 +131,13 @@ def test_what_counts_is_the_program_and_all_that_stays():
     """The learner's 67 and the environment stay throughout, the rollout's copy only in the rollout, its rows (2 + 3) and all code (1) everywhere."""
     found = judge(hbm=121.0)
     assert {phase: need.total for phase, need in found.needs.items()} == pytest.approx(
-        {"copy": 68 + 5 + 1 + 5.5, "rollout": 73 + 5 + 1 + 42, "score": 68 + 5 + 1 + 15, "update": 68 + 5 + 1 + 25.25})
+        {
+            "copy": 68 + 5 + 1 + 5.5,
+            "rollout": 73 + 5 + 1 + 42,
+            "score": 68 + 5 + 1 + 15,
+            "update": 68 + 5 + 1 + 25.25,
+        }
+    )
     assert found.worst == "rollout" and found.fits
     assert not judge(hbm=120.9).fits
 
@@ -99,7 +146,9 @@ def test_a_refused_program_counts_its_arguments_once():
     """The compiler wants 200, of which 57 are state; the other 11 of what stays and the rest come on top."""
     found = judge(hbm=150.0, refused=200.0)
     assert found.worst == "update" and not found.fits
-    assert found.needs["update"].total == pytest.approx(68 + (200 - 57) + 5 + 0.6)  # neither its results nor its code are known
+    assert found.needs["update"].total == pytest.approx(
+        68 + (200 - 57) + 5 + 0.6
+    )  # neither its results nor its code are known
 
 
 def test_the_refusal_of_the_compiler_is_read():
@@ -116,7 +165,10 @@ def test_levers_are_sorted_by_what_they_save():
     config = make_config(**{"rollout.slots": 8})
     parts = programs.describe_parts(config, programs.make_mesh(config, jax.devices()[:4]))
     sizes = parts.bytes_per_chip()
-    big = {phase: Compiled(Memory(100.0 * GIB if phase == "rollout" else 0.0, 0.0, 0.0), "", 0.0, 1.0) for phase in programs.PHASES}
+    big = {
+        phase: Compiled(Memory(100.0 * GIB if phase == "rollout" else 0.0, 0.0, 0.0), "", 0.0, 1.0)
+        for phase in programs.PHASES
+    }
     levers = verdict.find_levers(config, parts, verdict.judge(sizes, big, GIB))
     saved = {lever.change: lever.saved for lever in levers}
     assert saved["rollout.slots=4"] == sizes["cache"] / 2
@@ -124,10 +176,21 @@ def test_levers_are_sorted_by_what_they_save():
     assert twice == (sum(sizes[name] for name in verdict.LEARNER) + sizes["cache"]) / 2
     assert saved["rollout.dtype=bfloat16"] == (sizes["cache"] + sizes["rollout_copy"]) / 2
     assert [lever.saved for lever in levers] == sorted(saved.values(), reverse=True)
-    assert not any(lever.name in ("micro-batch", "remat") for lever in levers)  # they change the learner only
-    learning = {phase: Compiled(Memory(100.0 * GIB if phase == "update" else 0.0, 0.0, 0.0), "", 0.0, 1.0) for phase in programs.PHASES}
-    levers = verdict.find_levers(make_config(**{"rl.micro_rows": 4}), parts, verdict.judge(sizes, learning, GIB))
-    assert levers[0].name == "remat" and {"micro-batch", "mesh"} <= {lever.name for lever in levers} and "slots" not in {lever.name for lever in levers}
+    assert not any(
+        lever.name in ("micro-batch", "remat") for lever in levers
+    )  # they change the learner only
+    learning = {
+        phase: Compiled(Memory(100.0 * GIB if phase == "update" else 0.0, 0.0, 0.0), "", 0.0, 1.0)
+        for phase in programs.PHASES
+    }
+    levers = verdict.find_levers(
+        make_config(**{"rl.micro_rows": 4}), parts, verdict.judge(sizes, learning, GIB)
+    )
+    assert (
+        levers[0].name == "remat"
+        and {"micro-batch", "mesh"} <= {lever.name for lever in levers}
+        and "slots" not in {lever.name for lever in levers}
+    )
 
 
 # ---- A tiny run as a whole
@@ -142,7 +205,9 @@ def test_parts_are_what_a_chip_holds(figures):
     assert figures["parts"]["policy"] == figures["parts"]["reference"] == policy
     assert figures["parts"]["policy_optimizer"] == 2 * policy + 2 * 4
     assert figures["parts"]["value"] == 4 * (trunk + 32)
-    assert figures["parts"]["cache"] == 2 * 4 * 2 * 2 * 1 * 256 * 8  # k and v, float32, layers, slots, kv heads, positions, width
+    assert (
+        figures["parts"]["cache"] == 2 * 4 * 2 * 2 * 1 * 256 * 8
+    )  # k and v, float32, layers, slots, kv heads, positions, width
     assert figures["parts"]["rollout_copy"] > policy  # over tensor alone
 
 
@@ -150,19 +215,27 @@ def test_every_phase_has_its_costs(figures):
     """The products of the update are those of the rule and attention's; nothing is computed twice over tensor or fsdp."""
     assert list(figures["phases"]) == list(programs.PHASES) and figures["fits"]
     assert figures["phases"]["copy"]["flops"] == 0 < figures["phases"]["copy"]["bytes"]
-    assert 1 < figures["phases"]["update"]["model_ratio"] < 3  # attention over 256 tokens is as much as these small layers
+    assert (
+        1 < figures["phases"]["update"]["model_ratio"] < 3
+    )  # attention over 256 tokens is as much as these small layers
     assert 1 < figures["phases"]["score"]["model_ratio"] < 3
     assert figures["phases"]["update"]["collectives"]["all-gather"]["count"] > 0
     for phase in figures["phases"].values():
-        assert phase["need"]["total"] == pytest.approx(sum(size for name, size in phase["need"].items() if name != "total"))
+        assert phase["need"]["total"] == pytest.approx(
+            sum(size for name, size in phase["need"].items() if name != "total")
+        )
         assert phase["seconds"] == pytest.approx(max(phase["seconds_by"].values()), rel=0.999)
-    assert figures["iteration_seconds"] == pytest.approx(sum(phase["seconds"] for phase in figures["phases"].values()))
+    assert figures["iteration_seconds"] == pytest.approx(
+        sum(phase["seconds"] for phase in figures["phases"].values())
+    )
 
 
 @pytest.mark.slow
 def test_the_rollout_follows_its_lengths(figures):
     """Turns of 32 tokens, not 24, a third more decode steps: of the rollout's products, those of prompts and observations stay."""
-    longer = preflight.measure(make_config(**{"rollout.max_turn_tokens": 32}), "four fakes", CHIP, jax.devices()[:4])
+    longer = preflight.measure(
+        make_config(**{"rollout.max_turn_tokens": 32}), "four fakes", CHIP, jax.devices()[:4]
+    )
     assert (figures["lengths"]["sampled"], longer["lengths"]["sampled"]) == (3 * 24, 3 * 32)
     now, then = (f["phases"]["rollout"]["flops"] for f in (figures, longer))
     assert 1.02 * now < then < 1.4 * now
@@ -170,24 +243,44 @@ def test_the_rollout_follows_its_lengths(figures):
 
 def test_the_report_tells_all_of_it(figures):
     text = report.render(figures)
-    for title in (*report.TITLES.values(), *report.PHASE_TITLES.values(), "longest that the config allows", "fits: "):
+    for title in (
+        *report.TITLES.values(),
+        *report.PHASE_TITLES.values(),
+        "longest that the config allows",
+        "fits: ",
+    ):
         assert title in text
-    tight = figures | {"fits": False, "levers": [dict(name="slots", change="rollout.slots=2", saved=0.5 * GIB)]}
-    assert "does not fit" in report.render(tight) and "  0.50  slots: rollout.slots=2" in report.render(tight)
+    tight = figures | {
+        "fits": False,
+        "levers": [dict(name="slots", change="rollout.slots=2", saved=0.5 * GIB)],
+    }
+    assert "does not fit" in report.render(
+        tight
+    ) and "  0.50  slots: rollout.slots=2" in report.render(tight)
 
 
 def test_the_table_of_several_slices(figures):
     needs = [figures["phases"][name]["need"]["total"] / GIB for name in programs.PHASES]
     refused = {name: {"need": phase["need"]} for name, phase in figures["phases"].items()}
     levers = [dict(name="slots", change="rollout.slots=2", saved=1.0)]
-    large = figures | dict(fits=False, worst="rollout", iteration_seconds=None, phases=refused, levers=levers)
+    large = figures | dict(
+        fits=False, worst="rollout", iteration_seconds=None, phases=refused, levers=levers
+    )
     head, _, small, big = report.render_table({"tiny": [figures], "large": [large]}).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (head, small, big)]
     assert [len(row) for row in cells] == [8, 8, 8]
     worst = figures["phases"][figures["worst"]]["need"]["total"] / GIB
-    assert cells[1][:4] == ["tiny", "four fakes", "1 x 2 x 2", "yes"] and f"**{worst:.2f}**" in cells[1][4] and cells[1][4].count(",") == 3
+    assert (
+        cells[1][:4] == ["tiny", "four fakes", "1 x 2 x 2", "yes"]
+        and f"**{worst:.2f}**" in cells[1][4]
+        and cells[1][4].count(",") == 3
+    )
     assert cells[1][7] == f"{figures['iteration_seconds'] / 60:.2f}" and cells[1][6].count("(") == 3
-    assert cells[2][3] == "no: rollout.slots=2" and cells[2][4].split(", ")[1] == f"**{needs[1]:.2f}**" and cells[2][6:] == ["refused by the compiler", "-"]
+    assert (
+        cells[2][3] == "no: rollout.slots=2"
+        and cells[2][4].split(", ")[1] == f"**{needs[1]:.2f}**"
+        and cells[2][6:] == ["refused by the compiler", "-"]
+    )
 
 
 # ---- The command
@@ -195,11 +288,18 @@ def test_the_table_of_several_slices(figures):
 
 def test_the_table_asks_for_what_is_missing(tmp_path):
     (tmp_path / "7b-v5e-8x8.json").write_text("{}")
-    run = lambda *more: subprocess.run([sys.executable, "launch/preflight_table.py", f"--folder={tmp_path}", *more], cwd=REPO, capture_output=True, text=True,
-                                       env=os.environ | {"DRY_RUN": "1"})
+    run = lambda *more: subprocess.run(
+        [sys.executable, "launch/preflight_table.py", f"--folder={tmp_path}", *more],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"DRY_RUN": "1"},
+    )
     lines = run("--sizes=3b,7b", "--slices=v5e:4x4,v5e:8x8").stdout.splitlines()
-    assert [line.split()[3:5] for line in lines] == [[f"--config=configs/musique_qwen2_5.py:{pair}", f"--topology={pair.split(',')[1]}"]
-                                                     for pair in ("3b,v5e:4x4", "3b,v5e:8x8", "7b,v5e:4x4")]
+    assert [line.split()[3:5] for line in lines] == [
+        [f"--config=configs/musique_qwen2_5.py:{pair}", f"--topology={pair.split(',')[1]}"]
+        for pair in ("3b,v5e:4x4", "3b,v5e:8x8", "7b,v5e:4x4")
+    ]
     wrong = run("--sizes=4b")
     assert wrong.returncode == 2 and "4b is not known, only 0.5b, 1.5b, 3b, 7b" in wrong.stderr
 
@@ -208,16 +308,22 @@ def test_the_table_asks_for_what_is_missing(tmp_path):
 def test_exit_status_and_json(monkeypatch, tmp_path, capsys, figures, fits):
     monkeypatch.setattr(preflight, "describe_slice", lambda name: (CHIP, jax.devices()[:4]))
     monkeypatch.setattr(preflight, "measure", lambda *arguments: figures | {"fits": fits})
-    assert preflight.preflight(make_config(), "v5e:2x2", tmp_path / "figures.json") == (0 if fits else 1)
+    assert preflight.preflight(make_config(), "v5e:2x2", tmp_path / "figures.json") == (
+        0 if fits else 1
+    )
     assert json.loads((tmp_path / "figures.json").read_text())["fits"] is fits
     assert ("does not fit" in capsys.readouterr().out) is not fits
     with pytest.raises(FileNotFoundError, match="--json="):
         preflight.preflight(make_config(), "v5e:2x2", tmp_path / "nowhere" / "figures.json")
 
 
-@pytest.mark.parametrize("name", ["v4:2x2x1", "v5e", "v5e:4", "v5e:axb", "", "v5e:4x4x4", "v6e:2x2x1", "v5p:4x4"])
+@pytest.mark.parametrize(
+    "name", ["v4:2x2x1", "v5e", "v5e:4", "v5e:axb", "", "v5e:4x4x4", "v6e:2x2x1", "v5p:4x4"]
+)
 def test_unknown_slices_are_refused_with_those_that_work(name):
-    with pytest.raises(ValueError, match=r"--topology=.* is not known: .*v5e, v5p, v6e.* such as v5e:4x4"):
+    with pytest.raises(
+        ValueError, match=r"--topology=.* is not known: .*v5e, v5p, v6e.* such as v5e:4x4"
+    ):
         describe_slice(name)
 
 
@@ -227,18 +333,23 @@ def test_a_missing_libtpu_is_told_with_what_brings_it(monkeypatch):
 
     monkeypatch.setattr(chips.topologies, "get_topology_desc", refuse)
     monkeypatch.setattr(chips.os, "environ", dict(os.environ))
-    with pytest.raises(ValueError, match="no libtpu .*pip install -r requirements.txt -r requirements-tpu.txt"):
+    with pytest.raises(
+        ValueError, match="no libtpu .*pip install -r requirements.txt -r requirements-tpu.txt"
+    ):
         describe_slice("v5e:4x4")
 
 
-@pytest.mark.parametrize("change,complaint", [
-    ({"model.vocab_size": 0}, "model.vocab_size is 0.*embedding"),
-    ({"rollout.search": "host"}, "rollout.search is 'host'"),
-    ({"mesh.fsdp": 3}, "mesh data x fsdp x tensor = 1 x 3 x 2 .* devices"),
-    ({"mesh.fsdp": 1, "mesh.tensor": 4}, "kv head"),
-    ({"rollout.slots": 3}, "rollout.slots=3"),
-    ({"rl.micro_rows": 3}, "rl.micro_rows=3"),
-])
+@pytest.mark.parametrize(
+    "change,complaint",
+    [
+        ({"model.vocab_size": 0}, "model.vocab_size is 0.*embedding"),
+        ({"rollout.search": "host"}, "rollout.search is 'host'"),
+        ({"mesh.fsdp": 3}, "mesh data x fsdp x tensor = 1 x 3 x 2 .* devices"),
+        ({"mesh.fsdp": 1, "mesh.tensor": 4}, "kv head"),
+        ({"rollout.slots": 3}, "rollout.slots=3"),
+        ({"rl.micro_rows": 3}, "rl.micro_rows=3"),
+    ],
+)
 def test_configs_that_cannot_be_are_refused_in_one_line(monkeypatch, change, complaint):
     monkeypatch.setattr(preflight, "describe_slice", lambda name: (CHIP, jax.devices()[:4]))
     with pytest.raises(ValueError, match=complaint) as ended:
@@ -249,13 +360,27 @@ def test_configs_that_cannot_be_are_refused_in_one_line(monkeypatch, change, com
 @pytest.mark.slow
 def test_the_command_for_a_slice_that_is_not_there(tmp_path):
     """Compiled for four chips of a v5e: once it fits; once the compiler refuses the learner's programs, and the command says what would help."""
-    pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: pip install -r requirements-tpu.txt")
-    flags = ("--config.model.vocab_size=1024", "--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.rollout.dtype=bfloat16")
+    pytest.importorskip(
+        "libtpu", reason="compiling for TPUs needs libtpu: pip install -r requirements-tpu.txt"
+    )
+    flags = (
+        "--config.model.vocab_size=1024",
+        "--config.mesh.fsdp=2",
+        "--config.mesh.tensor=2",
+        "--config.rollout.dtype=bfloat16",
+    )
 
     def run(*more: str):
-        command = [sys.executable, "-m", "stepsearch_jax.preflight", f"--config=tests/tiny_config.py:{tmp_path}", "--topology=v5e:2x2"]
-        return subprocess.run([*command, *flags, *more],
-                              cwd=REPO, capture_output=True, text=True, timeout=600)
+        command = [
+            sys.executable,
+            "-m",
+            "stepsearch_jax.preflight",
+            f"--config=tests/tiny_config.py:{tmp_path}",
+            "--topology=v5e:2x2",
+        ]
+        return subprocess.run(
+            [*command, *flags, *more], cwd=REPO, capture_output=True, text=True, timeout=600
+        )
 
     done = run(f"--json={tmp_path / 'figures.json'}")
     assert done.returncode == 0, done.stderr[-2000:]
@@ -263,45 +388,84 @@ def test_the_command_for_a_slice_that_is_not_there(tmp_path):
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["hbm"] == 15.75 * GIB and figures["mesh"] == [1, 2, 2]
     assert 1 < figures["phases"]["update"]["model_ratio"] < 4
-    assert figures["phases"]["rollout"]["collectives"]["all-reduce"]["count"] > 100  # in every layer of every step
+    assert (
+        figures["phases"]["rollout"]["collectives"]["all-reduce"]["count"] > 100
+    )  # in every layer of every step
 
     full = run("--config.rollout.context=2097152", "--config.rollout.questions=64")
     assert full.returncode == 1, full.stderr[-2000:]
-    assert "refused by the compiler" in full.stdout and "does not fit: the update" in full.stdout and "micro-batch: rl.micro_rows=" in full.stdout
+    assert (
+        "refused by the compiler" in full.stdout
+        and "does not fit: the update" in full.stdout
+        and "micro-batch: rl.micro_rows=" in full.stdout
+    )
     # The rollout alone: on a chip 256 slots of 65536 positions, in each of two layers 128 numbers of 2 bytes in k and in v, are 16 GiB of cache.
-    wide = run("--config.model.head_dim=128", "--config.rollout.context=65536", "--config.rollout.questions=512", "--config.rl.micro_rows=2",
-               f"--json={tmp_path / 'wide.json'}")
+    wide = run(
+        "--config.model.head_dim=128",
+        "--config.rollout.context=65536",
+        "--config.rollout.questions=512",
+        "--config.rl.micro_rows=2",
+        f"--json={tmp_path / 'wide.json'}",
+    )
     assert wide.returncode == 1, wide.stderr[-2000:]
-    assert "does not fit: the rollout needs most" in wide.stdout and "slots: rollout.slots=256" in wide.stdout
+    assert (
+        "does not fit: the rollout needs most" in wide.stdout
+        and "slots: rollout.slots=256" in wide.stdout
+    )
     figures = json.loads((tmp_path / "wide.json").read_text())
     assert figures["parts"]["cache"] == 16 * GIB and figures["iteration_seconds"] is None
-    assert all(figures["phases"][name]["need"]["total"] < 15.75 * GIB for name in ("copy", "score", "update"))
+    assert all(
+        figures["phases"][name]["need"]["total"] < 15.75 * GIB
+        for name in ("copy", "score", "update")
+    )
     wrong = run("--config.mesh.tensor=4", "--config.mesh.fsdp=1")
-    assert wrong.returncode == 1 and len(wrong.stderr.strip().splitlines()) == 1 and "kv head" in wrong.stderr
+    assert (
+        wrong.returncode == 1
+        and len(wrong.stderr.strip().splitlines()) == 1
+        and "kv head" in wrong.stderr
+    )
 
 
 # ---- The real models
 
 
-@pytest.mark.parametrize("size,billions", [("0.5b", 0.494), ("1.5b", 1.544), ("3b", 3.086), ("7b", 7.616)])
+@pytest.mark.parametrize(
+    "size,billions", [("0.5b", 0.494), ("1.5b", 1.544), ("3b", 3.086), ("7b", 7.616)]
+)
 def test_the_sizes_are_those_of_qwen2_5(size, billions):
     """Numbers of parameters as published."""
     for place, count in musique_qwen2_5.SLICES.items():
         config = musique_qwen2_5.get_config(f"{size},{place}")
         for preset in base.VARIANTS:
-            check_config(chosen := musique_qwen2_5.get_config(f"{size},{place},{preset}"), AbstractMesh(tuple(chosen.mesh[axis] for axis in AXES), AXES))
+            check_config(
+                chosen := musique_qwen2_5.get_config(f"{size},{place},{preset}"),
+                AbstractMesh(tuple(chosen.mesh[axis] for axis in AXES), AXES),
+            )
         g = config.mesh
         assert g.data * g.fsdp * g.tensor == count and config.model.num_kv_heads % g.tensor == 0
     model, _ = describe_models(config, config.model.vocab_size)
-    shapes = jax.eval_shape(lambda: programs.Policy(model).init(jax.random.key(0), jax.numpy.zeros((1, 2), int), method=programs.Policy.init_all))
+    shapes = jax.eval_shape(
+        lambda: programs.Policy(model).init(
+            jax.random.key(0), jax.numpy.zeros((1, 2), int), method=programs.Policy.init_all
+        )
+    )
     assert programs.count_parameters(shapes) / 1e9 == pytest.approx(billions, abs=5e-4)
 
 
 def test_the_argument_of_the_real_config():
-    paper, reference = (musique_qwen2_5.get_config(f"3b{preset}") for preset in ("", ",reference,v5e:8x8"))
-    assert (paper.reward.format_failure, reference.reward.format_failure) == ("zero_answer", "minus_one")
+    paper, reference = (
+        musique_qwen2_5.get_config(f"3b{preset}") for preset in ("", ",reference,v5e:8x8")
+    )
+    assert (paper.reward.format_failure, reference.reward.format_failure) == (
+        "zero_answer",
+        "minus_one",
+    )
     assert (paper.mesh.fsdp, reference.mesh.fsdp) == (8, 32)
-    for argument, complaint in (("4b", "sizes are 0.5b"), ("3b,v5e:2x2", "v5e:2x2 is no slice"), ("3b,papper", "no preset")):
+    for argument, complaint in (
+        ("4b", "sizes are 0.5b"),
+        ("3b,v5e:2x2", "v5e:2x2 is no slice"),
+        ("3b,papper", "no preset"),
+    ):
         with pytest.raises(ValueError, match=complaint):
             musique_qwen2_5.get_config(argument)
 

@@ -1,4 +1,5 @@
 """The presets of configs/base.py, what the choices of rl and reward ask of a config, and whole runs without a value model."""
+
 import math
 
 import jax
@@ -19,9 +20,21 @@ from stepsearch_jax.run.system import build_system
 
 # The closed list in which the released code differs from the paper, with the released script's numbers.
 REFERENCE = {
-    "reward.answer_gate": "ends_with_answer", "reward.format_failure": "minus_one", "reward.key_match": "overwrite", "reward.redundancy_scope": "rendered",
-    "reward.tfidf_fit": "pair", "reward.step_scale": 1.6, "reward.outcome_overwrites": True, "rl.over_observations": True, "rl.entropy_coef": 1e-3,
-    "rollout.top_p": 0.95, "iterations": 1120, "rollout.questions": 128, "policy.learning_rate": 5e-7, "value.learning_rate": 5e-7, "value.warmup": 0.05,
+    "reward.answer_gate": "ends_with_answer",
+    "reward.format_failure": "minus_one",
+    "reward.key_match": "overwrite",
+    "reward.redundancy_scope": "rendered",
+    "reward.tfidf_fit": "pair",
+    "reward.step_scale": 1.6,
+    "reward.outcome_overwrites": True,
+    "rl.over_observations": True,
+    "rl.entropy_coef": 1e-3,
+    "rollout.top_p": 0.95,
+    "iterations": 1120,
+    "rollout.questions": 128,
+    "policy.learning_rate": 5e-7,
+    "value.learning_rate": 5e-7,
+    "value.warmup": 0.05,
 }
 GROUPS = {"rollout.questions": 4, "rollout.group_size": 2}
 
@@ -30,7 +43,11 @@ def flatten(config, prefix: str = "") -> dict:
     """Dotted key -> value, of the leaves."""
     keys = {}
     for name, value in config.items():
-        keys |= flatten(value, f"{prefix}{name}.") if isinstance(value, ml_collections.ConfigDict) else {prefix + name: value}
+        keys |= (
+            flatten(value, f"{prefix}{name}.")
+            if isinstance(value, ml_collections.ConfigDict)
+            else {prefix + name: value}
+        )
     return keys
 
 
@@ -58,30 +75,46 @@ def check(tmp_path_factory, **change) -> None:
 
 @pytest.mark.parametrize("advantage", ["grpo", "rloo", "turn_return"])
 def test_groups_need_more_than_one_episode(tmp_path_factory, advantage):
-    with pytest.raises(ValueError, match=f"rl.advantage={advantage} compares .* rollout.group_size is 1: set it to 2 or more.*gae or turn_gae"):
+    with pytest.raises(
+        ValueError,
+        match=f"rl.advantage={advantage} compares .* rollout.group_size is 1: set it to 2 or more.*gae or turn_gae",
+    ):
         check(tmp_path_factory, **{"rl.advantage": advantage})
-    check(tmp_path_factory, **{"rl.advantage": advantage, "rl.kl_placement": "loss", "rl.kl_estimator": "k3"}, **GROUPS)
+    check(
+        tmp_path_factory,
+        **{"rl.advantage": advantage, "rl.kl_placement": "loss", "rl.kl_estimator": "k3"},
+        **GROUPS,
+    )
 
 
 @pytest.mark.parametrize("advantage", ["grpo", "turn_return"])
 def test_what_divides_by_the_deviation_has_the_kl_in_the_loss(tmp_path_factory, advantage):
     change = {"rl.advantage": advantage, **GROUPS}
-    with pytest.raises(ValueError, match=f"rl.advantage={advantage} divides rewards .*Set rl.kl_placement to loss"):
+    with pytest.raises(
+        ValueError, match=f"rl.advantage={advantage} divides rewards .*Set rl.kl_placement to loss"
+    ):
         check(tmp_path_factory, **change)
     check(tmp_path_factory, **change, **{"rl.kl_coef": 0.0})
 
 
 def test_only_token_gae_runs_over_observations(tmp_path_factory):
-    with pytest.raises(ValueError, match="rl.over_observations=True widens token GAE, but rl.advantage is turn_gae"):
+    with pytest.raises(
+        ValueError, match="rl.over_observations=True widens token GAE, but rl.advantage is turn_gae"
+    ):
         check(tmp_path_factory, **{"rl.advantage": "turn_gae", "rl.over_observations": True})
     check(tmp_path_factory, **{"rl.over_observations": True})
 
 
 def test_ratios_to_the_sampler_are_truncated_above_the_clip(tmp_path_factory):
-    with pytest.raises(ValueError, match=r"rl.max_ratio=1.1 must be at least 1 \+ rl.clip_high=1.2"):
+    with pytest.raises(
+        ValueError, match=r"rl.max_ratio=1.1 must be at least 1 \+ rl.clip_high=1.2"
+    ):
         check(tmp_path_factory, **{"rl.old_logprobs": "sampler", "rl.max_ratio": 1.1})
     check(tmp_path_factory, **{"rl.max_ratio": 1.1})
-    learner_only, sampler = (learner_settings(make_config(tmp_path_factory, **{"rl.old_logprobs": word})) for word in ("learner", "sampler"))
+    learner_only, sampler = (
+        learner_settings(make_config(tmp_path_factory, **{"rl.old_logprobs": word}))
+        for word in ("learner", "sampler")
+    )
     assert (learner_only.max_ratio, sampler.max_ratio) == (math.inf, 2.0)
 
 
@@ -92,7 +125,9 @@ def test_without_a_critic_there_is_no_value_model(tmp_path, tmp_path_factory):
     for change in ({}, {"rl.advantage": "rloo", **GROUPS}):
         config = make_config(tmp_path_factory, **change)
         optimizers = make_optimizers(config, config.iterations)
-        state, reference, checkpoints, _ = start.begin_run(build_system(config, ["train"]), tmp_path / str(len(states)))
+        state, reference, checkpoints, _ = start.begin_run(
+            build_system(config, ["train"]), tmp_path / str(len(states))
+        )
         checkpoints.close()
         assert (state.value is None) == (optimizers[1] is None) == bool(change)
         states.append((state.policy, reference))
@@ -101,26 +136,52 @@ def test_without_a_critic_there_is_no_value_model(tmp_path, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("change", [
-    {"rl.advantage": "grpo", "rl.aggregation": "sequence_mean", "rl.kl_placement": "loss", "rl.kl_estimator": "k3", **GROUPS},
-    {"rl.advantage": "turn_gae", "rl.gamma": 0.9, "rl.old_logprobs": "sampler"}, {"reward.outcome_overwrites": True, "rl.over_observations": True},
-], ids=lambda change: change.get("rl.advantage", "gae over observations"))
+@pytest.mark.parametrize(
+    "change",
+    [
+        {
+            "rl.advantage": "grpo",
+            "rl.aggregation": "sequence_mean",
+            "rl.kl_placement": "loss",
+            "rl.kl_estimator": "k3",
+            **GROUPS,
+        },
+        {"rl.advantage": "turn_gae", "rl.gamma": 0.9, "rl.old_logprobs": "sampler"},
+        {"reward.outcome_overwrites": True, "rl.over_observations": True},
+    ],
+    ids=lambda change: change.get("rl.advantage", "gae over observations"),
+)
 def test_a_run_and_its_continuation(tmp_path, tmp_path_factory, change):
     """Two iterations at once, and one after the other by way of a checkpoint: the same parameters, and they have moved."""
     start = str(running.searching_start(tmp_path_factory))
     finals = []
     for name, parts in (("whole", (2,)), ("halves", (1, 2))):
         for iterations in parts:
-            config = make_config(tmp_path_factory, **change, **{"iterations": iterations, "imitation.checkpoint": start, "policy.warmup": 0.0,
-                                                                "value.warmup": 0.0, "policy.learning_rate": 1e-3})
+            config = make_config(
+                tmp_path_factory,
+                **change,
+                **{
+                    "iterations": iterations,
+                    "imitation.checkpoint": start,
+                    "policy.warmup": 0.0,
+                    "value.warmup": 0.0,
+                    "policy.learning_rate": 1e-3,
+                },
+            )
             train.train(config, tmp_path / name)
         finals.append(running.final_state(tmp_path / name, 2))
     assert finals[0].keys() == finals[1].keys()
-    assert any("value" in name for name in finals[0]) == (change.get("rl.advantage", "gae") in ("gae", "turn_gae"))
+    assert any("value" in name for name in finals[0]) == (
+        change.get("rl.advantage", "gae") in ("gae", "turn_gae")
+    )
     for name, leaf in finals[0].items():
         np.testing.assert_array_equal(finals[1][name], leaf, err_msg=name)
     system = build_system(config, ["train"])
-    params, _ = learner.init_params(Policy(system.learner_model), system.mesh, dict(config.mesh.train_rules), jax.random.key(0))
+    params, _ = learner.init_params(
+        Policy(system.learner_model), system.mesh, dict(config.mesh.train_rules), jax.random.key(0)
+    )
     before = checkpoint.load_params(tmp_path / "whole" / "start", params, "none")
     for path, leaf in jax.tree_util.tree_leaves_with_path(before):
-        assert (finals[0]["['policy']['params']" + jax.tree_util.keystr(path)] != np.asarray(leaf)).any()
+        assert (
+            finals[0]["['policy']['params']" + jax.tree_util.keystr(path)] != np.asarray(leaf)
+        ).any()

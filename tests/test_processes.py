@@ -1,5 +1,6 @@
 """Several processes train as one does, each with its own questions, searches and scores; a checkpoint goes on with another number of them; corpus and index
 are made once a host."""
+
 import contextlib
 import fcntl
 import json
@@ -70,8 +71,24 @@ class Run:
         self.workdir, self.processes = workdir, processes
         devices = int(np.prod([int(size) for size in mesh.split("x")])) // processes
         logs = [workdir.with_name(f"{workdir.name}-{process}.log") for process in range(processes)]
-        started = [running.start([driver, caches[process], running.searching_start(tmp_path_factory), workdir, process, processes, port, mesh, ITERATIONS],
-                                 devices=devices, log=log) for process, log in enumerate(logs)]
+        started = [
+            running.start(
+                [
+                    driver,
+                    caches[process],
+                    running.searching_start(tmp_path_factory),
+                    workdir,
+                    process,
+                    processes,
+                    port,
+                    mesh,
+                    ITERATIONS,
+                ],
+                devices=devices,
+                log=log,
+            )
+            for process, log in enumerate(logs)
+        ]
         try:
             codes = [process.wait(timeout=500) for process in started]
         finally:
@@ -82,20 +99,34 @@ class Run:
 
     def load(self, iteration: int) -> list[dict]:
         """What each process kept of the run's iteration `iteration`, counted from where the run began or went on."""
-        return [dict(np.load(self.workdir.with_name(f"{self.workdir.name}-{process}") / f"{iteration}.npz")) for process in range(self.processes)]
+        return [
+            dict(
+                np.load(
+                    self.workdir.with_name(f"{self.workdir.name}-{process}") / f"{iteration}.npz"
+                )
+            )
+            for process in range(self.processes)
+        ]
 
     def join(self, iteration: int) -> dict[str, np.ndarray]:
         """The same of all processes together, in the order of the global rows; the queries sorted."""
         parts = self.load(iteration)
         order = np.argsort(np.concatenate([part["rows"] for part in parts]))
         joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        return {name: np.sort(array) if name == "queries" else array[order] for name, array in joined.items()}
+        return {
+            name: np.sort(array) if name == "queries" else array[order]
+            for name, array in joined.items()
+        }
 
     def changes(self) -> dict[str, np.ndarray]:
         """How far the run moved each parameter of both models; the value model begins with the policy's trunk and a head of zeros."""
         end = running.final_state(self.workdir, ITERATIONS)
         start = running.read_tree(self.workdir / "start")
-        return {name: leaf - start.get(name.split("['params']", 1)[1], 0) for name, leaf in end.items() if "['params']" in name}
+        return {
+            name: leaf - start.get(name.split("['params']", 1)[1], 0)
+            for name, leaf in end.items()
+            if "['params']" in name
+        }
 
 
 def compare_iterations(got: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
@@ -109,7 +140,10 @@ def compare_iterations(got: dict[str, np.ndarray], expected: dict[str, np.ndarra
 def compare_changes(got: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:
     """-> the largest difference of a leaf in shares of its largest change, which all leaves have seen."""
     assert got.keys() == expected.keys() and len(got) > 20
-    return max(float(np.abs(got[name] - leaf).max() / np.abs(leaf).max()) for name, leaf in expected.items())
+    return max(
+        float(np.abs(got[name] - leaf).max() / np.abs(leaf).max())
+        for name, leaf in expected.items()
+    )
 
 
 @pytest.mark.slow
@@ -117,14 +151,30 @@ def test_several_processes_train_as_one(tmp_path, tmp_path_factory):
     """Three iterations on one, two and four processes; and the third one once more on four processes and on one, from the checkpoint that two wrote."""
     one = Run(tmp_path / "one", tmp_path_factory, "1x1x1", 1)
     expected, changes = [one.join(iteration) for iteration in range(ITERATIONS)], one.changes()
-    assert sum(len(part["queries"]) for part in expected) > 10 and any(part["step_rewards"].any() for part in expected)
+    assert sum(len(part["queries"]) for part in expected) > 10 and any(
+        part["step_rewards"].any() for part in expected
+    )
     asked = np.concatenate([part["question_ids"] for part in expected])
-    assert len(set(asked.tolist())) == len(asked) == ITERATIONS * QUESTIONS  # all of the 24 training questions, each once
+    assert (
+        len(set(asked.tolist())) == len(asked) == ITERATIONS * QUESTIONS
+    )  # all of the 24 training questions, each once
 
-    two = Run(tmp_path / "two", tmp_path_factory, "2x1x2", 2, caches=[tmp_path / "disk 0", tmp_path / "disk 1"])  # as on hosts that share no disk
-    assert all(list((tmp_path / f"disk {n}").glob("corpus-*/bm25-*/manifest.json")) for n in range(2))
-    assert two.logs[0].count("\nreport: ") == 1 and "\nreport: " not in two.logs[1]  # only the first process writes
-    assert all(len(list(folder.iterdir())) == 1 for folder in (two.workdir / "tensorboard").iterdir())
+    two = Run(
+        tmp_path / "two",
+        tmp_path_factory,
+        "2x1x2",
+        2,
+        caches=[tmp_path / "disk 0", tmp_path / "disk 1"],
+    )  # as on hosts that share no disk
+    assert all(
+        list((tmp_path / f"disk {n}").glob("corpus-*/bm25-*/manifest.json")) for n in range(2)
+    )
+    assert (
+        two.logs[0].count("\nreport: ") == 1 and "\nreport: " not in two.logs[1]
+    )  # only the first process writes
+    assert all(
+        len(list(folder.iterdir())) == 1 for folder in (two.workdir / "tensorboard").iterdir()
+    )
     later = []
     for name, mesh, processes in (("one after two", "1x2x1", 1), ("four after two", "2x2x1", 4)):
         shutil.copytree(two.workdir, tmp_path / name)
@@ -138,30 +188,48 @@ def test_several_processes_train_as_one(tmp_path, tmp_path_factory):
     for run in (two, four):
         for iteration in range(ITERATIONS):
             compare_iterations(run.join(iteration), expected[iteration])
-            for part in run.load(iteration):  # each process searched for its own rows alone, and for as many as its episodes asked
+            for part in run.load(
+                iteration
+            ):  # each process searched for its own rows alone, and for as many as its episodes asked
                 assert len(part["rows"]) == QUESTIONS // run.processes
     for run in (two, four, *later):
         difference = compare_changes(run.changes(), changes)
-        print(f"{run.workdir.name}: parameters after three iterations, largest difference in shares of the leaf's largest change: {difference:.1e}")
+        print(
+            f"{run.workdir.name}: parameters after three iterations, largest difference in shares of the leaf's largest change: {difference:.1e}"
+        )
         assert difference < 2e-4
         compare_figures(run.workdir, one.workdir)
 
 
 def compare_figures(got, expected) -> None:
     """Metrics of every iteration, the evaluation's means and every prediction; times excepted."""
-    lines, wanted = ([json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()] for workdir in (got, expected))
+    lines, wanted = (
+        [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        for workdir in (got, expected)
+    )
     assert len(lines) == len(wanted) == ITERATIONS
     for a, b in zip(lines, wanted):
         assert a.keys() == b.keys()
         for name in a:
-            if not name.startswith("seconds/") and name not in ("stage", "compiled_programs", "decode_steps", "flushes"):
+            if not name.startswith("seconds/") and name not in (
+                "stage",
+                "compiled_programs",
+                "decode_steps",
+                "flushes",
+            ):
                 np.testing.assert_allclose(a[name], b[name], rtol=1e-4, atol=1e-4, err_msg=name)
     a, b = (json.loads((workdir / "evaluation.json").read_text()) for workdir in (got, expected))
     assert a["questions"] == b["questions"] == QUESTIONS
     for when in ("before", "after"):
         np.testing.assert_allclose(list(a[when].values()), list(b[when].values()), atol=1e-4)
-    a, b = ([json.loads(line) for line in (workdir / "transcripts.jsonl").read_text().splitlines()] for workdir in (got, expected))
-    told = [[(episode["when"], episode["uid"], episode["prediction"]) for episode in episodes] for episodes in (a, b)]
+    a, b = (
+        [json.loads(line) for line in (workdir / "transcripts.jsonl").read_text().splitlines()]
+        for workdir in (got, expected)
+    )
+    told = [
+        [(episode["when"], episode["uid"], episode["prediction"]) for episode in episodes]
+        for episodes in (a, b)
+    ]
     assert told[0] == told[1] and len(a) == 2 * QUESTIONS
 
 
@@ -184,13 +252,22 @@ with one_at_a_time(folder):
 
 
 def stage(folder, mode="make") -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", STAGE, str(folder), mode], cwd=running.REPO, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", STAGE, str(folder), mode],
+        cwd=running.REPO,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
 
 def test_one_process_of_each_disk_makes_what_is_not_there(tmp_path):
     here = [stage(tmp_path / "here") for _ in range(3)]
     elsewhere = stage(tmp_path / "elsewhere")
-    assert sorted(process.communicate(timeout=60)[0].strip() for process in here) == ["False", "False", "True"]
+    assert sorted(process.communicate(timeout=60)[0].strip() for process in here) == [
+        "False",
+        "False",
+        "True",
+    ]
     assert elsewhere.communicate(timeout=60)[0].strip() == "True"
 
 

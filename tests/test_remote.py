@@ -1,4 +1,5 @@
 """The client of a search server: the same answers as the index, whatever the server does: it is slow, fails, lies, goes away, or comes back as another one."""
+
 import contextlib
 import http.server
 import json
@@ -30,7 +31,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def index(folder):
-    return index_files([write_corpus(folder / "c.jsonl", draw_documents(300, 4))], folder / "index", 0.9, 0.4)
+    return index_files(
+        [write_corpus(folder / "c.jsonl", draw_documents(300, 4))], folder / "index", 0.9, 0.4
+    )
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +47,17 @@ def documents_of(index):
 
 
 def open_client(url, index, **changed):
-    arguments = dict(documents=documents_of(index), corpus=index.describe(1)["corpus"], attempt_s=2.0, attempts=3, backoff_s=0.05, batch=2) | changed
+    arguments = (
+        dict(
+            documents=documents_of(index),
+            corpus=index.describe(1)["corpus"],
+            attempt_s=2.0,
+            attempts=3,
+            backoff_s=0.05,
+            batch=2,
+        )
+        | changed
+    )
     return RemoteIndex(url, **arguments)
 
 
@@ -54,8 +67,11 @@ def test_the_client_finds_what_the_index_finds(url, index):
         np.testing.assert_array_equal(found, expected)
     assert client.search([], 4)[0].shape == (0, 4)
     told = client.describe(4)
-    assert told["retriever"] == "remote" and told["corpus"] == index.describe(4)["corpus"] and told["settings"] == {
-        "url": url, "retriever": "bm25-lucene", "k1": 0.9, "b": 0.4}
+    assert (
+        told["retriever"] == "remote"
+        and told["corpus"] == index.describe(4)["corpus"]
+        and told["settings"] == {"url": url, "retriever": "bm25-lucene", "k1": 0.9, "b": 0.4}
+    )
 
 
 def test_another_corpus_is_refused(url, index):
@@ -110,7 +126,14 @@ def fake_server(respond, health=None):
 
 def good_answer(index, **more):
     document = index.documents[7]
-    return json.dumps({"result": [[{"document": {"id": "7", "contents": render_contents(document)}, "score": 1.5}]], **more}).encode()
+    return json.dumps(
+        {
+            "result": [
+                [{"document": {"id": "7", "contents": render_contents(document)}, "score": 1.5}]
+            ],
+            **more,
+        }
+    ).encode()
 
 
 def hang_up(handler):
@@ -125,10 +148,23 @@ def cut_short(handler):
     hang_up(handler)
 
 
-@pytest.mark.parametrize("fault", [lambda h: h.say(503, b"busy"), lambda h: h.say(500, b"oh"), lambda h: h.say(429, b"slow down"), hang_up, cut_short,
-                                   lambda h: time.sleep(1.0)], ids=["503", "500", "429", "hangs up", "cuts short", "sleeps"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda h: h.say(503, b"busy"),
+        lambda h: h.say(500, b"oh"),
+        lambda h: h.say(429, b"slow down"),
+        hang_up,
+        cut_short,
+        lambda h: time.sleep(1.0),
+    ],
+    ids=["503", "500", "429", "hangs up", "cuts short", "sleeps"],
+)
 def test_passing_faults_are_tried_again(index, fault):
-    with fake_server(lambda h, n: fault(h) if n < 2 else h.say(200, good_answer(index))) as (url, times):
+    with fake_server(lambda h, n: fault(h) if n < 2 else h.say(200, good_answer(index))) as (
+        url,
+        times,
+    ):
         ids, scores = open_client(url, index, attempt_s=0.4, backoff_s=0.2).search(["a"], 2)
         assert ids.tolist() == [[7, -1]] and scores.tolist() == [[1.5, 0.0]] and len(times) == 3
         assert times[1] - times[0] >= 0.1 and times[2] - times[1] >= 0.2  # the pauses double
@@ -141,7 +177,10 @@ def test_passing_faults_are_tried_again(index, fault):
 @pytest.mark.parametrize("drip", ["first line", "headers", "body"])
 def test_dribbling_does_not_buy_time(index, drip):
     start = time.monotonic()
-    with dripping(*DRIPS[drip]) as url, pytest.raises(urllib3.exceptions.TimeoutError, match="took longer than 0.6 s"):
+    with (
+        dripping(*DRIPS[drip]) as url,
+        pytest.raises(urllib3.exceptions.TimeoutError, match="took longer than 0.6 s"),
+    ):
         open_client(url, index, attempt_s=0.3, attempts=2).search(["a"], 2)
     assert 1.2 <= time.monotonic() - start < 5
 
@@ -149,15 +188,33 @@ def test_dribbling_does_not_buy_time(index, drip):
 SHOWN = {"id": "7", "contents": "other"}
 
 
-@pytest.mark.parametrize("status,body", [
-    (200, b"<html>"), pytest.param(200, b"[" * 200_000, id="deep"), (200, b"[]"), (200, b"{}"), (200, b'{"result": []}'), (200, b'{"result": [[], []]}'),
-    (200, b'{"result": [[7]]}'), (200, b'{"result": [[{"document": {"id": "x"}, "score": 1}]]}'),
-    (200, b'{"result": [[{"document": {"id": "7"}, "score": 1}]]}'), (200, json.dumps({"result": [[{"document": SHOWN, "score": 1}]]}).encode()),
-    (200, b'{"result": [[{"document": {"id": -1}, "score": 1}]]}'), (200, b'{"result": [[{"document": {"id": "7", "contents": null}, "score": 1}]]}'),
-    (200, b'{"result": [[{"document": {"id": 300}, "score": 1}]]}'), (200, b'{"result": [[{"document": {"id": 1e400}, "score": 1}]]}'),
-    (400, b'{"error": "no"}'), (404, b""), (301, b"")])
+@pytest.mark.parametrize(
+    "status,body",
+    [
+        (200, b"<html>"),
+        pytest.param(200, b"[" * 200_000, id="deep"),
+        (200, b"[]"),
+        (200, b"{}"),
+        (200, b'{"result": []}'),
+        (200, b'{"result": [[], []]}'),
+        (200, b'{"result": [[7]]}'),
+        (200, b'{"result": [[{"document": {"id": "x"}, "score": 1}]]}'),
+        (200, b'{"result": [[{"document": {"id": "7"}, "score": 1}]]}'),
+        (200, json.dumps({"result": [[{"document": SHOWN, "score": 1}]]}).encode()),
+        (200, b'{"result": [[{"document": {"id": -1}, "score": 1}]]}'),
+        (200, b'{"result": [[{"document": {"id": "7", "contents": null}, "score": 1}]]}'),
+        (200, b'{"result": [[{"document": {"id": 300}, "score": 1}]]}'),
+        (200, b'{"result": [[{"document": {"id": 1e400}, "score": 1}]]}'),
+        (400, b'{"error": "no"}'),
+        (404, b""),
+        (301, b""),
+    ],
+)
 def test_nonsense_fails_at_once(index, status, body):
-    with fake_server(lambda h, n: h.say(status, body)) as (url, times), pytest.raises(ValueError, match="answer"):
+    with (
+        fake_server(lambda h, n: h.say(status, body)) as (url, times),
+        pytest.raises(ValueError, match="answer"),
+    ):
         open_client(url, index).search(["a"], 2)
     assert len(times) == 1
 
@@ -167,13 +224,17 @@ def test_a_query_that_the_server_refuses_fails_alone(url, index):
     long = "w0é " * 1100
     for queries in (["w0é", long, "w1é", "w3é", "w2é"], [long], ["w1é", "w0é", long, long]):
         alone = [n for n, query in enumerate(queries) if query == long]
-        with pytest.raises(SomeFailedError, match="answered 400: .*a query is longer than 4096 characters") as raised:
+        with pytest.raises(
+            SomeFailedError, match="answered 400: .*a query is longer than 4096 characters"
+        ) as raised:
             open_client(url, index, batch=4).search(queries, 3)
         expected = index.search(["" if query == long else query for query in queries], 3)[0]
         np.testing.assert_array_equal(raised.value.found, expected)
         assert list(raised.value.failures) == alone
     many = [f"w{n % 40}é w{n // 40}é" for n in range(700)]
-    np.testing.assert_array_equal(open_client(url, index, batch=700).search(many, 3)[0], index.search(many, 3)[0])
+    np.testing.assert_array_equal(
+        open_client(url, index, batch=700).search(many, 3)[0], index.search(many, 3)[0]
+    )
 
 
 def test_the_end_of_every_request_is_told(url, index):
@@ -184,31 +245,57 @@ def test_the_end_of_every_request_is_told(url, index):
     with pytest.raises(SomeFailedError):
         open_client(url, index, ended=tell).search(["a", "w0é " * 1100], 3)
     assert len(ended) == 3 + 3  # both together, and each alone
-    with fake_server(lambda h, n: h.say(503, b"busy")) as (busy, times), pytest.raises(urllib3.exceptions.HTTPError):
+    with (
+        fake_server(lambda h, n: h.say(503, b"busy")) as (busy, times),
+        pytest.raises(urllib3.exceptions.HTTPError),
+    ):
         open_client(busy, index, ended=tell).search(["a"], 3)
     assert len(times) == 3 and len(ended) == 3 + 3 + 1
 
 
 def test_many_long_queries_are_asked_for_in_requests_that_servers_take(url, index):
     """4,096 characters, the longest allowed, take up to 49,152 bytes of a request; a server may hang up on what is longer before it is sent."""
-    queries = [("w1é " + sign * 5000)[:MAX_QUERY_CHARACTERS - n] for n, sign in enumerate("漢😀" * 32)]
+    queries = [
+        ("w1é " + sign * 5000)[: MAX_QUERY_CHARACTERS - n] for n, sign in enumerate("漢😀" * 32)
+    ]
     assert len(json.dumps(queries)) > 2 * MAX_BODY_BYTES
-    for found, expected in zip(open_client(url, index, batch=64, attempts=1).search(queries, 3), index.search(queries, 3), strict=True):
+    for found, expected in zip(
+        open_client(url, index, batch=64, attempts=1).search(queries, 3),
+        index.search(queries, 3),
+        strict=True,
+    ):
         np.testing.assert_array_equal(found, expected)
     assert 'status="413"' not in urllib3.request("GET", f"{url}/metrics").data.decode()
 
 
-TITLES = ["Paris", '"Heroes" (David Bowie album)', '"Heroes" and "Low"', 'Toys "R" Us', "two\nlines"]
+TITLES = [
+    "Paris",
+    '"Heroes" (David Bowie album)',
+    '"Heroes" and "Low"',
+    'Toys "R" Us',
+    "two\nlines",
+]
 
 
-@pytest.mark.parametrize("send", [
-    lambda d: {"contents": f"{d.title}\n{d.text}"}, lambda d: {"contents": f'"{d.title}"\n{d.text}'}, lambda d: {"contents": render_contents(d)},
-    lambda d: {"title": d.title, "text": d.text}], ids=["bare", "in quotes", "as serve has it", "fields"])
+@pytest.mark.parametrize(
+    "send",
+    [
+        lambda d: {"contents": f"{d.title}\n{d.text}"},
+        lambda d: {"contents": f'"{d.title}"\n{d.text}'},
+        lambda d: {"contents": render_contents(d)},
+        lambda d: {"title": d.title, "text": d.text},
+    ],
+    ids=["bare", "in quotes", "as serve has it", "fields"],
+)
 def test_a_document_may_be_sent_in_any_form_of_a_corpus(send):
     documents = [Document(i, title, f'{title} is "so".\nAnd so.') for i, title in enumerate(TITLES)]
-    answer = {"result": [[{"document": {"id": str(d.id), **send(d)}, "score": 1.0} for d in documents]]}
+    answer = {
+        "result": [[{"document": {"id": str(d.id), **send(d)}, "score": 1.0} for d in documents]]
+    }
     with fake_server(lambda h, n: h.say(200, json.dumps(answer).encode())) as (url, _):
-        client = RemoteIndex(url, documents, "hash", attempt_s=2.0, attempts=1, backoff_s=0.0, batch=2)
+        client = RemoteIndex(
+            url, documents, "hash", attempt_s=2.0, attempts=1, backoff_s=0.0, batch=2
+        )
         assert client.search(["a"], 5)[0].tolist() == [[0, 1, 2, 3, 4]]
         answer["result"][0][3]["document"] = {"id": "3", "contents": "Toys\nwere us"}
         with pytest.raises(ValueError, match="document 3 of the server is another one than here"):
@@ -225,22 +312,40 @@ def test_documents_survive_the_form_of_an_answer(shared_data):
         assert read == (" ".join(title.split()), text)
 
 
-OTHER_CORPUS, CHANGED = "holds the corpus other, but this run needs", "has changed: its {}, at first .*, is now .*: serve the first index again"
+OTHER_CORPUS, CHANGED = (
+    "holds the corpus other, but this run needs",
+    "has changed: its {}, at first .*, is now .*: serve the first index again",
+)
 
 
-@pytest.mark.parametrize("health,changed,message", [
-    ({}, {}, None), ({}, {"k": 9, "documents": 5}, None), (None, {"settings": {"k1": 2.0}}, None), ("ok", {}, None),
-    ({"settings": [1]}, {"settings": None}, None),
-    ({}, {"corpus": "other"}, OTHER_CORPUS), (None, {"corpus": "other"}, OTHER_CORPUS), ({}, {"settings": {"k1": 2.0, "b": 0.4}}, CHANGED.format("settings")),
-    ({}, {"retriever": "dense"}, CHANGED.format("retriever"))])
+@pytest.mark.parametrize(
+    "health,changed,message",
+    [
+        ({}, {}, None),
+        ({}, {"k": 9, "documents": 5}, None),
+        (None, {"settings": {"k1": 2.0}}, None),
+        ("ok", {}, None),
+        ({"settings": [1]}, {"settings": None}, None),
+        ({}, {"corpus": "other"}, OTHER_CORPUS),
+        (None, {"corpus": "other"}, OTHER_CORPUS),
+        ({}, {"settings": {"k1": 2.0, "b": 0.4}}, CHANGED.format("settings")),
+        ({}, {"retriever": "dense"}, CHANGED.format("retriever")),
+    ],
+)
 def test_a_server_that_was_restarted_with_another_index_is_noticed(index, health, changed, message):
     """Its answers say so, while their documents, of which both corpora hold these, could not. A server may say nothing of itself, or nothing sensible."""
     health = {**index.describe(3), **health} if isinstance(health, dict) else health
     answer = good_answer(index, manifest={**index.describe(2), **changed})
-    with fake_server(lambda h, n: h.say(200, good_answer(index) if n == 0 else answer), health) as (url, times):
+    with fake_server(lambda h, n: h.say(200, good_answer(index) if n == 0 else answer), health) as (
+        url,
+        times,
+    ):
         client = open_client(url, index)
         client.check()
-        assert client.search(["a"], 2)[0].tolist() == [[7, -1]] and client.describe(2)["settings"]["url"] == url
+        assert (
+            client.search(["a"], 2)[0].tolist() == [[7, -1]]
+            and client.describe(2)["settings"]["url"] == url
+        )
         if message is None:
             assert client.search(["a"], 2)[0].tolist() == [[7, -1]]
         else:
@@ -251,5 +356,11 @@ def test_a_server_that_was_restarted_with_another_index_is_noticed(index, health
 
 def test_too_many_documents_are_nonsense(index):
     one = json.loads(good_answer(index))["result"][0][0]
-    with fake_server(lambda h, n: h.say(200, json.dumps({"result": [[one] * 3]}).encode())) as (url, _), pytest.raises(ValueError, match="the form of"):
+    with (
+        fake_server(lambda h, n: h.say(200, json.dumps({"result": [[one] * 3]}).encode())) as (
+            url,
+            _,
+        ),
+        pytest.raises(ValueError, match="the form of"),
+    ):
         open_client(url, index).search(["a"], 2)

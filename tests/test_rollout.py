@@ -1,4 +1,5 @@
 """The episode program against a cache-free oracle, in both compositions and on several meshes."""
+
 import dataclasses
 import functools
 
@@ -18,7 +19,15 @@ def prompts_of(count: int):
 def expect(row: int, temperature: float, settings=tiny.SETTINGS) -> tiny.OracleEpisode:
     prompts = tiny.make_prompts(64)
     prompt = prompts.tokens[row, : prompts.length[row]]
-    return tiny.oracle_rollout(tiny.CONFIG, tiny.make_params(), prompt, int(prompts.episode_ids[row]), KEY, temperature, settings)
+    return tiny.oracle_rollout(
+        tiny.CONFIG,
+        tiny.make_params(),
+        prompt,
+        int(prompts.episode_ids[row]),
+        KEY,
+        temperature,
+        settings,
+    )
 
 
 def compare(got, episodes: list[tiny.OracleEpisode], context: int) -> None:
@@ -40,21 +49,36 @@ def compare(got, episodes: list[tiny.OracleEpisode], context: int) -> None:
         np.testing.assert_allclose(got.sampler_logprobs[b, :n], e.logprobs, atol=1e-4)
         assert not got.sampler_logprobs[b, n:].any()
         turns = len(e.statuses)
-        assert got.turn_status[b, :turns].tolist() == e.statuses and not got.turn_status[b, turns:].any()
-        assert got.search_end[b, :turns].tolist() == e.search_ends and (got.search_end[b, turns:] == -1).all()
+        assert (
+            got.turn_status[b, :turns].tolist() == e.statuses
+            and not got.turn_status[b, turns:].any()
+        )
+        assert (
+            got.search_end[b, :turns].tolist() == e.search_ends
+            and (got.search_end[b, turns:] == -1).all()
+        )
         assert got.doc_ids[b, :turns].tolist() == e.doc_ids and (got.doc_ids[b, turns:] == -1).all()
-        assert got.search_ok[b, :turns].tolist() == e.search_oks and not got.search_ok[b, turns:].any()
+        assert (
+            got.search_ok[b, :turns].tolist() == e.search_oks and not got.search_ok[b, turns:].any()
+        )
         assert (got.finished[b], got.truncated[b]) == (e.finished, e.truncated)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("mode,shape", [("callback", (1, 1, 1)), ("host", (1, 1, 1)), ("callback", (4, 1, 2)), ("host", (2, 2, 2))])
+@pytest.mark.parametrize(
+    "mode,shape",
+    [("callback", (1, 1, 1)), ("host", (1, 1, 1)), ("callback", (4, 1, 2)), ("host", (2, 2, 2))],
+)
 def test_matches_oracle(mode, shape, temperature):
     got, _ = tiny.run_rollout(mode, shape, prompts_of(16), KEY, temperature)
     episodes = [expect(row, temperature) for row in range(16)]
     compare(got, episodes, tiny.SETTINGS.context)
     if temperature:  # the world is rich enough to test something
-        assert {status.name for e in episodes for status in e.statuses} >= {"SEARCH", "INVALID", "ANSWER"}
+        assert {status.name for e in episodes for status in e.statuses} >= {
+            "SEARCH",
+            "INVALID",
+            "ANSWER",
+        }
         assert any(e.truncated for e in episodes) and any(not all(e.search_oks) for e in episodes)
 
 
@@ -91,7 +115,9 @@ LAYOUTS = {  # settings and meshes that must change no token
 def test_layout_changes_no_token(layout, temperature):
     mode, shape, changes = layout
     settings = dataclasses.replace(tiny.SETTINGS, **changes)
-    got, counters = tiny.run_rollout(mode, shape, prompts_of(16), KEY, temperature, settings=settings)
+    got, counters = tiny.run_rollout(
+        mode, shape, prompts_of(16), KEY, temperature, settings=settings
+    )
     compare(got, [expect(row, temperature) for row in range(16)], settings.context)
     observed = (got.token_mask & ~got.action_mask).sum()
     assert counters[:, 2].sum() == observed - 16  # see test_prefill_counts_every_token_once
@@ -105,12 +131,25 @@ def test_rows_that_fill_up_the_batch_get_no_slot(mode, slots):
     prompts = prompts_of(8)
     idle = np.array([0, 3, 4, 7])
     active = np.isin(np.arange(8), idle, invert=True)
-    got, _ = tiny.run_rollout(mode, (1, 1, 1), prompts.replace(active=active), KEY, 1.0, settings=dataclasses.replace(tiny.SETTINGS, slots=slots))
+    got, _ = tiny.run_rollout(
+        mode,
+        (1, 1, 1),
+        prompts.replace(active=active),
+        KEY,
+        1.0,
+        settings=dataclasses.replace(tiny.SETTINGS, slots=slots),
+    )
     expected, _ = tiny.run_rollout("callback", (1, 1, 1), prompts, KEY, 1.0)
     np.testing.assert_array_equal(got.tokens[active], expected.tokens[active])
     np.testing.assert_array_equal(got.length[idle], prompts.length[idle])
-    assert not got.action_mask[idle].any() and not got.finished[idle].any() and expected.action_mask[idle].any()
-    nobody, _ = tiny.run_rollout(mode, (1, 1, 1), prompts.replace(active=np.zeros(8, bool)), KEY, 1.0)
+    assert (
+        not got.action_mask[idle].any()
+        and not got.finished[idle].any()
+        and expected.action_mask[idle].any()
+    )
+    nobody, _ = tiny.run_rollout(
+        mode, (1, 1, 1), prompts.replace(active=np.zeros(8, bool)), KEY, 1.0
+    )
     assert not nobody.action_mask.any()
 
 
@@ -120,15 +159,31 @@ def test_memory_follows_the_slots():
     settings = dataclasses.replace(tiny.SETTINGS, context=2048)
     sizes = []
     for slots in (0, 8):
-        memory = tiny.compile_rollout("callback", (1, 1, 1), prompts_of(32), settings=dataclasses.replace(settings, slots=slots)).memory_analysis()
+        memory = tiny.compile_rollout(
+            "callback",
+            (1, 1, 1),
+            prompts_of(32),
+            settings=dataclasses.replace(settings, slots=slots),
+        ).memory_analysis()
         sizes.append(memory.temp_size_in_bytes)
-    cache = 2 * tiny.CONFIG.num_layers * 32 * tiny.CONFIG.num_kv_heads * 2048 * tiny.CONFIG.head_dim * 4
+    cache = (
+        2 * tiny.CONFIG.num_layers * 32 * tiny.CONFIG.num_kv_heads * 2048 * tiny.CONFIG.head_dim * 4
+    )
     assert sizes[0] - sizes[1] >= 0.75 * cache > 0.5 * sizes[0]
 
 
 def test_slots_that_cannot_be_shared_out():
-    with pytest.raises(ValueError, match="config.rollout.slots=6 cannot be shared out among 4 mesh shards"):
-        tiny.run_rollout("callback", (4, 1, 2), prompts_of(16), KEY, 1.0, settings=dataclasses.replace(tiny.SETTINGS, slots=6))
+    with pytest.raises(
+        ValueError, match="config.rollout.slots=6 cannot be shared out among 4 mesh shards"
+    ):
+        tiny.run_rollout(
+            "callback",
+            (4, 1, 2),
+            prompts_of(16),
+            KEY,
+            1.0,
+            settings=dataclasses.replace(tiny.SETTINGS, slots=6),
+        )
 
 
 def test_prefill_counts_every_token_once():

@@ -1,4 +1,5 @@
 """Rows of every kind of file come with their place; what cannot be read is refused by file and line."""
+
 import csv
 import gzip
 import hashlib
@@ -10,7 +11,11 @@ import pytest
 
 from stepsearch_jax.data.rows import Row, find_file, hash_file, read_rows
 
-ROWS = [{"id": "a", "text": "one,\n \"two\""}, {"id": "b", "text": "ünï  ]"}, {"id": "c", "text": "["}]
+ROWS = [
+    {"id": "a", "text": 'one,\n "two"'},
+    {"id": "b", "text": "ünï  ]"},
+    {"id": "c", "text": "["},
+]
 
 
 def write(path, kind):
@@ -32,15 +37,26 @@ def write(path, kind):
         path.write_text(text)
 
 
-@pytest.mark.parametrize("name, kind, places", [
-    ("rows.jsonl", "lines", ["line 1", "line 3", "line 5"]),
-    ("rows.jsonl.gz", "lines", ["line 1", "line 3", "line 5"]),
-    ("rows.json", "lines", ["line 1", "line 3", "line 5"]),
-    ("rows.json", "array", ["line 2", "line 7", "line 12"]),  # each object takes four lines and is followed by an empty one
-    ("rows.json.gz", "short array", ["line 1", "line 1", "line 1"]),
-    ("rows.csv", "csv", ["line 3", "line 4", "line 5"]),  # the first row's text has a line break
-    ("rows.parquet", "parquet", ["row 1", "row 2", "row 3"]),
-])
+@pytest.mark.parametrize(
+    "name, kind, places",
+    [
+        ("rows.jsonl", "lines", ["line 1", "line 3", "line 5"]),
+        ("rows.jsonl.gz", "lines", ["line 1", "line 3", "line 5"]),
+        ("rows.json", "lines", ["line 1", "line 3", "line 5"]),
+        (
+            "rows.json",
+            "array",
+            ["line 2", "line 7", "line 12"],
+        ),  # each object takes four lines and is followed by an empty one
+        ("rows.json.gz", "short array", ["line 1", "line 1", "line 1"]),
+        (
+            "rows.csv",
+            "csv",
+            ["line 3", "line 4", "line 5"],
+        ),  # the first row's text has a line break
+        ("rows.parquet", "parquet", ["row 1", "row 2", "row 3"]),
+    ],
+)
 def test_every_kind_of_file_gives_the_same_rows(tmp_path, name, kind, places):
     path = tmp_path / name
     write(path, kind)
@@ -50,43 +66,92 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, name, kind, places):
     assert [row.number for row in rows] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("rows.jsonl", b'{"a": 1}\n\n{"a": }\n', "line 3: not JSON"),
-    ("rows.jsonl", b'{"a": "\\ud83d\\ude00"}\n{"a": [{"b": "c \\ud83d d"}]}\n', "line 2: '.ud83d' is half of a surrogate pair"),
-    ("rows.json", b'[{"a": 1},\n {"a": "\\uDC00"}]', "line 2: '.udc00' is half of a surrogate pair"),
-    ("rows.jsonl", b'{"a": 1}\n7\n', "line 2: a JSON object is needed, not int"),
-    ("rows.json", b'[{"a": 1},\n {"a": }]', "line 2: not JSON"),
-    ("rows.json", b'[{"a": 1}\n {"a": 2}]', "line 1: not JSON .a comma"),
-    ("rows.json", b'[{"a": 1}, [2]]', "line 1: a JSON object is needed, not list"),
-    ("rows.json", b'[{"a": 1},\n', "line 2: not JSON"),
-    ("rows.json", b" ", "the file is empty"),
-    ("rows.json", b"[ ]", "the file is empty"),
-    ("rows.jsonl", b"", "the file is empty"),
-    ("rows.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9, mtime=0)[:-9], "behind row . the file cannot be read .*fetch it again"),
-    ("rows.jsonl.gz", b'{"a": 1}\n', "behind row 0 the file cannot be read"),
-    ("rows.jsonl", b'{"a": "b"}\n' * 3 + b'{"a": "\xe9"}\n', "line 4: not UTF-8 .*0xe9"),
-    ("rows.csv", b"a,b\n1,2\n\xe9,3\n", "line 3: not UTF-8 .*0xe9"),
-    ("rows.json", b'[{"a": "b"},\n{"a": "\xe9"}]', "line 2: not UTF-8 .*0xe9"),
-    ("rows.jsonl", '{"a": "b"}\n'.encode("utf-16"), "line 1: not UTF-8"),
-    ("rows.parquet", b"no table", "cannot be read as a Parquet file"),
-    ("rows.json", b'[{"a": 1}]\n\n[{"a": 2}]', "line 3: not JSON .text behind the end"),
-    ("rows.json", b'[{"a": 1},\n ]', "line 2: not JSON"),
-    pytest.param("rows.jsonl", b'{"a": 1}\n' + b"[" * 100_000, "line 2: lists and objects lie too deep", id="deep line"),
-    pytest.param("rows.json", b'[{"a": 1},\n' + b"[" * 100_000, "line 2: lists and objects lie too deep", id="deep array"),
-    pytest.param("rows.jsonl", b'{"a": 1}\n{"a": ' + b"7" * 5000 + b"}\n", "line 2: .*4300", id="long number"),
-    pytest.param("rows.csv", b"a,b\n1,2\n" + b"x" * 200_000 + b",3\n", "line 3: .*field limit", id="long field"),
-    pytest.param("rows.csv", b"\n" + b"x" * 200_000 + b",b\n", "line 2: .*field limit", id="long name"),
-    pytest.param("rows.csv", b'a,b\n1,"2\n' + b"x" * 200_000 + b"\n", "line 3: .*field limit", id="open quotes"),
-    ("rows.txt", b"{}", "the name should end in one of .jsonl"),
-])
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("rows.jsonl", b'{"a": 1}\n\n{"a": }\n', "line 3: not JSON"),
+        (
+            "rows.jsonl",
+            b'{"a": "\\ud83d\\ude00"}\n{"a": [{"b": "c \\ud83d d"}]}\n',
+            "line 2: '.ud83d' is half of a surrogate pair",
+        ),
+        (
+            "rows.json",
+            b'[{"a": 1},\n {"a": "\\uDC00"}]',
+            "line 2: '.udc00' is half of a surrogate pair",
+        ),
+        ("rows.jsonl", b'{"a": 1}\n7\n', "line 2: a JSON object is needed, not int"),
+        ("rows.json", b'[{"a": 1},\n {"a": }]', "line 2: not JSON"),
+        ("rows.json", b'[{"a": 1}\n {"a": 2}]', "line 1: not JSON .a comma"),
+        ("rows.json", b'[{"a": 1}, [2]]', "line 1: a JSON object is needed, not list"),
+        ("rows.json", b'[{"a": 1},\n', "line 2: not JSON"),
+        ("rows.json", b" ", "the file is empty"),
+        ("rows.json", b"[ ]", "the file is empty"),
+        ("rows.jsonl", b"", "the file is empty"),
+        (
+            "rows.jsonl.gz",
+            gzip.compress(b'{"a": 1}\n' * 9, mtime=0)[:-9],
+            "behind row . the file cannot be read .*fetch it again",
+        ),
+        ("rows.jsonl.gz", b'{"a": 1}\n', "behind row 0 the file cannot be read"),
+        ("rows.jsonl", b'{"a": "b"}\n' * 3 + b'{"a": "\xe9"}\n', "line 4: not UTF-8 .*0xe9"),
+        ("rows.csv", b"a,b\n1,2\n\xe9,3\n", "line 3: not UTF-8 .*0xe9"),
+        ("rows.json", b'[{"a": "b"},\n{"a": "\xe9"}]', "line 2: not UTF-8 .*0xe9"),
+        ("rows.jsonl", '{"a": "b"}\n'.encode("utf-16"), "line 1: not UTF-8"),
+        ("rows.parquet", b"no table", "cannot be read as a Parquet file"),
+        ("rows.json", b'[{"a": 1}]\n\n[{"a": 2}]', "line 3: not JSON .text behind the end"),
+        ("rows.json", b'[{"a": 1},\n ]', "line 2: not JSON"),
+        pytest.param(
+            "rows.jsonl",
+            b'{"a": 1}\n' + b"[" * 100_000,
+            "line 2: lists and objects lie too deep",
+            id="deep line",
+        ),
+        pytest.param(
+            "rows.json",
+            b'[{"a": 1},\n' + b"[" * 100_000,
+            "line 2: lists and objects lie too deep",
+            id="deep array",
+        ),
+        pytest.param(
+            "rows.jsonl",
+            b'{"a": 1}\n{"a": ' + b"7" * 5000 + b"}\n",
+            "line 2: .*4300",
+            id="long number",
+        ),
+        pytest.param(
+            "rows.csv",
+            b"a,b\n1,2\n" + b"x" * 200_000 + b",3\n",
+            "line 3: .*field limit",
+            id="long field",
+        ),
+        pytest.param(
+            "rows.csv", b"\n" + b"x" * 200_000 + b",b\n", "line 2: .*field limit", id="long name"
+        ),
+        pytest.param(
+            "rows.csv",
+            b'a,b\n1,"2\n' + b"x" * 200_000 + b"\n",
+            "line 3: .*field limit",
+            id="open quotes",
+        ),
+        ("rows.txt", b"{}", "the name should end in one of .jsonl"),
+    ],
+)
 def test_what_cannot_be_read_is_refused_by_place(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=rf"rows\S*{name.removeprefix('rows')}.*{message}"):
         list(read_rows(tmp_path / name))
 
 
-@pytest.mark.parametrize("name, content", [
-    ("rows.jsonl", '{"a": "é"}\r\n{"a": "b"}'), ("rows.json", '[{"a": "é"}, {"a": "b"}]'), ("rows.csv", "a\né\nb\n"), ("rows.csv.gz", "a\r\né\r\nb\r\n")])
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("rows.jsonl", '{"a": "é"}\r\n{"a": "b"}'),
+        ("rows.json", '[{"a": "é"}, {"a": "b"}]'),
+        ("rows.csv", "a\né\nb\n"),
+        ("rows.csv.gz", "a\r\né\r\nb\r\n"),
+    ],
+)
 def test_a_byte_order_mark_belongs_to_no_row(tmp_path, name, content):
     raw = content.encode("utf-8-sig")
     (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
@@ -105,12 +170,20 @@ def test_empty_lines_before_a_table_are_skipped_and_counted(tmp_path):
 
 def test_damaged_pages_of_a_table_are_told_by_row(tmp_path):
     path = tmp_path / "rows.parquet"
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"a": f"text {i} " * 9} for i in range(4000)]), path, row_group_size=1024, use_dictionary=False)
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([{"a": f"text {i} " * 9} for i in range(4000)]),
+        path,
+        row_group_size=1024,
+        use_dictionary=False,
+    )
     raw = bytearray(path.read_bytes())
-    raw[len(raw) * 3 // 8:len(raw) * 3 // 8 + 200] = bytes(200)
+    raw[len(raw) * 3 // 8 : len(raw) * 3 // 8 + 200] = bytes(200)
     path.write_bytes(raw)
     rows = read_rows(path)
-    with pytest.raises(ValueError, match=r"rows.parquet: behind row 1024 it cannot be read as a Parquet file \(.*\); fetch it again"):
+    with pytest.raises(
+        ValueError,
+        match=r"rows.parquet: behind row 1024 it cannot be read as a Parquet file \(.*\); fetch it again",
+    ):
         list(rows)
 
 
@@ -130,34 +203,64 @@ def test_hash_is_of_the_bytes(tmp_path):
     assert hash_file(tmp_path / "file") == hashlib.sha256(b"\x00abc").hexdigest()
 
 
-ROW = Row({"none": None, "text": " a ", "blank": "\n", "number": 3, "flag": True, "texts": ["a", ""], "mixed": ["a", 1], "empty": [], "lists": [[1], 2],
-           "objects": [{"a": 1}, {}], "object": {"a": "x"}}, "f, line 2", 4)
+ROW = Row(
+    {
+        "none": None,
+        "text": " a ",
+        "blank": "\n",
+        "number": 3,
+        "flag": True,
+        "texts": ["a", ""],
+        "mixed": ["a", 1],
+        "empty": [],
+        "lists": [[1], 2],
+        "objects": [{"a": 1}, {}],
+        "object": {"a": "x"},
+    },
+    "f, line 2",
+    4,
+)
 
 
-@pytest.mark.parametrize("read, message", [
-    (lambda row: row.text("nothing"), "field 'nothing' is missing"),
-    (lambda row: row.text("nothing", "none"), "field 'nothing' is missing"),
-    (lambda row: row.text("none"), "field 'none' should be str, not NoneType"),
-    (lambda row: row.text("blank"), "field 'blank' is empty"),
-    (lambda row: row.get("flag", int), "field 'flag' should be int, not bool"),
-    (lambda row: row.texts("mixed"), "'mixed' should hold strings only"),
-    (lambda row: row.answers("texts"), "'texts' should hold no empty answer"),
-    (lambda row: row.aliases("texts"), "'texts' should hold no empty answer"),
-    (lambda row: row.answers("empty"), "'empty' should hold at least one answer"),
-    (lambda row: row.lists("lists"), r"lists\[1\] should be a list, not int"),
-    (lambda row: row.objects("empty"), "'empty' is empty"),
-    (lambda row: row.objects("lists"), r"lists\[0\] should be an object, not list"),
-    (lambda row: row.objects("objects")[1].text("a"), r"objects\[1\]: field 'a' is missing"),
-    (lambda row: row.object("object").get("a", int), "object: field 'a' should be int"),
-    (lambda row: row.identifier("texts", otherwise="x"), "'texts' should be a text or a number"),
-])
+@pytest.mark.parametrize(
+    "read, message",
+    [
+        (lambda row: row.text("nothing"), "field 'nothing' is missing"),
+        (lambda row: row.text("nothing", "none"), "field 'nothing' is missing"),
+        (lambda row: row.text("none"), "field 'none' should be str, not NoneType"),
+        (lambda row: row.text("blank"), "field 'blank' is empty"),
+        (lambda row: row.get("flag", int), "field 'flag' should be int, not bool"),
+        (lambda row: row.texts("mixed"), "'mixed' should hold strings only"),
+        (lambda row: row.answers("texts"), "'texts' should hold no empty answer"),
+        (lambda row: row.aliases("texts"), "'texts' should hold no empty answer"),
+        (lambda row: row.answers("empty"), "'empty' should hold at least one answer"),
+        (lambda row: row.lists("lists"), r"lists\[1\] should be a list, not int"),
+        (lambda row: row.objects("empty"), "'empty' is empty"),
+        (lambda row: row.objects("lists"), r"lists\[0\] should be an object, not list"),
+        (lambda row: row.objects("objects")[1].text("a"), r"objects\[1\]: field 'a' is missing"),
+        (lambda row: row.object("object").get("a", int), "object: field 'a' should be int"),
+        (
+            lambda row: row.identifier("texts", otherwise="x"),
+            "'texts' should be a text or a number",
+        ),
+    ],
+)
 def test_faults_name_place_and_field(read, message):
-    with pytest.raises(ValueError, match=rf"^f, line 2(, \w+(\[\d\])?)?: .*{message}|^f, line 2, .*{message}"):
+    with pytest.raises(
+        ValueError, match=rf"^f, line 2(, \w+(\[\d\])?)?: .*{message}|^f, line 2, .*{message}"
+    ):
         read(ROW)
 
 
 def test_fields_as_asked_for():
-    assert ROW.text("nothing", "text") == " a " and ROW.get("number", int) == 3 and ROW.get("flag", bool) is True
+    assert (
+        ROW.text("nothing", "text") == " a "
+        and ROW.get("number", int) == 3
+        and ROW.get("flag", bool) is True
+    )
     assert ROW.texts("texts") == ("a", "") and ROW.texts("empty") == ()
     assert ROW.has("flag") and not ROW.has("none") and not ROW.has("nothing")
-    assert ROW.identifier("nothing", "number", otherwise="x") == "3" and ROW.identifier("none", otherwise="train") == "train_3"
+    assert (
+        ROW.identifier("nothing", "number", otherwise="x") == "3"
+        and ROW.identifier("none", otherwise="train") == "train_3"
+    )

@@ -1,4 +1,5 @@
 """Choosing tokens: the restriction to likely ones, the frequencies, noise that depends on nothing but key, episode and index, and slices of a vocabulary."""
+
 import re
 from functools import partial
 
@@ -37,25 +38,30 @@ def test_restrict_against_oracle(top_k, top_p):
     assert expected[np.arange(40), logits.argmax(1)].all()
 
 
-@pytest.mark.parametrize("top_k,top_p,kept", [
-    # probabilities 0.4, 0.2, 0.2, 0.1, 0.1 (in the order 2 3 0 1 4)
-    (0, 1.0, [0, 1, 2, 3, 4]),
-    (1, 1.0, [2]),
-    (2, 1.0, [0, 2, 3]),  # 0 is tied with 3: both stay
-    (4, 1.0, [0, 1, 2, 3, 4]),
-    (0, 0.39, [2]),
-    (0, 0.5, [0, 2, 3]),  # 0.4 is not enough, 0.6 is; the tie stays
-    (0, 0.85, [0, 1, 2, 3, 4]),
-    (3, 0.45, [2]),  # among the best three the likeliest holds 0.5
-    (3, 0.55, [0, 2, 3]),
-])
+@pytest.mark.parametrize(
+    "top_k,top_p,kept",
+    [
+        # probabilities 0.4, 0.2, 0.2, 0.1, 0.1 (in the order 2 3 0 1 4)
+        (0, 1.0, [0, 1, 2, 3, 4]),
+        (1, 1.0, [2]),
+        (2, 1.0, [0, 2, 3]),  # 0 is tied with 3: both stay
+        (4, 1.0, [0, 1, 2, 3, 4]),
+        (0, 0.39, [2]),
+        (0, 0.5, [0, 2, 3]),  # 0.4 is not enough, 0.6 is; the tie stays
+        (0, 0.85, [0, 1, 2, 3, 4]),
+        (3, 0.45, [2]),  # among the best three the likeliest holds 0.5
+        (3, 0.55, [0, 2, 3]),
+    ],
+)
 def test_restrict_by_hand(top_k, top_p, kept):
     logits = jnp.log(jnp.array([[0.2, 0.1, 0.4, 0.2, 0.1]]))
     assert np.flatnonzero(restrict(logits, top_k=top_k, top_p=top_p)[0] > -jnp.inf).tolist() == kept
 
 
 def test_order_of_floats_as_integers():
-    numbers = np.array([-np.inf, -3e38, -1.5, -1e-30, 0.0, 1e-30, 1e-3, 1.0, 3e38, np.inf], np.float32)
+    numbers = np.array(
+        [-np.inf, -3e38, -1.5, -1e-30, 0.0, 1e-30, 1e-3, 1.0, 3e38, np.inf], np.float32
+    )
     order = np.asarray(as_ordered(jnp.asarray(numbers)))
     assert (np.diff(order.astype(np.int64)) > 0).all()
     np.testing.assert_array_equal(as_float(jnp.asarray(order)), numbers)
@@ -82,14 +88,25 @@ def test_greedy_at_temperature_0():
 
 @pytest.mark.parametrize("vary", ["episode", "index"])
 @pytest.mark.parametrize("temperature,top_k", [(1.0, 0), (0.7, 0), (1.0, 3)])
-@pytest.mark.parametrize("vocabulary", [6, 10, 7])  # 6 blocks of one token, 2 blocks of five, one block
+@pytest.mark.parametrize(
+    "vocabulary", [6, 10, 7]
+)  # 6 blocks of one token, 2 blocks of five, one block
 def test_frequencies(temperature, top_k, vary, vocabulary):
     """Over 20,000 episodes, or 20,000 tokens of one episode: Pearson's statistic with 9 degrees of freedom exceeds 38 once in 50,000 seeds."""
     count = 20_000
     logits = jnp.array([0.0, 1.0, -1.0, 2.0, 0.5, -0.5, 0.2, 1.5, -0.3, 0.1])[:vocabulary]
     varied = jnp.arange(count)
-    episodes, index = (varied, jnp.full(count, 3)) if vary == "episode" else (jnp.full(count, 3), varied)
-    tokens, _ = draw(jnp.tile(logits, (count, 1)), jax.random.key(11), temperature, episodes=episodes, index=index, top_k=top_k)
+    episodes, index = (
+        (varied, jnp.full(count, 3)) if vary == "episode" else (jnp.full(count, 3), varied)
+    )
+    tokens, _ = draw(
+        jnp.tile(logits, (count, 1)),
+        jax.random.key(11),
+        temperature,
+        episodes=episodes,
+        index=index,
+        top_k=top_k,
+    )
     scores = np.exp(np.asarray(logits, np.float64) / temperature)
     if top_k:
         scores[np.argsort(-scores)[top_k:]] = 0
@@ -107,13 +124,18 @@ def test_neighbours_do_not_matter():
     key = jax.random.key(3)
     tokens, logprobs = draw(logits, key, 1.0, episodes=episodes, index=index)
     order = rng.permutation(200)[:50]
-    moved, moved_logprobs = draw(logits[order], key, 1.0, episodes=episodes[order], index=index[order])
+    moved, moved_logprobs = draw(
+        logits[order], key, 1.0, episodes=episodes[order], index=index[order]
+    )
     np.testing.assert_array_equal(moved, tokens[order])
     np.testing.assert_allclose(moved_logprobs, logprobs[order], rtol=1e-6)
     alone, _ = draw(logits[:1], key, 1.0, episodes=episodes[:1], index=index[:1])
     assert alone[0] == tokens[0]
-    for other in (draw(logits, jax.random.key(4), 1.0, episodes=episodes, index=index), draw(logits, key, 1.0, episodes=episodes + 1, index=index),
-                  draw(logits, key, 1.0, episodes=episodes, index=index + 1)):
+    for other in (
+        draw(logits, jax.random.key(4), 1.0, episodes=episodes, index=index),
+        draw(logits, key, 1.0, episodes=episodes + 1, index=index),
+        draw(logits, key, 1.0, episodes=episodes, index=index + 1),
+    ):
         assert (other[0] != tokens).mean() > 0.5
 
 
@@ -131,13 +153,31 @@ def test_restriction_holds_when_drawing():
     tokens, _ = draw(logits, jax.random.key(6), 2.0, top_k=4, top_p=0.8)
     kept = np.stack([keep(row / 2, 4, 0.8) for row in np.asarray(logits)])
     assert kept[np.arange(200), tokens].all()
-    assert len(set(np.argsort(-np.asarray(logits), axis=1).argsort(axis=1)[np.arange(200), tokens].tolist())) > 1  # not merely the best each time
+    assert (
+        len(
+            set(
+                np.argsort(-np.asarray(logits), axis=1)
+                .argsort(axis=1)[np.arange(200), tokens]
+                .tolist()
+            )
+        )
+        > 1
+    )  # not merely the best each time
 
 
 def draw_everywhere(logits, axis, temperature, top_k, top_p):
     """-> [b, 2]: token and log-probability, as one slice knows them."""
     rows = jnp.arange(len(logits))
-    drawn = sample(logits, jax.random.key(9), rows, 0 * rows, jnp.float32(temperature), top_k=top_k, top_p=top_p, axis=axis)
+    drawn = sample(
+        logits,
+        jax.random.key(9),
+        rows,
+        0 * rows,
+        jnp.float32(temperature),
+        top_k=top_k,
+        top_p=top_p,
+        axis=axis,
+    )
     return jnp.stack(drawn, axis=1)
 
 
@@ -145,7 +185,15 @@ def in_slices(function, slices: int):
     """The function on logits cut into slices, one on each of so many devices -> what each device returns, side by side."""
     mesh = Mesh(np.array(jax.devices()[:slices]), "tensor")
     cut = PartitionSpec(None, "tensor")
-    return jax.jit(jax.shard_map(partial(function, axis="tensor"), mesh=mesh, in_specs=cut, out_specs=cut, check_vma=False))
+    return jax.jit(
+        jax.shard_map(
+            partial(function, axis="tensor"),
+            mesh=mesh,
+            in_specs=cut,
+            out_specs=cut,
+            check_vma=False,
+        )
+    )
 
 
 @pytest.mark.parametrize("slices", [2, 4])
@@ -158,9 +206,20 @@ def test_slices_of_the_vocabulary_change_nothing(slices, top_k, top_p):
     np.testing.assert_array_equal(kept, expected)
     for temperature in (0.0, 0.8):
         tokens, logprobs = draw(logits, jax.random.key(9), temperature, top_k=top_k, top_p=top_p)
-        got = np.asarray(in_slices(partial(draw_everywhere, temperature=temperature, top_k=top_k, top_p=top_p), slices)(logits)).reshape(30, slices, 2)
-        np.testing.assert_array_equal(got[..., 0], np.repeat(np.asarray(tokens)[:, None], slices, axis=1))
-        np.testing.assert_allclose(got[..., 1], np.repeat(np.asarray(logprobs)[:, None], slices, axis=1), rtol=1e-5, atol=1e-5)
+        got = np.asarray(
+            in_slices(
+                partial(draw_everywhere, temperature=temperature, top_k=top_k, top_p=top_p), slices
+            )(logits)
+        ).reshape(30, slices, 2)
+        np.testing.assert_array_equal(
+            got[..., 0], np.repeat(np.asarray(tokens)[:, None], slices, axis=1)
+        )
+        np.testing.assert_allclose(
+            got[..., 1],
+            np.repeat(np.asarray(logprobs)[:, None], slices, axis=1),
+            rtol=1e-5,
+            atol=1e-5,
+        )
 
 
 def test_ties_between_slices_go_to_the_lowest_token():
@@ -175,12 +234,23 @@ def test_slices_exchange_no_logits(top_k, top_p):
     vocab, rows = 8192, 3
     everywhere = partial(draw_everywhere, temperature=1.0, top_k=top_k, top_p=top_p)
     text = in_slices(everywhere, 4).lower(jnp.zeros((rows, vocab))).compile().as_text()
-    crossing = [line for line in text.splitlines() if re.search(r" (all-gather|all-reduce|collective-permute|all-to-all)(-start)?\(", line)]
-    sizes = [int(n) for line in crossing for n in re.findall(rf"\[{rows},(\d+)", line.split(" = ")[1].split("(")[0])]
+    crossing = [
+        line
+        for line in text.splitlines()
+        if re.search(r" (all-gather|all-reduce|collective-permute|all-to-all)(-start)?\(", line)
+    ]
+    sizes = [
+        int(n)
+        for line in crossing
+        for n in re.findall(rf"\[{rows},(\d+)", line.split(" = ")[1].split("(")[0])
+    ]
     assert crossing and max(sizes) == count_blocks(vocab) == 128
 
 
 def test_slices_that_cut_a_block_are_refused():
     everywhere = partial(draw_everywhere, temperature=1.0, top_k=0, top_p=1.0)
-    with pytest.raises(ValueError, match="a vocabulary of 28 has 4 blocks for sampling, which 7 slices .mesh axis tensor. cannot share"):
+    with pytest.raises(
+        ValueError,
+        match="a vocabulary of 28 has 4 blocks for sampling, which 7 slices .mesh axis tensor. cannot share",
+    ):
         in_slices(everywhere, 7)(jnp.zeros((3, 28)))

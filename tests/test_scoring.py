@@ -1,4 +1,5 @@
 """Rewards of episodes: each formula worked by hand, the gates case by case."""
+
 import types
 
 import numpy as np
@@ -6,10 +7,25 @@ import pytest
 import running
 import tiny_config
 from sklearn.feature_extraction.text import TfidfVectorizer
-from text_episodes import NOTHING_SIMILAR, PAPER, TableSimilarity, answer, invalid, make_episode, make_question, search
+from text_episodes import (
+    NOTHING_SIMILAR,
+    PAPER,
+    TableSimilarity,
+    answer,
+    invalid,
+    make_episode,
+    make_question,
+    search,
+)
 
 from configs import base
-from stepsearch_jax.rewards.scoring import key_reward, measure_episodes, passes_ending_gate, passes_strict_gate, score_episodes
+from stepsearch_jax.rewards.scoring import (
+    key_reward,
+    measure_episodes,
+    passes_ending_gate,
+    passes_strict_gate,
+    score_episodes,
+)
 from stepsearch_jax.rewards.text_metrics import normalize
 from stepsearch_jax.run.system import System, build_system
 
@@ -43,7 +59,10 @@ def test_gain_and_redundancy_by_hand():
         "neither": (dict(use_gain=False, use_redundancy=False), [0, 0, 0, 0]),
         "scale": (dict(step_scale=1.6), [0.64, -0.4, -1.6, 0.32]),
         "cost": (dict(search_cost=0.125), [0.275, -0.375, -1.125, 0.075]),
-        "scale and cost": (dict(step_scale=2.0, search_cost=0.125), [0.675, -0.625, -2.125, 0.275]),  # the scale leaves the cost alone
+        "scale and cost": (
+            dict(step_scale=2.0, search_cost=0.125),
+            [0.675, -0.625, -2.125, 0.275],
+        ),  # the scale leaves the cost alone
     }
     for name, (change, expected) in changes.items():
         changed = score_episodes([episode], TableSimilarity(table), **PAPER | change)
@@ -61,29 +80,51 @@ def test_turns_without_documents_have_no_step_reward():
     table = np.zeros((4, 4))
     table[0, 2] = 0.6
     question = make_question(gold=(0,))
-    episode = make_episode(invalid("hm"), search("a", 2, ok=False), search("a", 2), search("b", 2), question=question)
+    episode = make_episode(
+        invalid("hm"), search("a", 2, ok=False), search("a", 2), search("b", 2), question=question
+    )
     scores = score_episodes([episode], TableSimilarity(table), **PAPER)
     np.testing.assert_allclose(scores.gain, [[0, 0, 0.6, 0]], atol=1e-7)
     np.testing.assert_allclose(scores.redundancy, [[0, 0, 0, 1]], atol=1e-7)
-    failed_last = make_episode(search("a", 2), search("b", 2, ok=False), search("c", ok=True), question=question)
-    np.testing.assert_allclose(score_episodes([failed_last], TableSimilarity(table), **PAPER).step_rewards, [[0.6, 0, 0, 0]], atol=1e-7)
+    failed_last = make_episode(
+        search("a", 2), search("b", 2, ok=False), search("c", ok=True), question=question
+    )
+    np.testing.assert_allclose(
+        score_episodes([failed_last], TableSimilarity(table), **PAPER).step_rewards,
+        [[0.6, 0, 0, 0]],
+        atol=1e-7,
+    )
 
 
 def test_search_cost_by_hand():
     """A search that was answered costs, with documents or without; a failed one, an invalid turn and the answer do not. The outcome is not touched."""
     turns = invalid("hm"), search("a", 2, ok=False), search("b"), search("c", 3), answer("Paris")
     cost = PAPER | dict(search_cost=0.25, num_turns=5, answer_gate="ends_with_answer")
-    scores = score_episodes([make_episode(*turns), make_episode(answer("Paris")), make_episode()], NOTHING_SIMILAR, **cost)
+    scores = score_episodes(
+        [make_episode(*turns), make_episode(answer("Paris")), make_episode()],
+        NOTHING_SIMILAR,
+        **cost,
+    )
     np.testing.assert_allclose(scores.step_rewards, [[0, 0, -0.25, -0.25, 0], [0] * 5, [0] * 5])
     np.testing.assert_allclose(scores.outcome_rewards, [1, 1, 0])
     cut_off = make_episode(search("c", 3), invalid("hm"))
-    for failure, expected in (("zero_answer", -0.25), ("minus_one", 0)):  # minus_one is the whole reward
-        assert score_episodes([cut_off], NOTHING_SIMILAR, **cost | dict(format_failure=failure)).step_rewards[0, 0] == expected
+    for failure, expected in (
+        ("zero_answer", -0.25),
+        ("minus_one", 0),
+    ):  # minus_one is the whole reward
+        assert (
+            score_episodes(
+                [cut_off], NOTHING_SIMILAR, **cost | dict(format_failure=failure)
+            ).step_rewards[0, 0]
+            == expected
+        )
 
 
 def test_without_gold_documents_the_penalty_still_counts():
     episode = make_episode(search("a", 2, 3), search("b", 2, 5), answer("Rome"))
-    np.testing.assert_allclose(score_episodes([episode], NOTHING_SIMILAR, **PAPER).step_rewards, [[0, -0.5, 0, 0]])
+    np.testing.assert_allclose(
+        score_episodes([episode], NOTHING_SIMILAR, **PAPER).step_rewards, [[0, -0.5, 0, 0]]
+    )
 
 
 def test_rendered_scope_by_hand():
@@ -92,10 +133,21 @@ def test_rendered_scope_by_hand():
     turns = search("a", 2, 3, 4), search("b", 4, 5), answer("Rome")
     change = PAPER | dict(redundancy_scope="rendered", rendered=rendered)
     with_gold = make_episode(*turns, question=make_question(gold=(0,)))
-    np.testing.assert_allclose(score_episodes([with_gold], NOTHING_SIMILAR, **change).redundancy, [[1 / 3, 1 / 2, 0, 0]], atol=1e-7)
-    np.testing.assert_allclose(score_episodes([make_episode(*turns)], NOTHING_SIMILAR, **change).step_rewards, [[0, 0, 0, 0]])
-    failed = make_episode(search("a", 2, ok=False), search("b", 2), question=make_question(gold=(0,)))
-    np.testing.assert_allclose(score_episodes([failed], NOTHING_SIMILAR, **change).redundancy, [[0, 0, 0, 0]])
+    np.testing.assert_allclose(
+        score_episodes([with_gold], NOTHING_SIMILAR, **change).redundancy,
+        [[1 / 3, 1 / 2, 0, 0]],
+        atol=1e-7,
+    )
+    np.testing.assert_allclose(
+        score_episodes([make_episode(*turns)], NOTHING_SIMILAR, **change).step_rewards,
+        [[0, 0, 0, 0]],
+    )
+    failed = make_episode(
+        search("a", 2, ok=False), search("b", 2), question=make_question(gold=(0,))
+    )
+    np.testing.assert_allclose(
+        score_episodes([failed], NOTHING_SIMILAR, **change).redundancy, [[0, 0, 0, 0]]
+    )
     with pytest.raises(ValueError, match="needs rendered"):
         score_episodes([with_gold], NOTHING_SIMILAR, **PAPER | dict(redundancy_scope="rendered"))
 
@@ -117,14 +169,14 @@ def test_key_reward_by_hand():
 
 
 def test_a_query_that_fits_nothing_overwrites_nothing():
-    """"red fox" fits sub 0 exactly; "owl" neither, nor does an empty query."""
+    """ "red fox" fits sub 0 exactly; "owl" neither, nor does an empty query."""
     question = make_question(keys=(("red fox",), ("river paris",)))
     for queries in (("red fox", "owl"), ("red fox", "")):
         assert key_reward(queries, question, key_match="overwrite") == pytest.approx(0.5)
 
 
 def test_one_query_serves_two_sub_questions_only_by_max():
-    """"river france": F1 1/2 with both groups' "capital france" (2*1/(2+2)) and "river paris"; overwriting gives it to the first alone."""
+    """ "river france": F1 1/2 with both groups' "capital france" (2*1/(2+2)) and "river paris"; overwriting gives it to the first alone."""
     question = make_question(keys=(("capital france",), ("river paris",)))
     assert key_reward(("river france",), question, key_match="max") == pytest.approx(0.5)
     assert key_reward(("river france",), question, key_match="overwrite") == pytest.approx(0.25)
@@ -133,7 +185,9 @@ def test_one_query_serves_two_sub_questions_only_by_max():
 def test_key_reward_without_keys_or_searches():
     assert key_reward(("a",), make_question(keys=((), ())), key_match="max") == 0
     assert key_reward((), make_question(keys=(("red fox",),)), key_match="max") == 0
-    assert key_reward(("red fox",), make_question(keys=(("red fox",), ())), key_match="max") == 1  # M counts sub-questions with accepted queries
+    assert (
+        key_reward(("red fox",), make_question(keys=(("red fox",), ())), key_match="max") == 1
+    )  # M counts sub-questions with accepted queries
 
 
 # The global reward and the format gates
@@ -143,20 +197,32 @@ def test_outcome_reward_by_hand():
     """Answer "city of Paris" against "Paris": F1 = 2*1/(3+1) = 0.5. The query hits the one key exactly: r_key = 1. 0.5 + 0.618 * 1."""
     question = make_question(gold=(0,), keys=(("red fox",),))
     good = make_episode(search("red fox", 2), answer("city of Paris"), question=question)
-    bad = make_episode(search("red fox", 2), answer("city of Paris", after=" and that is it"), question=question)
+    bad = make_episode(
+        search("red fox", 2), answer("city of Paris", after=" and that is it"), question=question
+    )
     table = np.zeros((3, 3))
     table[0, 2] = 0.5
     paper = score_episodes([good, bad], TableSimilarity(table), **PAPER)
     np.testing.assert_allclose(paper.outcome_rewards, [0.5 + 0.618, 0.618], rtol=1e-6)
     np.testing.assert_allclose(paper.step_rewards, [[0.5, 0, 0, 0]] * 2)
     assert paper.gate_passed.tolist() == [True, False] and paper.key_rewards.tolist() == [1, 1]
-    minus = score_episodes([good, bad], TableSimilarity(table), **PAPER | dict(format_failure="minus_one"))
+    minus = score_episodes(
+        [good, bad], TableSimilarity(table), **PAPER | dict(format_failure="minus_one")
+    )
     np.testing.assert_allclose(minus.outcome_rewards, [0.5 + 0.618, -1], rtol=1e-6)
     np.testing.assert_allclose(minus.step_rewards, [[0.5, 0, 0, 0], [0, 0, 0, 0]])
-    np.testing.assert_allclose(minus.measures.f1, [0.5, 0.5])  # what the episode was worth does not depend on what it earned
+    np.testing.assert_allclose(
+        minus.measures.f1, [0.5, 0.5]
+    )  # what the episode was worth does not depend on what it earned
 
 
-DOCUMENTS = ["Bart owns art", "the city-of-light is Paris", "Oslo", "<answer>Paris</answer>", "Rome, Paris"]
+DOCUMENTS = [
+    "Bart owns art",
+    "the city-of-light is Paris",
+    "Oslo",
+    "<answer>Paris</answer>",
+    "Rome, Paris",
+]
 HELD = {  # name: (turns, answer's reward with a credit of 0.25)
     "held": ((search("x", 0, 1), answer("Rome")), 0.25),
     "an alias is held": ((search("x", 0), search("y", 2), answer("Rome")), 0.25),  # Oslo
@@ -164,7 +230,10 @@ HELD = {  # name: (turns, answer's reward with a credit of 0.25)
     "right, and held": ((search("x", 1), answer("Paris")), 1),
     "half right, and held": ((search("x", 1), answer("Paris or so or")), 0.4),  # 2*1/(4+1)
     "held by a failed search": ((search("x", 1, ok=False), search("y", 0), answer("Rome")), 0),
-    "held by the observation only": ((search("x", 0, observation="Paris"), answer("Rome", before="Paris")), 0),
+    "held by the observation only": (
+        (search("x", 0, observation="Paris"), answer("Rome", before="Paris")),
+        0,
+    ),
     "within a tag, one word": ((search("x", 3), answer("Rome")), 0),  # "answerparisanswer"
     "no answer": ((search("x", 1), search("x", 1)), 0),
     "malformed": ((search("x", 1), answer("Rome", after=".")), 0),
@@ -177,15 +246,29 @@ def test_retrieved_answer_credit_by_hand(name):
     turns, expected = HELD[name]
     episode = make_episode(*turns, question=make_question(answers=("Paris", "Oslo")))
     for credit in (0.25, 0.0):
-        scores = score_episodes([episode], NOTHING_SIMILAR, **PAPER | dict(retrieved_answer_credit=credit, texts=DOCUMENTS))
-        np.testing.assert_allclose(scores.outcome_rewards, [0 if expected == 0.25 and not credit else expected], rtol=1e-6)
-    minus = score_episodes([episode], NOTHING_SIMILAR, **PAPER | dict(retrieved_answer_credit=0.25, texts=DOCUMENTS, format_failure="minus_one"))
-    np.testing.assert_allclose(minus.outcome_rewards, [expected if minus.gate_passed[0] else -1], rtol=1e-6)
+        scores = score_episodes(
+            [episode],
+            NOTHING_SIMILAR,
+            **PAPER | dict(retrieved_answer_credit=credit, texts=DOCUMENTS),
+        )
+        np.testing.assert_allclose(
+            scores.outcome_rewards, [0 if expected == 0.25 and not credit else expected], rtol=1e-6
+        )
+    minus = score_episodes(
+        [episode],
+        NOTHING_SIMILAR,
+        **PAPER | dict(retrieved_answer_credit=0.25, texts=DOCUMENTS, format_failure="minus_one"),
+    )
+    np.testing.assert_allclose(
+        minus.outcome_rewards, [expected if minus.gate_passed[0] else -1], rtol=1e-6
+    )
 
 
 def test_the_credit_needs_texts():
     with pytest.raises(ValueError, match="retrieved_answer_credit is 0.1, which needs"):
-        score_episodes([make_episode()], NOTHING_SIMILAR, **PAPER | dict(retrieved_answer_credit=0.1))
+        score_episodes(
+            [make_episode()], NOTHING_SIMILAR, **PAPER | dict(retrieved_answer_credit=0.1)
+        )
 
 
 THINK = "<think>x</think>"
@@ -193,7 +276,11 @@ GATES = {  # name: (turns, strict, ends with answer)
     "plain": ((search("a", think=THINK), answer("b", before=THINK)), True, True),
     "no think tags": ((search("a"), answer("b")), True, True),
     "white space after": ((search("a"), answer("b", after=" \n")), True, True),
-    "plan and observation tags": ((search("a", think="<plan>p</plan>"), answer("b", before="<observation>o</observation>")), True, True),
+    "plan and observation tags": (
+        (search("a", think="<plan>p</plan>"), answer("b", before="<observation>o</observation>")),
+        True,
+        True,
+    ),
     "failed search is a search": ((search("a", ok=False), answer("b")), True, True),
     "no search": ((answer("b"),), False, True),
     "nothing": ((), False, False),
@@ -201,18 +288,34 @@ GATES = {  # name: (turns, strict, ends with answer)
     "text after": ((search("a"), answer("b", after=".")), False, False),
     "two answers": ((search("a"), answer("c", before="<answer>b</answer>")), False, True),
     "nested answer": ((search("a"), answer("<answer>b")), False, True),
-    "answer in an earlier turn": ((search("a", think="<answer>b</answer>"), answer("b")), False, True),
+    "answer in an earlier turn": (
+        (search("a", think="<answer>b</answer>"), answer("b")),
+        False,
+        True,
+    ),
     "invalid turn": ((search("a"), invalid("hm"), answer("b")), False, True),
     "open think": ((search("a", think="<think>x"), answer("b")), False, True),
     "closed think only": ((search("a"), answer("b", before="x</think>")), False, True),
     "closed twice": ((search("a"), answer("b", before="</think></think>")), False, True),
-    "think closed in the next turn": ((search("a", think="<think>"), answer("b", before="</think>")), False, True),
+    "think closed in the next turn": (
+        (search("a", think="<think>"), answer("b", before="</think>")),
+        False,
+        True,
+    ),
     "crossed": ((search("a", think="<think><plan></think></plan>"), answer("b")), False, True),
-    "own information": ((search("a", think="<information>x</information>"), answer("b")), False, True),
+    "own information": (
+        (search("a", think="<information>x</information>"), answer("b")),
+        False,
+        True,
+    ),
     "own warning": ((search("a", think="<warning>x</warning>"), answer("b")), False, True),
     "closing tag only": ((search("a"), invalid("b</answer>")), False, False),
     "another tag closed": ((search("a"), invalid("<answer>b</search></answer>")), False, True),
-    "closing tag only, after an answer": ((search("a", think="<answer>b</answer>"), invalid("c</answer>")), False, False),
+    "closing tag only, after an answer": (
+        (search("a", think="<answer>b</answer>"), invalid("c</answer>")),
+        False,
+        False,
+    ),
     "split over turns": ((search("a"), invalid("<answer>b</ans"), invalid("wer>")), False, False),
 }
 
@@ -223,12 +326,16 @@ def test_gates(name):
     episode = make_episode(*turns)
     assert passes_strict_gate(episode) is strict and passes_ending_gate(episode) is ending
     for gate, passed in (("strict", strict), ("ends_with_answer", ending)):
-        assert score_episodes([episode], NOTHING_SIMILAR, **PAPER | dict(answer_gate=gate)).gate_passed.tolist() == [passed]
+        assert score_episodes(
+            [episode], NOTHING_SIMILAR, **PAPER | dict(answer_gate=gate)
+        ).gate_passed.tolist() == [passed]
 
 
 def test_truncated_episode_scores_nothing_for_its_answer():
     question = make_question(keys=(("red fox",),))
-    episode = make_episode(search("red fox", 2), invalid("<answer>Par"), question=question, truncated=True)
+    episode = make_episode(
+        search("red fox", 2), invalid("<answer>Par"), question=question, truncated=True
+    )
     scores = score_episodes([episode], NOTHING_SIMILAR, **PAPER)
     np.testing.assert_allclose(scores.outcome_rewards, [0.618], rtol=1e-6)
     assert scores.measures.em[0] == scores.measures.f1[0] == 0
@@ -239,22 +346,36 @@ def test_wrong_choices_and_too_many_turns_are_refused():
     for key in ("answer_gate", "format_failure", "key_match", "redundancy_scope"):
         with pytest.raises(ValueError, match=f"reward.{key} is 'else'"):
             score_episodes([episode], NOTHING_SIMILAR, **PAPER | {key: "else"})
-    score_episodes([episode], NOTHING_SIMILAR, **PAPER | dict(num_turns=1))  # the answer needs no place among the step rewards
+    score_episodes(
+        [episode], NOTHING_SIMILAR, **PAPER | dict(num_turns=1)
+    )  # the answer needs no place among the step rewards
     with pytest.raises(ValueError, match="q0.*after turn 1"):
-        score_episodes([make_episode(search("a"), search("b"))], NOTHING_SIMILAR, **PAPER | dict(num_turns=1))
+        score_episodes(
+            [make_episode(search("a"), search("b"))], NOTHING_SIMILAR, **PAPER | dict(num_turns=1)
+        )
 
 
 def test_no_episodes_and_empty_episodes_are_defined():
     scores = score_episodes([], NOTHING_SIMILAR, **PAPER)
     assert scores.step_rewards.shape == (0, 4) and scores.outcome_rewards.shape == (0,)
     scores = score_episodes([make_episode()], NOTHING_SIMILAR, **PAPER)
-    assert scores.outcome_rewards.tolist() == [0] and scores.step_rewards.tolist() == [[0] * 4] and scores.measures.searches.tolist() == [0]
+    assert (
+        scores.outcome_rewards.tolist() == [0]
+        and scores.step_rewards.tolist() == [[0] * 4]
+        and scores.measures.searches.tolist() == [0]
+    )
 
 
 def test_measures_by_hand():
     """Gold {0, 5}; retrieved 5, 3, 5: recall 1/2. Searches count failed ones. "Paris, France" covers "Paris": cover 1, EM 0, F1 2*1/(2+1)."""
     question = make_question(gold=(0, 5))
-    first = make_episode(search("a", 5, 3), search("b", ok=False), search("c", 5), answer("Paris, France"), question=question)
+    first = make_episode(
+        search("a", 5, 3),
+        search("b", ok=False),
+        search("c", 5),
+        answer("Paris, France"),
+        question=question,
+    )
     second = make_episode(answer("paris"))
     measures = measure_episodes([first, second])
     np.testing.assert_allclose(measures.em, [0, 1])
@@ -268,8 +389,16 @@ def test_measures_by_hand():
 
 
 KEYS = {  # another value than the default's, under which the episode below earns something else
-    "answer_gate": "ends_with_answer", "format_failure": "minus_one", "gamma_key": 0.5, "key_match": "overwrite", "use_gain": False, "use_redundancy": False,
-    "redundancy_scope": "rendered", "step_scale": 1.6, "search_cost": 0.25, "retrieved_answer_credit": 0.125,
+    "answer_gate": "ends_with_answer",
+    "format_failure": "minus_one",
+    "gamma_key": 0.5,
+    "key_match": "overwrite",
+    "use_gain": False,
+    "use_redundancy": False,
+    "redundancy_scope": "rendered",
+    "step_scale": 1.6,
+    "search_cost": 0.25,
+    "retrieved_answer_credit": 0.125,
 }
 
 
@@ -278,10 +407,18 @@ def test_every_key_reaches_the_scoring(name):
     table = np.full((6, 6), 0.25)
     question = make_question(gold=(0,), keys=(("red fox",), ("owl",)))
     turns = search("red fox", 2, 2), search("red owl", 2, 4), search("fox", 5)
-    episodes = [make_episode(*turns, answer("Rome"), question=question), make_episode(*turns, invalid("hm"), answer("Paris"), question=question)]
+    episodes = [
+        make_episode(*turns, answer("Rome"), question=question),
+        make_episode(*turns, invalid("hm"), answer("Paris"), question=question),
+    ]
     config = base.get_config().reward
-    system = types.SimpleNamespace(config=types.SimpleNamespace(reward=config), settings=types.SimpleNamespace(turns=4), _similarity=TableSimilarity(table),
-                                   _rendered=np.arange(6), _texts=["in Paris"] * 6)
+    system = types.SimpleNamespace(
+        config=types.SimpleNamespace(reward=config),
+        settings=types.SimpleNamespace(turns=4),
+        _similarity=TableSimilarity(table),
+        _rendered=np.arange(6),
+        _texts=["in Paris"] * 6,
+    )
     before = System.score(system, episodes)
     config[name] = KEYS[name]
     after = System.score(system, episodes)
@@ -301,8 +438,15 @@ def test_pair_compares_what_the_released_code_does(tmp_path_factory):
     system = build_system(config, ["train"])
     gold, found = [0, 7], [3, 7, 11, 2]
     texts = {i: normalize(system.source.documents[i].text) for i in (*gold, *found)}
-    refitted = [TfidfVectorizer().fit_transform([texts[i], *(texts[g] for g in gold)]).toarray() for i in found]
-    np.testing.assert_allclose(system._similarity.similarity([gold], [found]), np.array([matrix[1:] @ matrix[0] for matrix in refitted]).T, atol=1e-6)
+    refitted = [
+        TfidfVectorizer().fit_transform([texts[i], *(texts[g] for g in gold)]).toarray()
+        for i in found
+    ]
+    np.testing.assert_allclose(
+        system._similarity.similarity([gold], [found]),
+        np.array([matrix[1:] @ matrix[0] for matrix in refitted]).T,
+        atol=1e-6,
+    )
 
 
 def test_a_system_knows_its_documents_by_id(tmp_path_factory):
@@ -311,7 +455,16 @@ def test_a_system_knows_its_documents_by_id(tmp_path_factory):
     config.reward.retrieved_answer_credit = 0.25
     system = build_system(config, ["train"])
     title = system.source.documents[5].title
-    assert system._rendered[5] == (title, system.source.documents[5].text) and len(system._rendered) == len(system.source.documents)
-    other = next(document.id for document in system.source.documents if title not in f"{document.title} {document.text}")
-    episodes = [make_episode(search("x", i), answer("nowhere"), question=make_question(answers=(title,))) for i in (5, other)]
+    assert system._rendered[5] == (title, system.source.documents[5].text) and len(
+        system._rendered
+    ) == len(system.source.documents)
+    other = next(
+        document.id
+        for document in system.source.documents
+        if title not in f"{document.title} {document.text}"
+    )
+    episodes = [
+        make_episode(search("x", i), answer("nowhere"), question=make_question(answers=(title,)))
+        for i in (5, other)
+    ]
     np.testing.assert_allclose(system.score(episodes).outcome_rewards, [0.25, 0])

@@ -1,4 +1,5 @@
 """Rewards of random episodes: bounds, loops, independence of the batch, episodes that lack something, and tags where the environment writes."""
+
 import dataclasses
 
 import numpy as np
@@ -6,24 +7,49 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loop_tfidf import loop_gain
-from text_episodes import PAPER, TableSimilarity, answer, invalid, make_episode, make_question, search
+from text_episodes import (
+    PAPER,
+    TableSimilarity,
+    answer,
+    invalid,
+    make_episode,
+    make_question,
+    search,
+)
 
 from stepsearch_jax.records import TurnStatus
 from stepsearch_jax.rewards.scoring import information_gain, score_episodes
 from stepsearch_jax.rewards.tfidf import fit_similarity
 
-CORPUS = ["red fox runs", "blue fox sleeps", "red owl", "the elm and the oak", "fox and owl", "", "owl owl owl", "red fox runs"]
+CORPUS = [
+    "red fox runs",
+    "blue fox sleeps",
+    "red owl",
+    "the elm and the oak",
+    "fox and owl",
+    "",
+    "owl owl owl",
+    "red fox runs",
+]
 SIMILARITY = fit_similarity(CORPUS, tfidf_fit="corpus")
 FIELDS = ("step_rewards", "outcome_rewards", "gain", "redundancy", "key_rewards", "gate_passed")
 words = st.sampled_from(["red fox", "blue", "owl and elm", "", "the"])
-turns = st.builds(lambda query, ids, ok: search(query, *ids, ok=ok), words, st.lists(st.integers(0, 7), max_size=3), st.booleans()) | words.map(invalid)
+turns = st.builds(
+    lambda query, ids, ok: search(query, *ids, ok=ok),
+    words,
+    st.lists(st.integers(0, 7), max_size=3),
+    st.booleans(),
+) | words.map(invalid)
 questions = st.builds(
     lambda gold, keys: make_question(gold=gold, keys=keys, answers=("red fox", "owl")),
-    st.lists(st.integers(0, 7), max_size=8, unique=True), st.lists(st.lists(words, max_size=2), min_size=1, max_size=3),
+    st.lists(st.integers(0, 7), max_size=8, unique=True),
+    st.lists(st.lists(words, max_size=2), min_size=1, max_size=3),
 )
 episodes = st.builds(
     lambda body, last, question: make_episode(*body, *last, question=question),
-    st.lists(turns, max_size=4), st.lists(words.map(answer), max_size=1), questions,
+    st.lists(turns, max_size=4),
+    st.lists(words.map(answer), max_size=1),
+    questions,
 )
 choices = st.fixed_dictionaries(
     dict(
@@ -38,7 +64,11 @@ choices = st.fixed_dictionaries(
 
 
 def was_served(episode, t):
-    return t < len(episode.turns) and episode.turns[t].status == TurnStatus.SEARCH and episode.turns[t].search_ok
+    return (
+        t < len(episode.turns)
+        and episode.turns[t].status == TurnStatus.SEARCH
+        and episode.turns[t].search_ok
+    )
 
 
 @settings(max_examples=150, deadline=None)
@@ -53,7 +83,9 @@ def test_rewards_are_bounded_and_gains_telescope(batch, keywords):
     for b, episode in enumerate(batch):
         gold = episode.question.gold_ids
         retrieved = [i for turn in episode.search_turns if turn.search_ok for i in turn.doc_ids]
-        reached = SIMILARITY.similarity([gold], [retrieved]).max(1).mean() if gold and retrieved else 0  # the gains telescope to this
+        reached = (
+            SIMILARITY.similarity([gold], [retrieved]).max(1).mean() if gold and retrieved else 0
+        )  # the gains telescope to this
         assert scores.gain[b].sum() == pytest.approx(reached, abs=1e-5)
         assert all(was_served(episode, t) or scores.step_rewards[b, t] == 0 for t in range(4))
 
@@ -65,29 +97,56 @@ def test_gains_equal_loops(fit, batch):
     gain = information_gain(batch, fit_similarity(CORPUS, tfidf_fit=fit), num_turns=4)
     for b, episode in enumerate(batch):
         found = [episode.turns[t].doc_ids if was_served(episode, t) else () for t in range(4)]
-        np.testing.assert_allclose(gain[b], loop_gain(CORPUS, episode.question.gold_ids, found, tfidf_fit=fit), rtol=0, atol=1e-12)
+        np.testing.assert_allclose(
+            gain[b],
+            loop_gain(CORPUS, episode.question.gold_ids, found, tfidf_fit=fit),
+            rtol=0,
+            atol=1e-12,
+        )
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(episodes, min_size=1, max_size=4), choices)
 def test_cost_and_credit_change_only_what_they_name(batch, keywords):
     """The cost: step rewards of answered searches. The credit: outcome rewards where the gate is passed and the F1 is 0. Of 0, they change nothing."""
-    plain = score_episodes(batch, SIMILARITY, **keywords | dict(search_cost=0.0, retrieved_answer_credit=0.0, texts=None))
+    plain = score_episodes(
+        batch,
+        SIMILARITY,
+        **keywords | dict(search_cost=0.0, retrieved_answer_credit=0.0, texts=None),
+    )
     scores = score_episodes(batch, SIMILARITY, **keywords)
     for b, episode in enumerate(batch):
         whole = keywords["format_failure"] == "minus_one" and not scores.gate_passed[b]
-        charged = [keywords["search_cost"] if was_served(episode, t) and not whole else 0.0 for t in range(4)]
-        np.testing.assert_allclose(plain.step_rewards[b] - scores.step_rewards[b], charged, atol=1e-6)
+        charged = [
+            keywords["search_cost"] if was_served(episode, t) and not whole else 0.0
+            for t in range(4)
+        ]
+        np.testing.assert_allclose(
+            plain.step_rewards[b] - scores.step_rewards[b], charged, atol=1e-6
+        )
         ids = [i for t in range(4) if was_served(episode, t) for i in episode.turns[t].doc_ids]
-        held = any(f" {answer} " in f" {CORPUS[i]} " for i in ids for answer in ("red fox", "owl"))  # these texts are normalised as they are
-        earned = keywords["retrieved_answer_credit"] if held and scores.gate_passed[b] and scores.measures.f1[b] == 0 else 0.0
-        assert scores.outcome_rewards[b] - plain.outcome_rewards[b] == pytest.approx(earned, abs=1e-6)
+        held = any(
+            f" {answer} " in f" {CORPUS[i]} " for i in ids for answer in ("red fox", "owl")
+        )  # these texts are normalised as they are
+        earned = (
+            keywords["retrieved_answer_credit"]
+            if held and scores.gate_passed[b] and scores.measures.f1[b] == 0
+            else 0.0
+        )
+        assert scores.outcome_rewards[b] - plain.outcome_rewards[b] == pytest.approx(
+            earned, abs=1e-6
+        )
     for name in ("gain", "redundancy", "key_rewards", "gate_passed"):
         np.testing.assert_array_equal(getattr(scores, name), getattr(plain, name))
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(episodes, min_size=1, max_size=4), choices, st.randoms(use_true_random=False), st.sampled_from(["corpus", "pair"]))
+@given(
+    st.lists(episodes, min_size=1, max_size=4),
+    choices,
+    st.randoms(use_true_random=False),
+    st.sampled_from(["corpus", "pair"]),
+)
 def test_episodes_are_scored_independently(batch, keywords, random, fit):
     """To the last bit: alone, in a batch, in another order."""
     similarity = fit_similarity(CORPUS, tfidf_fit=fit)
@@ -98,7 +157,9 @@ def test_episodes_are_scored_independently(batch, keywords, random, fit):
         alone = score_episodes([episode], similarity, **keywords)
         for name in FIELDS:
             np.testing.assert_array_equal(getattr(alone, name)[0], getattr(whole, name)[b])
-            np.testing.assert_array_equal(getattr(permuted, name)[b], getattr(whole, name)[order[b]])
+            np.testing.assert_array_equal(
+                getattr(permuted, name)[b], getattr(whole, name)[order[b]]
+            )
 
 
 def test_gains_do_not_depend_on_the_batch_where_gold_documents_are_many():
@@ -106,9 +167,19 @@ def test_gains_do_not_depend_on_the_batch_where_gold_documents_are_many():
     rng = np.random.default_rng(0)
     for _ in range(20):
         similarity = TableSimilarity(rng.random((14, 14)))
-        batch = [make_episode(search("a", 12, 13), question=make_question(gold=rng.permutation(12).tolist())) for _ in range(3)]
+        batch = [
+            make_episode(
+                search("a", 12, 13), question=make_question(gold=rng.permutation(12).tolist())
+            )
+            for _ in range(3)
+        ]
         whole = information_gain(batch, similarity, num_turns=1)
-        np.testing.assert_array_equal(np.concatenate([information_gain([episode], similarity, num_turns=1) for episode in batch]), whole)
+        np.testing.assert_array_equal(
+            np.concatenate(
+                [information_gain([episode], similarity, num_turns=1) for episode in batch]
+            ),
+            whole,
+        )
 
 
 BARE = {  # what an episode can lack
@@ -127,18 +198,36 @@ BARE = {  # what an episode can lack
 def test_whatever_is_missing_rewards_are_finite_and_defined(gold, fit):
     """Alone, and in one batch with an episode that lacks nothing; under both gates and both answers to a format failure; without accepted queries as well."""
     similarity = fit_similarity(CORPUS, tfidf_fit=fit)
-    full = make_episode(search("red fox", 0, 1), answer("owl"), question=make_question(gold=(0, 2), keys=(("red fox",),), answers=("owl",)))
+    full = make_episode(
+        search("red fox", 0, 1),
+        answer("owl"),
+        question=make_question(gold=(0, 2), keys=(("red fox",),), answers=("owl",)),
+    )
     needed = dict(rendered=CORPUS, retrieved_answer_credit=0.5, texts=CORPUS)
-    for keys in ((), ((),), (("fox",), ())):  # no sub-questions, and so no gold documents; no accepted queries; some
-        bare = [make_episode(*turns, question=make_question(gold=gold, keys=keys), truncated=name == "truncated") for name, turns in BARE.items()]
+    for keys in (
+        (),
+        ((),),
+        (("fox",), ()),
+    ):  # no sub-questions, and so no gold documents; no accepted queries; some
+        bare = [
+            make_episode(
+                *turns, question=make_question(gold=gold, keys=keys), truncated=name == "truncated"
+            )
+            for name, turns in BARE.items()
+        ]
         for gate, failure in (("strict", "zero_answer"), ("ends_with_answer", "minus_one")):
             for scope in ("earlier_turns", "rendered"):
-                change = dict(answer_gate=gate, format_failure=failure, redundancy_scope=scope) | needed
+                change = (
+                    dict(answer_gate=gate, format_failure=failure, redundancy_scope=scope) | needed
+                )
                 for batch in (bare, [full, *bare], [*bare, full], *([episode] for episode in bare)):
                     scores = score_episodes(batch, similarity, **PAPER | change)
                     for name in FIELDS:
                         assert np.isfinite(getattr(scores, name)).all(), name
-                    assert scores.step_rewards.shape == (len(batch), 4) and scores.outcome_rewards.shape == (len(batch),)
+                    assert scores.step_rewards.shape == (
+                        len(batch),
+                        4,
+                    ) and scores.outcome_rewards.shape == (len(batch),)
                     for b, episode in enumerate(batch):
                         if not episode.question.gold_ids:
                             assert (scores.gain[b] == 0).all() and not scores.measures.gold_known[b]
@@ -151,40 +240,81 @@ def test_whatever_is_missing_rewards_are_finite_and_defined(gold, fit):
 # What the environment wrote: tags in it change no reward
 
 SPOOFS = st.lists(
-    st.sampled_from(["<search>", "</search>", "<answer>", "</answer>", "<information>", "</information>", "<think>", "<warning>", "red fox", "owl", "\n", " "]),
-    max_size=8).map("".join)
+    st.sampled_from(
+        [
+            "<search>",
+            "</search>",
+            "<answer>",
+            "</answer>",
+            "<information>",
+            "</information>",
+            "<think>",
+            "<warning>",
+            "red fox",
+            "owl",
+            "\n",
+            " ",
+        ]
+    ),
+    max_size=8,
+).map("".join)
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(episodes, min_size=1, max_size=3), choices, st.lists(SPOOFS, min_size=3, max_size=3))
+@given(
+    st.lists(episodes, min_size=1, max_size=3), choices, st.lists(SPOOFS, min_size=3, max_size=3)
+)
 def test_tags_in_documents_prompts_and_warnings_change_no_reward(batch, keywords, spoofs):
     """Observations are documents after a search and warnings after an invalid turn; the prompt holds the question. Whatever they say, nothing changes."""
     observed, prompt, asked = spoofs
 
     def spoof(episode):
         spoofed = tuple(dataclasses.replace(turn, observation=observed) for turn in episode.turns)
-        return dataclasses.replace(episode, turns=spoofed, prompt=prompt, question=dataclasses.replace(episode.question, question=asked))
+        return dataclasses.replace(
+            episode,
+            turns=spoofed,
+            prompt=prompt,
+            question=dataclasses.replace(episode.question, question=asked),
+        )
 
-    plain, spoofed = (score_episodes(group, SIMILARITY, **keywords) for group in (batch, [spoof(e) for e in batch]))
+    plain, spoofed = (
+        score_episodes(group, SIMILARITY, **keywords)
+        for group in (batch, [spoof(e) for e in batch])
+    )
     for name in FIELDS:
         np.testing.assert_array_equal(getattr(plain, name), getattr(spoofed, name))
     for name in ("em", "f1", "cover_em", "gold_recall", "searches"):
-        np.testing.assert_array_equal(getattr(plain.measures, name), getattr(spoofed.measures, name))
+        np.testing.assert_array_equal(
+            getattr(plain.measures, name), getattr(spoofed.measures, name)
+        )
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(episodes, min_size=1, max_size=3), choices, st.lists(st.tuples(SPOOFS, SPOOFS), min_size=8, max_size=8), st.sampled_from(["corpus", "pair"]))
+@given(
+    st.lists(episodes, min_size=1, max_size=3),
+    choices,
+    st.lists(st.tuples(SPOOFS, SPOOFS), min_size=8, max_size=8),
+    st.sampled_from(["corpus", "pair"]),
+)
 def test_tags_in_the_corpus_are_words_to_tfidf_and_nothing_else(batch, keywords, spoofs, fit):
     """Titles and texts that hold tags: the gain is that of plain tf-idf over these very texts; every other reward is as without them."""
     tagged = [f"{before} {text} {after}" for text, (before, after) in zip(CORPUS, spoofs)]
-    keywords = keywords | dict(retrieved_answer_credit=0.0)  # what a document says may earn the credit, and the spoofs say something
+    keywords = keywords | dict(
+        retrieved_answer_credit=0.0
+    )  # what a document says may earn the credit, and the spoofs say something
     plain = score_episodes(batch, fit_similarity(CORPUS, tfidf_fit=fit), **keywords)
-    scores = score_episodes(batch, fit_similarity(tagged, tfidf_fit=fit), **keywords | dict(texts=tagged))
+    scores = score_episodes(
+        batch, fit_similarity(tagged, tfidf_fit=fit), **keywords | dict(texts=tagged)
+    )
     for name in ("outcome_rewards", "redundancy", "key_rewards", "gate_passed"):
         np.testing.assert_array_equal(getattr(plain, name), getattr(scores, name))
     for b, episode in enumerate(batch):
         found = [episode.turns[t].doc_ids if was_served(episode, t) else () for t in range(4)]
         expected = loop_gain(tagged, episode.question.gold_ids, found, tfidf_fit=fit)
         np.testing.assert_allclose(scores.gain[b], expected, rtol=0, atol=1e-6)
-        changed = (scores.gain[b] - plain.gain[b]) * (keywords["format_failure"] == "zero_answer" or scores.gate_passed[b])
-        np.testing.assert_allclose(scores.step_rewards[b] - plain.step_rewards[b], changed, rtol=0, atol=1e-6)
+        changed = (scores.gain[b] - plain.gain[b]) * (
+            keywords["format_failure"] == "zero_answer" or scores.gate_passed[b]
+        )
+        np.testing.assert_allclose(
+            scores.step_rewards[b] - plain.step_rewards[b], changed, rtol=0, atol=1e-6
+        )

@@ -1,4 +1,5 @@
 """The search callback: fixed shapes, observations from integer copies, failures that never raise; the watchdog; the corpus as tokens."""
+
 import functools
 import re
 import subprocess
@@ -16,7 +17,12 @@ from stepsearch_jax.prompting.tags import decode_query
 from stepsearch_jax.prompting.tokenizers import make_word_tokenizer
 from stepsearch_jax.records import Document
 from stepsearch_jax.search.bm25 import build_index
-from stepsearch_jax.search.callback import MAX_QUERY_CHARACTERS, SearchCounts, SomeFailedError, make_search_callback
+from stepsearch_jax.search.callback import (
+    MAX_QUERY_CHARACTERS,
+    SearchCounts,
+    SomeFailedError,
+    make_search_callback,
+)
 from stepsearch_jax.search.corpus_tokens import tokenize_corpus
 from stepsearch_jax.search.observations import EnvironmentTokens, build_observation, share_out
 from stepsearch_jax.search.watchdog import EXIT_CODE, Watchdog
@@ -27,7 +33,9 @@ def array(*ids):
 
 
 # head 1; rank prefixes 11 and 12; tail 2 3; notes 41 and 42
-ENVIRONMENT = EnvironmentTokens(array(1), (array(11), array(12)), array(2, 3), array(41), array(42), array(5), array(6))
+ENVIRONMENT = EnvironmentTokens(
+    array(1), (array(11), array(12)), array(2, 3), array(41), array(42), array(5), array(6)
+)
 DOCUMENTS = [array(100, 101, 102), array(200), array(300, 301, 302, 303, 304, 305)]
 NOTHING, FAILED = [1, 41, 2, 3], [1, 42, 2, 3]
 WATCHDOG = Watchdog(60.0, "search.timeout_s")
@@ -46,17 +54,29 @@ def make_callback(search, budget=20, documents=DOCUMENTS):
 
 def call(callback, *queries):
     """Calls with one row for each query (a list of token ids, or None = not wanted); returns rows as lists: (observation, doc_ids, ok)."""
-    tokens = np.full((len(queries), 4), 7, np.int32)  # what stands beyond a query's length must not matter
+    tokens = np.full(
+        (len(queries), 4), 7, np.int32
+    )  # what stands beyond a query's length must not matter
     for row, query in enumerate(queries):
         tokens[row, : len(query or ())] = query or ()
-    out = callback(tokens, array(*(len(q or ()) for q in queries)), np.array([q is not None for q in queries]))
+    out = callback(
+        tokens, array(*(len(q or ()) for q in queries)), np.array([q is not None for q in queries])
+    )
     observations, lengths, doc_ids, ok = out
     rows = len(queries)
-    assert [a.shape for a in out] == [(rows, callback.max_observation_tokens), (rows,), (rows, 2), (rows,)]
+    assert [a.shape for a in out] == [
+        (rows, callback.max_observation_tokens),
+        (rows,),
+        (rows, 2),
+        (rows,),
+    ]
     assert [a.dtype for a in out] == [np.int32, np.int32, np.int32, bool]
     for observation, length in zip(observations, lengths, strict=True):
         assert (observation[length:] == 0).all()
-    return [(o[:n].tolist(), d.tolist(), bool(k)) for o, n, d, k in zip(observations, lengths, doc_ids, ok, strict=True)]
+    return [
+        (o[:n].tolist(), d.tolist(), bool(k))
+        for o, n, d, k in zip(observations, lengths, doc_ids, ok, strict=True)
+    ]
 
 
 # ---- observations --------------------------------------------------------------------------------------------------------------------------------
@@ -67,8 +87,14 @@ def call(callback, *queries):
     [
         (20, [1, 11, 100, 101, 102, 12, 300, 301, 302, 303, 304, 305, 2, 3]),  # everything fits
         (14, [1, 11, 100, 101, 102, 12, 300, 301, 302, 303, 304, 305, 2, 3]),  # exactly
-        (12, [1, 11, 100, 101, 102, 12, 300, 301, 302, 303, 2, 3]),  # 7 tokens: 3 of document 0, which leaves 4
-        (10, [1, 11, 100, 101, 102, 12, 300, 301, 2, 3]),  # 5 tokens: the odd one goes to the better document
+        (
+            12,
+            [1, 11, 100, 101, 102, 12, 300, 301, 302, 303, 2, 3],
+        ),  # 7 tokens: 3 of document 0, which leaves 4
+        (
+            10,
+            [1, 11, 100, 101, 102, 12, 300, 301, 2, 3],
+        ),  # 5 tokens: the odd one goes to the better document
         (5, [1, 11, 12, 2, 3]),
     ],
 )
@@ -79,7 +105,9 @@ def test_documents_share_the_budget(budget, expected):
 def test_fewer_documents_and_none():
     assert build_observation(ENVIRONMENT, [DOCUMENTS[1]], 20).tolist() == [1, 11, 200, 2, 3]
     assert build_observation(ENVIRONMENT, [], 20).tolist() == NOTHING
-    with pytest.raises(ValueError, match="fixed texts take 5 tokens, more than max_observation_tokens=4"):
+    with pytest.raises(
+        ValueError, match="fixed texts take 5 tokens, more than max_observation_tokens=4"
+    ):
         build_observation(ENVIRONMENT, [], 4)
 
 
@@ -117,23 +145,38 @@ def test_rows_by_hand_and_duplicates_searched_once():
         (NOTHING, [-1, -1], True),  # an empty query: never searched
     ]
     counts = callback.take_counts()
-    assert (counts.calls, counts.searches, counts.failed, counts.first_error) == (1, 5, 0, "") and counts.seconds > 0
+    assert (counts.calls, counts.searches, counts.failed, counts.first_error) == (
+        1,
+        5,
+        0,
+        "",
+    ) and counts.seconds > 0
     assert callback.take_counts() == SearchCounts()
 
 
 def test_nothing_wanted_searches_nothing():
     rows = call(make_callback(lambda queries: pytest.fail("searched")), None, None)
     assert rows == [([], [-1, -1], True)] * 2
-    assert call(make_callback(lambda queries: pytest.fail("searched")), [], None)[0] == (NOTHING, [-1, -1], True)
+    assert call(make_callback(lambda queries: pytest.fail("searched")), [], None)[0] == (
+        NOTHING,
+        [-1, -1],
+        True,
+    )
 
 
 def test_gaps_in_the_ids_are_closed():
-    assert call(make_callback(lambda queries: np.array([[-1, 1]])), [1]) == [([1, 11, 200, 2, 3], [1, -1], True)]
+    assert call(make_callback(lambda queries: np.array([[-1, 1]])), [1]) == [
+        ([1, 11, 200, 2, 3], [1, -1], True)
+    ]
 
 
 def test_an_unreadable_query_fails_alone():
     callback = make_callback(lambda queries: np.array([[1, -1]] * len(queries)))
-    assert call(callback, [1], [99], None) == [([1, 11, 200, 2, 3], [1, -1], True), (FAILED, [-1, -1], False), ([], [-1, -1], True)]
+    assert call(callback, [1], [99], None) == [
+        ([1, 11, 200, 2, 3], [1, -1], True),
+        (FAILED, [-1, -1], False),
+        ([], [-1, -1], True),
+    ]
     assert callback.take_counts().first_error == "ValueError: unreadable query"
 
 
@@ -147,17 +190,31 @@ def raise_error(error):
         (lambda queries: raise_error(RuntimeError("index gone")), "RuntimeError: index gone"),
         (lambda queries: raise_error(SystemExit(3)), "SystemExit: 3"),
         (lambda queries: np.array([[3, -1]]), "IndexError"),  # no such document
-        (lambda queries: np.array([[1, 0, 2]]), "ValueError: the search returned int64 (1, 3); expected integer ids of shape (1, 2)"),
-        (lambda queries: np.array([[1.0, 0.0]]), "ValueError: the search returned float64 (1, 2); expected integer ids of shape (1, 2)"),
+        (
+            lambda queries: np.array([[1, 0, 2]]),
+            "ValueError: the search returned int64 (1, 3); expected integer ids of shape (1, 2)",
+        ),
+        (
+            lambda queries: np.array([[1.0, 0.0]]),
+            "ValueError: the search returned float64 (1, 2); expected integer ids of shape (1, 2)",
+        ),
         (lambda queries: None, "ValueError: the search returned object ()"),
     ],
 )
 def test_failures_never_raise(search, message):
     callback = make_callback(search)
-    assert call(callback, [1], None, [1]) == [(FAILED, [-1, -1], False), ([], [-1, -1], True), (FAILED, [-1, -1], False)]
+    assert call(callback, [1], None, [1]) == [
+        (FAILED, [-1, -1], False),
+        ([], [-1, -1], True),
+        (FAILED, [-1, -1], False),
+    ]
     call(callback, None)
     counts = callback.take_counts()
-    assert (counts.calls, counts.searches, counts.failed) == (2, 2, 2) and counts.first_error.startswith(message)
+    assert (counts.calls, counts.searches, counts.failed) == (
+        2,
+        2,
+        2,
+    ) and counts.first_error.startswith(message)
 
 
 def test_a_failure_halfway_leaves_no_half_written_rows():
@@ -172,24 +229,45 @@ def test_queries_may_fail_alone():
         raise SomeFailedError(np.array([[1, 0], [-1, -1], [2, -1]]), {1: "ValueError: too odd"})
 
     callback = make_callback(search)
-    first, third = ([1, 11, 200, 12, 100, 101, 102, 2, 3], [1, 0], True), ([1, 11, 300, 301, 302, 303, 304, 305, 2, 3], [2, -1], True)
-    assert call(callback, [1], [1, 2], [2], [1, 2]) == [first, (FAILED, [-1, -1], False), third, (FAILED, [-1, -1], False)]
+    first, third = (
+        ([1, 11, 200, 12, 100, 101, 102, 2, 3], [1, 0], True),
+        ([1, 11, 300, 301, 302, 303, 304, 305, 2, 3], [2, -1], True),
+    )
+    assert call(callback, [1], [1, 2], [2], [1, 2]) == [
+        first,
+        (FAILED, [-1, -1], False),
+        third,
+        (FAILED, [-1, -1], False),
+    ]
     counts = callback.take_counts()
     assert (counts.searches, counts.failed, counts.first_error) == (4, 2, "ValueError: too odd")
 
 
 def test_engines_see_the_beginning_of_a_long_query():
     asked = []
-    texts = ["x" * (MAX_QUERY_CHARACTERS + 5), "é" * MAX_QUERY_CHARACTERS + "a", "é" * MAX_QUERY_CHARACTERS + "b"]
-    callback = make_search_callback(lambda queries: asked.append(queries) or np.array([[1, -1]] * len(queries)), lambda ids: texts[ids[0]], DOCUMENTS,
-                                    ENVIRONMENT, 20, 2, WATCHDOG)
+    texts = [
+        "x" * (MAX_QUERY_CHARACTERS + 5),
+        "é" * MAX_QUERY_CHARACTERS + "a",
+        "é" * MAX_QUERY_CHARACTERS + "b",
+    ]
+    callback = make_search_callback(
+        lambda queries: asked.append(queries) or np.array([[1, -1]] * len(queries)),
+        lambda ids: texts[ids[0]],
+        DOCUMENTS,
+        ENVIRONMENT,
+        20,
+        2,
+        WATCHDOG,
+    )
     assert [ok for _, _, ok in call(callback, [0], [1], [2])] == [True] * 3
     assert asked == [["x" * MAX_QUERY_CHARACTERS, "é" * MAX_QUERY_CHARACTERS]]
 
 
 def test_it_works_again_after_a_failure():
     broken = [True]
-    callback = make_callback(lambda queries: raise_error(OSError("down")) if broken[0] else np.array([[1, -1]]))
+    callback = make_callback(
+        lambda queries: raise_error(OSError("down")) if broken[0] else np.array([[1, -1]])
+    )
     assert call(callback, [1])[0][2] is False
     broken[0] = False
     assert call(callback, [1])[0] == ([1, 11, 200, 2, 3], [1, -1], True)
@@ -197,6 +275,7 @@ def test_it_works_again_after_a_failure():
 
 def test_threads_at_once():
     """Four threads, each with its own queries: own results, and no count is lost."""
+
     def search(queries):
         time.sleep(0.001)
         return np.array([[len(query) - 1, -1] for query in queries])
@@ -220,22 +299,38 @@ def test_threads_at_once():
 
 def test_environment_must_fit():
     with pytest.raises(ValueError, match="texts for 2 ranks, but a search returns 3 documents"):
-        make_search_callback(lambda queries: None, read_letters, DOCUMENTS, ENVIRONMENT, 20, 3, WATCHDOG)
+        make_search_callback(
+            lambda queries: None, read_letters, DOCUMENTS, ENVIRONMENT, 20, 3, WATCHDOG
+        )
     with pytest.raises(ValueError, match="more than max_observation_tokens=4"):
         make_callback(lambda queries: None, budget=4)
 
 
 def test_with_a_real_index_and_tokenizer(tmp_path):
     """Words to documents and back to words, every part as a run uses it."""
-    documents = [Document(0, "Po", "The Po is a river."), Document(1, "Rome", "Rome is a city."), Document(2, "City", "A city is large.")]
+    documents = [
+        Document(0, "Po", "The Po is a river."),
+        Document(1, "Rome", "Rome is a city."),
+        Document(2, "City", "A city is large."),
+    ]
     words = [word.strip(".") for d in documents for word in (d.title + " " + d.text).split()]
     tokenizer = make_word_tokenizer([*words, *templates.list_short_words()])
     rendered = [templates.render_document(d) for d in documents]
-    document_tokens = tokenize_corpus(rendered, tmp_path / "tokens", tokenizer.encode_batch, tokenizer.fingerprint)
+    document_tokens = tokenize_corpus(
+        rendered, tmp_path / "tokens", tokenizer.encode_batch, tokenizer.fingerprint
+    )
     index = build_index(documents, tmp_path / "index", 0.9, 0.4)
     environment = templates.encode_environment(tokenizer.encode, 2)
     decode = functools.partial(decode_query, token_bytes=tokenizer.token_bytes)
-    callback = make_search_callback(lambda queries: index.search(queries, 2)[0], decode, document_tokens, environment, 64, 2, WATCHDOG)
+    callback = make_search_callback(
+        lambda queries: index.search(queries, 2)[0],
+        decode,
+        document_tokens,
+        environment,
+        64,
+        2,
+        WATCHDOG,
+    )
     ids = tokenizer.encode("<search> city of Rome</search>\n")
     query = np.zeros((2, 40), np.int32)
     query[0, : len(ids)] = ids
@@ -260,7 +355,9 @@ def test_corpus_tokens_round_trip_and_reuse(tmp_path):
     for _ in range(2):
         tokens = tokenize_corpus(texts, tmp_path / "tokens", encode_batch, "bytes")
         assert len(tokens) == 5000 and tokens[4999].dtype == np.int32
-        assert all(bytes(tokens[i].astype(np.uint8)).decode() == text for i, text in enumerate(texts))
+        assert all(
+            bytes(tokens[i].astype(np.uint8)).decode() == text for i, text in enumerate(texts)
+        )
     assert encoded == texts  # once only
     with pytest.raises(ValueError, match="read-only"):
         tokens[0][0] = 1
@@ -277,7 +374,9 @@ def test_bad_texts_are_refused(tmp_path):
     with pytest.raises(ValueError, match="corpus is empty"):
         tokenize_corpus([], tmp_path / "tokens", lambda texts: [], "t")
     with pytest.raises(ValueError, match="document 1 has no tokens: its text is ''"):
-        tokenize_corpus(["a", ""], tmp_path / "tokens", lambda texts: [list(t.encode()) for t in texts], "t")
+        tokenize_corpus(
+            ["a", ""], tmp_path / "tokens", lambda texts: [list(t.encode()) for t in texts], "t"
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -297,7 +396,9 @@ def test_a_hanging_search_ends_the_process(request):
     """Soon after the limit of 1 s, with a message that names it. (Minutes are allowed for: the machine may be busy.)"""
     program = HANGING.format(tests=str(request.path.parent))
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([sys.executable, "-c", program], cwd=request.path.parents[1], **pipes)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=request.path.parents[1], **pipes
+    )
     try:
         assert process.stdout.readline() == "calling\n"
         _, stderr = process.communicate(timeout=120)
@@ -305,7 +406,10 @@ def test_a_hanging_search_ends_the_process(request):
         process.kill()
     assert process.returncode == EXIT_CODE == 70
     (line,) = stderr.splitlines()
-    assert re.fullmatch(r"stepsearch_jax: the search has not returned for \d+\.\d s \(limit: search.timeout_s = 1\); ending this process.*", line)
+    assert re.fullmatch(
+        r"stepsearch_jax: the search has not returned for \d+\.\d s \(limit: search.timeout_s = 1\); ending this process.*",
+        line,
+    )
 
 
 def test_many_short_calls_and_failing_ones_do_not_add_up():
@@ -318,7 +422,9 @@ def test_many_short_calls_and_failing_ones_do_not_add_up():
         "        if i % 2: raise ValueError\n"
         "print('done')"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
 
 
@@ -330,8 +436,12 @@ def test_a_call_that_goes_forward_may_take_longer():
         "    for _ in range(8): time.sleep(0.3); watchdog.renew()\n"
         "    print('done', flush=True); time.sleep(600)"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout) == (EXIT_CODE, "done\n") and re.match(r"stepsearch_jax: a call has not returned for \d+\.\d s", done.stderr)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (EXIT_CODE, "done\n") and re.match(
+        r"stepsearch_jax: a call has not returned for \d+\.\d s", done.stderr
+    )
 
 
 def test_a_limit_must_be_positive():

@@ -1,4 +1,5 @@
 """The search server: the same answers as the index, whatever others send, and however slowly; and a run whose server goes away."""
+
 import contextlib
 import json
 import os
@@ -31,7 +32,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def index(folder):
-    return index_files([write_corpus(folder / "c.jsonl", draw_documents(300, 4))], folder / "index", 0.9, 0.4)
+    return index_files(
+        [write_corpus(folder / "c.jsonl", draw_documents(300, 4))], folder / "index", 0.9, 0.4
+    )
 
 
 @pytest.fixture(scope="module")
@@ -43,28 +46,47 @@ def url(index, folder):
 @pytest.fixture(scope="module")
 def hasty(index, folder):
     """A server that is soon tired of waiting."""
-    with run_server(folder / "index", folder / "hasty.log", "--max-transfer-seconds=1.5") as address:
+    with run_server(
+        folder / "index", folder / "hasty.log", "--max-transfer-seconds=1.5"
+    ) as address:
         yield address
 
 
 def post(url, body, **options):
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return urllib3.request("POST", f"{url}/retrieve", body=raw, retries=False, timeout=30, **options)
+    return urllib3.request(
+        "POST", f"{url}/retrieve", body=raw, retries=False, timeout=30, **options
+    )
 
 
 def test_answers_have_search_r1s_form(url, index):
     ids, scores = index.search(QUERIES, 4)
     answer = post(url, {"queries": QUERIES, "topk": 4, "return_scores": True}).json()
-    assert set(answer) == {"result", "manifest"} and answer["manifest"] == index.describe(4) and len(answer["result"]) == len(QUERIES)
+    assert (
+        set(answer) == {"result", "manifest"}
+        and answer["manifest"] == index.describe(4)
+        and len(answer["result"]) == len(QUERIES)
+    )
     for row, found in enumerate(answer["result"]):
         assert [int(entry["document"]["id"]) for entry in found] == ids[row][ids[row] >= 0].tolist()
         assert [entry["score"] for entry in found] == scores[row][ids[row] >= 0].tolist()
         for entry in found:
             document = index.documents[int(entry["document"]["id"])]
-            assert entry["document"] == {"id": str(document.id), "title": document.title, "text": document.text, "contents": render_contents(document)}
+            assert entry["document"] == {
+                "id": str(document.id),
+                "title": document.title,
+                "text": document.text,
+                "contents": render_contents(document),
+            }
     plain = post(url, {"queries": QUERIES, "topk": 4}).json()["result"]
     assert plain == [[entry["document"] for entry in found] for found in answer["result"]]
-    assert [len(found) for found in post(url, {"queries": QUERIES}).json()["result"]] == [3, 3, 0, 0, 3]  # --topk
+    assert [len(found) for found in post(url, {"queries": QUERIES}).json()["result"]] == [
+        3,
+        3,
+        0,
+        0,
+        3,
+    ]  # --topk
 
 
 @pytest.mark.parametrize("body", HOSTILE, ids=lambda body: repr(body[:30]))
@@ -74,18 +96,29 @@ def test_hostile_bodies_are_refused(url, body):
     except urllib3.exceptions.HTTPError:
         assert len(body) > 1 << 20  # hung up on: it was still sending
         return
-    assert answer.status == (413 if len(body) > 1 << 20 else 400) and list(answer.json()) == ["error"]
+    assert answer.status == (413 if len(body) > 1 << 20 else 400) and list(answer.json()) == [
+        "error"
+    ]
 
 
 def test_other_requests_and_metrics(url, index):
     assert urllib3.request("GET", f"{url}/health").json() == {"status": "ok", **index.describe(3)}
-    assert urllib3.request("GET", f"{url}/retrieve").status == 405 and urllib3.request("POST", f"{url}/nothing").status == 404
+    assert (
+        urllib3.request("GET", f"{url}/retrieve").status == 405
+        and urllib3.request("POST", f"{url}/nothing").status == 404
+    )
     before = urllib3.request("GET", f"{url}/metrics").data.decode()
     post(url, {"queries": ["a", "b"]})
     post(url, b"{")
     after = urllib3.request("GET", f"{url}/metrics").data.decode()
-    read = lambda text, name: float(next(line for line in text.splitlines() if line.startswith(name)).split()[-1])
-    for name, more in (('stepsearch_requests_total{status="200"}', 1), ('stepsearch_requests_total{status="400"}', 1), ("stepsearch_queries_total", 2)):
+    read = lambda text, name: float(
+        next(line for line in text.splitlines() if line.startswith(name)).split()[-1]
+    )
+    for name, more in (
+        ('stepsearch_requests_total{status="200"}', 1),
+        ('stepsearch_requests_total{status="400"}', 1),
+        ("stepsearch_queries_total", 2),
+    ):
         assert read(after, name) == (read(before, name) if name in before else 0) + more
     assert read(after, "stepsearch_busy") == 0
 
@@ -94,11 +127,25 @@ def test_a_slow_body_and_too_many_requests(index):
     """In the application itself: 408 for a body that does not come, 503 beyond the limits."""
     import asyncio
 
-    limits = serve.Limits(body_bytes=1000, transfer_seconds=0.2, queries=5, query_characters=50, topk=5, searches=1, waiting=1)
+    limits = serve.Limits(
+        body_bytes=1000,
+        transfer_seconds=0.2,
+        queries=5,
+        query_characters=50,
+        topk=5,
+        searches=1,
+        waiting=1,
+    )
     app = serve.make_app(serve.Engine(index.search, index.documents, index.describe), 3, limits)
 
     async def ask(delay: float) -> int:
-        sent, parts = [], [{"type": "http.request", "body": b'{"queries": ["w1"]', "more_body": True}, {"type": "http.request", "body": b"}"}]
+        sent, parts = (
+            [],
+            [
+                {"type": "http.request", "body": b'{"queries": ["w1"]', "more_body": True},
+                {"type": "http.request", "body": b"}"},
+            ],
+        )
 
         async def receive():
             if len(parts) == 1:
@@ -108,7 +155,18 @@ def test_a_slow_body_and_too_many_requests(index):
         async def send(message):
             sent.append(message)
 
-        await app({"type": "http", "method": "POST", "path": "/retrieve", "headers": [], "query_string": b"", "root_path": ""}, receive, send)
+        await app(
+            {
+                "type": "http",
+                "method": "POST",
+                "path": "/retrieve",
+                "headers": [],
+                "query_string": b"",
+                "root_path": "",
+            },
+            receive,
+            send,
+        )
         return sent[0]["status"]
 
     async def ask_many() -> list[int]:
@@ -127,7 +185,15 @@ def test_an_index_that_fails_is_told_and_counted(index):
             raise OSError("/secret/place is gone")
         return index.search(queries, k)
 
-    limits = serve.Limits(body_bytes=1000, transfer_seconds=1.0, queries=5, query_characters=50, topk=5, searches=1, waiting=1)
+    limits = serve.Limits(
+        body_bytes=1000,
+        transfer_seconds=1.0,
+        queries=5,
+        query_characters=50,
+        topk=5,
+        searches=1,
+        waiting=1,
+    )
     app = serve.make_app(serve.Engine(search, index.documents, index.describe), 3, limits)
 
     async def ask(method: str, path: str, body: bytes = b"") -> tuple[int, str]:
@@ -139,10 +205,24 @@ def test_an_index_that_fails_is_told_and_counted(index):
         async def send(message):
             sent.append(message)
 
-        await app({"type": "http", "method": method, "path": path, "headers": [], "query_string": b"", "root_path": ""}, receive, send)
+        await app(
+            {
+                "type": "http",
+                "method": method,
+                "path": path,
+                "headers": [],
+                "query_string": b"",
+                "root_path": "",
+            },
+            receive,
+            send,
+        )
         return sent[0]["status"], sent[1]["body"].decode()
 
-    assert asyncio.run(ask("POST", "/retrieve", b'{"queries": ["bad"]}')) == (500, '{"error": "the search failed: OSError"}')
+    assert asyncio.run(ask("POST", "/retrieve", b'{"queries": ["bad"]}')) == (
+        500,
+        '{"error": "the search failed: OSError"}',
+    )
     assert asyncio.run(ask("POST", "/retrieve", b'{"queries": ["w1"]}'))[0] == 200
     told = asyncio.run(ask("GET", "/metrics"))[1]
     assert 'stepsearch_requests_total{status="500"} 1.0' in told and "stepsearch_busy 0.0" in told
@@ -168,8 +248,16 @@ def send_slowly(url, before: bytes, pause: float, most: float) -> float:
 HEALTH = b"GET /health HTTP/1.1\r\nHost: a\r\n"
 
 
-@pytest.mark.parametrize("before", [b"GET /", HEALTH, HEALTH + b"\r\nGET /health HTTP/1.1\r\nX: ", HEALTH + b"Content-Length: 1000\r\n\r\n"],
-                         ids=["first line", "headers", "second headers", "unread body"])
+@pytest.mark.parametrize(
+    "before",
+    [
+        b"GET /",
+        HEALTH,
+        HEALTH + b"\r\nGET /health HTTP/1.1\r\nX: ",
+        HEALTH + b"Content-Length: 1000\r\n\r\n",
+    ],
+    ids=["first line", "headers", "second headers", "unread body"],
+)
 def test_who_sends_slowly_is_cut_off(hasty, before):
     assert 1.0 < send_slowly(hasty, before, 0.1, 8.0) < 7.0
 
@@ -182,7 +270,9 @@ def test_who_does_not_take_the_answer_is_cut_off(hasty, index):
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 12)
         client.connect((host, int(port)))
-        client.sendall(b"POST /retrieve HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        client.sendall(
+            b"POST /retrieve HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+        )
         client.recv(1)  # the answer has begun
         time.sleep(3.0)
         read = 0
@@ -203,15 +293,35 @@ def test_ordinary_requests_and_slow_searches_go_on(hasty, index):
         time.sleep(1.4)
         return index.search(queries, k)
 
-    limits = serve.Limits(body_bytes=1000, transfer_seconds=1.0, queries=5, query_characters=50, topk=5, searches=1, waiting=1)
-    app, port = serve.make_app(serve.Engine(search, index.documents, index.describe), 3, limits), running.free_port()
-    server = serve.uvicorn.Server(serve.uvicorn.Config(app, port=port, http=serve.make_protocol(limits.transfer_seconds), log_level="warning"))
+    limits = serve.Limits(
+        body_bytes=1000,
+        transfer_seconds=1.0,
+        queries=5,
+        query_characters=50,
+        topk=5,
+        searches=1,
+        waiting=1,
+    )
+    app, port = (
+        serve.make_app(serve.Engine(search, index.documents, index.describe), 3, limits),
+        running.free_port(),
+    )
+    server = serve.uvicorn.Server(
+        serve.uvicorn.Config(
+            app, port=port, http=serve.make_protocol(limits.transfer_seconds), log_level="warning"
+        )
+    )
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
         wait_for(lambda: server.started, 30, "the server does not start")
-        with socket.create_connection(("127.0.0.1", port)) as client:  # the second request is there before the first is answered
-            client.sendall(b'POST /retrieve HTTP/1.1\r\nHost: a\r\nContent-Length: 18\r\n\r\n{"queries": ["a"]}' * 2)
+        with socket.create_connection(
+            ("127.0.0.1", port)
+        ) as client:  # the second request is there before the first is answered
+            client.sendall(
+                b'POST /retrieve HTTP/1.1\r\nHost: a\r\nContent-Length: 18\r\n\r\n{"queries": ["a"]}'
+                * 2
+            )
             answered = b""
             while part := client.recv(1 << 16):
                 answered += part
@@ -221,31 +331,54 @@ def test_ordinary_requests_and_slow_searches_go_on(hasty, index):
         thread.join()
 
 
-@pytest.mark.parametrize("flags,message", [(["--index=none"], "none holds no search index"), (["--index=none", "--port=70000"], "--port=70000 must lie in"),
-                                           (["--index=none", "--topk=101"], "--topk=101 must lie in"),
-                                           (["--index=none", "--max-queries=0"], "--max-queries=0 is too little")])
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        (["--index=none"], "none holds no search index"),
+        (["--index=none", "--port=70000"], "--port=70000 must lie in"),
+        (["--index=none", "--topk=101"], "--topk=101 must lie in"),
+        (["--index=none", "--max-queries=0"], "--max-queries=0 is too little"),
+    ],
+)
 def test_mistakes_on_the_command_line_are_named(flags, message):
     with pytest.raises(SystemExit, match=message):
         serve.main(flags)
 
 
 def test_a_port_that_is_taken_is_named_before_anything_is_served(tmp_path, capsys):
-    index_files([write_corpus(tmp_path / "corpus.jsonl", draw_documents(9, 1))], tmp_path / "index", 1.2, 0.75)
+    index_files(
+        [write_corpus(tmp_path / "corpus.jsonl", draw_documents(9, 1))],
+        tmp_path / "index",
+        1.2,
+        0.75,
+    )
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(SystemExit, match=f"cannot listen at 127.0.0.1:{port} .*in use.*choose another --host or --port"):
+        with pytest.raises(
+            SystemExit,
+            match=f"cannot listen at 127.0.0.1:{port} .*in use.*choose another --host or --port",
+        ):
             serve.main([f"--index={tmp_path / 'index'}", f"--port={port}"])
-    with pytest.raises(SystemExit, match="cannot listen at a..b:8000 .*choose another --host or --port"):
+    with pytest.raises(
+        SystemExit, match="cannot listen at a..b:8000 .*choose another --host or --port"
+    ):
         serve.main([f"--index={tmp_path / 'index'}", "--host=a..b"])
     assert "serving" not in capsys.readouterr().out
 
 
 def test_what_is_served_is_told(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(serve.uvicorn, "Config", lambda *_, **__: None)  # which would set up logging
+    monkeypatch.setattr(
+        serve.uvicorn, "Config", lambda *_, **__: None
+    )  # which would set up logging
     monkeypatch.setattr(serve.uvicorn.Server, "__init__", lambda *_: None)
     monkeypatch.setattr(serve.uvicorn.Server, "run", lambda _, sockets: sockets[0].close())
     for count, told in ((1, "serving 1 document at "), (2, "serving 2 documents at ")):
-        index_files([write_corpus(tmp_path / "corpus.jsonl", draw_documents(count, 1))], tmp_path / f"index-{count}", 1.2, 0.75)
+        index_files(
+            [write_corpus(tmp_path / "corpus.jsonl", draw_documents(count, 1))],
+            tmp_path / f"index-{count}",
+            1.2,
+            0.75,
+        )
         serve.main([f"--index={tmp_path}/index-{count}", f"--port={running.free_port()}"])
         assert told in capsys.readouterr().out
 
@@ -255,9 +388,17 @@ def test_a_config_is_served_too(tmp_path, tmp_path_factory):
     import argparse
 
     parser = argparse.ArgumentParser()
-    options = argparse.Namespace(index=None, config=f"{running.REPO}/tests/tiny_config.py:{running.shared_cache(tmp_path_factory)}")
-    engine = serve.open_engine(options, ["--config.mesh.data=1", "--config.mesh.fsdp=8", "--config.mesh.tensor=2"], parser)
-    assert engine.describe(2)["corpus"] == hash_documents(engine.documents) and engine.describe(2)["k"] == 2
+    options = argparse.Namespace(
+        index=None,
+        config=f"{running.REPO}/tests/tiny_config.py:{running.shared_cache(tmp_path_factory)}",
+    )
+    engine = serve.open_engine(
+        options, ["--config.mesh.data=1", "--config.mesh.fsdp=8", "--config.mesh.tensor=2"], parser
+    )
+    assert (
+        engine.describe(2)["corpus"] == hash_documents(engine.documents)
+        and engine.describe(2)["k"] == 2
+    )
     title = engine.documents[5].title
     assert 5 in engine.search([title], 3)[0]
 
@@ -269,7 +410,9 @@ def start_server(config: str, port: int, log: pathlib.Path) -> subprocess.Popen:
     """`serve` for the tests' data set, on a given port."""
     command = [sys.executable, "-m", "stepsearch_jax.serve", f"--config={config}", f"--port={port}"]
     with open(log, "a") as told:
-        return subprocess.Popen(command, cwd=running.REPO, stdout=told, stderr=told, env=os.environ | {"XLA_FLAGS": ""})
+        return subprocess.Popen(
+            command, cwd=running.REPO, stdout=told, stderr=told, env=os.environ | {"XLA_FLAGS": ""}
+        )
 
 
 def wait_for(condition, seconds: float, what: str) -> None:
@@ -281,24 +424,49 @@ def wait_for(condition, seconds: float, what: str) -> None:
 
 def answers(port: int) -> bool:
     with contextlib.suppress(urllib3.exceptions.HTTPError):
-        return urllib3.request("GET", f"http://localhost:{port}/health", retries=False, timeout=5).status == 200
+        return (
+            urllib3.request(
+                "GET", f"http://localhost:{port}/health", retries=False, timeout=5
+            ).status
+            == 200
+        )
     return False
 
 
 @pytest.mark.slow
 def test_a_run_outlives_its_engine(tmp_path, tmp_path_factory):
     """The server is killed and started again, twice, in the middle of RL: the run goes on, and the failures are counted."""
-    config, port, workdir = f"tests/tiny_config.py:{running.shared_cache(tmp_path_factory)}", running.free_port(), tmp_path / "run"
+    config, port, workdir = (
+        f"tests/tiny_config.py:{running.shared_cache(tmp_path_factory)}",
+        running.free_port(),
+        tmp_path / "run",
+    )
     start = running.searching_start(tmp_path_factory)
     server = start_server(config, port, tmp_path / "server.log")
     run = None
     try:
         wait_for(lambda: answers(port), 120, "the server does not start")
-        flags = [f"--config.search.url=http://localhost:{port}", "--config.search.kind=remote", "--config.search.max_failure_share=1.0",
-                 "--config.search.attempt_s=0.5", "--config.search.attempts=2", "--config.search.backoff_s=0.1", "--config.iterations=400",
-                 f"--config.imitation.checkpoint={start}", "--config.checkpoint.every=1000", "--config.evaluation.questions=8"]
-        run = running.start(["-m", "stepsearch_jax.train", f"--config={config}", f"--workdir={workdir}", *flags], log=tmp_path / "run.log")
-        read = lambda: [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()] if (workdir / "metrics.jsonl").exists() else []
+        flags = [
+            f"--config.search.url=http://localhost:{port}",
+            "--config.search.kind=remote",
+            "--config.search.max_failure_share=1.0",
+            "--config.search.attempt_s=0.5",
+            "--config.search.attempts=2",
+            "--config.search.backoff_s=0.1",
+            "--config.iterations=400",
+            f"--config.imitation.checkpoint={start}",
+            "--config.checkpoint.every=1000",
+            "--config.evaluation.questions=8",
+        ]
+        run = running.start(
+            ["-m", "stepsearch_jax.train", f"--config={config}", f"--workdir={workdir}", *flags],
+            log=tmp_path / "run.log",
+        )
+        read = lambda: (
+            [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+            if (workdir / "metrics.jsonl").exists()
+            else []
+        )
         failed = lambda: [line["failed_searches"] > 0 for line in read()]
         wait_for(lambda: len(read()) >= 2, 240, "the run does not begin")
         for times in (1, 2):
@@ -309,7 +477,11 @@ def test_a_run_outlives_its_engine(tmp_path, tmp_path_factory):
             server = start_server(config, port, tmp_path / "server.log")
             wait_for(lambda: answers(port), 120, "the server does not start again")
             after = len(read()) + 1
-            wait_for(lambda after=after: len(read()) > after and not all(failed()[after:]), 120, f"after restart {times} every search fails")
+            wait_for(
+                lambda after=after: len(read()) > after and not all(failed()[after:]),
+                120,
+                f"after restart {times} every search fails",
+            )
         assert run.poll() is None, (tmp_path / "run.log").read_text()[-3000:]
         assert any(failed()) and not failed()[0]
     finally:
@@ -321,5 +493,9 @@ def test_a_run_outlives_its_engine(tmp_path, tmp_path_factory):
 @pytest.mark.slow
 def test_the_benchmark_counts_every_answer(tmp_path):
     figures = measure(repeats=1, seed=0, passages=[2000], requests=300, folder=tmp_path)
-    assert figures["serve"]["requests"] == 300 and figures["serve"]["hostile"] > 0 and "| 2,000 |" in render(figures)
+    assert (
+        figures["serve"]["requests"] == 300
+        and figures["serve"]["hostile"] > 0
+        and "| 2,000 |" in render(figures)
+    )
     assert set(figures["serve"]["by_status"]) <= {"400", "413", "408", "closed", "left"}

@@ -1,4 +1,5 @@
 """The imitation of demonstrations: it learns, from action tokens alone, at the rates of its phases."""
+
 import dataclasses
 import functools
 import math
@@ -25,11 +26,25 @@ def copy_task(count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def imitation_optimizer(name: str, phases, max_grad_norm=1.0):
-    return make_imitation_optimizer(name, phases, warmup_steps=5, final_share=0.1, b2=0.98, weight_decay=0.01, max_grad_norm=max_grad_norm)
+    return make_imitation_optimizer(
+        name,
+        phases,
+        warmup_steps=5,
+        final_share=0.1,
+        b2=0.98,
+        weight_decay=0.01,
+        max_grad_norm=max_grad_norm,
+    )
 
 
-@pytest.mark.parametrize("name,rate,shape,steps", [
-    ("muon", 0.05, (2, 2, 2), 16), ("adamw", 2e-2, ONE, 40), pytest.param("adamw", 2e-2, (2, 2, 2), 40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name,rate,shape,steps",
+    [
+        ("muon", 0.05, (2, 2, 2), 16),
+        ("adamw", 2e-2, ONE, 40),
+        pytest.param("adamw", 2e-2, (2, 2, 2), 40, marks=pytest.mark.slow),
+    ],
+)
 def test_imitation_learns(name, rate, shape, steps):
     mesh, optimizer = tiny.mesh_of(shape), imitation_optimizer(name, [(steps, rate)])
     imitate, _ = make_imitate(CONFIG, optimizer)
@@ -38,12 +53,16 @@ def test_imitation_learns(name, rate, shape, steps):
     losses = []
     for step in range(steps):
         rows = np.random.default_rng(step).permutation(64)[:32]
-        state, loss = imitate(state, *sharding.rows_to_mesh(mesh, (tokens[rows], action_mask[rows])))
+        state, loss = imitate(
+            state, *sharding.rows_to_mesh(mesh, (tokens[rows], action_mask[rows]))
+        )
         losses.append(float(loss))
     assert losses[0] > 1.5 and np.mean(losses[-5:]) < 0.5 * losses[0]
 
 
-@pytest.mark.parametrize("rows,chunk,shape", [(6, 3 * CONFIG.vocab_size, ONE), (4, 1 << 20, (2, 2, 2))])
+@pytest.mark.parametrize(
+    "rows,chunk,shape", [(6, 3 * CONFIG.vocab_size, ONE), (4, 1 << 20, (2, 2, 2))]
+)
 def test_imitation_counts_action_tokens_alone(rows, chunk, shape, monkeypatch):
     """Against all logits at once, in NumPy: by 2 rows and one position at a time, and by 4 whole rows on a mesh."""
     monkeypatch.setattr(scoring, "LOGITS_PER_CHUNK", chunk)
@@ -51,7 +70,10 @@ def test_imitation_counts_action_tokens_alone(rows, chunk, shape, monkeypatch):
     action_mask[2] = False
     action_mask[0, 6] = False
     _, held_out_loss = make_imitate(CONFIG, sgd())
-    params, all_logits = tiny.draw_params(POLICY, 1), jax.jit(functools.partial(POLICY.apply, method=Policy.init_all))
+    params, all_logits = (
+        tiny.draw_params(POLICY, 1),
+        jax.jit(functools.partial(POLICY.apply, method=Policy.init_all)),
+    )
     logits = np.asarray(all_logits(params, tokens), np.float64)
     best = logits.argmax(-1)
     tokens[1, 5] = best[1, 4]  # given the five before it
@@ -60,9 +82,14 @@ def test_imitation_counts_action_tokens_alone(rows, chunk, shape, monkeypatch):
     logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     terms = [logprobs[b, t - 1, tokens[b, t]] for b, t in np.argwhere(action_mask)]
     placed = make_model_state(POLICY, sgd(), shape).params
-    loss, exact = held_out_loss(placed, *sharding.rows_to_mesh(tiny.mesh_of(shape), (tokens, action_mask)), rows=rows)
+    loss, exact = held_out_loss(
+        placed, *sharding.rows_to_mesh(tiny.mesh_of(shape), (tokens, action_mask)), rows=rows
+    )
     np.testing.assert_allclose(loss, -np.mean(terms), rtol=1e-5)
-    expected = [all(logits[b, t - 1].argmax() == tokens[b, t] for t in np.flatnonzero(action_mask[b])) for b in range(8)]
+    expected = [
+        all(logits[b, t - 1].argmax() == tokens[b, t] for t in np.flatnonzero(action_mask[b]))
+        for b in range(8)
+    ]
     assert exact.tolist() == expected and expected[1] and expected[2] and not all(expected)
 
 
@@ -71,7 +98,11 @@ def test_held_out_logits_are_never_all_there(monkeypatch):
     config = dataclasses.replace(CONFIG, vocab_size=211)  # like no other size of the program
     monkeypatch.setattr(scoring, "LOGITS_PER_CHUNK", 5 * 4 * 211)
     _, held_out_loss = make_imitate(config, sgd())
-    arguments = tiny.draw_params(Policy(config), 1), np.zeros((8, 40), np.int32), np.ones((8, 40), bool)
+    arguments = (
+        tiny.draw_params(Policy(config), 1),
+        np.zeros((8, 40), np.int32),
+        np.ones((8, 40), bool),
+    )
     text = held_out_loss.lower(*arguments, rows=4).compile().as_text()
     shapes = [[int(n) for n in shape.split(",")] for shape in re.findall(r"\w\[([\d,]+)\]", text)]
     assert max(math.prod(shape) for shape in shapes if 211 in shape) == 5 * 4 * 211
@@ -80,7 +111,15 @@ def test_held_out_logits_are_never_all_there(monkeypatch):
 def test_imitation_rates_by_phase():
     """Two phases of 10 and 8 steps at rates 1 and 0.5: each warms up over 5 steps and falls linearly to a tenth. Adam's first steps are the rate."""
     params = {"x": jnp.ones(2)}
-    optimizer = make_imitation_optimizer("adamw", [(10, 1.0), (8, 0.5)], warmup_steps=5, final_share=0.1, b2=0.999, weight_decay=0.0, max_grad_norm=9.0)
+    optimizer = make_imitation_optimizer(
+        "adamw",
+        [(10, 1.0), (8, 0.5)],
+        warmup_steps=5,
+        final_share=0.1,
+        b2=0.999,
+        weight_decay=0.0,
+        max_grad_norm=9.0,
+    )
     state, rates = optimizer.init(params), []
     for _ in range(18):
         update, state = optimizer.update({"x": jnp.ones(2)}, state, params)
@@ -93,16 +132,33 @@ def test_imitation_rates_by_phase():
 def test_muon_orthogonalises_matrices_alone():
     """Every layer's matrix, inputs by outputs, is moved by one with nearly equal singular values; the rest by Adam, whose first step is a sign
     times 0.3 of the rate (times 1.47, by Nesterov's look ahead)."""
-    optimizer = make_imitation_optimizer("muon", [(10, 1.0)], warmup_steps=0, final_share=1.0, b2=0.98, weight_decay=0.0, max_grad_norm=1e9)
+    optimizer = make_imitation_optimizer(
+        "muon",
+        [(10, 1.0)],
+        warmup_steps=0,
+        final_share=1.0,
+        b2=0.98,
+        weight_decay=0.0,
+        max_grad_norm=1e9,
+    )
     params = tiny.draw_params(POLICY, 1)
     gradient = tiny.draw_params(POLICY, 2)
-    update = jax.jit(lambda: optimizer.update(gradient, optimizer.init(params), params)[0])()["params"]
+    update = jax.jit(lambda: optimizer.update(gradient, optimizer.init(params), params)[0])()[
+        "params"
+    ]
     layers, inputs = update["trunk"]["layers"], dict(q=1, k=1, v=1, o=2, gate=1, up=1, down=1)
     for name, count in inputs.items():
         for matrix in np.asarray(layers[name]["kernel"]):
-            values = np.linalg.svd(matrix.reshape(np.prod(matrix.shape[:count]), -1), compute_uv=False)
+            values = np.linalg.svd(
+                matrix.reshape(np.prod(matrix.shape[:count]), -1), compute_uv=False
+            )
             assert values.max() < 2 * values.min(), name
-    for array in (update["lm_head"], update["trunk"]["embedding"], layers["q"]["bias"], layers["ffn_norm"]["scale"]):
+    for array in (
+        update["lm_head"],
+        update["trunk"]["embedding"],
+        layers["q"]["bias"],
+        layers["ffn_norm"]["scale"],
+    ):
         size = np.abs(array)
         assert 0.3 < size.mean() < 0.6 and size.std() < 1e-3
 

@@ -1,4 +1,5 @@
 """Mesh, also over hosts and slices that are not here, partition rules, rows to and from the mesh, and checkpoints that move between meshes."""
+
 import dataclasses
 import re
 
@@ -20,8 +21,16 @@ from stepsearch_jax.types import TrainState
 TRAIN_RULES = tiny.ROLLOUT_RULES | {"embed": "fsdp"}
 
 
-@pytest.mark.parametrize("sizes,expected", [
-    ((8, 1, 1), (8, 1, 1)), ((2, 2, 2), (2, 2, 2)), ((-1, 2, 2), (2, 2, 2)), ((1, -1, 2), (1, 4, 2)), ((1, 1, -1), (1, 1, 8))])
+@pytest.mark.parametrize(
+    "sizes,expected",
+    [
+        ((8, 1, 1), (8, 1, 1)),
+        ((2, 2, 2), (2, 2, 2)),
+        ((-1, 2, 2), (2, 2, 2)),
+        ((1, -1, 2), (1, 4, 2)),
+        ((1, 1, -1), (1, 1, 8)),
+    ],
+)
 def test_make_mesh(sizes, expected):
     mesh = sharding.make_mesh(*sizes)
     assert tuple(mesh.shape[axis] for axis in ("data", "fsdp", "tensor")) == expected
@@ -29,17 +38,39 @@ def test_make_mesh(sizes, expected):
     assert sharding.row_shards(mesh) == expected[0] * expected[1]
 
 
-@pytest.mark.parametrize("sizes", [(3, 1, 1), (8, 2, 1), (-1, 3, 1), (-1, 16, 1), (1, 1, 1), (0, -1, 1), (-1, -1, 8), (-2, -4, 1)])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (3, 1, 1),
+        (8, 2, 1),
+        (-1, 3, 1),
+        (-1, 16, 1),
+        (1, 1, 1),
+        (0, -1, 1),
+        (-1, -1, 8),
+        (-2, -4, 1),
+    ],
+)
 def test_make_mesh_names_what_to_change(sizes):
-    with pytest.raises(ValueError, match=rf"{sizes[0]} x {sizes[1]} x {sizes[2]} .*8 devices.*config\.mesh") as refusal:
+    with pytest.raises(
+        ValueError, match=rf"{sizes[0]} x {sizes[1]} x {sizes[2]} .*8 devices.*config\.mesh"
+    ) as refusal:
         sharding.make_mesh(*sizes)
     check_named_shapes(refusal, devices=jax.devices())
 
 
 def check_named_shapes(refusal, devices, **options) -> list[tuple[int, ...]]:
     """The shapes that a refusal names are made -> those shapes."""
-    named = [tuple(map(int, shape)) for shape in re.findall(r"(\d+) x (\d+) x (\d+)", str(refusal.value).split("one that works here:")[1])]
-    assert named and all(tuple(sharding.make_mesh(*shape, devices=devices, **options).shape.values()) == shape for shape in named)
+    named = [
+        tuple(map(int, shape))
+        for shape in re.findall(
+            r"(\d+) x (\d+) x (\d+)", str(refusal.value).split("one that works here:")[1]
+        )
+    ]
+    assert named and all(
+        tuple(sharding.make_mesh(*shape, devices=devices, **options).shape.values()) == shape
+        for shape in named
+    )
     return named
 
 
@@ -63,7 +94,10 @@ def make_pod(width: int, height: int, slices: int = 1) -> list[Chip]:
     """Slices of width x height chips, four to a host in squares; hosts are numbered through all slices, chips listed line by line."""
     hosts = width * height // 4
     places = [(s, x, y) for s in range(slices) for y in range(height) for x in range(width)]
-    return [Chip(n, s * hosts + y // 2 * (width // 2) + x // 2, s, (x, y, 0)) for n, (s, x, y) in enumerate(places)]
+    return [
+        Chip(n, s * hosts + y // 2 * (width // 2) + x // 2, s, (x, y, 0))
+        for n, (s, x, y) in enumerate(places)
+    ]
 
 
 @pytest.mark.parametrize("size", [(4, 2), (2, 4), (4, 4), (8, 8), (8, 16)], ids=str)
@@ -82,16 +116,23 @@ def test_tensor_groups_stay_within_their_hosts(size, tensor):
 
 def test_tensor_groups_over_hosts_are_refused():
     chips = make_pod(4, 4)
-    with pytest.raises(ValueError, match="2 x 1 x 8 would let a tensor group span hosts: set config.mesh to") as refusal:
+    with pytest.raises(
+        ValueError, match="2 x 1 x 8 would let a tensor group span hosts: set config.mesh to"
+    ) as refusal:
         sharding.make_mesh(2, 1, 8, devices=chips)
     assert max(shape[2] for shape in check_named_shapes(refusal, chips)) == 4
-    processes = [dataclasses.replace(chip, platform="cpu", device_kind="cpu", process_index=chip.id // 2) for chip in make_pod(4, 2)]
+    processes = [
+        dataclasses.replace(chip, platform="cpu", device_kind="cpu", process_index=chip.id // 2)
+        for chip in make_pod(4, 2)
+    ]
     with pytest.raises(ValueError, match="span hosts") as refusal:  # two devices a process
         sharding.make_mesh(-1, 1, 4, devices=processes)
     assert max(shape[2] for shape in check_named_shapes(refusal, processes)) == 2
 
 
-@pytest.mark.parametrize("sizes", [(2, 16, 1), (4, 8, 1), (8, 1, 4), (2, 4, 4), (32, 1, 1)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(2, 16, 1), (4, 8, 1), (8, 1, 4), (2, 4, 4), (32, 1, 1)], ids=str
+)
 def test_only_data_crosses_slices(sizes):
     chips = make_pod(4, 4, slices=2)
     mesh = sharding.make_mesh(*sizes, slices=2, devices=chips)
@@ -102,34 +143,63 @@ def test_only_data_crosses_slices(sizes):
 
 def test_slices_are_those_of_the_devices():
     chips = make_pod(4, 4, slices=2)
-    with pytest.raises(ValueError, match="config.mesh.slices is 1, but the 32 devices here belong to 2 slices: set it to 2"):
+    with pytest.raises(
+        ValueError,
+        match="config.mesh.slices is 1, but the 32 devices here belong to 2 slices: set it to 2",
+    ):
         sharding.make_mesh(-1, 1, 1, devices=chips)
-    with pytest.raises(ValueError, match="config.mesh.slices is 2, but the 8 devices here belong to 1 slices: set it to 1"):
+    with pytest.raises(
+        ValueError,
+        match="config.mesh.slices is 2, but the 8 devices here belong to 1 slices: set it to 1",
+    ):
         sharding.make_mesh(-1, 1, 1, slices=2)
-    with pytest.raises(ValueError, match="1 x 32 x 1 does not cut data among the 2 slices") as refusal:
+    with pytest.raises(
+        ValueError, match="1 x 32 x 1 does not cut data among the 2 slices"
+    ) as refusal:
         sharding.make_mesh(1, 32, 1, slices=2, devices=chips)
     assert all(shape[0] % 2 == 0 for shape in check_named_shapes(refusal, chips, slices=2))
 
 
 @pytest.mark.parametrize("sizes", [(2, 1, 4), (1, -1, 8)])
 def test_split_kv_heads_are_refused(sizes):
-    with pytest.raises(ValueError, match="would split a kv head, as tensor does not divide model.num_kv_heads=2: set config.mesh") as refusal:
+    with pytest.raises(
+        ValueError,
+        match="would split a kv head, as tensor does not divide model.num_kv_heads=2: set config.mesh",
+    ) as refusal:
         sharding.make_mesh(*sizes, kv_heads=2)
     assert {shape[2] for shape in check_named_shapes(refusal, jax.devices(), kv_heads=2)} == {1, 2}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name,slices,chips", [("v5e:4x4", 1, 16), ("v5e:8x8", 1, 64), ("v5e:4x4", 2, 32), ("v5p:2x2x4", 1, 16), ("v6e:4x4", 1, 16)])
+@pytest.mark.parametrize(
+    "name,slices,chips",
+    [
+        ("v5e:4x4", 1, 16),
+        ("v5e:8x8", 1, 64),
+        ("v5e:4x4", 2, 32),
+        ("v5p:2x2x4", 1, 16),
+        ("v6e:4x4", 1, 16),
+    ],
+)
 def test_meshes_of_real_topologies(monkeypatch, name, slices, chips):
     """What the TPU compiler says of hosts and slices is what the refusals read."""
-    pytest.importorskip("libtpu", reason="topologies of TPUs need libtpu: pip install -r requirements-ci.txt")
+    pytest.importorskip(
+        "libtpu", reason="topologies of TPUs need libtpu: pip install -r requirements-ci.txt"
+    )
     for key, value in test_hlo.TPU_ENVIRONMENT.items():
         monkeypatch.setenv(key, value)
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=name, num_slices=slices).devices
+    devices = topologies.get_topology_desc(
+        platform="tpu", topology_name=name, num_slices=slices
+    ).devices
     assert len(devices) == chips
-    slice_of = lambda chip: getattr(chip, "slice_index", 0)  # the chips of a single slice do not say
+    slice_of = lambda chip: getattr(
+        chip, "slice_index", 0
+    )  # the chips of a single slice do not say
     mesh = sharding.make_mesh(-1, 2, 4, slices, 4, devices)
-    assert all(len({(slice_of(chip), chip.process_index) for chip in group}) == 1 for group in mesh.devices.reshape(-1, 4))
+    assert all(
+        len({(slice_of(chip), chip.process_index) for chip in group}) == 1
+        for group in mesh.devices.reshape(-1, 4)
+    )
     for copy, here in zip(mesh.devices, np.repeat(range(slices), mesh.shape["data"] // slices)):
         assert {slice_of(chip) for chip in copy.flat} == {here}
     with pytest.raises(ValueError, match="span hosts") as refusal:
@@ -144,9 +214,13 @@ def test_partition_specs_follow_the_rules():
     boxed = tiny.make_boxes(Policy(tiny.CONFIG))
     specs = sharding.partition_specs(boxed, TRAIN_RULES)["params"]
     P = PartitionSpec
-    assert specs["trunk"]["embedding"] == P("tensor", "fsdp") and specs["lm_head"] == P("fsdp", "tensor")
+    assert specs["trunk"]["embedding"] == P("tensor", "fsdp") and specs["lm_head"] == P(
+        "fsdp", "tensor"
+    )
     layers = specs["trunk"]["layers"]
-    assert layers["q"]["kernel"] == layers["k"]["kernel"] == P(None, "fsdp", "tensor", None)  # [L, D, heads, H]
+    assert (
+        layers["q"]["kernel"] == layers["k"]["kernel"] == P(None, "fsdp", "tensor", None)
+    )  # [L, D, heads, H]
     assert layers["q"]["bias"] == P(None, "tensor", None)
     assert layers["o"]["kernel"] == P(None, "tensor", None, "fsdp")  # [L, N, H, D]
     assert layers["gate"]["kernel"] == P(None, "fsdp", "tensor")
@@ -156,10 +230,16 @@ def test_partition_specs_follow_the_rules():
     assert replaced["trunk"]["layers"]["q"]["kernel"] == P(None, None, "tensor", None)
 
 
-@pytest.mark.parametrize("model", [Policy(tiny.CONFIG), Value(tiny.CONFIG)], ids=["policy", "value"])
+@pytest.mark.parametrize(
+    "model", [Policy(tiny.CONFIG), Value(tiny.CONFIG)], ids=["policy", "value"]
+)
 def test_every_parameter_has_a_spec_of_its_rank(model):
     boxed = tiny.make_boxes(model)
-    ranks = jax.tree.map(lambda leaf, spec: (leaf.ndim, len(spec)), nn.unbox(boxed), sharding.partition_specs(boxed, TRAIN_RULES))
+    ranks = jax.tree.map(
+        lambda leaf, spec: (leaf.ndim, len(spec)),
+        nn.unbox(boxed),
+        sharding.partition_specs(boxed, TRAIN_RULES),
+    )
     assert all(a == b for a, b in jax.tree.leaves(ranks, is_leaf=lambda x: isinstance(x, tuple)))
 
 
@@ -194,14 +274,30 @@ def test_rows_of_another_process_are_joined_in_order():
 def make_state(mesh, seed: int) -> TrainState:
     """A full training state on the mesh, every leaf of which holds something else."""
     rng = np.random.default_rng(seed)
-    draw = lambda x: rng.integers(0, 99, x.shape).astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.integer) else rng.normal(size=x.shape).astype(x.dtype)
-    optimizer = learner.make_optimizer("adamw", 1e-3, warmup=0.1, iterations=10, steps_per_iteration=2, b1=0.9, b2=0.999, weight_decay=0.01, max_grad_norm=1.0)
+    draw = lambda x: (
+        rng.integers(0, 99, x.shape).astype(x.dtype)
+        if jnp.issubdtype(x.dtype, jnp.integer)
+        else rng.normal(size=x.shape).astype(x.dtype)
+    )
+    optimizer = learner.make_optimizer(
+        "adamw",
+        1e-3,
+        warmup=0.1,
+        iterations=10,
+        steps_per_iteration=2,
+        b1=0.9,
+        b2=0.999,
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+    )
     states = []
     for model in (Policy(tiny.CONFIG), Value(tiny.CONFIG)):
         specs = sharding.partition_specs(tiny.make_boxes(model), TRAIN_RULES)
         params = jax.device_put(tiny.draw_params(model, seed), sharding.shardings(mesh, specs))
         states.append(learner.init_model_state(optimizer, mesh, params, specs))
-    numbers = dict(iteration=jnp.int32(0), position=jnp.int32(0), kl_coef=jnp.float32(0), skipped=jnp.int32(0))
+    numbers = dict(
+        iteration=jnp.int32(0), position=jnp.int32(0), kl_coef=jnp.float32(0), skipped=jnp.int32(0)
+    )
     state = TrainState(*states, **jax.device_put(numbers, sharding.replicated(mesh)))
     return jax.tree.map(lambda x: jax.device_put(draw(x), x.sharding), state)
 
@@ -221,7 +317,9 @@ def test_checkpoint_restores_every_bit_on_any_mesh(tmp_path, shape):
     checkpoints = checkpoint.Checkpoints(tmp_path / "checkpoints", keep=1)
     assert checkpoints.latest() is None
     checkpoints.save(4, state)
-    jax.tree.map(lambda x: x.delete(), state)  # as an update that receives the state by donation would
+    jax.tree.map(
+        lambda x: x.delete(), state
+    )  # as an update that receives the state by donation would
     checkpoints.close()
 
     like = make_state(sharding.make_mesh(*shape), 5)
@@ -243,7 +341,9 @@ def test_newest_checkpoints_stay(tmp_path):
     checkpoints = checkpoint.Checkpoints(tmp_path, keep=2)
     assert checkpoints.latest() == 5
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.isdigit()) == ["2", "5"]
-    np.testing.assert_array_equal(checkpoints.restore(2, {"x": jnp.zeros(3, jnp.int32)})["x"], [2, 2, 2])
+    np.testing.assert_array_equal(
+        checkpoints.restore(2, {"x": jnp.zeros(3, jnp.int32)})["x"], [2, 2, 2]
+    )
     checkpoints.close()
 
 
@@ -253,7 +353,9 @@ def test_params_alone(tmp_path):
         checkpoint.load_params(folder, params, "none")
     checkpoint.save_params(folder, jax.tree.map(jnp.zeros_like, params))
     checkpoint.save_params(folder, params)  # replaces the earlier copy
-    jax.tree.map(np.testing.assert_array_equal, checkpoint.load_params(folder, params, "none"), params)
+    jax.tree.map(
+        np.testing.assert_array_equal, checkpoint.load_params(folder, params, "none"), params
+    )
 
 
 def test_params_of_another_shape_are_refused(tmp_path):

@@ -1,4 +1,5 @@
 """The shipped warm start is what its command makes: same held-out loss."""
+
 import json
 import os
 import subprocess
@@ -31,14 +32,33 @@ def held_out(tmp_path_factory):
     system = build_system(config, [i.held_out_split])
     last = len(i.phases) - 1
     _, rows, single_hop, spoilt, _ = i.phases[last]
-    exam = warm_start.demonstrate(system, i.held_out_split, i.held_out, single_hop=single_hop, spoilt=spoilt, seed=config.seed + 1000 + last)
-    optimizer = make_imitation_optimizer("adamw", [(1, 0.0)], warmup_steps=0, final_share=1.0, b2=0.9, weight_decay=0.0, max_grad_norm=1.0)
+    exam = warm_start.demonstrate(
+        system,
+        i.held_out_split,
+        i.held_out,
+        single_hop=single_hop,
+        spoilt=spoilt,
+        seed=config.seed + 1000 + last,
+    )
+    optimizer = make_imitation_optimizer(
+        "adamw",
+        [(1, 0.0)],
+        warmup_steps=0,
+        final_share=1.0,
+        b2=0.9,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+    )
     _, held_out_loss = make_imitate(system.learner_model, optimizer)
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    like, _ = learner.init_params(Policy(system.learner_model), mesh, dict(config.mesh.train_rules), jax.random.key(0))
+    like, _ = learner.init_params(
+        Policy(system.learner_model), mesh, dict(config.mesh.train_rules), jax.random.key(0)
+    )
 
     def measure(folder):
-        loss, exact = held_out_loss(checkpoint.load_params(folder, like, "none"), exam.tokens, exam.action_mask, rows=rows)
+        loss, exact = held_out_loss(
+            checkpoint.load_params(folder, like, "none"), exam.tokens, exam.action_mask, rows=rows
+        )
         return float(loss), float(np.mean(exact))
 
     return measure
@@ -52,7 +72,10 @@ def test_shipped_policy_has_the_loss_that_its_log_ends_with(held_out):
 
 
 def test_shipped_policy_is_small():
-    assert sum(file.stat().st_size for file in find_checkpoint(atlas_quickstart.WARM_START).rglob("*")) < 8 * 2**20
+    assert (
+        sum(file.stat().st_size for file in find_checkpoint(atlas_quickstart.WARM_START).rglob("*"))
+        < 8 * 2**20
+    )
 
 
 @pytest.mark.slow
@@ -62,13 +85,34 @@ def test_command_makes_the_shipped_policy(held_out, tmp_path):
     Rounding differs between machines and with the number of threads, and grows over 1,700 steps: with two threads the command ended 0.028 below the shipped
     policy, which one thread made. The untrained policy stands at several nats, the first look at 0.61, the script's own randomness at 0.07.
     """
-    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "NPROC": "1"}  # one thread, as the shipped one was made
+    environment = os.environ | {
+        "XLA_FLAGS": "",
+        "JAX_PLATFORMS": "cpu",
+        "NPROC": "1",
+    }  # one thread, as the shipped one was made
     subprocess.run(
-        [sys.executable, "-m", "stepsearch_jax.train", "--config=configs/atlas_quickstart.py:anew", f"--workdir={tmp_path / 'run'}",
-         f"--config.data.cache_dir={tmp_path / 'cache'}", "--config.iterations=0", "--config.evaluation.questions=64"],
-        cwd=REPO, env=environment, check=True)
-    again, shipped = held_out(tmp_path / "run" / "start"), held_out(find_checkpoint(atlas_quickstart.WARM_START))
-    first, logged = (json.loads(path.read_text().splitlines()[0]) for path in (tmp_path / "run/metrics.jsonl", LOG))
+        [
+            sys.executable,
+            "-m",
+            "stepsearch_jax.train",
+            "--config=configs/atlas_quickstart.py:anew",
+            f"--workdir={tmp_path / 'run'}",
+            f"--config.data.cache_dir={tmp_path / 'cache'}",
+            "--config.iterations=0",
+            "--config.evaluation.questions=64",
+        ],
+        cwd=REPO,
+        env=environment,
+        check=True,
+    )
+    again, shipped = (
+        held_out(tmp_path / "run" / "start"),
+        held_out(find_checkpoint(atlas_quickstart.WARM_START)),
+    )
+    first, logged = (
+        json.loads(path.read_text().splitlines()[0])
+        for path in (tmp_path / "run/metrics.jsonl", LOG)
+    )
     assert first["held_out_loss"] == pytest.approx(logged["held_out_loss"], rel=1e-3)
     assert again[0] == pytest.approx(shipped[0], abs=0.05)
     assert abs(again[1] - shipped[1]) < 0.1

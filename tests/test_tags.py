@@ -1,4 +1,5 @@
 """The rule that ends a turn: on text by hand, and the automaton over tokens against a plain string search."""
+
 import random
 
 import numpy as np
@@ -6,7 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepsearch_jax.prompting.tags import TAGS, cut_action, decode_query, make_tag_automaton, parse_action
+from stepsearch_jax.prompting.tags import (
+    TAGS,
+    cut_action,
+    decode_query,
+    make_tag_automaton,
+    parse_action,
+)
 from stepsearch_jax.prompting.tokenizers import load_tokenizer
 from stepsearch_jax.records import TurnStatus
 
@@ -28,12 +35,17 @@ def search_strings(ids, token_bytes, eos_ids):
         if i in eos_ids:
             return index, INVALID
         text += token_bytes[i]
-        closings = [(text.find(b"</search>"), b"<search>", SEARCH), (text.find(b"</answer>"), b"<answer>", ANSWER)]
+        closings = [
+            (text.find(b"</search>"), b"<search>", SEARCH),
+            (text.find(b"</answer>"), b"<answer>", ANSWER),
+        ]
         closings = [closing for closing in closings if closing[0] >= 0]
         if closings:
             end, kind, status = min(closings)
             other = {b"<search>": b"<answer>", b"<answer>": b"<search>"}[kind]
-            return index, status if text.rfind(kind, 0, end) > text.rfind(other, 0, end) else INVALID
+            return index, status if text.rfind(kind, 0, end) > text.rfind(
+                other, 0, end
+            ) else INVALID
     return None, 0
 
 
@@ -51,11 +63,17 @@ def run_automaton(ids, automaton):
     [
         ("<search> capital of France </search>", (SEARCH, "capital of France")),
         ("<think> so </think> <answer>Paris</answer>", (ANSWER, "Paris")),
-        ("<search>a</search> and <answer>b</answer>", (SEARCH, "a")),  # the first closing tag decides
+        (
+            "<search>a</search> and <answer>b</answer>",
+            (SEARCH, "a"),
+        ),  # the first closing tag decides
         ("<answer>b</answer><search>a</search>", (ANSWER, "b")),
         ("<search>a<search>b</search>", (SEARCH, "b")),  # the last opening tag counts
         ("<answer>a<search>b</search>", (SEARCH, "b")),
-        ("<search>a <answer>b</search>", (INVALID, None)),  # ... and must be of the closing tag's kind
+        (
+            "<search>a <answer>b</search>",
+            (INVALID, None),
+        ),  # ... and must be of the closing tag's kind
         ("b</search>", (INVALID, None)),
         ("</answer><search>a</search>", (INVALID, None)),
         ("<search>never closed", (INVALID, None)),
@@ -73,10 +91,17 @@ def test_parse_action_by_hand(text, expected):
     assert parse_action(text) == expected
 
 
-@pytest.mark.parametrize("text,cut", [
-    ("<answer> b </answer>.", "<answer> b </answer>"), ("a<search>q</search>\n\n", "a<search>q</search>"), ("x</search></answer>", "x</search>"),
-    ("<answer>b</answer>", "<answer>b</answer>"), ("<answer>b", "<answer>b"), ("", ""),
-])
+@pytest.mark.parametrize(
+    "text,cut",
+    [
+        ("<answer> b </answer>.", "<answer> b </answer>"),
+        ("a<search>q</search>\n\n", "a<search>q</search>"),
+        ("x</search></answer>", "x</search>"),
+        ("<answer>b</answer>", "<answer>b</answer>"),
+        ("<answer>b", "<answer>b"),
+        ("", ""),
+    ],
+)
 def test_an_action_ends_with_its_closing_tag(text, cut):
     assert cut_action(text) == cut and parse_action(cut) == parse_action(text)
 
@@ -87,14 +112,26 @@ BYTE_AUTOMATON = make_tag_automaton(BYTES, (256,))
 
 def test_automaton_shape_and_absorbing_ends():
     automaton = BYTE_AUTOMATON
-    assert automaton.next_state.dtype == np.int8 and automaton.next_state.shape == (len(automaton.event), 257)
+    assert automaton.next_state.dtype == np.int8 and automaton.next_state.shape == (
+        len(automaton.event),
+        257,
+    )
     ends = np.flatnonzero(automaton.event)
     assert sorted(automaton.event[ends]) == [SEARCH, INVALID, ANSWER]
     assert (automaton.next_state[ends] == ends[:, None]).all()
     assert automaton.event[automaton.start] == 0 and automaton.mode[automaton.start] == 0
 
 
-@pytest.mark.parametrize("text, mode", [("a <", 0), ("<search>", 1), ("<search> x <ans", 1), ("<search> x <answer> y", 2), ("<answer></sear", 2)])
+@pytest.mark.parametrize(
+    "text, mode",
+    [
+        ("a <", 0),
+        ("<search>", 1),
+        ("<search> x <ans", 1),
+        ("<search> x <answer> y", 2),
+        ("<answer></sear", 2),
+    ],
+)
 def test_mode_is_the_kind_of_the_last_opening_tag(text, mode):
     state = BYTE_AUTOMATON.start
     for byte in text.encode():
@@ -103,7 +140,15 @@ def test_mode_is_the_kind_of_the_last_opening_tag(text, mode):
 
 
 @settings(max_examples=400, deadline=None)
-@given(st.lists(st.one_of(st.sampled_from(FRAGMENTS), st.text("<>/searchnw", max_size=9), st.text(max_size=3)), max_size=12), st.integers(0, 60))
+@given(
+    st.lists(
+        st.one_of(
+            st.sampled_from(FRAGMENTS), st.text("<>/searchnw", max_size=9), st.text(max_size=3)
+        ),
+        max_size=12,
+    ),
+    st.integers(0, 60),
+)
 def test_bytes_agree_with_string_search_and_parser(parts, end_at):
     """Over single bytes, for any text: same end and status as the string search; and the parser says the same of the whole turn."""
     text = "".join(parts).encode(errors="replace")
@@ -145,7 +190,12 @@ def list_splits(tag, id_of):
     """Every way to write `tag` as tokens."""
     if not tag:
         return [[]]
-    return [[id_of[tag[:n]], *rest] for n in range(1, len(tag) + 1) if tag[:n] in id_of for rest in list_splits(tag[n:], id_of)]
+    return [
+        [id_of[tag[:n]], *rest]
+        for n in range(1, len(tag) + 1)
+        if tag[:n] in id_of
+        for rest in list_splits(tag[n:], id_of)
+    ]
 
 
 def test_every_split_of_every_tag_is_found(qwen):
@@ -153,7 +203,9 @@ def test_every_split_of_every_tag_is_found(qwen):
     id_of = {text: i for i, text in enumerate(tokenizer.token_bytes) if text}
     counts = {}
     for kind, status in (("search", SEARCH), ("answer", ANSWER)):
-        openings, closings = (list_splits(tag.encode(), id_of) for tag in (f"<{kind}>", f"</{kind}>"))
+        openings, closings = (
+            list_splits(tag.encode(), id_of) for tag in (f"<{kind}>", f"</{kind}>")
+        )
         for opening in openings:
             for closing in closings:
                 ids = [*opening, id_of[b" x"], *closing, id_of[b" y"]]
@@ -173,7 +225,9 @@ def test_the_stop_token_may_hold_more_than_the_tag(qwen):
 
 def make_continuation(rng, tokenizer, by_text, tag_like):
     """A random turn: fragments around tags, written by the tokenizer itself, or cut into tokens at random, or strewn with random tokens."""
-    text = rng.choice(("", "<search>", "<answer>")) + "".join(rng.choice(FRAGMENTS) for _ in range(rng.randrange(1, 12)))
+    text = rng.choice(("", "<search>", "<answer>")) + "".join(
+        rng.choice(FRAGMENTS) for _ in range(rng.randrange(1, 12))
+    )
     if rng.random() < 0.3:
         ids = tokenizer.encode(text)
     else:
@@ -183,7 +237,13 @@ def make_continuation(rng, tokenizer, by_text, tag_like):
             rest = rest[len(tokenizer.token_bytes[ids[-1]]) :]
     for _ in range(rng.randrange(3)):
         kind = rng.random()
-        new = rng.choice(tag_like) if kind < 0.5 else rng.randrange(tokenizer.vocab_size) if kind < 0.9 else rng.choice(tokenizer.eos_ids)
+        new = (
+            rng.choice(tag_like)
+            if kind < 0.5
+            else rng.randrange(tokenizer.vocab_size)
+            if kind < 0.9
+            else rng.choice(tokenizer.eos_ids)
+        )
         ids.insert(rng.randrange(len(ids) + 1), new)
     return ids
 
@@ -192,7 +252,11 @@ def make_continuation(rng, tokenizer, by_text, tag_like):
 def test_real_vocabulary_agrees_with_string_search(qwen, count):
     tokenizer, automaton = qwen
     by_text = {text: i for i, text in enumerate(tokenizer.token_bytes) if text}
-    tag_like = [i for i, text in enumerate(tokenizer.token_bytes) if any(piece in text for piece in (b"<", b">", b"search", b"answer"))]
+    tag_like = [
+        i
+        for i, text in enumerate(tokenizer.token_bytes)
+        if any(piece in text for piece in (b"<", b">", b"search", b"answer"))
+    ]
     rng = random.Random(count)
     seen = {0: 0, SEARCH: 0, ANSWER: 0, INVALID: 0}
     mismatches = []

@@ -1,4 +1,5 @@
 """Text metrics: by hand, step by step on random texts, and against the recorded scores of real transcripts."""
+
 import gzip
 import json
 import re
@@ -26,23 +27,42 @@ def test_f1_and_exact_match_by_hand():
     # Bags, not sets: "no no yes" against "no yes yes" share one "no" and one "yes": 2*2/(3+3).
     assert text_metrics.f1("no no yes", "no yes yes") == pytest.approx(2 / 3)
     assert exact_match("The  U.S.A.", "usa") == 1 and exact_match("USA 1", "usa") == 0
-    assert text_metrics.normalize("An apple, the Theory of A.") == "apple theory of"  # articles only as whole words, after punctuation
-    assert cover_match("it is New York City", "New York") == 1 and cover_match("newer yorks", "new york") == 0
+    assert (
+        text_metrics.normalize("An apple, the Theory of A.") == "apple theory of"
+    )  # articles only as whole words, after punctuation
+    assert (
+        cover_match("it is New York City", "New York") == 1
+        and cover_match("newer yorks", "new york") == 0
+    )
     assert cover_match("Yorks", "York") == 0
 
 
 def test_empty_texts_and_missing_answers():
-    assert text_metrics.f1("the", "") == 1 and exact_match("the", "") == 1  # both empty after normalisation: equal
+    assert (
+        text_metrics.f1("the", "") == 1 and exact_match("the", "") == 1
+    )  # both empty after normalisation: equal
     assert text_metrics.f1("", "Paris") == text_metrics.f1("Paris", "") == 0
-    assert text_metrics.compare_answer(None, ["", "Paris"]) == text_metrics.compare_answer("Paris", []) == (0, 0, 0)
+    assert (
+        text_metrics.compare_answer(None, ["", "Paris"])
+        == text_metrics.compare_answer("Paris", [])
+        == (0, 0, 0)
+    )
     # The best alias counts: "city of light" shares city and of, 2*2/(3+3), more than "Paris" with 2*1/(3+1).
-    assert text_metrics.compare_answer("city of Paris", ["London", "Paris", "the city of light"]) == pytest.approx((0, 4 / 6, 1))
+    assert text_metrics.compare_answer(
+        "city of Paris", ["London", "Paris", "the city of light"]
+    ) == pytest.approx((0, 4 / 6, 1))
 
 
 def test_holding_an_answer_by_hand():
-    assert text_metrics.holds_answer("Bart lives in New-York, the U.S.A.", ["Oslo", "the USA"])  # "bart lives in newyork usa"
-    assert not text_metrics.holds_answer("Bart lives in New-York", ["art", "York", "lives New"])  # whole words, in this order
-    assert not text_metrics.holds_answer("the", ["a", ""]) and not text_metrics.holds_answer("", [""])  # an answer without words is held by none
+    assert text_metrics.holds_answer(
+        "Bart lives in New-York, the U.S.A.", ["Oslo", "the USA"]
+    )  # "bart lives in newyork usa"
+    assert not text_metrics.holds_answer(
+        "Bart lives in New-York", ["art", "York", "lives New"]
+    )  # whole words, in this order
+    assert not text_metrics.holds_answer("the", ["a", ""]) and not text_metrics.holds_answer(
+        "", [""]
+    )  # an answer without words is held by none
     assert not text_metrics.holds_answer("Paris", [])
 
 
@@ -55,7 +75,9 @@ def test_normalisation_is_squads(text):
 
 
 @settings(max_examples=200, deadline=None)
-@given(*[st.lists(st.sampled_from(["red", "fox", "the", "owl", "Red!"]), max_size=7).map(" ".join)] * 2)
+@given(
+    *[st.lists(st.sampled_from(["red", "fox", "the", "owl", "Red!"]), max_size=7).map(" ".join)] * 2
+)
 def test_f1_equals_counting(a, b):
     """Against the textbook way, precision and recall of two counters."""
     words_a, words_b = (text_metrics.normalize(text).split() for text in (a, b))

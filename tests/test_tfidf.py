@@ -1,4 +1,5 @@
 """tf-idf similarities: worked by hand, against loops on random texts, scikit-learn on real passages, and scikit-learn's recorded answers."""
+
 import gzip
 import json
 import math
@@ -26,7 +27,9 @@ def test_corpus_fit_by_hand():
     """
     r, s = math.log(4 / 3) + 1, math.log(2) + 1
     cosine = r**2 / math.sqrt((r**2 + s**2) * (r**2 + 4 * s**2))
-    similarity = fit_similarity(["Red fox, a", "red OWL owl", "elm"], tfidf_fit="corpus").similarity([[0, 2]], [[1, 0]])
+    similarity = fit_similarity(
+        ["Red fox, a", "red OWL owl", "elm"], tfidf_fit="corpus"
+    ).similarity([[0, 2]], [[1, 0]])
     np.testing.assert_allclose(similarity, [[cosine, 1.0], [0.0, 0.0]], rtol=1e-12)
 
 
@@ -39,19 +42,32 @@ def test_pair_fit_by_hand():
     pair = fit_similarity(["red fox", "red owl", "elm"], tfidf_fit="pair")
     s, r, t = math.log(1.5) + 1, math.log(4 / 3) + 1, math.log(2) + 1
     np.testing.assert_allclose(pair.similarity([[0]], [[1]]), [[1 / (1 + s**2)]], rtol=1e-12)
-    np.testing.assert_allclose(pair.similarity([[0, 2]], [[1]]), [[r**2 / (r**2 + t**2)], [0]], rtol=1e-12)
+    np.testing.assert_allclose(
+        pair.similarity([[0, 2]], [[1]]), [[r**2 / (r**2 + t**2)], [0]], rtol=1e-12
+    )
 
 
 @pytest.mark.parametrize("fit", ["corpus", "pair"])
 def test_empty_documents_and_empty_lists_are_defined(fit):
     similarity = fit_similarity(["", "a b", "red fox", "red"], tfidf_fit=fit)
     block = similarity.similarity([[0, 2]], [[1, 2, 3]])
-    assert np.isfinite(block).all() and (block[0] == 0).all() and block[1, 0] == 0 and block[1, 1] == pytest.approx(1)
+    assert (
+        np.isfinite(block).all()
+        and (block[0] == 0).all()
+        and block[1, 0] == 0
+        and block[1, 1] == pytest.approx(1)
+    )
     assert (similarity.similarity([[0, 1]], [[2, 3]]) == 0).all()
-    assert similarity.similarity([[]], [[1, 2]]).shape == (0, 2) and similarity.similarity([[1]], [[]]).shape == (1, 0)
+    assert similarity.similarity([[]], [[1, 2]]).shape == (0, 2) and similarity.similarity(
+        [[1]], [[]]
+    ).shape == (1, 0)
     assert similarity.similarity([[]], [[]]).shape == similarity.similarity([], []).shape == (0, 0)
-    np.testing.assert_array_equal(similarity.similarity([[], [2, 3], [3]], [[1, 2], [], [3]]), [[0, 0, 1], [0, 0, 0]])
-    only = fit_similarity(["", "a"], tfidf_fit=fit).similarity([[0], [1]], [[1], [0, 0]])  # not one word in the whole corpus
+    np.testing.assert_array_equal(
+        similarity.similarity([[], [2, 3], [3]], [[1, 2], [], [3]]), [[0, 0, 1], [0, 0, 0]]
+    )
+    only = fit_similarity(["", "a"], tfidf_fit=fit).similarity(
+        [[0], [1]], [[1], [0, 0]]
+    )  # not one word in the whole corpus
     np.testing.assert_array_equal(only, np.zeros((1, 3)))
 
 
@@ -75,7 +91,9 @@ def test_pair_fit_equals_recorded_scikit_learn():
     pair = fit_similarity(golden["texts"], tfidf_fit="pair")
     assert len(golden["cases"]) >= 20
     for case in golden["cases"]:
-        np.testing.assert_allclose(pair.similarity([case["gold"]], [case["docs"]]), case["cosines"], atol=1e-6)
+        np.testing.assert_allclose(
+            pair.similarity([case["gold"]], [case["docs"]]), case["cosines"], atol=1e-6
+        )
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +108,11 @@ def musique(shared_data):
     rng = random.Random(0)
     cases = []
     for question in rng.sample(questions, 80):
-        gold = [place[p["title"], p["paragraph_text"]] for p in question["paragraphs"] if p["is_supporting"]]
+        gold = [
+            place[p["title"], p["paragraph_text"]]
+            for p in question["paragraphs"]
+            if p["is_supporting"]
+        ]
         cases.append((gold, [*rng.sample(range(len(texts)), 3), rng.choice(gold)]))
     return texts, cases
 
@@ -103,7 +125,9 @@ def test_pair_fit_equals_refitted_scikit_learn_on_real_passages(musique):
     assert {len(gold) for gold, _ in cases} >= {2, 3, 4}
     for b, (gold, docs) in enumerate(cases):
         for j, doc in enumerate(docs):
-            matrix = text_module.TfidfVectorizer().fit_transform([texts[doc], *(texts[i] for i in gold)])
+            matrix = text_module.TfidfVectorizer().fit_transform(
+                [texts[doc], *(texts[i] for i in gold)]
+            )
             expected = (matrix[1:] @ matrix[0].T).toarray()[:, 0]
             np.testing.assert_allclose(got[: len(gold), 4 * b + j], expected, rtol=0, atol=1e-6)
             assert (got[len(gold) :, 4 * b + j] == 0).all()
@@ -120,7 +144,9 @@ def test_corpus_fit_equals_scikit_learn_on_real_passages(musique):
     rng = random.Random(1)
     for _ in range(60):
         gold, docs = rng.sample(range(len(texts)), 3), rng.sample(range(len(texts)), 12)
-        np.testing.assert_allclose(corpus.similarity([gold], [docs]), (matrix[gold] @ matrix[docs].T).toarray(), atol=1e-9)
+        np.testing.assert_allclose(
+            corpus.similarity([gold], [docs]), (matrix[gold] @ matrix[docs].T).toarray(), atol=1e-9
+        )
 
 
 @pytest.mark.parametrize("fit", ["corpus", "pair"])
@@ -138,27 +164,61 @@ def test_counts_in_files_are_those_in_memory(musique, fit, tmp_path, monkeypatch
         similarity = fit_similarity(counted, tfidf_fit=fit, folder=tmp_path / "terms", corpus="a")
         assert (len(read) < 110) == few
         np.testing.assert_array_equal(similarity.similarity(*zip(*ids)), expected)
-        assert all(isinstance(values.base, np.memmap) for values in vars(similarity._counts).values())
-    assert (fit_similarity(["red"] * 301, tfidf_fit=fit, folder=tmp_path / "terms", corpus="b").similarity([[0]], [[1]]) == 1).all()
-    read_otherwise = fit_similarity(["red"] * 300 + ["owl"], tfidf_fit=fit, folder=tmp_path / "terms", corpus="b")
+        assert all(
+            isinstance(values.base, np.memmap) for values in vars(similarity._counts).values()
+        )
+    assert (
+        fit_similarity(
+            ["red"] * 301, tfidf_fit=fit, folder=tmp_path / "terms", corpus="b"
+        ).similarity([[0]], [[1]])
+        == 1
+    ).all()
+    read_otherwise = fit_similarity(
+        ["red"] * 300 + ["owl"], tfidf_fit=fit, folder=tmp_path / "terms", corpus="b"
+    )
     assert (read_otherwise.similarity([[0]], [[300]]) == 0).all()
-    fit_similarity(["", "a"], tfidf_fit=fit, folder=tmp_path / "terms", corpus="no words").similarity([[0]], [[1]])
+    fit_similarity(
+        ["", "a"], tfidf_fit=fit, folder=tmp_path / "terms", corpus="no words"
+    ).similarity([[0]], [[1]])
 
 
 def test_damaged_counts_are_named(tmp_path):
-    fit = lambda: fit_similarity(["red fox", "owl"], tfidf_fit="corpus", folder=tmp_path / "terms", corpus="a")
+    fit = lambda: fit_similarity(
+        ["red fox", "owl"], tfidf_fit="corpus", folder=tmp_path / "terms", corpus="a"
+    )
     fit()
     (tmp_path / "terms/counts.bin").write_bytes(b"1234")
-    with pytest.raises(ValueError, match="the counted words in .*terms are damaged .*: remove this folder"):
+    with pytest.raises(
+        ValueError, match="the counted words in .*terms are damaged .*: remove this folder"
+    ):
         fit()
 
 
 # Laws
 
-TEXTS = st.lists(st.sampled_from(["red", "Red", "fox", "owl", "elm", "a", "x1", "naïve", "Ōta", "</search>", "<answer>owl</answer>"]), max_size=9).map(" ".join)
+TEXTS = st.lists(
+    st.sampled_from(
+        [
+            "red",
+            "Red",
+            "fox",
+            "owl",
+            "elm",
+            "a",
+            "x1",
+            "naïve",
+            "Ōta",
+            "</search>",
+            "<answer>owl</answer>",
+        ]
+    ),
+    max_size=9,
+).map(" ".join)
 CORPUS = st.lists(TEXTS, min_size=6, max_size=6)
 IDS = st.lists(st.integers(0, 5), max_size=4)
-BATCH = st.lists(st.tuples(IDS.map(lambda ids: list(dict.fromkeys(ids))), IDS), min_size=1, max_size=4)
+BATCH = st.lists(
+    st.tuples(IDS.map(lambda ids: list(dict.fromkeys(ids))), IDS), min_size=1, max_size=4
+)
 
 
 @pytest.mark.parametrize("fit", ["corpus", "pair"])
@@ -171,7 +231,12 @@ def test_similarities_equal_loops(fit, texts, batch):
     start = 0
     for gold, docs in batch:
         block = got[:, start : start + len(docs)]
-        np.testing.assert_allclose(block[: len(gold)], loop_similarity(texts, gold, docs, tfidf_fit=fit), rtol=0, atol=1e-12)
+        np.testing.assert_allclose(
+            block[: len(gold)],
+            loop_similarity(texts, gold, docs, tfidf_fit=fit),
+            rtol=0,
+            atol=1e-12,
+        )
         assert (block[len(gold) :] == 0).all()
         start += len(docs)
 
@@ -185,7 +250,10 @@ def test_similarities_do_not_depend_on_what_else_is_asked_for(fit, texts, batch,
     whole = similarity.similarity(*zip(*batch))
     blocks = np.split(whole, np.cumsum([len(docs) for _, docs in batch])[:-1], axis=1)
     shuffled = random.sample(range(len(batch)), len(batch))
-    np.testing.assert_array_equal(similarity.similarity(*zip(*[batch[b] for b in shuffled])), np.concatenate([blocks[b] for b in shuffled], axis=1))
+    np.testing.assert_array_equal(
+        similarity.similarity(*zip(*[batch[b] for b in shuffled])),
+        np.concatenate([blocks[b] for b in shuffled], axis=1),
+    )
     for (gold, docs), block in zip(batch, blocks):
         np.testing.assert_array_equal(similarity.similarity([gold], [docs]), block[: len(gold)])
 
@@ -197,5 +265,7 @@ def test_real_similarities_do_not_depend_on_what_else_is_asked_for(musique):
         ids = [([i + 4, i + 1], [i + 2, i, i + 4]) for i in range(0, 190, 5)]
         whole = similarity.similarity(*zip(*ids))
         for b in (0, 17, len(ids) - 1):
-            np.testing.assert_array_equal(similarity.similarity([ids[b][0]], [ids[b][1]]), whole[:, 3 * b : 3 * b + 3])
+            np.testing.assert_array_equal(
+                similarity.similarity([ids[b][0]], [ids[b][1]]), whole[:, 3 * b : 3 * b + 3]
+            )
         np.testing.assert_allclose(np.diagonal(whole[:1, 2::3]), 1, rtol=1e-12)

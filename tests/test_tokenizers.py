@@ -1,4 +1,5 @@
 """Tokenizers: exact round trips, the bytes of every token, and clear errors for unusable ones."""
+
 import gzip
 import json
 import random
@@ -26,8 +27,23 @@ def pieces(tokenizer, text):
 
 
 def test_words_after_a_space_are_single_tokens():
-    assert pieces(TOKENIZER, " Rome is the capital of Italy.") == [" Rome", " is", " the", " capital", " of", " Italy", "."]
-    assert pieces(TOKENIZER, " O'Hara 1923 ##> naïve") == [" O", "'", "Hara", " 1923", " ##>", " naïve"]
+    assert pieces(TOKENIZER, " Rome is the capital of Italy.") == [
+        " Rome",
+        " is",
+        " the",
+        " capital",
+        " of",
+        " Italy",
+        ".",
+    ]
+    assert pieces(TOKENIZER, " O'Hara 1923 ##> naïve") == [
+        " O",
+        "'",
+        "Hara",
+        " 1923",
+        " ##>",
+        " naïve",
+    ]
 
 
 def test_everything_else_is_bytes_and_tags():
@@ -37,14 +53,26 @@ def test_everything_else_is_bytes_and_tags():
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.one_of(st.text(max_size=8), st.sampled_from([*WORDS, " ", "\n", "<search>", "</answer>", "<|endoftext|>", "<|pad|>", "</sea"]))))
+@given(
+    st.lists(
+        st.one_of(
+            st.text(max_size=8),
+            st.sampled_from(
+                [*WORDS, " ", "\n", "<search>", "</answer>", "<|endoftext|>", "<|pad|>", "</sea"]
+            ),
+        )
+    )
+)
 def test_word_tokenizer_round_trip_is_exact(parts):
     text = "".join(parts).encode(errors="replace").decode()
     assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
 
 
 def test_text_never_becomes_control_tokens(qwen):
-    for tokenizer, texts in ((TOKENIZER, ["<|endoftext|>", "<|pad|>"]), (qwen, ["<|endoftext|>", "<|im_end|>"])):
+    for tokenizer, texts in (
+        (TOKENIZER, ["<|endoftext|>", "<|pad|>"]),
+        (qwen, ["<|endoftext|>", "<|im_end|>"]),
+    ):
         for text in texts:
             assert not set(tokenizer.encode(f" a {text} b")) & set(tokenizer.eos_ids)
         assert all(tokenizer.token_bytes[i] == b"" for i in (*tokenizer.eos_ids, tokenizer.pad_id))
@@ -52,8 +80,15 @@ def test_text_never_becomes_control_tokens(qwen):
 
 def test_word_tokenizer_ids_are_stable_and_distinct():
     tokens = [b for b in TOKENIZER.token_bytes if b]
-    assert TOKENIZER.vocab_size == len(TOKENIZER.token_bytes) and len(set(tokens)) == len(tokens) == TOKENIZER.vocab_size - 2
-    assert make_word_tokenizer(WORDS).fingerprint == TOKENIZER.fingerprint != make_word_tokenizer(WORDS[:-1]).fingerprint
+    assert (
+        TOKENIZER.vocab_size == len(TOKENIZER.token_bytes)
+        and len(set(tokens)) == len(tokens) == TOKENIZER.vocab_size - 2
+    )
+    assert (
+        make_word_tokenizer(WORDS).fingerprint
+        == TOKENIZER.fingerprint
+        != make_word_tokenizer(WORDS[:-1]).fingerprint
+    )
     assert make_word_tokenizer([*WORDS, *WORDS]).vocab_size == TOKENIZER.vocab_size
     with pytest.raises(ValueError, match="needs words"):
         make_word_tokenizer([])
@@ -62,11 +97,26 @@ def test_word_tokenizer_ids_are_stable_and_distinct():
 def test_atlas_adds_the_words_of_the_short_template():
     tokenizer = load_tokenizer("atlas", WORDS)
     assert pieces(tokenizer, " Question: Rome\n Doc 1 <## Title: Rome ##>") == [
-        " Question", ":", " Rome", "\n", " Doc", " 1", " <##", " Title", ":", " Rome", " ##>"]
+        " Question",
+        ":",
+        " Rome",
+        "\n",
+        " Doc",
+        " 1",
+        " <##",
+        " Title",
+        ":",
+        " Rome",
+        " ##>",
+    ]
 
 
 def test_byte_alphabet_has_every_byte():
-    assert sorted(BYTE_OF.values()) == list(range(256)) and BYTE_OF["Ġ"] == ord(" ") and BYTE_OF["Ċ"] == ord("\n")
+    assert (
+        sorted(BYTE_OF.values()) == list(range(256))
+        and BYTE_OF["Ġ"] == ord(" ")
+        and BYTE_OF["Ċ"] == ord("\n")
+    )
 
 
 def test_batch_is_encode_of_each(qwen):
@@ -79,13 +129,19 @@ def test_batch_is_encode_of_each(qwen):
 
 def test_qwen_facts(qwen):
     assert qwen.vocab_size == 151_665
-    assert qwen.eos_ids == (151_645, 151_643) and qwen.pad_id == 151_643  # <|im_end|> and <|endoftext|>
+    assert (
+        qwen.eos_ids == (151_645, 151_643) and qwen.pad_id == 151_643
+    )  # <|im_end|> and <|endoftext|>
     assert qwen.encode("</search>") == [522, 1836, 29]
 
 
 def test_qwen_bytes_agree_with_the_library(qwen, shared_data):
     """Oracle: the tokenizers library's own decoder, on random token strings (added tokens apart)."""
-    inner = Inner.from_str(gzip.decompress((shared_data / "tokenizer_qwen2_5" / "tokenizer.json.gz").read_bytes()).decode())
+    inner = Inner.from_str(
+        gzip.decompress(
+            (shared_data / "tokenizer_qwen2_5" / "tokenizer.json.gz").read_bytes()
+        ).decode()
+    )
     rng = random.Random(0)
     for _ in range(300):
         ids = [rng.randrange(151_643) for _ in range(rng.randrange(1, 20))]
@@ -122,23 +178,37 @@ def test_padding_and_truncation_of_a_file_are_ignored(tmp_path):
     inner.enable_padding(length=12, pad_id=1, pad_token="<|pad|>")
     inner.enable_truncation(3)
     (tmp_path / "tokenizer.json").write_text(inner.to_str())
-    tokenizer, texts = load_tokenizer(str(tmp_path), ()), [" Rome", " Rome is the capital of Italy."]
+    tokenizer, texts = (
+        load_tokenizer(str(tmp_path), ()),
+        [" Rome", " Rome is the capital of Italy."],
+    )
     assert inner.encode_batch(texts)[1].ids != TOKENIZER.encode(texts[1])
-    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts] == TOKENIZER.encode_batch(texts)
+    assert (
+        tokenizer.encode_batch(texts)
+        == [tokenizer.encode(text) for text in texts]
+        == TOKENIZER.encode_batch(texts)
+    )
     assert tokenizer.fingerprint == TOKENIZER.fingerprint
 
 
 def test_config_names_end_and_padding(tmp_path):
     folder = write_tokenizer(tmp_path / "t")
-    (tmp_path / "t" / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "Ġof"}, "pad_token": "<|pad|>"}))
+    (tmp_path / "t" / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": {"content": "Ġof"}, "pad_token": "<|pad|>"})
+    )
     tokenizer = load_tokenizer(folder, ())
-    assert [tokenizer.token_bytes[i] for i in tokenizer.eos_ids] == [b" of", b""] and tokenizer.pad_id == 1
+    assert [tokenizer.token_bytes[i] for i in tokenizer.eos_ids] == [
+        b" of",
+        b"",
+    ] and tokenizer.pad_id == 1
 
 
 def test_missing_folder_and_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="tokenizer folder .*nowhere does not exist"):
         load_tokenizer(str(tmp_path / "nowhere"), ())
-    with pytest.raises(FileNotFoundError, match="holds neither tokenizer.json nor tokenizer.json.gz"):
+    with pytest.raises(
+        FileNotFoundError, match="holds neither tokenizer.json nor tokenizer.json.gz"
+    ):
         load_tokenizer(str(tmp_path), ())
 
 
@@ -159,7 +229,9 @@ def test_missing_byte_is_named(tmp_path):
 
 
 def test_vocabulary_that_is_not_byte_level(tmp_path):
-    folder = write_tokenizer(tmp_path / "t", lambda content: content["model"]["vocab"].update({"▁the": 5000}))
+    folder = write_tokenizer(
+        tmp_path / "t", lambda content: content["model"]["vocab"].update({"▁the": 5000})
+    )
     with pytest.raises(ValueError, match="token 5000 '▁the' is not in the byte-level alphabet"):
         load_tokenizer(folder, ())
 
@@ -167,7 +239,9 @@ def test_vocabulary_that_is_not_byte_level(tmp_path):
 def test_no_end_token(tmp_path):
     def remove_end(content):
         content["model"]["vocab"].pop("<|endoftext|>")
-        content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "<|endoftext|>"]
+        content["added_tokens"] = [
+            token for token in content["added_tokens"] if token["content"] != "<|endoftext|>"
+        ]
 
     with pytest.raises(ValueError, match="none of the end tokens"):
         load_tokenizer(write_tokenizer(tmp_path / "t", remove_end), ())
@@ -177,6 +251,9 @@ def test_gzipped_and_plain_are_the_same(tmp_path):
     plain = write_tokenizer(tmp_path / "plain")
     zipped = tmp_path / "zipped"
     zipped.mkdir()
-    with open(f"{plain}/tokenizer.json", "rb") as source, gzip.open(zipped / "tokenizer.json.gz", "wb") as target:
+    with (
+        open(f"{plain}/tokenizer.json", "rb") as source,
+        gzip.open(zipped / "tokenizer.json.gz", "wb") as target,
+    ):
         shutil.copyfileobj(source, target)
     assert load_tokenizer(str(zipped), ()).fingerprint == load_tokenizer(plain, ()).fingerprint

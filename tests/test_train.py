@@ -1,4 +1,5 @@
 """Whole runs of the commands: they end with everything that they promise, and neither a kill nor a pause changes the result."""
+
 import collections
 import html
 import json
@@ -16,27 +17,49 @@ from stepsearch_jax.metrics import read_metrics
 from stepsearch_jax.types import TrainState
 
 # Imitation with a checkpoint in its middle; the KL coefficient adapts, so that it is part of what must be resumed.
-LONG = ("--config.imitation.phases=((30,8,True,0.0,0.02),(40,8,False,0.5,0.01))", "--config.checkpoint.imitation_every=20", "--config.iterations=5",
-        "--config.rl.kl_target=0.001", "--config.rl.kl_horizon=100.0")
+LONG = (
+    "--config.imitation.phases=((30,8,True,0.0,0.02),(40,8,False,0.5,0.01))",
+    "--config.checkpoint.imitation_every=20",
+    "--config.iterations=5",
+    "--config.rl.kl_target=0.001",
+    "--config.rl.kl_horizon=100.0",
+)
 
 
 def test_shuffled_rewards_stay_together():
     """The control gives each episode the step and outcome rewards of one other episode, and differently in every iteration."""
     Scores = collections.namedtuple("Scores", "step_rewards outcome_rewards")
     Config = collections.namedtuple("Config", "reward seed")
-    Reward, Rows, Got = collections.namedtuple("Reward", "shuffle"), collections.namedtuple("Rows", "search_end search_ok"), collections.namedtuple(
-        "Got", "scores rows")
+    Reward, Rows, Got = (
+        collections.namedtuple("Reward", "shuffle"),
+        collections.namedtuple("Rows", "search_end search_ok"),
+        collections.namedtuple("Got", "scores rows"),
+    )
     scores = Scores(np.arange(16.0)[:, None] * [1, 10], np.arange(16.0) + 0.5)
-    choose = lambda shuffle, rows, iteration: train.choose_rewards(Config(Reward(shuffle), 0), Got(scores, rows), iteration)
+    choose = lambda shuffle, rows, iteration: train.choose_rewards(
+        Config(Reward(shuffle), 0), Got(scores, rows), iteration
+    )
     everywhere = Rows(np.zeros((16, 2), int), np.ones((16, 2), bool))
     assert choose(False, everywhere, 3) == (scores.step_rewards, scores.outcome_rewards)
     steps, outcomes = choose(True, everywhere, 3)
-    assert sorted(outcomes) == scores.outcome_rewards.tolist() and (steps == (outcomes[:, None] - 0.5) * [1, 10]).all()
-    assert (outcomes != scores.outcome_rewards).all() and (outcomes != choose(True, everywhere, 4)[1]).any()
+    assert (
+        sorted(outcomes) == scores.outcome_rewards.tolist()
+        and (steps == (outcomes[:, None] - 0.5) * [1, 10]).all()
+    )
+    assert (outcomes != scores.outcome_rewards).all() and (
+        outcomes != choose(True, everywhere, 4)[1]
+    ).any()
     # Whatever an episode does, it is paid all that the other one was: what it has no search for, or one that failed, comes with the answer.
-    ends, ok = np.where(np.arange(16)[:, None] % 3 > [0, 1], 5, -1), np.arange(32).reshape(16, 2) % 7 > 0
+    ends, ok = (
+        np.where(np.arange(16)[:, None] % 3 > [0, 1], 5, -1),
+        np.arange(32).reshape(16, 2) % 7 > 0,
+    )
     fewer, more = choose(True, Rows(ends, ok), 3)
-    assert (fewer == np.where((ends >= 0) & ok, steps, 0)).all() and (fewer.sum(1) + more == steps.sum(1) + outcomes).all() and (more > outcomes).sum() >= 10
+    assert (
+        (fewer == np.where((ends >= 0) & ok, steps, 0)).all()
+        and (fewer.sum(1) + more == steps.sum(1) + outcomes).all()
+        and (more > outcomes).sum() >= 10
+    )
 
 
 def test_compiled_programs_are_counted(caplog):
@@ -50,20 +73,36 @@ def test_compiled_programs_are_counted(caplog):
             counts.append(found["compiled_programs"])
             assert (found["seconds/compile"] > 0) == (counts[-1] > 0)
     assert counts == [1, 0, 1]
-    assert [record.getMessage().split(" in ")[0] for record in caplog.records] == ["iteration 5 compiled 1 programs"] * 2
+    assert [record.getMessage().split(" in ")[0] for record in caplog.records] == [
+        "iteration 5 compiled 1 programs"
+    ] * 2
 
 
 def check_results(workdir: pathlib.Path, iterations: int) -> None:
     """The files of a finished run agree with one another."""
     evaluation = json.loads((workdir / "evaluation.json").read_text())
     assert evaluation["questions"] == 20
-    transcripts = [json.loads(line) for line in (workdir / "transcripts.jsonl").read_text().splitlines()]
+    transcripts = [
+        json.loads(line) for line in (workdir / "transcripts.jsonl").read_text().splitlines()
+    ]
     for when in ("before", "after"):
         episodes = [episode for episode in transcripts if episode["when"] == when]
-        assert sorted(episode["uid"] for episode in episodes) == sorted(f"validation-{n}" for n in range(20))
-        for mean, measure in (("f1", lambda e: e["f1"]), ("em", lambda e: e["em"]), ("searches", lambda e: sum(t["status"] == "search" for t in e["turns"]))):
-            np.testing.assert_allclose(evaluation[when][mean], np.mean([measure(episode) for episode in episodes]), atol=1e-6)
-    assert [row["iteration"] for row in read_metrics(workdir) if row["stage"] == "rl"] == list(range(iterations))
+        assert sorted(episode["uid"] for episode in episodes) == sorted(
+            f"validation-{n}" for n in range(20)
+        )
+        for mean, measure in (
+            ("f1", lambda e: e["f1"]),
+            ("em", lambda e: e["em"]),
+            ("searches", lambda e: sum(t["status"] == "search" for t in e["turns"])),
+        ):
+            np.testing.assert_allclose(
+                evaluation[when][mean],
+                np.mean([measure(episode) for episode in episodes]),
+                atol=1e-6,
+            )
+    assert [row["iteration"] for row in read_metrics(workdir) if row["stage"] == "rl"] == list(
+        range(iterations)
+    )
     page = html.unescape((workdir / "report.html").read_text())
     assert all(episode["question"] in page for episode in transcripts)
     assert json.loads((workdir / "config.json").read_text())["rollout"]["context"] == 256
@@ -72,23 +111,45 @@ def check_results(workdir: pathlib.Path, iterations: int) -> None:
 
 @pytest.mark.slow
 def test_a_run_and_its_continuation(tmp_path, tmp_path_factory):
-    cache, start, workdir = running.shared_cache(tmp_path_factory), running.searching_start(tmp_path_factory), tmp_path / "run"
-    options = (f"--config.imitation.checkpoint={start}", "--config.imitation.phases=((10,8,False,0.5,0.02),)", "--config.evaluation.every=1")
+    cache, start, workdir = (
+        running.shared_cache(tmp_path_factory),
+        running.searching_start(tmp_path_factory),
+        tmp_path / "run",
+    )
+    options = (
+        f"--config.imitation.checkpoint={start}",
+        "--config.imitation.phases=((10,8,False,0.5,0.02),)",
+        "--config.evaluation.every=1",
+    )
     log = running.run_command("train", cache, workdir, *options)
     assert "train: 24 questions; 180 passages; recall@1 of the gold passages" in log
     check_results(workdir, 2)
     rows = read_metrics(workdir)
-    assert [(row["stage"], row["iteration"]) for row in rows] == [("imitation", 9), ("rl", 0), ("evaluation", 0), ("rl", 1)]
+    assert [(row["stage"], row["iteration"]) for row in rows] == [
+        ("imitation", 9),
+        ("rl", 0),
+        ("evaluation", 0),
+        ("rl", 1),
+    ]
     assert sum(row["searches"] for row in rows if row["stage"] == "rl") > 0
     first = json.loads((workdir / "evaluation.json").read_text())
 
     # The same figures from the command that only evaluates, here on another split's questions first; in files of its own.
-    running.run_command("evaluate", cache, workdir, "--config.evaluation.split=test", "--config.evaluation.questions=10")
+    running.run_command(
+        "evaluate",
+        cache,
+        workdir,
+        "--config.evaluation.split=test",
+        "--config.evaluation.questions=10",
+    )
     assert json.loads((workdir / "evaluation/test/evaluation.json").read_text())["questions"] == 10
     running.run_command("evaluate", cache, workdir, "--config.evaluation.controls=True")
     again = json.loads((workdir / "evaluation/validation/evaluation.json").read_text())
     check_results(workdir, 2)
-    assert {name: again[name] for name in first} == first and set(again["controls"]) >= {"scripted searcher", "perfect searcher"}
+    assert {name: again[name] for name in first} == first and set(again["controls"]) >= {
+        "scripted searcher",
+        "perfect searcher",
+    }
 
     # More iterations go on from where the run stopped; the start and the figures before RL stay.
     log = running.run_command("train", cache, workdir, *options, "--config.iterations=3")
@@ -108,17 +169,33 @@ def test_kills_change_nothing(tmp_path, tmp_path_factory):
     kill_when(lambda: (killed / "imitation" / "20").is_dir(), "train", cache, killed, *options)
     assert not (killed / "start").exists()
     # The second kill comes in the middle of an iteration after the second: the line of the second is there, the last is far.
-    kill_when(lambda: (killed / "checkpoints" / "1").is_dir() and count_rl_lines(killed) >= 2, "train", cache, killed, *options)
+    kill_when(
+        lambda: (killed / "checkpoints" / "1").is_dir() and count_rl_lines(killed) >= 2,
+        "train",
+        cache,
+        killed,
+        *options,
+    )
     assert not (killed / "checkpoints" / "5").exists()
     assert "resumed from iteration" in running.run_command("train", cache, killed, *options)
 
     expected, got = running.final_state(whole, 5), running.final_state(killed, 5)
-    assert expected.keys() == got.keys() and {name.split("'")[1] for name in got} == set(TrainState.__dataclass_fields__)
+    assert expected.keys() == got.keys() and {name.split("'")[1] for name in got} == set(
+        TrainState.__dataclass_fields__
+    )
     for name, leaf in expected.items():
         np.testing.assert_array_equal(got[name], leaf, err_msg=name)
-    assert (expected["['position']"], expected["['iteration']"]) == (40, 5) and expected["['kl_coef']"] != np.float32(1e-3)
+    assert (expected["['position']"], expected["['iteration']"]) == (40, 5) and expected[
+        "['kl_coef']"
+    ] != np.float32(1e-3)
     of_this_process = lambda name: name.startswith("seconds/") or name == "compiled_programs"
-    figures = [[{name: value for name, value in row.items() if not of_this_process(name)} for row in read_metrics(workdir)] for workdir in (whole, killed)]
+    figures = [
+        [
+            {name: value for name, value in row.items() if not of_this_process(name)}
+            for row in read_metrics(workdir)
+        ]
+        for workdir in (whole, killed)
+    ]
     assert figures[0] == figures[1] and len(figures[0]) > 5
     for name in ("evaluation.json", "transcripts.jsonl"):
         assert (whole / name).read_text() == (killed / name).read_text()
@@ -135,7 +212,9 @@ def kill_when(reached, *arguments) -> None:
     end = time.monotonic() + 300
     try:
         while not reached():
-            assert process.poll() is None and time.monotonic() < end, arguments[2].with_suffix(".log").read_text()[-3000:]
+            assert process.poll() is None and time.monotonic() < end, (
+                arguments[2].with_suffix(".log").read_text()[-3000:]
+            )
             time.sleep(0.02)
     finally:
         process.kill()
@@ -146,15 +225,33 @@ def kill_when(reached, *arguments) -> None:
 def test_musique_runs_the_whole_way(shared_data, tmp_path):
     """The command of configs/musique_tiny.py, shortened: one step of imitation, one iteration, eight questions."""
     workdir = tmp_path / "run"
-    options = (f"--config.data.path={shared_data / 'musique'}", f"--config.prompt.tokenizer={shared_data / 'tokenizer_qwen2_5'}", "--config.iterations=1",
-               f"--config.data.cache_dir={tmp_path / 'cache'}", "--config.imitation.phases=((1,8,False,0.0,0.001),)", "--config.evaluation.questions=8",
-               "--config.imitation.demonstrations=16")
-    process = running.start(["-m", "stepsearch_jax.train", "--config=configs/musique_tiny.py", f"--workdir={workdir}", *options], log=tmp_path / "log")
+    options = (
+        f"--config.data.path={shared_data / 'musique'}",
+        f"--config.prompt.tokenizer={shared_data / 'tokenizer_qwen2_5'}",
+        "--config.iterations=1",
+        f"--config.data.cache_dir={tmp_path / 'cache'}",
+        "--config.imitation.phases=((1,8,False,0.0,0.001),)",
+        "--config.evaluation.questions=8",
+        "--config.imitation.demonstrations=16",
+    )
+    process = running.start(
+        [
+            "-m",
+            "stepsearch_jax.train",
+            "--config=configs/musique_tiny.py",
+            f"--workdir={workdir}",
+            *options,
+        ],
+        log=tmp_path / "log",
+    )
     try:
         assert process.wait(timeout=1500) == 0, (tmp_path / "log").read_text()[-3000:]
     finally:
         process.kill()
     log = (tmp_path / "log").read_text()
-    assert "validation: 200 questions; 13196 passages; recall@3 of the gold passages for the gold sub-questions: 0.7" in log
+    assert (
+        "validation: 200 questions; 13196 passages; recall@3 of the gold passages for the gold sub-questions: 0.7"
+        in log
+    )
     assert json.loads((workdir / "evaluation.json").read_text())["questions"] == 8
     assert sum(row["stage"] == "rl" for row in read_metrics(workdir)) == 1

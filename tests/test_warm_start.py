@@ -1,4 +1,5 @@
 """The scripted searcher, the demonstrations made of it, the exchange of names in them, and where a run's first policy comes from."""
+
 import dataclasses
 
 import jax
@@ -18,7 +19,14 @@ from stepsearch_jax.rollout.scripted import PERFECT, run_script
 from stepsearch_jax.rollout.text import to_episodes
 from stepsearch_jax.run import start
 from stepsearch_jax.run.system import System, build_system
-from stepsearch_jax.run.warm_start import LENGTH_GROUPS, LENGTH_MULTIPLE, Demonstrations, demonstrate, imitate, warm_start
+from stepsearch_jax.run.warm_start import (
+    LENGTH_GROUPS,
+    LENGTH_MULTIPLE,
+    Demonstrations,
+    demonstrate,
+    imitate,
+    warm_start,
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,20 +40,39 @@ def config(tmp_path_factory):
 def system(config) -> System:
     """A search that always finds the gold document of an accepted query, and for others the document of the entity that the query begins with, if any."""
     plain = build_system(config, ["train", "validation"])
-    subs = [sub for split in plain.splits.values() for question in split.questions for sub in question.sub_questions]
+    subs = [
+        sub
+        for split in plain.splits.values()
+        for question in split.questions
+        for sub in question.sub_questions
+    ]
     gold = {query: sub.gold_ids[0] for sub in subs for query in sub.queries}
     titles = {document.title: document.id for document in plain.source.documents}
 
     def search(queries):
-        return np.array([[gold.get(query, titles.get(" ".join(query.split()[:2]), -1))] for query in queries], np.int32)
+        return np.array(
+            [[gold.get(query, titles.get(" ".join(query.split()[:2]), -1))] for query in queries],
+            np.int32,
+        )
 
     return build_system(config, ["train", "validation"], search)
 
 
 def script(system: System, shares, seed=0, settings=None, skill=0.0):
     split = system.splits["validation"]
-    trajectory = run_script(split.questions, split.prompts, split.prompt_length, system.source.documents, system.search, system.tokenizer,
-                            settings or system.settings, system.environment.last_turn_warning, shares, skill, seed)
+    trajectory = run_script(
+        split.questions,
+        split.prompts,
+        split.prompt_length,
+        system.source.documents,
+        system.search,
+        system.tokenizer,
+        settings or system.settings,
+        system.environment.last_turn_warning,
+        shares,
+        skill,
+        seed,
+    )
     return trajectory, to_episodes(trajectory, split.questions, system.tokenizer)
 
 
@@ -54,29 +81,58 @@ def script(system: System, shares, seed=0, settings=None, skill=0.0):
 
 def test_a_perfect_searcher_is_right_when_the_retrieval_works(system):
     means = greedy.evaluate_script(system, "validation", PERFECT)
-    assert means == {"em": 1.0, "f1": 1.0, "gold_recall": 1.0, "searches": 2.0, "invalid": 0.0, "truncated": 0.0}
+    assert means == {
+        "em": 1.0,
+        "f1": 1.0,
+        "gold_recall": 1.0,
+        "searches": 2.0,
+        "invalid": 0.0,
+        "truncated": 0.0,
+    }
     for episode in script(system, PERFECT)[1]:
         hops = episode.question.sub_questions
-        assert list(episode.queries) == [hop.queries[0] for hop in hops] and episode.answer == hops[-1].answer
-        assert all(hop.answer in turn.action for hop, turn in zip(hops, episode.turns[1:]))  # what was read is said before it is used
+        assert (
+            list(episode.queries) == [hop.queries[0] for hop in hops]
+            and episode.answer == hops[-1].answer
+        )
+        assert all(
+            hop.answer in turn.action for hop, turn in zip(hops, episode.turns[1:])
+        )  # what was read is said before it is used
 
 
 def test_the_record_of_a_script_is_that_of_a_rollout(system):
-    trajectory, episodes = script(system, {"good": 0.4, "vague": 0.3, "repeat": 0.1, "wrong": 0.1, "early": 0.1})
+    trajectory, episodes = script(
+        system, {"good": 0.4, "vague": 0.3, "repeat": 0.1, "wrong": 0.1, "early": 0.1}
+    )
     split = system.splits["validation"]
     for row, episode in enumerate(episodes):
         n, first = trajectory.length[row], split.prompt_length[row]
-        assert trajectory.tokens[row, :first].tolist() == split.prompts[row, :first].tolist() and not trajectory.tokens[row, n:].any()
-        assert not trajectory.action_mask[row, :first].any() and trajectory.token_mask[row].sum() == n
-        assert (np.diff(trajectory.turn_ids[row, first:n]) >= 0).all() and (trajectory.turn_ids[row, n:] == -1).all()
+        assert (
+            trajectory.tokens[row, :first].tolist() == split.prompts[row, :first].tolist()
+            and not trajectory.tokens[row, n:].any()
+        )
+        assert (
+            not trajectory.action_mask[row, :first].any() and trajectory.token_mask[row].sum() == n
+        )
+        assert (np.diff(trajectory.turn_ids[row, first:n]) >= 0).all() and (
+            trajectory.turn_ids[row, n:] == -1
+        ).all()
         for turn, record in enumerate(episode.turns):
             ends = np.flatnonzero((trajectory.turn_ids[row] == turn) & trajectory.action_mask[row])
             if record.status == TurnStatus.SEARCH:
-                assert trajectory.search_end[row, turn] == ends[-1] and record.action.endswith(f"<search> {record.query}</search>")
+                assert trajectory.search_end[row, turn] == ends[-1] and record.action.endswith(
+                    f"<search> {record.query}</search>"
+                )
             else:
-                assert record.status == TurnStatus.ANSWER and turn == len(episode.turns) - 1 and trajectory.search_end[row, turn] == -1
+                assert (
+                    record.status == TurnStatus.ANSWER
+                    and turn == len(episode.turns) - 1
+                    and trajectory.search_end[row, turn] == -1
+                )
         # The warning that no more searches are possible stands before the last turn only.
-        assert [("No more searches" in record.observation) for record in episode.turns] == [turn == 2 for turn in range(len(episode.turns))]
+        assert [("No more searches" in record.observation) for record in episode.turns] == [
+            turn == 2 for turn in range(len(episode.turns))
+        ]
         assert episode.finished and len(episode.turns) <= 4
 
 
@@ -84,7 +140,9 @@ def test_kinds_of_poor_searching(system):
     """Validation questions have two hops, and three searches are allowed."""
     for episode in script(system, {"vague": 1.0})[1]:
         relation = episode.question.sub_questions[0].queries[0].split()[-1]
-        assert list(episode.queries) == [relation] * 3  # the words that name the entity are missing, so nothing is found
+        assert (
+            list(episode.queries) == [relation] * 3
+        )  # the words that name the entity are missing, so nothing is found
         assert episode.doc_ids == () and episode.answer == episode.queries[-1]
     for episode in script(system, {"repeat": 1.0})[1]:  # with nothing to repeat, the first is vague
         assert len(set(episode.queries)) == 1 and len(episode.queries) == 3
@@ -99,7 +157,9 @@ def test_kinds_of_poor_searching(system):
         for before, turn in zip(episode.search_turns, episode.search_turns[1:]):
             if turn.query not in accepted and before.doc_ids:
                 wrong += 1
-                assert any(turn.query.startswith(system.source.documents[i].title) for i in episode.doc_ids)  # an entity that was seen, with this relation
+                assert any(
+                    turn.query.startswith(system.source.documents[i].title) for i in episode.doc_ids
+                )  # an entity that was seen, with this relation
                 assert turn.query.split()[-1] in {query.split()[-1] for query in accepted}
     assert early > 2 and wrong > 2
 
@@ -109,8 +169,12 @@ def test_a_script_searches_well_for_the_relations_that_it_knows(system):
         found = {}
         for episode in script(system, {"vague": 1.0}, skill=skill)[1]:
             relation = episode.question.sub_questions[0].queries[0].split()[-1]
-            found.setdefault(relation, set()).add(episode.queries[0] == episode.question.sub_questions[0].queries[0])
-        assert all(len(answers) == 1 for answers in found.values())  # a relation is known or it is not
+            found.setdefault(relation, set()).add(
+                episode.queries[0] == episode.question.sub_questions[0].queries[0]
+            )
+        assert all(
+            len(answers) == 1 for answers in found.values()
+        )  # a relation is known or it is not
         return {relation for relation, answers in found.items() if answers == {True}}, set(found)
 
     (none, every), (some, _), (more, _), (everything, _) = ask(0.0), ask(0.3), ask(0.6), ask(1.0)
@@ -123,11 +187,26 @@ def test_the_seed_makes_the_script(system):
     assert (first == again).all() and (first != other).any()
 
 
-@pytest.mark.parametrize("shares,change,message", [
-    ({"good": 0.5, "lazy": 0.5}, {}, r"config.imitation.shares names \['lazy'\]; known are good, vague, repeat, wrong, early"),
-    (PERFECT, {"max_turn_tokens": 3}, r"a scripted action of question validation-\d+ has \d+ tokens, more than config.rollout.max_turn_tokens"),
-    (PERFECT, {"context": 60}, r"the scripted episode of question validation-\d+ needs more than config.rollout.context=60 tokens: raise it"),
-])
+@pytest.mark.parametrize(
+    "shares,change,message",
+    [
+        (
+            {"good": 0.5, "lazy": 0.5},
+            {},
+            r"config.imitation.shares names \['lazy'\]; known are good, vague, repeat, wrong, early",
+        ),
+        (
+            PERFECT,
+            {"max_turn_tokens": 3},
+            r"a scripted action of question validation-\d+ has \d+ tokens, more than config.rollout.max_turn_tokens",
+        ),
+        (
+            PERFECT,
+            {"context": 60},
+            r"the scripted episode of question validation-\d+ needs more than config.rollout.context=60 tokens: raise it",
+        ),
+    ],
+)
 def test_what_the_script_refuses(system, shares, change, message):
     with pytest.raises(ValueError, match=message):
         script(system, shares, settings=dataclasses.replace(system.settings, **change))
@@ -140,23 +219,42 @@ def test_demonstrations_of_single_hops_and_of_whole_questions(system):
     whole = demonstrate(system, "train", 24, single_hop=False, spoilt=0.0, seed=0)
     single = demonstrate(system, "train", 48, single_hop=True, spoilt=0.0, seed=0)
     texts = [[system.tokenizer.decode(row) for row in made.tokens] for made in (whole, single)]
-    assert {text.count("<search>") for text in texts[0]} == {2} and {text.count("<search>") for text in texts[1]} == {1}
+    assert {text.count("<search>") for text in texts[0]} == {2} and {
+        text.count("<search>") for text in texts[1]
+    } == {1}
     subs = [sub for question in system.splits["train"].questions for sub in question.sub_questions]
-    assert sorted(text.split("\n")[0] for text in texts[1]) == sorted(f" Question: {sub.question}" for sub in subs)  # each of the 48 once
+    assert sorted(text.split("\n")[0] for text in texts[1]) == sorted(
+        f" Question: {sub.question}" for sub in subs
+    )  # each of the 48 once
     for made in (whole, single):
         assert (np.diff(made.length) >= 0).all()
         for row, length in enumerate(made.length):
-            assert made.action_mask[row].any() and not made.action_mask[row, length:].any() and not made.tokens[row, length:].any()
-            assert system.tokenizer.decode(made.tokens[row][made.action_mask[row]]).endswith("</answer>")
+            assert (
+                made.action_mask[row].any()
+                and not made.action_mask[row, length:].any()
+                and not made.tokens[row, length:].any()
+            )
+            assert system.tokenizer.decode(made.tokens[row][made.action_mask[row]]).endswith(
+                "</answer>"
+            )
 
 
 def test_spoiling_is_a_share(system):
     """At 1 every decision is taken by config.imitation.shares (a quarter of them good), at 0 none."""
-    good = {query for question in system.splits["train"].questions for sub in question.sub_questions for query in sub.queries[:1]}
+    good = {
+        query
+        for question in system.splits["train"].questions
+        for sub in question.sub_questions
+        for query in sub.queries[:1]
+    }
 
     def share_of_good(spoilt):
         made = demonstrate(system, "train", 24, single_hop=False, spoilt=spoilt, seed=3)
-        queries = [part.split("</search>")[0].strip() for row in made.tokens for part in system.tokenizer.decode(row).split("<search>")[1:]]
+        queries = [
+            part.split("</search>")[0].strip()
+            for row in made.tokens
+            for part in system.tokenizer.decode(row).split("<search>")[1:]
+        ]
         return np.mean([query in good for query in queries])
 
     assert share_of_good(0.0) == 1.0 > share_of_good(0.5) > share_of_good(1.0) > 0
@@ -165,12 +263,18 @@ def test_spoiling_is_a_share(system):
 def test_a_minibatch_comes_from_one_group_of_lengths():
     length = np.array([10, 20, 30, 100, 110, 120, 200, 210, 300])
     tokens = np.where(np.arange(320) < length[:, None], length[:, None], 0).astype(np.int32)
-    made, groups = Demonstrations(tokens, tokens > 0, length, ()), np.array_split(length, LENGTH_GROUPS)
+    made, groups = (
+        Demonstrations(tokens, tokens > 0, length, ()),
+        np.array_split(length, LENGTH_GROUPS),
+    )
     widths = set()
     for seed in range(20):
         drawn, mask = made.draw(5, np.random.default_rng(seed))
         (group,) = [group for group in groups if drawn[0, 0] in group]
-        assert set(drawn[:, 0]) <= set(group) and drawn.shape == mask.shape == (5, min(320, -(-group[-1] // LENGTH_MULTIPLE) * LENGTH_MULTIPLE))
+        assert set(drawn[:, 0]) <= set(group) and drawn.shape == mask.shape == (
+            5,
+            min(320, -(-group[-1] // LENGTH_MULTIPLE) * LENGTH_MULTIPLE),
+        )
         widths.add(drawn.shape[1])
     assert widths == {64, 128, 256, 320}
 
@@ -180,9 +284,19 @@ def test_single_hops_of_questions_without_any(system, tmp_path):
     config = system.config.copy_and_resolve_references()
     config.imitation.phases = ((10, 8, False, 0.0, 0.02), (10, 8, True, 0.0, 0.02))
     for name in ("train", "validation"):
-        bare = [dataclasses.replace(question, sub_questions=()) for question in system.splits[name].questions]
-        lacking = dataclasses.replace(system, config=config, splits=system.splits | {name: dataclasses.replace(system.splits[name], questions=bare)})
-        with pytest.raises(ValueError, match=f"ask sub-questions alone, but no question of {name} .data.kind=atlas. has any"):
+        bare = [
+            dataclasses.replace(question, sub_questions=())
+            for question in system.splits[name].questions
+        ]
+        lacking = dataclasses.replace(
+            system,
+            config=config,
+            splits=system.splits | {name: dataclasses.replace(system.splits[name], questions=bare)},
+        )
+        with pytest.raises(
+            ValueError,
+            match=f"ask sub-questions alone, but no question of {name} .data.kind=atlas. has any",
+        ):
             imitate(lacking, None, None, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -199,7 +313,9 @@ def test_names_are_exchanged_consistently_and_nothing_else(system):
     changed = []
     for old_row, new_row in zip(made.tokens[rows], new):
         exchange = dict(zip(old_row.tolist(), new_row.tolist()))
-        assert [exchange[token] for token in old_row.tolist()] == new_row.tolist()  # the same word always becomes the same word
+        assert [
+            exchange[token] for token in old_row.tolist()
+        ] == new_row.tolist()  # the same word always becomes the same word
         assert len(set(exchange.values())) == len(exchange)  # and two words never the same
         for old, became in exchange.items():
             assert group_of.get(old) == group_of.get(became) and (old in group_of or old == became)
@@ -211,10 +327,16 @@ def test_names_are_exchanged_consistently_and_nothing_else(system):
 
 def test_an_exchanged_name_stays_in_its_split(system):
     """Name (i, j) of a kind belongs to the split that owns (i + j) mod 4; all pairs of words of all kinds, exchanged 5 times."""
-    groups = tuple(np.array([system.tokenizer.encode(f" {word}")[0] for word in words]) for words in name_groups())
+    groups = tuple(
+        np.array([system.tokenizer.encode(f" {word}")[0] for word in words])
+        for words in name_groups()
+    )
     for kind in KINDS.values():
         pairs = [(i, j) for i in range(len(kind.first)) for j in range(len(kind.second))]
-        tokens = np.array([system.tokenizer.encode(f" {kind.first[i]} {kind.second[j]}") for i, j in pairs], np.int32)
+        tokens = np.array(
+            [system.tokenizer.encode(f" {kind.first[i]} {kind.second[j]}") for i, j in pairs],
+            np.int32,
+        )
         made = Demonstrations(tokens, tokens > 0, np.full(len(tokens), 2), groups)
         for seed in range(5):
             new, _ = made.take(np.arange(len(tokens)), np.random.default_rng(seed))
@@ -228,7 +350,11 @@ def test_an_exchanged_name_stays_in_its_split(system):
 
 def test_the_start_is_given_kept_and_read_again(system, tmp_path):
     given = running.make_searching_params(system, seed=1)
-    policy, key, rules = Policy(system.learner_model), jax.random.key(2), dict(system.config.mesh.train_rules)
+    policy, key, rules = (
+        Policy(system.learner_model),
+        jax.random.key(2),
+        dict(system.config.mesh.train_rules),
+    )
     like, specs = learner.describe_params(policy, system.mesh, rules)
 
     def start(checkpoint_folder):
@@ -242,22 +368,49 @@ def test_the_start_is_given_kept_and_read_again(system, tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no checkpoint at .*nothing"):
         start(tmp_path / "nothing")
     checkpoint.save_params(tmp_path / "given", given)
-    for folder in (tmp_path / "given", "", tmp_path / "nothing"):  # once a run has a start, nothing else is looked at
-        np.testing.assert_array_equal(start(folder)["params"]["lm_head"], given["params"]["lm_head"])
+    for folder in (
+        tmp_path / "given",
+        "",
+        tmp_path / "nothing",
+    ):  # once a run has a start, nothing else is looked at
+        np.testing.assert_array_equal(
+            start(folder)["params"]["lm_head"], given["params"]["lm_head"]
+        )
     fresh, _ = learner.init_params(policy, system.mesh, rules, key)
-    jax.tree.map(np.testing.assert_array_equal, warm_start(system, like, specs, key, tmp_path / "other"), fresh)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        warm_start(system, like, specs, key, tmp_path / "other"),
+        fresh,
+    )
 
 
 def test_a_run_begins_with_pretrained_weights(config, system, tmp_path):
     """Written with fewer rows than the tokenizer has tokens: the missing ones are the mean of the others, and the value model has the same trunk."""
     given, rows = jax.tree.map(np.asarray, running.make_searching_params(system, seed=1)), 320
-    kept = {"params": given["params"] | {"lm_head": given["params"]["lm_head"][:, :rows],
-                                         "trunk": given["params"]["trunk"] | {"embedding": given["params"]["trunk"]["embedding"][:rows]}}}
-    export_policy(tmp_path / "model", kept, dataclasses.replace(system.learner_model, vocab_size=rows), dtype="float32", shard_bytes=1 << 20, context=384,
-                  end_ids=(0,), pad_id=0, tokenizer_files={})
+    kept = {
+        "params": given["params"]
+        | {
+            "lm_head": given["params"]["lm_head"][:, :rows],
+            "trunk": given["params"]["trunk"]
+            | {"embedding": given["params"]["trunk"]["embedding"][:rows]},
+        }
+    }
+    export_policy(
+        tmp_path / "model",
+        kept,
+        dataclasses.replace(system.learner_model, vocab_size=rows),
+        dtype="float32",
+        shard_bytes=1 << 20,
+        context=384,
+        end_ids=(0,),
+        pad_id=0,
+        tokenizer_files={},
+    )
     config = config.copy_and_resolve_references()
     config.model.checkpoint = str(tmp_path / "model")
-    pretrained = build_system(config, ["train", "validation"], lambda queries: np.full((len(queries), 1), -1, np.int32))
+    pretrained = build_system(
+        config, ["train", "validation"], lambda queries: np.full((len(queries), 1), -1, np.int32)
+    )
     assert pretrained.learner_model == system.learner_model
     state, reference, _, _ = start.begin_run(pretrained, tmp_path / "run")
     table = given["params"]["trunk"]["embedding"].copy()
@@ -267,12 +420,17 @@ def test_a_run_begins_with_pretrained_weights(config, system, tmp_path):
     output[:, rows:] = output[:, :rows].mean(1, keepdims=True)
     np.testing.assert_allclose(reference["params"]["lm_head"], output, rtol=0, atol=1e-6)
     for params in (reference, state.policy.params, state.value.params):
-        jax.tree.map(np.testing.assert_array_equal, params["params"]["trunk"]["layers"], given["params"]["trunk"]["layers"])
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            params["params"]["trunk"]["layers"],
+            given["params"]["trunk"]["layers"],
+        )
 
     for change, error, message in [
-            (dict(num_layers=7), ValueError, "config.model.num_layers is 7, there it is"),
-            (dict(checkpoint="no/such"), FileNotFoundError, "there is no no/such/config.json"),
-            (dict(previous_token_peak=1.0), ValueError, "model.previous_token_peak 0")]:
+        (dict(num_layers=7), ValueError, "config.model.num_layers is 7, there it is"),
+        (dict(checkpoint="no/such"), FileNotFoundError, "there is no no/such/config.json"),
+        (dict(previous_token_peak=1.0), ValueError, "model.previous_token_peak 0"),
+    ]:
         bad = config.copy_and_resolve_references()
         bad.model.update(change)
         with pytest.raises(error, match=message):

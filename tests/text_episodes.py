@@ -1,4 +1,5 @@
 """Episodes of text, put together from turns, and similarities from a table: what the tests of scoring are made of."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -31,7 +32,11 @@ class TableSimilarity:
 
     def similarity(self, gold_ids, doc_ids):
         most = max(map(len, gold_ids))
-        blocks = [np.pad(self.table[np.ix_(gold, docs)], ((0, most - len(gold)), (0, 0))) for gold, docs in zip(gold_ids, doc_ids) if gold]
+        blocks = [
+            np.pad(self.table[np.ix_(gold, docs)], ((0, most - len(gold)), (0, 0)))
+            for gold, docs in zip(gold_ids, doc_ids)
+            if gold
+        ]
         return np.concatenate(blocks, axis=1)
 
 
@@ -39,7 +44,15 @@ NOTHING_SIMILAR = TableSimilarity(np.zeros((20, 20)))
 
 
 def search(query, *doc_ids, ok=True, think="", observation=""):
-    return Turn(TurnStatus.SEARCH, f"{think}<search>{query}</search>", query, None, tuple(doc_ids), ok, observation)
+    return Turn(
+        TurnStatus.SEARCH,
+        f"{think}<search>{query}</search>",
+        query,
+        None,
+        tuple(doc_ids),
+        ok,
+        observation,
+    )
 
 
 def answer(text, before="", after=""):
@@ -52,10 +65,19 @@ def invalid(action, observation="<warning>…</warning>"):
 
 def make_question(gold=(), keys=((),), answers=("Paris",)):
     """One sub-question per entry of `keys`; all gold documents belong to the first."""
-    subs = tuple(SubQuestion("?", "!", (), tuple(gold) if i == 0 else (), tuple(k)) for i, k in enumerate(keys))
+    subs = tuple(
+        SubQuestion("?", "!", (), tuple(gold) if i == 0 else (), tuple(k))
+        for i, k in enumerate(keys)
+    )
     return Question("q0", "Where?", answers[0], tuple(answers[1:]), subs)
 
 
 def make_episode(*turns, question=None, truncated=False):
     finished = bool(turns) and turns[-1].status == TurnStatus.ANSWER
-    return Episode(question or make_question(), "prompt <search> <answer> </answer>", tuple(turns), finished, truncated)
+    return Episode(
+        question or make_question(),
+        "prompt <search> <answer> </answer>",
+        tuple(turns),
+        finished,
+        truncated,
+    )

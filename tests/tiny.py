@@ -1,4 +1,5 @@
 """A tiny text world for tests of the rollout: a vocabulary in which random tokens often form tags, a fake search, and a slow cache-free rollout as oracle."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -22,37 +23,109 @@ from stepsearch_jax.rollout.programs import make_rollout
 from stepsearch_jax.types import Batch
 
 # Whole tags, tags in pieces, pieces merged with their neighbours; token 0 ends a text and has no bytes.
-PIECES = ["", "<search>", "</search>", "<answer>", "</answer>", "<", "</", "search", "answer", ">", ">\n\n", "?</", "search>", "</sea", "rch>", " <", "\n"]
+PIECES = [
+    "",
+    "<search>",
+    "</search>",
+    "<answer>",
+    "</answer>",
+    "<",
+    "</",
+    "search",
+    "answer",
+    ">",
+    ">\n\n",
+    "?</",
+    "search>",
+    "</sea",
+    "rch>",
+    " <",
+    "\n",
+]
 WORDS = [f" w{i}" for i in range(40 - len(PIECES))]
 TOKEN_BYTES = [piece.encode() for piece in PIECES + WORDS]
 EOS = 0
 
-CONFIG = ModelConfig(vocab_size=40, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=48, rope_theta=1e4,
-                     rope_scaling=None, norm_eps=1e-6, qkv_bias=True, qk_norm=False, tie_embeddings=False, dtype=jnp.float32, remat="none", attention_block=16)
-SETTINGS = RolloutSettings(max_turns=3, max_turn_tokens=24, context=88, max_prompt_tokens=12, max_observation_tokens=14, documents=2, top_k=0, top_p=1.0,
-                           slots=0, flush_share=0.5, prefill_rows=3, prefill_tokens=8)
-ROLLOUT_RULES = dict(vocab="tensor", embed=None, heads="tensor", kv_heads="tensor", head_dim=None, ffn="tensor", norm=None, layers=None)
+CONFIG = ModelConfig(
+    vocab_size=40,
+    num_layers=2,
+    embed_dim=32,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    ffn_dim=48,
+    rope_theta=1e4,
+    rope_scaling=None,
+    norm_eps=1e-6,
+    qkv_bias=True,
+    qk_norm=False,
+    tie_embeddings=False,
+    dtype=jnp.float32,
+    remat="none",
+    attention_block=16,
+)
+SETTINGS = RolloutSettings(
+    max_turns=3,
+    max_turn_tokens=24,
+    context=88,
+    max_prompt_tokens=12,
+    max_observation_tokens=14,
+    documents=2,
+    top_k=0,
+    top_p=1.0,
+    slots=0,
+    flush_share=0.5,
+    prefill_rows=3,
+    prefill_tokens=8,
+)
+ROLLOUT_RULES = dict(
+    vocab="tensor",
+    embed=None,
+    heads="tensor",
+    kv_heads="tensor",
+    head_dim=None,
+    ffn="tensor",
+    norm=None,
+    layers=None,
+)
 INVALID_WARNING = np.array([21, 22, 23], np.int32)
 LAST_WARNING = np.array([24, 25], np.int32)
 
 
 def make_environment() -> Environment:
     automaton = make_tag_automaton(TOKEN_BYTES, [EOS])
-    return Environment(*(jnp.asarray(x) for x in (automaton.next_state, automaton.event, np.int32(automaton.start), INVALID_WARNING, LAST_WARNING)))
+    return Environment(
+        *(
+            jnp.asarray(x)
+            for x in (
+                automaton.next_state,
+                automaton.event,
+                np.int32(automaton.start),
+                INVALID_WARNING,
+                LAST_WARNING,
+            )
+        )
+    )
 
 
 @functools.cache
 def make_boxes(model):
     """The shapes of a model's parameters with their logical axes."""
     method = Policy.init_all if isinstance(model, Policy) else None
-    return jax.eval_shape(functools.partial(model.init, method=method), jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+    return jax.eval_shape(
+        functools.partial(model.init, method=method),
+        jax.random.key(0),
+        jnp.zeros((1, 4), jnp.int32),
+    )
 
 
 @functools.cache
 def draw_params(model, seed: int):
     """Parameters as NumPy, drawn without the model's initialisers: none is 0 or 1, so that biases, norms and the value head count in every comparison."""
     rng = np.random.default_rng(seed)
-    draw = lambda path, x: (rng.normal(float(path[-1].key == "scale"), 0.3, x.shape)).astype(np.float32)
+    draw = lambda path, x: (rng.normal(float(path[-1].key == "scale"), 0.3, x.shape)).astype(
+        np.float32
+    )
     return jax.tree_util.tree_map_with_path(draw, nn.unbox(make_boxes(model)))
 
 
@@ -60,7 +133,11 @@ def draw_params(model, seed: int):
 def make_params(config: ModelConfig = CONFIG, seed: int = 0):
     """A policy that often writes tags."""
     params = jax.tree.map(jnp.asarray, draw_params(Policy(config), seed))
-    holder, name, tags = (params["params"]["trunk"], "embedding", np.s_[1:5]) if config.tie_embeddings else (params["params"], "lm_head", np.s_[:, 1:5])
+    holder, name, tags = (
+        (params["params"]["trunk"], "embedding", np.s_[1:5])
+        if config.tie_embeddings
+        else (params["params"], "lm_head", np.s_[:, 1:5])
+    )
     holder[name] = holder[name].at[tags].multiply(1.3)
     return params
 
@@ -74,23 +151,43 @@ def make_batch(config: ModelConfig, rows: int, length: int) -> Batch:
     action_mask = token_mask & (np.arange(length) > 1) & (rng.random((rows, length)) < 0.7)
     action_mask[3] = False
     noise = lambda scale: rng.normal(0, scale, (rows, length)).astype(np.float32)
-    logprobs, values = jax.jit(lambda p, v: (score_tokens(policy, p, tokens)[0], score_values(value, v, tokens)))(
-        draw_params(policy, 1), draw_params(value, 1))
-    old_logprobs, old_values, advantages, returns = np.asarray(logprobs) + noise(0.3), np.asarray(values) + noise(0.5), noise(1.0), noise(2.0)
-    return Batch(tokens, token_mask, action_mask, action_mask, old_logprobs, np.asarray(logprobs) + noise(0.2), old_values, advantages, returns)
+    logprobs, values = jax.jit(
+        lambda p, v: (score_tokens(policy, p, tokens)[0], score_values(value, v, tokens))
+    )(draw_params(policy, 1), draw_params(value, 1))
+    old_logprobs, old_values, advantages, returns = (
+        np.asarray(logprobs) + noise(0.3),
+        np.asarray(values) + noise(0.5),
+        noise(1.0),
+        noise(2.0),
+    )
+    return Batch(
+        tokens,
+        token_mask,
+        action_mask,
+        action_mask,
+        old_logprobs,
+        np.asarray(logprobs) + noise(0.2),
+        old_values,
+        advantages,
+        returns,
+    )
 
 
 def make_prompts(count: int, seed: int = 0) -> Prompts:
     rng = np.random.default_rng(seed)
     length = rng.integers(2, SETTINGS.max_prompt_tokens + 1, count).astype(np.int32)
     tokens = rng.integers(17, 40, (count, SETTINGS.max_prompt_tokens)).astype(np.int32)
-    return Prompts(tokens, length, np.arange(100, 100 + count, dtype=np.int32), np.ones(count, bool))
+    return Prompts(
+        tokens, length, np.arange(100, 100 + count, dtype=np.int32), np.ones(count, bool)
+    )
 
 
 def search_one(action: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
     """The fake engine: observation, documents and success follow from the action's tokens alone."""
     rng = np.random.default_rng([int(t) for t in action])
-    observation = rng.integers(17, 40, rng.integers(1, SETTINGS.max_observation_tokens + 1)).astype(np.int32)
+    observation = rng.integers(17, 40, rng.integers(1, SETTINGS.max_observation_tokens + 1)).astype(
+        np.int32
+    )
     return observation, rng.integers(0, 50, 2).astype(np.int32), bool(rng.random() < 0.9)
 
 
@@ -113,32 +210,54 @@ def mesh_of(shape: tuple[int, int, int]) -> Mesh:
 
 
 @functools.cache
-def make_program(mode: str, shape: tuple[int, int, int], search=fake_search, settings: RolloutSettings = SETTINGS, config: ModelConfig = CONFIG):
+def make_program(
+    mode: str,
+    shape: tuple[int, int, int],
+    search=fake_search,
+    settings: RolloutSettings = SETTINGS,
+    config: ModelConfig = CONFIG,
+):
     """-> (mesh, shardings of the parameters, rollout), on as many devices as the mesh shape needs; made once, so that it is compiled once."""
     mesh = mesh_of(shape)
     specs = sharding.partition_specs(make_boxes(Policy(config)), ROLLOUT_RULES)
-    return mesh, sharding.shardings(mesh, specs), make_rollout(config, settings, mesh, specs, search, mode)
+    return (
+        mesh,
+        sharding.shardings(mesh, specs),
+        make_rollout(config, settings, mesh, specs, search, mode),
+    )
 
 
 def rollout_arguments(prompts: Prompts, key, temperature: float, mesh, param_shardings, params):
     """The arguments of a rollout, in their places on the mesh."""
     ids = np.arange(len(prompts.length), dtype=np.int32)
     environment, key = jax.device_put((make_environment(), key), sharding.replicated(mesh))
-    return jax.device_put(params, param_shardings), environment, *sharding.rows_to_mesh(mesh, (prompts, ids, ids)), key, jnp.float32(temperature)
+    return (
+        jax.device_put(params, param_shardings),
+        environment,
+        *sharding.rows_to_mesh(mesh, (prompts, ids, ids)),
+        key,
+        jnp.float32(temperature),
+    )
 
 
 def compile_rollout(mode: str, shape: tuple[int, int, int], prompts: Prompts, **program):
     """The compiled callback program."""
     mesh, param_shardings, rollout = make_program(mode, shape, **program)
     params = make_params(program.get("config", CONFIG))
-    return rollout.lower(*rollout_arguments(prompts, jax.random.key(0), 1.0, mesh, param_shardings, params)).compile()
+    return rollout.lower(
+        *rollout_arguments(prompts, jax.random.key(0), 1.0, mesh, param_shardings, params)
+    ).compile()
 
 
-def run_rollout(mode: str, shape: tuple[int, int, int], prompts: Prompts, key, temperature: float, **program):
+def run_rollout(
+    mode: str, shape: tuple[int, int, int], prompts: Prompts, key, temperature: float, **program
+):
     """-> (Trajectory, counters) as NumPy."""
     mesh, param_shardings, rollout = make_program(mode, shape, **program)
     params = make_params(program.get("config", CONFIG))
-    trajectory, counters = rollout(*rollout_arguments(prompts, key, temperature, mesh, param_shardings, params))
+    trajectory, counters = rollout(
+        *rollout_arguments(prompts, key, temperature, mesh, param_shardings, params)
+    )
     return sharding.rows_from_mesh(trajectory), np.asarray(counters)
 
 
@@ -154,7 +273,9 @@ class OracleEpisode:
     search_oks: list[bool]
     finished: bool = False
     truncated: bool = False
-    ties: list[int] = dataclasses.field(default_factory=list)  # indices of tokens whose two best scores are closer than 1e-4
+    ties: list[int] = dataclasses.field(
+        default_factory=list
+    )  # indices of tokens whose two best scores are closer than 1e-4
 
 
 def first_event(action: list[int]) -> TurnStatus:
@@ -191,10 +312,16 @@ def keep_likeliest(logits: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
 def next_logits(config, params, tokens, length, key, episode_id, temperature):
     """Logits after `length` tokens of a padded buffer by a full forward pass, and the noise of the next token: of its block, then within it."""
     policy = Policy(config)
-    logits = policy.apply(params, policy.apply(params, tokens[None])[0, length - 1], method=Policy.unembed)
+    logits = policy.apply(
+        params, policy.apply(params, tokens[None])[0, length - 1], method=Policy.unembed
+    )
     noise_key = jax.random.fold_in(jax.random.fold_in(key, episode_id), length)
     blocks = math.gcd(config.vocab_size, 384)
-    return logits, jax.random.gumbel(noise_key, (blocks + config.vocab_size // blocks,)), jax.nn.log_softmax(logits)
+    return (
+        logits,
+        jax.random.gumbel(noise_key, (blocks + config.vocab_size // blocks,)),
+        jax.nn.log_softmax(logits),
+    )
 
 
 def choose(scores: np.ndarray, noise: np.ndarray) -> tuple[int, bool]:
@@ -209,19 +336,30 @@ def choose(scores: np.ndarray, noise: np.ndarray) -> tuple[int, bool]:
     return block * table.shape[1] + int(inner.argmax()), gap < 1e-4
 
 
-def oracle_rollout(config, params, prompt: np.ndarray, episode_id: int, key, temperature: float, settings=SETTINGS) -> OracleEpisode:
+def oracle_rollout(
+    config, params, prompt: np.ndarray, episode_id: int, key, temperature: float, settings=SETTINGS
+) -> OracleEpisode:
     """One episode without cache, batch or automaton: a full forward pass for each token, on a padded buffer."""
     tokens = [int(t) for t in prompt]
-    e = OracleEpisode(tokens, [False] * len(tokens), [0.0] * len(tokens), [-1] * len(tokens), [], [], [], [])
+    e = OracleEpisode(
+        tokens, [False] * len(tokens), [0.0] * len(tokens), [-1] * len(tokens), [], [], [], []
+    )
     for turn in range(settings.turns):
         action: list[int] = []
         status = TurnStatus.NONE
         while status == TurnStatus.NONE:
             buffer = np.zeros(settings.context, np.int32)
             buffer[: len(tokens)] = tokens
-            scores, noise, logprobs = (np.asarray(x) for x in next_logits(config, params, buffer, len(tokens), key, episode_id, temperature))
+            scores, noise, logprobs = (
+                np.asarray(x)
+                for x in next_logits(
+                    config, params, buffer, len(tokens), key, episode_id, temperature
+                )
+            )
             if temperature > 0:
-                token, tie = choose(keep_likeliest(scores / temperature, settings.top_k, settings.top_p), noise)
+                token, tie = choose(
+                    keep_likeliest(scores / temperature, settings.top_k, settings.top_p), noise
+                )
             else:
                 token, tie = int(np.argmax(scores)), np.diff(np.sort(scores)[-2:])[0] < 1e-4
             if tie:
@@ -256,7 +394,9 @@ def oracle_rollout(config, params, prompt: np.ndarray, episode_id: int, key, tem
         if status == TurnStatus.SEARCH:
             observation, found, e.search_oks[-1] = search_one(np.array(action, np.int32))
             e.doc_ids[-1] = found.tolist()
-        observation = observation.tolist() + (LAST_WARNING.tolist() if turn + 1 == settings.turns - 1 else [])
+        observation = observation.tolist() + (
+            LAST_WARNING.tolist() if turn + 1 == settings.turns - 1 else []
+        )
         if len(tokens) + len(observation) >= settings.context:
             e.truncated = True
             return e

@@ -1,7 +1,8 @@
 """A whole run in miniature, for tests of the commands: made-up worlds of 60 entities, two layers, eight episodes an iteration.
 
-    --config=tests/tiny_config.py:FOLDER    keeps its prepared data in FOLDER
+--config=tests/tiny_config.py:FOLDER    keeps its prepared data in FOLDER
 """
+
 import ml_collections
 
 from configs import base
@@ -15,7 +16,11 @@ def get_config(cache_dir: str) -> ml_collections.ConfigDict:
     c.data.cache_dir = cache_dir
     a = c.data.atlas
     a.entities, a.shapes = 60, ("2hop",)
-    a.train_questions, a.validation_questions, a.test_questions = 24, 20, 20  # 20: the last batch of eight is not full
+    a.train_questions, a.validation_questions, a.test_questions = (
+        24,
+        20,
+        20,
+    )  # 20: the last batch of eight is not full
 
     c.prompt.template = "short"
     c.prompt.max_prompt_tokens = 40
@@ -24,7 +29,14 @@ def get_config(cache_dir: str) -> ml_collections.ConfigDict:
     c.search.timeout_s = 20.0
 
     m = c.model
-    m.num_layers, m.embed_dim, m.num_heads, m.num_kv_heads, m.head_dim, m.ffn_dim = 2, 32, 4, 2, 8, 64
+    m.num_layers, m.embed_dim, m.num_heads, m.num_kv_heads, m.head_dim, m.ffn_dim = (
+        2,
+        32,
+        4,
+        2,
+        8,
+        64,
+    )
     m.tie_embeddings, m.remat = False, "none"
 
     r = c.rollout

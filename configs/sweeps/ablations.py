@@ -6,6 +6,7 @@
 same runs. Without the key reward the step rewards are left, and without the step rewards the key reward: each pair is one run in two rows. All rows but PPO's
 have StePPO's learning rate.
 """
+
 from configs.sweeps.baselines import LEARNING_RATES, METHODS, set_learning_rate
 
 SEEDS = range(1)

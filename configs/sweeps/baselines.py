@@ -5,6 +5,7 @@
 16 runs; with configs/sweeps/ablations.py 22, which took 64 minutes on two cores that had other work. All methods have the warm start, the episodes and the
 optimiser steps of an iteration in common: GRPO takes 8 questions with 8 episodes each, where the others take the 64 questions of configs/atlas_sweep.py once.
 """
+
 # Chosen by configs/sweeps/tuning.py, on other questions and another seed; for policy and value model alike.
 LEARNING_RATES = {
     "StePPO": 3e-4,
@@ -24,7 +25,14 @@ METHODS = {
     "StePPO": {},
     "PPO, F1 only (Search-R1)": F1_ONLY,
     # An episode against others of its question; KL as a term of the loss (Shao et al. 2024, eq. 3 and 4). Averages run over tokens, as in the other methods.
-    "GRPO, F1 only": F1_ONLY | {"rl.advantage": "grpo", "rl.kl_placement": "loss", "rl.kl_estimator": "k3", "rollout.questions": 8, "rollout.group_size": 8},
+    "GRPO, F1 only": F1_ONLY
+    | {
+        "rl.advantage": "grpo",
+        "rl.kl_placement": "loss",
+        "rl.kl_estimator": "k3",
+        "rollout.questions": 8,
+        "rollout.group_size": 8,
+    },
     # The same total at the end: separates what the rewards say from where they stand.
     "StePPO, rewards merged": {"reward.placement": "merged"},
 }

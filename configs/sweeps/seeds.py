@@ -4,6 +4,7 @@
 
 10 runs, about 30 minutes on two cores that have other work; 5 of them beside configs/sweeps/baselines.py, which has the others.
 """
+
 from configs.sweeps.baselines import LEARNING_RATES, METHODS, set_learning_rate
 
 

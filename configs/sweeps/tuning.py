@@ -5,6 +5,7 @@
 12 runs, 36 minutes on two cores that had other work. The rates chosen go into LEARNING_RATES of configs/sweeps/baselines.py.
 Neither the questions that choose nor the seed are those that the comparison reports.
 """
+
 from configs.sweeps.baselines import METHODS, set_learning_rate
 
 RATES = (1e-4, 3e-4, 1e-3)

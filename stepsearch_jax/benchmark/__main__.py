@@ -4,6 +4,7 @@
 
 Times depend on the machine and on what else runs on it; ratios within one run hardly do. Extra packages: requirements-bench.txt.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -36,7 +37,9 @@ class Subject:
     @property
     def text(self) -> str:
         """The docstring of its module."""
-        return ast.get_docstring(ast.parse((pathlib.Path(__file__).parent / f"{self.name}.py").read_text()))
+        return ast.get_docstring(
+            ast.parse((pathlib.Path(__file__).parent / f"{self.name}.py").read_text())
+        )
 
 
 SUBJECTS = {
@@ -89,34 +92,118 @@ def _make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser("benchmark", __doc__.splitlines()[0])
     subjects = parser.add_subparsers(dest="subject", required=True)
     for name, subject in SUBJECTS.items():
-        _add_subject(subjects, name, subject.text, f"{subject.repeats}", subject.flags, subject.peers)
-    _add_subject(subjects, "all", ALL, "each subject's own", SUBJECTS["rollout"].flags, SUBJECTS["rollout"].peers)
+        _add_subject(
+            subjects, name, subject.text, f"{subject.repeats}", subject.flags, subject.peers
+        )
+    _add_subject(
+        subjects,
+        "all",
+        ALL,
+        "each subject's own",
+        SUBJECTS["rollout"].flags,
+        SUBJECTS["rollout"].peers,
+    )
     return parser
 
 
-def _add_subject(subjects, name: str, text: str, repeats: str, flags: Sequence[str], peers: Sequence[str]) -> None:
-    options = subjects.add_parser(name, help=text.splitlines()[0], description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write the figures to FILE")
-    options.add_argument("--repeats", type=_count(1), metavar="N", help=f"timed runs of each side, alternating (default: {repeats})")
-    options.add_argument("--seed", type=_count(0, 2**31 - 1), metavar="S", default=0, help="made-up inputs follow from it (default: %(default)s)")
+def _add_subject(
+    subjects, name: str, text: str, repeats: str, flags: Sequence[str], peers: Sequence[str]
+) -> None:
+    options = subjects.add_parser(
+        name,
+        help=text.splitlines()[0],
+        description=text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    options.add_argument(
+        "--json", type=pathlib.Path, metavar="FILE", help="also write the figures to FILE"
+    )
+    options.add_argument(
+        "--repeats",
+        type=_count(1),
+        metavar="N",
+        help=f"timed runs of each side, alternating (default: {repeats})",
+    )
+    options.add_argument(
+        "--seed",
+        type=_count(0, 2**31 - 1),
+        metavar="S",
+        default=0,
+        help="made-up inputs follow from it (default: %(default)s)",
+    )
     if "case" in flags:
-        options.add_argument("--case", nargs="+", choices=tuple(CASES), default=["short"], help="rollouts to time (default: short)")
-        options.add_argument("--figure", type=pathlib.Path, metavar="FILE", help="draw seconds and prefilled tokens against turns (needs the case turns)")
+        options.add_argument(
+            "--case",
+            nargs="+",
+            choices=tuple(CASES),
+            default=["short"],
+            help="rollouts to time (default: short)",
+        )
+        options.add_argument(
+            "--figure",
+            type=pathlib.Path,
+            metavar="FILE",
+            help="draw seconds and prefilled tokens against turns (needs the case turns)",
+        )
     if "config" in flags:
-        options.add_argument("--config", metavar="FILE", help="of rollout and update: random weights of this config's model, such as "
-                             "configs/musique_qwen2_5.py:0.5b, instead of the sample model; of memory: the run; --config.KEY=VALUE changes a key")
+        options.add_argument(
+            "--config",
+            metavar="FILE",
+            help="of rollout and update: random weights of this config's model, such as "
+            "configs/musique_qwen2_5.py:0.5b, instead of the sample model; of memory: the run; --config.KEY=VALUE changes a key",
+        )
     if "episodes" in flags:
-        options.add_argument("--episodes", type=_count(1), metavar="N", help="episodes, or rows of the update, instead of the case's own")
+        options.add_argument(
+            "--episodes",
+            type=_count(1),
+            metavar="N",
+            help="episodes, or rows of the update, instead of the case's own",
+        )
     if "folder" in flags:
-        options.add_argument("--folder", type=pathlib.Path, metavar="FOLDER", required=True, help="for corpora and indexes, which stay there")
-        options.add_argument("--passages", type=_count(1), metavar="N", nargs="+", default=[200_000], help="sizes of the corpora (default: 200000)")
+        options.add_argument(
+            "--folder",
+            type=pathlib.Path,
+            metavar="FOLDER",
+            required=True,
+            help="for corpora and indexes, which stay there",
+        )
+        options.add_argument(
+            "--passages",
+            type=_count(1),
+            metavar="N",
+            nargs="+",
+            default=[200_000],
+            help="sizes of the corpora (default: 200000)",
+        )
     if "requests" in flags:
-        options.add_argument("--requests", type=_count(0), metavar="N", default=10_000, help="requests to the server (default: %(default)s)")
+        options.add_argument(
+            "--requests",
+            type=_count(0),
+            metavar="N",
+            default=10_000,
+            help="requests to the server (default: %(default)s)",
+        )
     if "model" in flags:
-        options.add_argument("--model", type=pathlib.Path, required=True, metavar="PATH", help="Hugging Face folder or .gguf file")
+        options.add_argument(
+            "--model",
+            type=pathlib.Path,
+            required=True,
+            metavar="PATH",
+            help="Hugging Face folder or .gguf file",
+        )
     if "peer" in flags:
-        options.add_argument("--peer", choices=("none", *peers), default="none", help="what to compare with (default: none); see requirements-bench.txt")
-        options.add_argument("--peer-python", metavar="PATH", default=sys.executable, help="interpreter that has the peer installed (default: this one)")
+        options.add_argument(
+            "--peer",
+            choices=("none", *peers),
+            default="none",
+            help="what to compare with (default: none); see requirements-bench.txt",
+        )
+        options.add_argument(
+            "--peer-python",
+            metavar="PATH",
+            default=sys.executable,
+            help="interpreter that has the peer installed (default: this one)",
+        )
 
 
 def _count(least: int, most: float = float("inf")) -> Callable[[str], int]:

@@ -1,4 +1,5 @@
 """The rollouts that the benchmark times, and what it compares them with. Loads without jax."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -24,12 +25,16 @@ class Case:
     @property
     def context(self) -> int:
         """Tokens of the longest episode."""
-        return self.prompt + self.turns * max(self.turn_tokens) + (self.turns - 1) * self.observation
+        return (
+            self.prompt + self.turns * max(self.turn_tokens) + (self.turns - 1) * self.observation
+        )
 
     def resize(self, episodes: int | None) -> Case:
         """The case with so many episodes; None = as it is. Raises ValueError where its slots do not divide them."""
         if episodes and self.slots and episodes % self.slots:
-            raise ValueError(f"--episodes={episodes}: the case slots compares groups of {self.slots}; choose a multiple of it")
+            raise ValueError(
+                f"--episodes={episodes}: the case slots compares groups of {self.slots}; choose a multiple of it"
+            )
         return dataclasses.replace(self, episodes=episodes or self.episodes)
 
     @property
@@ -38,13 +43,48 @@ class Case:
         return self.episodes * (self.prompt - 1 + (self.turns - 1) * self.observation)
 
 
-CONFIGURED = dict(flush_share=0.5, prefill_rows=16, prefill_tokens=200)  # as configs/base.py, but tokens for one observation of short, a third of long's
-SHORT = Case(episodes=16, prompt=128, turns=4, turn_tokens=(64,), observation=192, slots=0, **CONFIGURED)
+CONFIGURED = dict(
+    flush_share=0.5, prefill_rows=16, prefill_tokens=200
+)  # as configs/base.py, but tokens for one observation of short, a third of long's
+SHORT = Case(
+    episodes=16, prompt=128, turns=4, turn_tokens=(64,), observation=192, slots=0, **CONFIGURED
+)
 CASES = {
     "short": (SHORT,),
-    "long": (Case(episodes=8, prompt=512, turns=6, turn_tokens=(128,), observation=600, slots=0, **CONFIGURED),),
+    "long": (
+        Case(
+            episodes=8,
+            prompt=512,
+            turns=6,
+            turn_tokens=(128,),
+            observation=600,
+            slots=0,
+            **CONFIGURED,
+        ),
+    ),
     "turns": tuple(dataclasses.replace(SHORT, turns=turns) for turns in (1, 2, 4, 8)),
-    "decode": (Case(episodes=64, prompt=128, turns=1, turn_tokens=(512,), observation=1, slots=0, **CONFIGURED),),
-    "slots": (Case(episodes=64, prompt=128, turns=1, turn_tokens=(64, 128, 256, 512), observation=1, slots=16, flush_share=0.05, prefill_rows=2,
-                   prefill_tokens=128),),
+    "decode": (
+        Case(
+            episodes=64,
+            prompt=128,
+            turns=1,
+            turn_tokens=(512,),
+            observation=1,
+            slots=0,
+            **CONFIGURED,
+        ),
+    ),
+    "slots": (
+        Case(
+            episodes=64,
+            prompt=128,
+            turns=1,
+            turn_tokens=(64, 128, 256, 512),
+            observation=1,
+            slots=16,
+            flush_share=0.05,
+            prefill_rows=2,
+            prefill_tokens=128,
+        ),
+    ),
 }

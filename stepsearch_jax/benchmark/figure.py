@@ -1,4 +1,5 @@
 """The figure of the case "turns": what another turn costs, ours and the peer's."""
+
 from __future__ import annotations
 
 import os
@@ -18,12 +19,26 @@ def draw_turns(figures: dict) -> Figure:
     turns = [part["size"]["turns"] for part in parts]
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     seconds, tokens = figure.subplots(1, 2)
-    lines = {"this package": (OURS, "o", [part["ours_s"] for part in parts], [part["prefilled_tokens"] for part in parts])}
+    lines = {
+        "this package": (
+            OURS,
+            "o",
+            [part["ours_s"] for part in parts],
+            [part["prefilled_tokens"] for part in parts],
+        )
+    }
     if parts[0]["peer_s"] is not None:
-        lines[figures["peer"]] = (PEER, "s", [part["peer_s"] for part in parts], [count_read_again(part["size"]) for part in parts])
+        lines[figures["peer"]] = (
+            PEER,
+            "s",
+            [part["peer_s"] for part in parts],
+            [count_read_again(part["size"]) for part in parts],
+        )
     for label, (color, marker, spent, read) in lines.items():
         seconds.plot(turns, spent, color=color, marker=marker, label=label)
-        tokens.plot(turns, [count / 1000 for count in read], color=color, marker=marker, label=label)
+        tokens.plot(
+            turns, [count / 1000 for count in read], color=color, marker=marker, label=label
+        )
     for axes, title in ((seconds, "seconds"), (tokens, "thousand tokens prefilled")):
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_xlabel("turns", color=SOFT)

@@ -4,6 +4,7 @@
 meanwhile, and what it holds at most beyond the parameters themselves is reported (on CPU the parameters are in the host's memory, too). Then it is written with
 `export`'s function, read by transformers (torch), and the logits of made-up tokens, half of the rows padded, must agree to 1e-3, or the run ends with an error.
 """
+
 from __future__ import annotations
 
 import pathlib
@@ -39,18 +40,34 @@ def measure(*, repeats: int, seed: int, model: pathlib.Path) -> dict:
         import torch  # noqa: F401
         import transformers  # noqa: F401
     except ImportError as error:
-        raise ImportError("this benchmark needs torch and transformers: pip install -r requirements-bench.txt") from error
+        raise ImportError(
+            "this benchmark needs torch and transformers: pip install -r requirements-bench.txt"
+        ) from error
 
     open_s, stored = time_call(open_checkpoint, model)
-    config = stored.model_config(stored.fields["vocab_size"], dtype=jnp.float32, remat="none", attention_block=256)
-    policy, mesh = Policy(config), sharding.make_mesh(1, 1, 1, 1, config.num_kv_heads, devices=jax.devices()[:1])
-    like, _ = describe_params(policy, mesh, {name: None for name in ("vocab", "embed", "heads", "kv_heads", "head_dim", "ffn", "norm", "layers")})
+    config = stored.model_config(
+        stored.fields["vocab_size"], dtype=jnp.float32, remat="none", attention_block=256
+    )
+    policy, mesh = (
+        Policy(config),
+        sharding.make_mesh(1, 1, 1, 1, config.num_kv_heads, devices=jax.devices()[:1]),
+    )
+    like, _ = describe_params(
+        policy,
+        mesh,
+        {
+            name: None
+            for name in ("vocab", "embed", "heads", "kv_heads", "head_dim", "ffn", "norm", "layers")
+        },
+    )
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
     seconds, beyond = [], []
     for _ in range(repeats):
         params = None  # the last ones make room
         with HostMemory() as memory:
-            spent, params = time_call(lambda: jax.block_until_ready(load_policy(stored, config, like)))
+            spent, params = time_call(
+                lambda: jax.block_until_ready(load_policy(stored, config, like))
+            )
         seconds.append(spent)
         beyond.append(memory.risen - (size if jax.default_backend() == "cpu" else 0))
 
@@ -58,33 +75,61 @@ def measure(*, repeats: int, seed: int, model: pathlib.Path) -> dict:
     ours = np.asarray(jax.jit(partial(policy.apply, method=Policy.init_all))(params, tokens))
     with tempfile.TemporaryDirectory() as folder:
         written = pathlib.Path(folder) / "model"
-        export_s, _ = time_call(export_policy, written, params, config, dtype="float32", shard_bytes=2**30, context=4096, end_ids=(0,), pad_id=0,
-                                tokenizer_files={})
+        export_s, _ = time_call(
+            export_policy,
+            written,
+            params,
+            config,
+            dtype="float32",
+            shard_bytes=2**30,
+            context=4096,
+            end_ids=(0,),
+            pad_id=0,
+            tokenizer_files={},
+        )
         theirs = compute_peer_logits(written, tokens, length)
     real = np.arange(TOKENS) < length[:, None]
     difference = check_logits("transformers", ours[real], theirs[real])
     return dict(
-        model=model.name, parameters=size // 4, open_s=open_s, import_s=statistics.median(seconds), export_s=export_s, runs_s=seconds,
-        parameters_mib=size / MIB, beyond_mib=max(beyond) / MIB, tensor_mib=max(np.prod(tensor.shape) for tensor in stored.tensors.values()) * 4 / MIB,
-        largest_difference=difference, logit_spread=float(ours[real].std()), repeats=repeats, seed=seed, python=platform.python_version(), jax=jax.__version__)
+        model=model.name,
+        parameters=size // 4,
+        open_s=open_s,
+        import_s=statistics.median(seconds),
+        export_s=export_s,
+        runs_s=seconds,
+        parameters_mib=size / MIB,
+        beyond_mib=max(beyond) / MIB,
+        tensor_mib=max(np.prod(tensor.shape) for tensor in stored.tensors.values()) * 4 / MIB,
+        largest_difference=difference,
+        logit_spread=float(ours[real].std()),
+        repeats=repeats,
+        seed=seed,
+        python=platform.python_version(),
+        jax=jax.__version__,
+    )
 
 
 def render(figures: dict) -> str:
     """The figures as text."""
     f = figures
-    return "\n".join([
-        f"{f['model']}: {f['parameters'] / 1e6:.1f}M parameters, {f['parameters_mib']:.0f} MiB as float32",
-        f"opened in {f['open_s']:.2f} s, imported in {f['import_s']:.2f} s (median of {f['repeats']}), exported in {f['export_s']:.2f} s",
-        f"host memory at most {f['beyond_mib']:.0f} MiB beyond the parameters; the largest tensor has {f['tensor_mib']:.0f} MiB as float32",
-        f"largest difference between our logits and those of transformers on the export: {f['largest_difference']:.1e} (they spread by "
-        f"{f['logit_spread']:.1f})"])
+    return "\n".join(
+        [
+            f"{f['model']}: {f['parameters'] / 1e6:.1f}M parameters, {f['parameters_mib']:.0f} MiB as float32",
+            f"opened in {f['open_s']:.2f} s, imported in {f['import_s']:.2f} s (median of {f['repeats']}), exported in {f['export_s']:.2f} s",
+            f"host memory at most {f['beyond_mib']:.0f} MiB beyond the parameters; the largest tensor has {f['tensor_mib']:.0f} MiB as float32",
+            f"largest difference between our logits and those of transformers on the export: {f['largest_difference']:.1e} (they spread by "
+            f"{f['logit_spread']:.1f})",
+        ]
+    )
 
 
 def make_texts(seed: int, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
     """-> (tokens [ROWS, TOKENS], length [ROWS]): every other row is half as long and filled up with zeros."""
     rng = np.random.default_rng(seed)
     length = np.where(np.arange(ROWS) % 2, TOKENS // 2, TOKENS)
-    tokens = np.where(np.arange(TOKENS) < length[:, None], rng.integers(vocabulary, size=(ROWS, TOKENS)), 0)
+    tokens = np.where(
+        np.arange(TOKENS) < length[:, None], rng.integers(vocabulary, size=(ROWS, TOKENS)), 0
+    )
     return tokens.astype(np.int32), length
 
 
@@ -96,7 +141,9 @@ def compute_peer_logits(folder: pathlib.Path, tokens: np.ndarray, length: np.nda
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     mask = np.arange(tokens.shape[1]) < length[:, None]
     with torch.no_grad():
-        return model(torch.from_numpy(tokens).long(), attention_mask=torch.from_numpy(mask).long()).logits.numpy()
+        return model(
+            torch.from_numpy(tokens).long(), attention_mask=torch.from_numpy(mask).long()
+        ).logits.numpy()
 
 
 class HostMemory:

@@ -4,6 +4,7 @@ For each size of --passages a corpus is made up as for `retrieval`, with questio
 data set, one makes what a run makes of it once (index, token ids, counted words), one finds all that, searches for every question and scores what came back.
 --config names tokenizer, search and rewards.
 """
+
 from __future__ import annotations
 
 import itertools
@@ -26,14 +27,23 @@ QUESTIONS = 64
 STAGES = ("data set", "first start", "later start")  # one process each
 
 
-def measure(*, repeats: int, seed: int, passages: Sequence[int], folder: pathlib.Path, config: ml_collections.ConfigDict | None) -> dict:
+def measure(
+    *,
+    repeats: int,
+    seed: int,
+    passages: Sequence[int],
+    folder: pathlib.Path,
+    config: ml_collections.ConfigDict | None,
+) -> dict:
     """-> sizes: passages and, by stage, the most MiB held beyond what the process began with (of a later start the largest of `repeats`); and slopes: by stage,
     bytes a passage between the smallest and the largest size, where there are two. Corpora and what is made of them stay in `folder`.
 
     Raises ValueError without a config, FileExistsError where `folder` holds what an earlier run made.
     """
     if config is None:
-        raise ValueError("--config is needed, such as configs/atlas_quickstart.py: its tokenizer, search and rewards are used")
+        raise ValueError(
+            "--config is needed, such as configs/atlas_quickstart.py: its tokenizer, search and rewards are used"
+        )
     sizes = []
     for count in sorted(passages):
         corpus, made = folder / f"corpus-{count}-{seed}.jsonl", folder / f"holding-{count}-{seed}"
@@ -41,23 +51,53 @@ def measure(*, repeats: int, seed: int, passages: Sequence[int], folder: pathlib
         if not corpus.exists():
             write_corpus(corpus, count, seed)
         write_questions(corpus, made / "train.jsonl")
-        config.data.update(kind="stepsearch", path=str(made), corpus=str(corpus), cache_dir=str(made / "cache"), train_split="train", train_questions=0)
-        risen = {stage: max(_hold_alone(config, stage) for _ in range(repeats if stage == STAGES[-1] else 1)) for stage in STAGES}
+        config.data.update(
+            kind="stepsearch",
+            path=str(made),
+            corpus=str(corpus),
+            cache_dir=str(made / "cache"),
+            train_split="train",
+            train_questions=0,
+        )
+        risen = {
+            stage: max(
+                _hold_alone(config, stage) for _ in range(repeats if stage == STAGES[-1] else 1)
+            )
+            for stage in STAGES
+        }
         sizes.append({"passages": count, **{stage: value / MIB for stage, value in risen.items()}})
     first, last = sizes[0], sizes[-1]
     apart = last["passages"] - first["passages"]
-    return {"sizes": sizes, "slopes": {stage: (last[stage] - first[stage]) * MIB / apart for stage in STAGES} if apart else {}, "questions": QUESTIONS,
-            "repeats": repeats, "seed": seed}
+    return {
+        "sizes": sizes,
+        "slopes": {stage: (last[stage] - first[stage]) * MIB / apart for stage in STAGES}
+        if apart
+        else {},
+        "questions": QUESTIONS,
+        "repeats": repeats,
+        "seed": seed,
+    }
 
 
 def write_questions(corpus: pathlib.Path, file: pathlib.Path) -> None:
     """Rows in StepSearch's form, each with two sub-questions about passages of the corpus."""
     with open(corpus) as lines:
         passages = [json.loads(line) for line in itertools.islice(lines, 2 * QUESTIONS)]
-    rows = [{"question": f"{one['title']}, {two['title']}?", "final_answer": two["title"], "answer_aliases": [],
-             "sub_searchs": [[passage["title"] + " " + passage["text"][:40]] for passage in (one, two)],
-             "sub_support_docs": [{"title": passage["title"], "paragraph_text": passage["text"]} for passage in (one, two)]}
-            for one, two in zip(passages[::2], passages[1::2])]
+    rows = [
+        {
+            "question": f"{one['title']}, {two['title']}?",
+            "final_answer": two["title"],
+            "answer_aliases": [],
+            "sub_searchs": [
+                [passage["title"] + " " + passage["text"][:40]] for passage in (one, two)
+            ],
+            "sub_support_docs": [
+                {"title": passage["title"], "paragraph_text": passage["text"]}
+                for passage in (one, two)
+            ],
+        }
+        for one, two in zip(passages[::2], passages[1::2])
+    ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -84,16 +124,36 @@ def score_all(system: System) -> StepScores:
     episodes = []
     for question in system.splits["train"].questions:
         queries = [sub.queries[0] for sub in question.sub_questions]
-        turns = [Turn(TurnStatus.SEARCH, f"<search>{query}</search>", query, None, tuple(int(i) for i in found if i >= 0))
-                 for query, found in zip(queries, system.search_documents(queries), strict=True)]
-        turns.append(Turn(TurnStatus.ANSWER, f"<answer>{question.question}</answer>", None, question.question))
+        turns = [
+            Turn(
+                TurnStatus.SEARCH,
+                f"<search>{query}</search>",
+                query,
+                None,
+                tuple(int(i) for i in found if i >= 0),
+            )
+            for query, found in zip(queries, system.search_documents(queries), strict=True)
+        ]
+        turns.append(
+            Turn(
+                TurnStatus.ANSWER, f"<answer>{question.question}</answer>", None, question.question
+            )
+        )
         episodes.append(Episode(question, "", tuple(turns), finished=True, truncated=False))
     return system.score(episodes)
 
 
 def render(figures: dict) -> str:
     """The figures as a Markdown table."""
-    lines = [f"| passages | {' | '.join(f'{stage}, MiB' for stage in STAGES)} |", "|---|" + "---|" * len(STAGES)]
-    rows = {f"{size['passages']:,}": size for size in figures["sizes"]} | ({"bytes a passage": figures["slopes"]} if figures["slopes"] else {})
-    lines += [f"| {name} | {' | '.join(f'{row[stage]:.0f}' for stage in STAGES)} |" for name, row in rows.items()]
+    lines = [
+        f"| passages | {' | '.join(f'{stage}, MiB' for stage in STAGES)} |",
+        "|---|" + "---|" * len(STAGES),
+    ]
+    rows = {f"{size['passages']:,}": size for size in figures["sizes"]} | (
+        {"bytes a passage": figures["slopes"]} if figures["slopes"] else {}
+    )
+    lines += [
+        f"| {name} | {' | '.join(f'{row[stage]:.0f}' for stage in STAGES)} |"
+        for name, row in rows.items()
+    ]
     return "\n".join(lines)

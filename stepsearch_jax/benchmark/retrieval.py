@@ -5,6 +5,7 @@ a process of its own (time, peak memory, size), and queries of 5 words are timed
 size: 32 clients send requests of one query until --requests are answered, while others send bodies that are malformed, too large, or never end.
 Every answer is compared with the index's own; the run ends with an error if one is lost or wrong.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -30,12 +31,27 @@ CLIENTS = 32
 QUERY_WORDS = 5
 SERVER_START_S = 300.0
 HOSTILE = (  # bodies that the server must refuse
-    b"", b"{", b"[" * 50_000, b"\xff\xfe\x00", b"[]", b'{"queries": "a"}', b'{"queries": [1]}', b'{"queries": []}', b'{"queries": ["a"], "topk": -1}',
-    b'{"queries": ["a"], "topk": 1e9}', b'{"queries": ["a"], "topk": true}', json.dumps({"queries": ["a"] * 100_000}).encode(),
-    json.dumps({"queries": ["a" * 900_000]}).encode(), b" " * (3 << 20), json.dumps({"queries": ["a"], "topk": 10**30}).encode())
+    b"",
+    b"{",
+    b"[" * 50_000,
+    b"\xff\xfe\x00",
+    b"[]",
+    b'{"queries": "a"}',
+    b'{"queries": [1]}',
+    b'{"queries": []}',
+    b'{"queries": ["a"], "topk": -1}',
+    b'{"queries": ["a"], "topk": 1e9}',
+    b'{"queries": ["a"], "topk": true}',
+    json.dumps({"queries": ["a"] * 100_000}).encode(),
+    json.dumps({"queries": ["a" * 900_000]}).encode(),
+    b" " * (3 << 20),
+    json.dumps({"queries": ["a"], "topk": 10**30}).encode(),
+)
 
 
-def measure(*, repeats: int, seed: int, passages: Sequence[int], requests: int, folder: pathlib.Path) -> dict:
+def measure(
+    *, repeats: int, seed: int, passages: Sequence[int], requests: int, folder: pathlib.Path
+) -> dict:
     """All figures; corpora and indexes stay in `folder`. `repeats` is the number of times that the queries are timed."""
     folder.mkdir(parents=True, exist_ok=True)
     figures = {"indexes": [measure_index(folder, count, seed, repeats) for count in passages]}
@@ -46,11 +62,23 @@ def measure(*, repeats: int, seed: int, passages: Sequence[int], requests: int, 
 
 def measure_index(folder: pathlib.Path, count: int, seed: int, repeats: int) -> dict:
     """Of one size: documents, minutes, peak_bytes, bytes, vocabulary, and queries per second by batch (the best of `repeats`)."""
-    corpus, out, told = folder / f"corpus-{count}-{seed}.jsonl", folder / f"index-{count}", folder / f"index-{count}.json"
+    corpus, out, told = (
+        folder / f"corpus-{count}-{seed}.jsonl",
+        folder / f"index-{count}",
+        folder / f"index-{count}.json",
+    )
     if not corpus.exists():
         write_corpus(corpus, count, seed)
     if not told.exists():
-        command = [sys.executable, "-m", "stepsearch_jax.prepare", "index", f"--corpus={corpus}", f"--out={out}", f"--json={told}"]
+        command = [
+            sys.executable,
+            "-m",
+            "stepsearch_jax.prepare",
+            "index",
+            f"--corpus={corpus}",
+            f"--out={out}",
+            f"--json={told}",
+        ]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     built, index, queries = json.loads(told.read_text()), load_index(out), draw_queries(64, seed)
     index.search(queries, K)
@@ -60,10 +88,16 @@ def measure_index(folder: pathlib.Path, count: int, seed: int, repeats: int) -> 
         for _ in range(repeats):
             start = time.perf_counter()
             for first in range(0, len(asked), batch):
-                index.search(asked[first:first + batch], K)
+                index.search(asked[first : first + batch], K)
             seconds.append(time.perf_counter() - start)
         rates[str(batch)] = len(asked) / min(seconds)
-    return {**{name: built[name] for name in ("documents", "vocabulary", "minutes", "peak_bytes", "bytes")}, "queries_per_second": rates}
+    return {
+        **{
+            name: built[name]
+            for name in ("documents", "vocabulary", "minutes", "peak_bytes", "bytes")
+        },
+        "queries_per_second": rates,
+    }
 
 
 def write_corpus(path: pathlib.Path, count: int, seed: int) -> None:
@@ -72,7 +106,12 @@ def write_corpus(path: pathlib.Path, count: int, seed: int) -> None:
     temporary = path.with_suffix(".part")
     with open(temporary, "w") as file:
         for _ in tqdm(range(count), desc="writing passages", unit=" passages"):
-            file.write(json.dumps({"title": texts.write(2), "text": texts.write(int(rng.integers(80, 121)))}) + "\n")
+            file.write(
+                json.dumps(
+                    {"title": texts.write(2), "text": texts.write(int(rng.integers(80, 121)))}
+                )
+                + "\n"
+            )
     temporary.rename(path)
 
 
@@ -91,7 +130,14 @@ def run_server(index: pathlib.Path, log: pathlib.Path, *flags: str) -> Iterator[
         found.bind(("localhost", 0))
         port = found.getsockname()[1]
     with open(log, "w") as told:
-        command = [sys.executable, "-m", "stepsearch_jax.serve", f"--index={index}", f"--port={port}", *flags]
+        command = [
+            sys.executable,
+            "-m",
+            "stepsearch_jax.serve",
+            f"--index={index}",
+            f"--port={port}",
+            *flags,
+        ]
         server = subprocess.Popen(command, stdout=told, stderr=told)
     try:
         url, deadline = f"http://localhost:{port}", time.monotonic() + SERVER_START_S
@@ -116,34 +162,65 @@ def measure_server(folder: pathlib.Path, seed: int, requests: int) -> dict:
     stop, statuses = threading.Event(), {}
     with run_server(folder, folder.with_suffix(".log")) as url, ThreadPoolExecutor(CLIENTS) as pool:
         http = urllib3.PoolManager(maxsize=CLIENTS, retries=False)
-        attackers = [threading.Thread(target=attack, args=(url, stop, statuses, n), daemon=True) for n in range(2)]
+        attackers = [
+            threading.Thread(target=attack, args=(url, stop, statuses, n), daemon=True)
+            for n in range(2)
+        ]
         for thread in attackers:
             thread.start()
 
         def ask(n: int) -> float:
             start = time.perf_counter()
-            answer = http.request("POST", f"{url}/retrieve", json={"queries": [queries[n % 64]], "topk": K, "return_scores": True}, timeout=120)
+            answer = http.request(
+                "POST",
+                f"{url}/retrieve",
+                json={"queries": [queries[n % 64]], "topk": K, "return_scores": True},
+                timeout=120,
+            )
             took = time.perf_counter() - start
-            found = [(entry["document"]["id"], entry["score"]) for entry in answer.json()["result"][0]] if answer.status == 200 else answer.status
+            found = (
+                [(entry["document"]["id"], entry["score"]) for entry in answer.json()["result"][0]]
+                if answer.status == 200
+                else answer.status
+            )
             if found != expected[n % 64]:
                 raise ValueError(f"request {n} was answered {found}; expected {expected[n % 64]}")
             return took
 
         start = time.perf_counter()
-        took = list(tqdm(pool.map(ask, range(requests)), total=requests, desc="asking the server", unit=" requests"))
+        took = list(
+            tqdm(
+                pool.map(ask, range(requests)),
+                total=requests,
+                desc="asking the server",
+                unit=" requests",
+            )
+        )
         seconds = time.perf_counter() - start
         stop.set()
         for thread in attackers:
             thread.join()
     p50, p99 = (float(x) for x in np.percentile(took, [50, 99]) * 1000)
-    return dict(documents=len(index), requests=len(took), clients=CLIENTS, hostile=sum(statuses.values()), by_status=dict(sorted(statuses.items())),
-                seconds=seconds, p50_ms=p50, p99_ms=p99)
+    return dict(
+        documents=len(index),
+        requests=len(took),
+        clients=CLIENTS,
+        hostile=sum(statuses.values()),
+        by_status=dict(sorted(statuses.items())),
+        seconds=seconds,
+        p50_ms=p50,
+        p99_ms=p99,
+    )
 
 
 def answer_of(index: Bm25Index, query: str) -> list[tuple[str, float]]:
     """What the server should answer."""
     ids, scores = index.search([query], K)
-    return [(str(i), score) for i, score in zip(ids[0].tolist(), scores[0].tolist(), strict=True) if i >= 0]
+    return [
+        (str(i), score)
+        for i, score in zip(ids[0].tolist(), scores[0].tolist(), strict=True)
+        if i >= 0
+    ]
 
 
 def attack(url: str, stop: threading.Event, statuses: dict[str, int], number: int) -> None:
@@ -155,10 +232,16 @@ def attack(url: str, stop: threading.Event, statuses: dict[str, int], number: in
         try:
             if turn % 8 == 0:
                 with socket.create_connection((host, int(port)), 10) as left:
-                    left.sendall(b"POST /retrieve HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n{")
+                    left.sendall(
+                        b"POST /retrieve HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n{"
+                    )
                 status = "left"
             else:
-                status = str(http.request("POST", f"{url}/retrieve", body=HOSTILE[turn % len(HOSTILE)], timeout=60).status)
+                status = str(
+                    http.request(
+                        "POST", f"{url}/retrieve", body=HOSTILE[turn % len(HOSTILE)], timeout=60
+                    ).status
+                )
         except (urllib3.exceptions.HTTPError, OSError):
             status = "closed"  # the server hangs up on a body that is too long
         statuses[status] = statuses.get(status, 0) + 1
@@ -167,16 +250,23 @@ def attack(url: str, stop: threading.Event, statuses: dict[str, int], number: in
 
 def render(figures: dict) -> str:
     """The figures as Markdown tables."""
-    lines = ["| passages | different words | minutes | peak memory, GiB | index and passages, GiB | queries/s, one by one | 64 at a time |",
-             "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| passages | different words | minutes | peak memory, GiB | index and passages, GiB | queries/s, one by one | 64 at a time |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for x in figures["indexes"]:
         rates = x["queries_per_second"]
-        lines.append(f"| {x['documents']:,} | {x['vocabulary']:,} | {x['minutes']:.1f} | {x['peak_bytes'] / 2**30:.2f} | {x['bytes'] / 2**30:.2f} | "
-                     f"{rates['1']:.1f} | {rates['64']:.1f} |")
+        lines.append(
+            f"| {x['documents']:,} | {x['vocabulary']:,} | {x['minutes']:.1f} | {x['peak_bytes'] / 2**30:.2f} | {x['bytes'] / 2**30:.2f} | "
+            f"{rates['1']:.1f} | {rates['64']:.1f} |"
+        )
     if "serve" in figures:
         x = figures["serve"]
-        lines += ["", "| server over | requests | clients | lost or wrong | hostile bodies meanwhile | seconds | p50, ms | p99, ms |",
-                  "|---|---|---|---|---|---|---|---|",
-                  f"| {x['documents']:,} | {x['requests']:,} | {x['clients']} | 0 | {x['hostile']:,} ({x['by_status']}) | {x['seconds']:.0f} | "
-                  f"{x['p50_ms']:.0f} | {x['p99_ms']:.0f} |"]
+        lines += [
+            "",
+            "| server over | requests | clients | lost or wrong | hostile bodies meanwhile | seconds | p50, ms | p99, ms |",
+            "|---|---|---|---|---|---|---|---|",
+            f"| {x['documents']:,} | {x['requests']:,} | {x['clients']} | 0 | {x['hostile']:,} ({x['by_status']}) | {x['seconds']:.0f} | "
+            f"{x['p50_ms']:.0f} | {x['p99_ms']:.0f} |",
+        ]
     return "\n".join(lines)

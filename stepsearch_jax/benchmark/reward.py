@@ -8,6 +8,7 @@ ends with an error unless they agree to 1e-6.
 As in training, the similarity is fitted once for the corpus, the questions recur, and every batch holds new episodes of them: queries and answers not seen
 before, documents dealt anew. The first batch, whose questions are new as well, is reported apart.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -47,34 +48,76 @@ class Texts:
         self._rng = np.random.default_rng(seed)
         syllables = self._rng.integers(len(SYLLABLES), size=(VOCABULARY, 4))
         lengths = self._rng.integers(1, 5, size=VOCABULARY)
-        self._words = np.array(["".join(SYLLABLES[i] for i in row[:length]) for row, length in zip(syllables, lengths)])
+        self._words = np.array(
+            ["".join(SYLLABLES[i] for i in row[:length]) for row, length in zip(syllables, lengths)]
+        )
         weights = 1 / np.arange(1, VOCABULARY + 1)
         self._cumulative = np.cumsum(weights / weights.sum())
 
     def write(self, words: int) -> str:
         """A text of so many words."""
-        return " ".join(self._words[np.searchsorted(self._cumulative, self._rng.random(words) * self._cumulative[-1])])
+        return " ".join(
+            self._words[
+                np.searchsorted(self._cumulative, self._rng.random(words) * self._cumulative[-1])
+            ]
+        )
 
     def make_corpus(self, size: Size) -> list[str]:
         """The gold documents of every question, then as many others as one batch retrieves."""
-        return [self.write(size.words) for _ in range(size.episodes * (size.gold + size.turns * size.documents))]
+        return [
+            self.write(size.words)
+            for _ in range(size.episodes * (size.gold + size.turns * size.documents))
+        ]
 
     def make_questions(self, size: Size) -> list[Question]:
         """A question an episode: one sub-question with three accepted queries for each gold document."""
         gold = np.arange(size.episodes * size.gold).reshape(size.episodes, size.gold).tolist()
-        subs = [tuple(SubQuestion(self.write(8), self.write(2), (), (i,), tuple(self.write(6) for _ in range(3))) for i in ids) for ids in gold]
-        return [Question(f"q{b}", self.write(15), self.write(2), (self.write(3),), own) for b, own in enumerate(subs)]
+        subs = [
+            tuple(
+                SubQuestion(
+                    self.write(8), self.write(2), (), (i,), tuple(self.write(6) for _ in range(3))
+                )
+                for i in ids
+            )
+            for ids in gold
+        ]
+        return [
+            Question(f"q{b}", self.write(15), self.write(2), (self.write(3),), own)
+            for b, own in enumerate(subs)
+        ]
 
     def make_episodes(self, questions: list[Question], size: Size) -> list[Episode]:
         """An episode of each question: new queries, a new answer, and the documents that are nobody's gold dealt anew, each to one search."""
-        dealt = len(questions) * size.gold + self._rng.permutation(len(questions) * size.turns * size.documents)
-        return [self._make_episode(*pair) for pair in zip(questions, dealt.reshape(len(questions), size.turns, size.documents).tolist())]
+        dealt = len(questions) * size.gold + self._rng.permutation(
+            len(questions) * size.turns * size.documents
+        )
+        return [
+            self._make_episode(*pair)
+            for pair in zip(
+                questions, dealt.reshape(len(questions), size.turns, size.documents).tolist()
+            )
+        ]
 
     def _make_episode(self, question: Question, retrieved: list[list[int]]) -> Episode:
         queries, answer = [self.write(6) for _ in retrieved], self.write(3)
-        turns = [Turn(TurnStatus.SEARCH, f"<think>{self.write(30)}</think>\n<search>{query}</search>", query, None, tuple(ids))
-                 for query, ids in zip(queries, retrieved)]
-        turns.append(Turn(TurnStatus.ANSWER, f"<think>{self.write(30)}</think>\n<answer>{answer}</answer>", None, answer))
+        turns = [
+            Turn(
+                TurnStatus.SEARCH,
+                f"<think>{self.write(30)}</think>\n<search>{query}</search>",
+                query,
+                None,
+                tuple(ids),
+            )
+            for query, ids in zip(queries, retrieved)
+        ]
+        turns.append(
+            Turn(
+                TurnStatus.ANSWER,
+                f"<think>{self.write(30)}</think>\n<answer>{answer}</answer>",
+                None,
+                answer,
+            )
+        )
         return Episode(question, "", tuple(turns), finished=True, truncated=False)
 
 
@@ -90,11 +133,17 @@ def measure(*, repeats: int, seed: int, size: Size = SIZE) -> dict:
     questions = {tfidf_fit: texts.make_questions(size) for tfidf_fit in ("pair", "corpus")}
     fit_seconds, fits = {}, {}
     for tfidf_fit in questions:
-        fit_seconds[tfidf_fit], fits[tfidf_fit] = time_call(fit_similarity, corpus, tfidf_fit=tfidf_fit)
-    fit_and_gain(texts.make_episodes(questions["pair"], size)[:1], corpus, vectorizer)  # what scikit-learn does at its first use does not count
+        fit_seconds[tfidf_fit], fits[tfidf_fit] = time_call(
+            fit_similarity, corpus, tfidf_fit=tfidf_fit
+        )
+    fit_and_gain(
+        texts.make_episodes(questions["pair"], size)[:1], corpus, vectorizer
+    )  # what scikit-learn does at its first use does not count
     seconds, differences = {"pair": [], "corpus": [], "peer": []}, []
     for _ in range(repeats + 1):
-        episodes = {tfidf_fit: texts.make_episodes(questions[tfidf_fit], size) for tfidf_fit in questions}
+        episodes = {
+            tfidf_fit: texts.make_episodes(questions[tfidf_fit], size) for tfidf_fit in questions
+        }
         scores = {}
         for tfidf_fit, batch in episodes.items():
             spent, scores[tfidf_fit] = time_call(score, batch, fits[tfidf_fit], size.turns)
@@ -103,19 +152,33 @@ def measure(*, repeats: int, seed: int, size: Size = SIZE) -> dict:
         seconds["peer"].append(spent)
         differences.append(float(np.abs(scores["pair"].gain - gain).max()))
     if not max(differences) <= TOLERANCE:
-        raise ValueError(f"the information gains differ from scikit-learn's by {max(differences):.1e}, more than {TOLERANCE:.0e}: one side is wrong")
+        raise ValueError(
+            f"the information gains differ from scikit-learn's by {max(differences):.1e}, more than {TOLERANCE:.0e}: one side is wrong"
+        )
     first = {side: runs.pop(0) for side, runs in seconds.items()}
     median = {side: statistics.median(runs) for side, runs in seconds.items()}
     ours = {
         tfidf_fit: {
-            "fit_s": fit_seconds[tfidf_fit], "first_s": first[tfidf_fit], "batch_s": median[tfidf_fit],
-            "first_ratio": median["peer"] / first[tfidf_fit], "ratio": median["peer"] / median[tfidf_fit],
-        } for tfidf_fit in fits
+            "fit_s": fit_seconds[tfidf_fit],
+            "first_s": first[tfidf_fit],
+            "batch_s": median[tfidf_fit],
+            "first_ratio": median["peer"] / first[tfidf_fit],
+            "ratio": median["peer"] / median[tfidf_fit],
+        }
+        for tfidf_fit in fits
     }
     return {
-        "ours_s": median["pair"], "peer_s": median["peer"], "ratio": ours["pair"]["ratio"], **ours, "runs_s": seconds,
-        "largest_difference": max(differences), "repeats": repeats, "seed": seed, "size": dataclasses.asdict(size),
-        "python": platform.python_version(), "numpy": np.__version__,
+        "ours_s": median["pair"],
+        "peer_s": median["peer"],
+        "ratio": ours["pair"]["ratio"],
+        **ours,
+        "runs_s": seconds,
+        "largest_difference": max(differences),
+        "repeats": repeats,
+        "seed": seed,
+        "size": dataclasses.asdict(size),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
     }
 
 
@@ -124,21 +187,48 @@ def render(figures: dict) -> str:
     rows = [("", "fit, once", "first batch", "a batch", "peer / first", "peer / a batch")]
     for tfidf_fit in ("pair", "corpus"):
         ours = figures[tfidf_fit]
-        times, ratios = (ours["fit_s"], ours["first_s"], ours["batch_s"]), (ours["first_ratio"], ours["ratio"])
-        rows.append((f'ours, tfidf_fit="{tfidf_fit}"', *(f"{1e3 * x:.1f} ms" for x in times), *(f"{x:.0f}x" for x in ratios)))
+        times, ratios = (
+            (ours["fit_s"], ours["first_s"], ours["batch_s"]),
+            (ours["first_ratio"], ours["ratio"]),
+        )
+        rows.append(
+            (
+                f'ours, tfidf_fit="{tfidf_fit}"',
+                *(f"{1e3 * x:.1f} ms" for x in times),
+                *(f"{x:.0f}x" for x in ratios),
+            )
+        )
     rows.append(("peer, scikit-learn refitted", "", "", f"{1e3 * figures['peer_s']:.1f} ms"))
-    size = "{episodes} episodes x {turns} turns x {documents} documents of {words} words, {gold} gold documents".format(**figures["size"])
+    size = "{episodes} episodes x {turns} turns x {documents} documents of {words} words, {gold} gold documents".format(
+        **figures["size"]
+    )
     lines = [f"{name:28}" + "".join(f"{cell:>16}" for cell in cells) for name, *cells in rows]
-    last = f"largest difference between our gains and the peer's: {figures['largest_difference']:.1e}"
+    last = (
+        f"largest difference between our gains and the peer's: {figures['largest_difference']:.1e}"
+    )
     return "\n".join([f"{size}; medians of {figures['repeats']} batches", *lines, last])
 
 
 def score(episodes: list[Episode], similarity: Similarity, turns: int) -> StepScores:
     """All rewards, with the settings of the paper."""
     return score_episodes(
-        episodes, similarity, gain=None, num_turns=turns, answer_gate="strict", format_failure="zero_answer", gamma_key=0.618, key_match="max", use_gain=True,
-        use_redundancy=True, redundancy_scope="earlier_turns", step_scale=1.0,
-        search_cost=0.0, retrieved_answer_credit=0.0, rendered=None, texts=None)
+        episodes,
+        similarity,
+        gain=None,
+        num_turns=turns,
+        answer_gate="strict",
+        format_failure="zero_answer",
+        gamma_key=0.618,
+        key_match="max",
+        use_gain=True,
+        use_redundancy=True,
+        redundancy_scope="earlier_turns",
+        step_scale=1.0,
+        search_cost=0.0,
+        retrieved_answer_credit=0.0,
+        rendered=None,
+        texts=None,
+    )
 
 
 def fit_and_gain(episodes: list[Episode], corpus: list[str], vectorizer) -> np.ndarray:
@@ -154,7 +244,9 @@ def fit_and_gain(episodes: list[Episode], corpus: list[str], vectorizer) -> np.n
                 rows = vectorizer().fit_transform([corpus[i], *gold]).toarray()
                 cosines.append(rows[1:] @ rows[0])
     turn = episodes[0].search_turns
-    best = np.reshape(cosines, (len(episodes), len(turn), len(turn[0].doc_ids), -1)).max(2)  # [B, K, n]
+    best = np.reshape(cosines, (len(episodes), len(turn), len(turn[0].doc_ids), -1)).max(
+        2
+    )  # [B, K, n]
     return np.diff(np.maximum.accumulate(best, 1).mean(2), prepend=0)
 
 
@@ -162,5 +254,7 @@ def _import_vectorizer():
     try:
         from sklearn.feature_extraction.text import TfidfVectorizer
     except ImportError as error:
-        raise ImportError("the peer of this benchmark is scikit-learn: pip install -r requirements-bench.txt") from error
+        raise ImportError(
+            "the peer of this benchmark is scikit-learn: pip install -r requirements-bench.txt"
+        ) from error
     return TfidfVectorizer

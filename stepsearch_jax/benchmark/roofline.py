@@ -15,6 +15,7 @@ N' as N with the last layer's matmuls for keys and values only, since nothing is
 The matmul rate is that of the model's own matmuls at the step's own number of rows, one after another, with each layer's own weights; the bandwidth is that
 of going over as many bytes as a decode step reads, read and written bytes both counted. Norms, rotations, softmax, sampling, embedding and the host are free.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -52,19 +53,34 @@ class Rates:
     def describe(self, work: Sequence[Work]) -> dict:
         """The pieces, their mean FLOPs and bytes, the rates, and the least seconds of all."""
         mean = lambda name: sum(getattr(w, name) for w in work) / len(work)
-        return {"pieces": len(work), "flops": mean("flops"), "bytes": mean("bytes"), "least_s": self.floor_s(work)} | dataclasses.asdict(self)
+        return {
+            "pieces": len(work),
+            "flops": mean("flops"),
+            "bytes": mean("bytes"),
+            "least_s": self.floor_s(work),
+        } | dataclasses.asdict(self)
 
 
 def count_layer_parameters(c: ModelConfig) -> int:
     """N: matmul parameters of all layers."""
-    return c.num_layers * c.embed_dim * (2 * c.num_heads * c.head_dim + 2 * c.num_kv_heads * c.head_dim + 3 * c.ffn_dim)
+    return (
+        c.num_layers
+        * c.embed_dim
+        * (2 * c.num_heads * c.head_dim + 2 * c.num_kv_heads * c.head_dim + 3 * c.ffn_dim)
+    )
 
 
 def decode_step(c: ModelConfig, rows: int, context: int) -> Work:
     """One token of each of `rows` episodes, the token itself at position `context` - 1."""
-    parameters, wide = count_layer_parameters(c) + c.vocab_size * c.embed_dim, c.num_layers * c.num_heads * c.head_dim
+    parameters, wide = (
+        count_layer_parameters(c) + c.vocab_size * c.embed_dim,
+        c.num_layers * c.num_heads * c.head_dim,
+    )
     live = 2 * rows * context * c.num_layers * c.num_kv_heads * c.head_dim
-    return Work(2 * rows * parameters + 4 * rows * wide * context, jnp.dtype(c.dtype).itemsize * (parameters + live))
+    return Work(
+        2 * rows * parameters + 4 * rows * wide * context,
+        jnp.dtype(c.dtype).itemsize * (parameters + live),
+    )
 
 
 def prefill(c: ModelConfig, rows: int, tokens: int, context: int) -> Work:
@@ -74,7 +90,10 @@ def prefill(c: ModelConfig, rows: int, tokens: int, context: int) -> Work:
     wide = attending.num_layers * c.num_heads * c.head_dim
     seen = sum(range(context - tokens + 1, context + 1))
     live = 2 * rows * context * attending.num_layers * c.num_kv_heads * c.head_dim
-    return Work(2 * rows * tokens * parameters + 4 * rows * wide * seen, jnp.dtype(c.dtype).itemsize * (parameters + live))
+    return Work(
+        2 * rows * tokens * parameters + 4 * rows * wide * seen,
+        jnp.dtype(c.dtype).itemsize * (parameters + live),
+    )
 
 
 def update_flops(c: ModelConfig, rows: int, length: int, *, unembeds: bool) -> float:
@@ -103,13 +122,17 @@ def measure_matmuls(c: ModelConfig, rows: int, *, unembeds: bool) -> float:
     draw = lambda *shape: jax.random.normal(next(keys), shape, c.dtype) * shape[-2] ** -0.5
     shapes = dict(q=(D, Q), k=(D, K), v=(D, K), o=(Q, D), gate=(D, F), up=(D, F), down=(F, D))
     layers = {name: draw(c.num_layers, *shape) for name, shape in shapes.items()}
-    table = draw(*((c.vocab_size, D) if c.tie_embeddings else (D, c.vocab_size))) if unembeds else None
+    table = (
+        draw(*((c.vocab_size, D) if c.tie_embeddings else (D, c.vocab_size))) if unembeds else None
+    )
 
     @jax.jit
     def run(x, layers, table):
         def layer(x, w):
             pair = x @ w["k"] + x @ w["v"]
-            x = x @ w["q"] @ w["o"] + jnp.pad(pair, ((0, 0), (0, max(0, D - K))))[:, :D]  # every product is used, so none is left out
+            x = (
+                x @ w["q"] @ w["o"] + jnp.pad(pair, ((0, 0), (0, max(0, D - K))))[:, :D]
+            )  # every product is used, so none is left out
             return (x @ w["gate"] + x @ w["up"]) @ w["down"], None
 
         x = jax.lax.scan(layer, x, layers)[0]
@@ -121,8 +144,10 @@ def measure_matmuls(c: ModelConfig, rows: int, *, unembeds: bool) -> float:
 
 def render(name: str, found: dict) -> str:
     """What `Rates.describe` found, as a line."""
-    return (f"{found['pieces']} x {name}: {found['flops'] / 1e9:.3g} GFLOP and {found['bytes'] / 2**20:,.0f} MiB each; at least {found['least_s']:.2f} s at "
-            f"{found['matmul_flops_s'] / 1e9:,.0f} GFLOP/s and {found['copy_bytes_s'] / 1e9:,.1f} GB/s")
+    return (
+        f"{found['pieces']} x {name}: {found['flops'] / 1e9:.3g} GFLOP and {found['bytes'] / 2**20:,.0f} MiB each; at least {found['least_s']:.2f} s at "
+        f"{found['matmul_flops_s'] / 1e9:,.0f} GFLOP/s and {found['copy_bytes_s'] / 1e9:,.1f} GB/s"
+    )
 
 
 def _best_seconds(function, *arguments) -> float:

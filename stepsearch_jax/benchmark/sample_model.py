@@ -1,4 +1,5 @@
 """The models that the benchmarks of rollout and update run, and made-up weights of them that both sides read."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -15,12 +16,32 @@ from stepsearch_jax.models.transformer import Policy
 from stepsearch_jax.run.checks import check_config
 from stepsearch_jax.run.settings import describe_models
 
-MODEL = ModelConfig(vocab_size=8192, num_layers=4, embed_dim=256, num_heads=4, num_kv_heads=2, head_dim=64, ffn_dim=1024, rope_theta=1e6,
-                    rope_scaling=None, norm_eps=1e-6, qkv_bias=True, qk_norm=False, tie_embeddings=False, dtype=jnp.float32, remat="none", attention_block=256)
-LOGIT_TOLERANCE = 1e-3  # largest difference between our logits and a peer's, which spread by about 1
+MODEL = ModelConfig(
+    vocab_size=8192,
+    num_layers=4,
+    embed_dim=256,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=64,
+    ffn_dim=1024,
+    rope_theta=1e6,
+    rope_scaling=None,
+    norm_eps=1e-6,
+    qkv_bias=True,
+    qk_norm=False,
+    tie_embeddings=False,
+    dtype=jnp.float32,
+    remat="none",
+    attention_block=256,
+)
+LOGIT_TOLERANCE = (
+    1e-3  # largest difference between our logits and a peer's, which spread by about 1
+)
 
 
-def choose_models(config: ml_collections.ConfigDict | None, peer: str) -> tuple[ModelConfig, ModelConfig]:
+def choose_models(
+    config: ml_collections.ConfigDict | None, peer: str
+) -> tuple[ModelConfig, ModelConfig]:
     """-> the model as the learner computes it, and as the rollout does: the config's sizes and types, or MODEL without one.
 
     On CPUs MODEL's learner keeps matrix products for the backward pass (model.remat=dots), the faster way there. Raises ValueError for a config that
@@ -29,20 +50,28 @@ def choose_models(config: ml_collections.ConfigDict | None, peer: str) -> tuple[
     if config is None:
         return dataclasses.replace(MODEL, remat="dots"), MODEL
     if not config.model.vocab_size:
-        raise ValueError("config.model.vocab_size is 0, and a benchmark reads no tokenizer: set it to the rows of the embedding")
+        raise ValueError(
+            "config.model.vocab_size is 0, and a benchmark reads no tokenizer: set it to the rows of the embedding"
+        )
     check_config(config, sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1]))
     learner, rollout = describe_models(config, config.model.vocab_size)
     if peer != "none" and (not rollout.qkv_bias or rollout.qk_norm or rollout.rope_scaling):
-        raise ValueError("peers run models of the form of Qwen2 only: model.qkv_bias=True, model.qk_norm=False, model.rope_scaling.kind=none")
+        raise ValueError(
+            "peers run models of the form of Qwen2 only: model.qkv_bias=True, model.qk_norm=False, model.rope_scaling.kind=none"
+        )
     if peer == "tunix" and {learner.dtype, rollout.dtype} != {jnp.dtype("float32")}:
-        raise ValueError("the peer tunix computes in float32: add --config.model.dtype=float32 --config.rollout.dtype=float32")
+        raise ValueError(
+            "the peer tunix computes in float32: add --config.model.dtype=float32 --config.rollout.dtype=float32"
+        )
     return learner, rollout
 
 
 def box_params(model):
     """The shapes of a model's parameters, in boxes that name their logical axes."""
     method = Policy.init_all if isinstance(model, Policy) else None
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32), method=method))
+    return jax.eval_shape(
+        lambda: model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32), method=method)
+    )
 
 
 def draw_params(model, seed: int):
@@ -54,7 +83,9 @@ def draw_params(model, seed: int):
         if name == "scale":
             return rng.normal(1, 0.1, leaf.shape).astype(np.float32)
         fan_in = leaf.shape[0 if name == "lm_head" else -1]
-        if name == "kernel":  # stacked by layer; those of attention's output have two axes of inputs
+        if (
+            name == "kernel"
+        ):  # stacked by layer; those of attention's output have two axes of inputs
             fan_in = leaf.shape[1] * (leaf.shape[2] if parent == "o" else 1)
         return rng.normal(0, fan_in**-0.5, leaf.shape).astype(np.float32)
 
@@ -63,7 +94,10 @@ def draw_params(model, seed: int):
 
 def name_arrays(params) -> dict[str, np.ndarray]:
     """Parameters by their paths, joined by "/": what a peer's process reads."""
-    return {"/".join(entry.key for entry in path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    return {
+        "/".join(entry.key for entry in path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
 
 
 def describe(config: ModelConfig) -> dict:
@@ -75,5 +109,7 @@ def check_logits(name: str, ours: np.ndarray, peers: np.ndarray) -> float:
     """-> the largest difference. Raises ValueError where it is above LOGIT_TOLERANCE: then the two do not run the same model."""
     difference = float(np.abs(ours - peers).max()) if ours.shape == peers.shape else float("nan")
     if not difference <= LOGIT_TOLERANCE:
-        raise ValueError(f"the logits of the peer {name} differ from ours by {difference:.1e}, more than {LOGIT_TOLERANCE:.0e}: it runs another model")
+        raise ValueError(
+            f"the logits of the peer {name} differ from ours by {difference:.1e}, more than {LOGIT_TOLERANCE:.0e}: it runs another model"
+        )
     return difference

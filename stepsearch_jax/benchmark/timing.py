@@ -1,4 +1,5 @@
 """What the benchmarks share: one timed call, and medians over runs of several sides that take turns."""
+
 from __future__ import annotations
 
 import gc
@@ -28,4 +29,7 @@ def alternate(sides: dict[str, Callable[[], float]], repeats: int) -> dict[str, 
     for _ in range(repeats + 1):
         for name, run in sides.items():
             runs[name].append(run())
-    return {name: {"runs_s": found[1:], "median_s": statistics.median(found[1:])} for name, found in runs.items()}
+    return {
+        name: {"runs_s": found[1:], "median_s": statistics.median(found[1:])}
+        for name, found in runs.items()
+    }

@@ -10,6 +10,7 @@ Model FLOPs of the updates are counted without recomputation and compared with t
 (benchmark/roofline.py). Temporaries are those of the compiled update at vocabulary 151936 and 4 x 2048 tokens, with a small trunk, less one
 gradient of each model: what is left is compared with the [B, T, V] float32 logits that a plain cross-entropy would hold.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -33,14 +34,51 @@ from stepsearch_jax.models.transformer import Policy, Value
 from stepsearch_jax.rl import learner
 from stepsearch_jax.types import Batch, ModelState, TrainState
 
-CASE = Case(episodes=16, prompt=128, turns=1, turn_tokens=(128,), observation=1, slots=0, **CONFIGURED | {"prefill_tokens": 128})
-RULES = dict(policy_rate=7e-7, value_rate=7e-6, b1=0.9, b2=0.999, weight_decay=0.01, max_grad_norm=1.0, gamma=1.0, gae_lambda=1.0, kl_coef=1e-3, clip=0.2,
-             value_clip=0.5)  # what both sides are told
+CASE = Case(
+    episodes=16,
+    prompt=128,
+    turns=1,
+    turn_tokens=(128,),
+    observation=1,
+    slots=0,
+    **CONFIGURED | {"prefill_tokens": 128},
+)
+RULES = dict(
+    policy_rate=7e-7,
+    value_rate=7e-6,
+    b1=0.9,
+    b2=0.999,
+    weight_decay=0.01,
+    max_grad_norm=1.0,
+    gamma=1.0,
+    gae_lambda=1.0,
+    kl_coef=1e-3,
+    clip=0.2,
+    value_clip=0.5,
+)  # what both sides are told
 SETTINGS = learner.LearnerSettings(
-    advantage="gae", gamma=RULES["gamma"], gae_lambda=RULES["gae_lambda"], over_observations=False, whiten_advantages=True, clip_low=RULES["clip"],
-    clip_high=RULES["clip"], old_logprobs="learner", max_ratio=math.inf, aggregation="token_mean", value_clip=RULES["value_clip"], entropy_coef=0.0,
-    kl_placement="reward", kl_estimator="k1", kl_target=0.0, kl_horizon=1e4, minibatches=1, epochs=1, micro_rows=0, placement="step",
-    outcome_overwrites=False)
+    advantage="gae",
+    gamma=RULES["gamma"],
+    gae_lambda=RULES["gae_lambda"],
+    over_observations=False,
+    whiten_advantages=True,
+    clip_low=RULES["clip"],
+    clip_high=RULES["clip"],
+    old_logprobs="learner",
+    max_ratio=math.inf,
+    aggregation="token_mean",
+    value_clip=RULES["value_clip"],
+    entropy_coef=0.0,
+    kl_placement="reward",
+    kl_estimator="k1",
+    kl_target=0.0,
+    kl_horizon=1e4,
+    minibatches=1,
+    epochs=1,
+    micro_rows=0,
+    placement="step",
+    outcome_overwrites=False,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,12 +90,35 @@ class MemoryCase:
     model: ModelConfig
 
 
-MEMORY = MemoryCase(rows=4, length=2048, model=dataclasses.replace(sample_model.MODEL, vocab_size=151_936, num_layers=2, embed_dim=64, num_heads=2,
-                                                                   num_kv_heads=1, head_dim=32, ffn_dim=128, remat="layers"))
+MEMORY = MemoryCase(
+    rows=4,
+    length=2048,
+    model=dataclasses.replace(
+        sample_model.MODEL,
+        vocab_size=151_936,
+        num_layers=2,
+        embed_dim=64,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=32,
+        ffn_dim=128,
+        remat="layers",
+    ),
+)
 
 
-def measure(*, repeats: int, seed: int, peer: str, peer_python: str, config: ml_collections.ConfigDict | None = None, episodes: int | None = None,
-            case: Case = CASE, model: ModelConfig | None = None, memory: MemoryCase = MEMORY) -> dict:
+def measure(
+    *,
+    repeats: int,
+    seed: int,
+    peer: str,
+    peer_python: str,
+    config: ml_collections.ConfigDict | None = None,
+    episodes: int | None = None,
+    case: Case = CASE,
+    model: ModelConfig | None = None,
+    memory: MemoryCase = MEMORY,
+) -> dict:
     """-> figures: "ours_s", "peer_s" (medians) and "ratio" = peer / ours of the whole step, the same of "updates", FLOP rates, and bytes of temporaries.
 
     peer: "none" or "tunix"; peer_python: the interpreter that has it; config: whose model to run, None = `sample_model.MODEL`; episodes: instead of the
@@ -73,25 +134,57 @@ def measure(*, repeats: int, seed: int, peer: str, peer_python: str, config: ml_
             job = RULES | dict(model=sample_model.describe(model), tokens=case.turn_tokens[0])
             arrays = sample_model.name_arrays(inputs.params) | {"prompts": inputs.prompts}
             other = stack.enter_context(Peer(f"{peer}_update", peer_python, job, arrays))
-            difference = sample_model.check_logits(peer, find_logits(model, inputs), other.checks["logits"])
+            difference = sample_model.check_logits(
+                peer, find_logits(model, inputs), other.checks["logits"]
+            )
         step, updates = make_steps(model, sampler, case, inputs, seed)
         found = {}
         for name, run in (("step", step), ("updates", updates)):
-            sides = {"ours": lambda run=run: time_call(run)[0]} | ({"peer": lambda name=name: other.run(name)} if other else {})
+            sides = {"ours": lambda run=run: time_call(run)[0]} | (
+                {"peer": lambda name=name: other.run(name)} if other else {}
+            )
             times = alternate(sides, repeats)
-            ours, theirs = (times[side]["median_s"] if side in times else None for side in ("ours", "peer"))
-            found[name] = {"ours_s": ours, "peer_s": theirs, "ratio": theirs / ours if other else None, "runs_s": {k: v["runs_s"] for k, v in times.items()}}
+            ours, theirs = (
+                times[side]["median_s"] if side in times else None for side in ("ours", "peer")
+            )
+            found[name] = {
+                "ours_s": ours,
+                "peer_s": theirs,
+                "ratio": theirs / ours if other else None,
+                "runs_s": {k: v["runs_s"] for k, v in times.items()},
+            }
     length = case.context
-    flops = sum(roofline.update_flops(model, case.episodes, length, unembeds=unembeds) for unembeds in (True, False))
+    flops = sum(
+        roofline.update_flops(model, case.episodes, length, unembeds=unembeds)
+        for unembeds in (True, False)
+    )
     held = count_parameter_bytes(model)
-    rates = roofline.Rates(roofline.measure_copy(held), roofline.measure_matmuls(model, case.episodes * length, unembeds=True))
+    rates = roofline.Rates(
+        roofline.measure_copy(held),
+        roofline.measure_matmuls(model, case.episodes * length, unembeds=True),
+    )
     least = rates.describe([roofline.Work(flops, roofline.update_bytes(held))])
     reached = flops / found["updates"]["ours_s"]
-    return {name: found["step"][name] for name in ("ours_s", "peer_s", "ratio")} | found | {
-        "model_flops": flops, "reached_flops_s": reached, "matmul_share": reached / rates.matmul_flops_s, "roofline": least, "memory": measure_memory(memory),
-        "peer": peer, "versions": other.versions if other else None, "largest_logit_difference": difference if other else None,
-        "model": sample_model.describe(model), "size": dataclasses.asdict(case), "repeats": repeats, "seed": seed, "jax": jax.__version__,
-        "device": str(jax.devices()[0])}
+    return (
+        {name: found["step"][name] for name in ("ours_s", "peer_s", "ratio")}
+        | found
+        | {
+            "model_flops": flops,
+            "reached_flops_s": reached,
+            "matmul_share": reached / rates.matmul_flops_s,
+            "roofline": least,
+            "memory": measure_memory(memory),
+            "peer": peer,
+            "versions": other.versions if other else None,
+            "largest_logit_difference": difference if other else None,
+            "model": sample_model.describe(model),
+            "size": dataclasses.asdict(case),
+            "repeats": repeats,
+            "seed": seed,
+            "jax": jax.__version__,
+            "device": str(jax.devices()[0]),
+        }
+    )
 
 
 def make_steps(model: ModelConfig, sampler: ModelConfig, case: Case, inputs: Inputs, seed: int):
@@ -102,14 +195,33 @@ def make_steps(model: ModelConfig, sampler: ModelConfig, case: Case, inputs: Inp
     value_params = sample_model.draw_params(Value(model), seed + 1)
     optimizers = make_optimizers()
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    params, value_params, reference = jax.device_put((inputs.params, value_params, jax.tree.map(np.copy, inputs.params)), sharding.replicated(mesh))
-    models = [ModelState(tree, jax.jit(optimizer.init)(tree)) for tree, optimizer in zip((params, value_params), optimizers)]
-    scalars = dict(iteration=jnp.int32(0), position=jnp.int32(0), kl_coef=jnp.float32(RULES["kl_coef"]), skipped=jnp.int32(0))
+    params, value_params, reference = jax.device_put(
+        (inputs.params, value_params, jax.tree.map(np.copy, inputs.params)),
+        sharding.replicated(mesh),
+    )
+    models = [
+        ModelState(tree, jax.jit(optimizer.init)(tree))
+        for tree, optimizer in zip((params, value_params), optimizers)
+    ]
+    scalars = dict(
+        iteration=jnp.int32(0),
+        position=jnp.int32(0),
+        kl_coef=jnp.float32(RULES["kl_coef"]),
+        skipped=jnp.int32(0),
+    )
     state = TrainState(*models, **jax.device_put(scalars, sharding.replicated(mesh)))
     collect, _ = make_run(sampler, case, inputs, case.episodes, mesh)
-    build_batch, update = learner.make_build_batch(model, SETTINGS), learner.make_update(model, SETTINGS, *optimizers)
-    step_rewards, outcome_rewards = sharding.rows_to_mesh(mesh, (np.zeros((case.episodes, case.turns), np.float32),
-                                                                 np.linspace(0.0, 1.0, case.episodes, dtype=np.float32)))
+    build_batch, update = (
+        learner.make_build_batch(model, SETTINGS),
+        learner.make_update(model, SETTINGS, *optimizers),
+    )
+    step_rewards, outcome_rewards = sharding.rows_to_mesh(
+        mesh,
+        (
+            np.zeros((case.episodes, case.turns), np.float32),
+            np.linspace(0.0, 1.0, case.episodes, dtype=np.float32),
+        ),
+    )
     held = {"state": state}  # the state is donated from one update to the next
 
     def build():
@@ -122,39 +234,87 @@ def make_steps(model: ModelConfig, sampler: ModelConfig, case: Case, inputs: Inp
 
     ready = jax.block_until_ready(build())
     if int(ready.action_mask.sum()) != case.episodes * case.turn_tokens[0]:
-        raise ValueError(f"the rollout sampled {int(ready.action_mask.sum())} tokens instead of {case.episodes * case.turn_tokens[0]}")
-    apply(ready)  # arrays that an update has returned are placed otherwise than those made here, for which every program is compiled once more:
+        raise ValueError(
+            f"the rollout sampled {int(ready.action_mask.sum())} tokens instead of {case.episodes * case.turn_tokens[0]}"
+        )
+    apply(
+        ready
+    )  # arrays that an update has returned are placed otherwise than those made here, for which every program is compiled once more:
     apply(build())  # only from here on nothing is
     return lambda: apply(build()), lambda: apply(ready)
 
 
 def make_optimizers():
     """-> (policy's, value model's): AdamW behind clipping, at constant rates."""
-    make = lambda rate: learner.make_optimizer("adamw", rate, warmup=0.0, iterations=1, steps_per_iteration=1, b1=RULES["b1"], b2=RULES["b2"],
-                                               weight_decay=RULES["weight_decay"], max_grad_norm=RULES["max_grad_norm"])
+    make = lambda rate: learner.make_optimizer(
+        "adamw",
+        rate,
+        warmup=0.0,
+        iterations=1,
+        steps_per_iteration=1,
+        b1=RULES["b1"],
+        b2=RULES["b2"],
+        weight_decay=RULES["weight_decay"],
+        max_grad_norm=RULES["max_grad_norm"],
+    )
     return make(RULES["policy_rate"]), make(RULES["value_rate"])
 
 
 def count_parameter_bytes(model: ModelConfig) -> int:
     """Of the policy and the value model."""
-    return sum(leaf.size * leaf.dtype.itemsize for kind in (Policy, Value) for leaf in jax.tree.leaves(sample_model.box_params(kind(model))))
+    return sum(
+        leaf.size * leaf.dtype.itemsize
+        for kind in (Policy, Value)
+        for leaf in jax.tree.leaves(sample_model.box_params(kind(model)))
+    )
 
 
 def measure_memory(memory: MemoryCase) -> dict:
     """Compiles the update at this size, on shapes alone -> bytes of its temporaries, of one gradient of each model, of the rest, of [B, T, V]."""
     optimizers = make_optimizers()
     shapes = [nn.unbox(sample_model.box_params(kind(memory.model))) for kind in (Policy, Value)]
-    states = [ModelState(tree, jax.eval_shape(optimizer.init, tree)) for tree, optimizer in zip(shapes, optimizers)]
+    states = [
+        ModelState(tree, jax.eval_shape(optimizer.init, tree))
+        for tree, optimizer in zip(shapes, optimizers)
+    ]
     number = lambda dtype: jax.ShapeDtypeStruct((), dtype)
-    state = TrainState(*states, iteration=number(jnp.int32), position=number(jnp.int32), kl_coef=number(jnp.float32), skipped=number(jnp.int32))
-    kinds = {"tokens": jnp.int32} | dict.fromkeys(("token_mask", "action_mask", "value_mask"), jnp.bool_)
-    batch = Batch(**{field.name: jax.ShapeDtypeStruct((memory.rows, memory.length), kinds.get(field.name, jnp.float32)) for field in dataclasses.fields(Batch)})
+    state = TrainState(
+        *states,
+        iteration=number(jnp.int32),
+        position=number(jnp.int32),
+        kl_coef=number(jnp.float32),
+        skipped=number(jnp.int32),
+    )
+    kinds = {"tokens": jnp.int32} | dict.fromkeys(
+        ("token_mask", "action_mask", "value_mask"), jnp.bool_
+    )
+    batch = Batch(
+        **{
+            field.name: jax.ShapeDtypeStruct(
+                (memory.rows, memory.length), kinds.get(field.name, jnp.float32)
+            )
+            for field in dataclasses.fields(Batch)
+        }
+    )
     update = learner.make_update(memory.model, SETTINGS, *optimizers)
-    temporary = update.lower(state, batch, number(jnp.float32)).compile().memory_analysis().temp_size_in_bytes
+    temporary = (
+        update.lower(state, batch, number(jnp.float32))
+        .compile()
+        .memory_analysis()
+        .temp_size_in_bytes
+    )
     gradients = count_parameter_bytes(memory.model)
     logits = 4 * memory.rows * memory.length * memory.model.vocab_size
-    return {"temporary_bytes": temporary, "gradient_bytes": gradients, "beyond_bytes": temporary - gradients, "logits_bytes": logits,
-            "share_of_logits": (temporary - gradients) / logits, "rows": memory.rows, "length": memory.length, "vocab_size": memory.model.vocab_size}
+    return {
+        "temporary_bytes": temporary,
+        "gradient_bytes": gradients,
+        "beyond_bytes": temporary - gradients,
+        "logits_bytes": logits,
+        "share_of_logits": (temporary - gradients) / logits,
+        "rows": memory.rows,
+        "length": memory.length,
+        "vocab_size": memory.model.vocab_size,
+    }
 
 
 def render(figures: dict) -> str:
@@ -163,11 +323,22 @@ def render(figures: dict) -> str:
     number = lambda value, unit: "" if value is None else f"{value:.2f}{unit}"
     for name in ("step", "updates"):
         part = figures[name]
-        rows.append((name, number(part["ours_s"], " s"), number(part["peer_s"], " s"), number(part["ratio"], "x")))
+        rows.append(
+            (
+                name,
+                number(part["ours_s"], " s"),
+                number(part["peer_s"], " s"),
+                number(part["ratio"], "x"),
+            )
+        )
     memory = figures["memory"]
-    return "\n".join([
-        f"medians of {figures['repeats']} alternating runs", *("".join(f"{cell:>20}" for cell in row) for row in rows),
-        f"the updates reach {figures['reached_flops_s'] / 1e9:.1f} GFLOP/s, {figures['matmul_share']:.0%} of the model's own matmuls'",
-        roofline.render("both updates", figures["roofline"]),
-        f"temporaries beyond gradients at vocabulary {memory['vocab_size']} and {memory['rows']} x {memory['length']} tokens: "
-        f"{memory['beyond_bytes'] / 2**20:.0f} MiB, {memory['share_of_logits']:.1%} of [B, T, V] float32"])
+    return "\n".join(
+        [
+            f"medians of {figures['repeats']} alternating runs",
+            *("".join(f"{cell:>20}" for cell in row) for row in rows),
+            f"the updates reach {figures['reached_flops_s'] / 1e9:.1f} GFLOP/s, {figures['matmul_share']:.0%} of the model's own matmuls'",
+            roofline.render("both updates", figures["roofline"]),
+            f"temporaries beyond gradients at vocabulary {memory['vocab_size']} and {memory['rows']} x {memory['length']} tokens: "
+            f"{memory['beyond_bytes'] / 2**20:.0f} MiB, {memory['share_of_logits']:.1%} of [B, T, V] float32",
+        ]
+    )

@@ -1,4 +1,5 @@
 """Atlas as a TFDS builder: the embedded synthetic worlds of atlas_world.py, stored."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -31,5 +32,17 @@ class Atlas(RecordsBuilder):
 
     def make_records(self, stored: pathlib.Path) -> Records:
         c = self.builder_config
-        documents, splits = make_worlds(seed=c.seed, entities=c.entities, extra_facts=c.extra_facts, k1=c.k1, b=c.b, shapes=c.shapes, questions=c.questions)
-        return Records(write_documents(((document.title, document.text) for document in documents), stored), splits, {})
+        documents, splits = make_worlds(
+            seed=c.seed,
+            entities=c.entities,
+            extra_facts=c.extra_facts,
+            k1=c.k1,
+            b=c.b,
+            shapes=c.shapes,
+            questions=c.questions,
+        )
+        return Records(
+            write_documents(((document.title, document.text) for document in documents), stored),
+            splits,
+            {},
+        )

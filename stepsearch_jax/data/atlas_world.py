@@ -4,6 +4,7 @@ A world is made from a seed alone. Worlds of different splits share the words of
 carries over. Facts are functional (one object per subject and relation) and stand only in the subject's article: the gold document of a hop is its
 subject's article, that of a join ("Which person was born in #1 and works for #2?") is the article of the answer.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -15,10 +16,32 @@ from collections import Counter, defaultdict
 
 import numpy as np
 
-from stepsearch_jax.data.atlas_grammar import COLOURS, HOBBIES, KINDS, NUMBERS, QUESTION_FORMS, RELATIONS, WOMEN, YEARS, Relation, ask, join_phrase, vocabulary
+from stepsearch_jax.data.atlas_grammar import (
+    COLOURS,
+    HOBBIES,
+    KINDS,
+    NUMBERS,
+    QUESTION_FORMS,
+    RELATIONS,
+    WOMEN,
+    YEARS,
+    Relation,
+    ask,
+    join_phrase,
+    vocabulary,
+)
 from stepsearch_jax.records import Document, Question, SubQuestion
 
-__all__ = ["SHAPES", "SPLITS", "Entity", "World", "build_world", "make_worlds", "vocabulary", "write_articles"]
+__all__ = [
+    "SHAPES",
+    "SPLITS",
+    "Entity",
+    "World",
+    "build_world",
+    "make_worlds",
+    "vocabulary",
+    "write_articles",
+]
 
 SPLITS = ("train", "validation", "test")
 SHAPES = {  # graph shape -> for each sub-question, the earlier ones whose answers it needs: none = it starts from the question, two = a join
@@ -83,7 +106,14 @@ def build_world(*, seed: int, split: str, entities: int) -> World:
 
 
 def make_worlds(
-    *, seed: int, entities: int, extra_facts: int, k1: float, b: float, shapes: tuple[str, ...], questions: dict[str, int]
+    *,
+    seed: int,
+    entities: int,
+    extra_facts: int,
+    k1: float,
+    b: float,
+    shapes: tuple[str, ...],
+    questions: dict[str, int],
 ) -> tuple[list[Document], dict[str, list[Question]]]:
     """One corpus with the articles of all three worlds, and the questions of each split.
 
@@ -94,22 +124,34 @@ def make_worlds(
     """
     unknown = [shape for shape in shapes if shape not in SHAPES]
     if unknown or not shapes or len(set(shapes)) != len(shapes):
-        raise ValueError(f"atlas: shapes must be different ones of {tuple(SHAPES)}, not {tuple(shapes)}")
+        raise ValueError(
+            f"atlas: shapes must be different ones of {tuple(SHAPES)}, not {tuple(shapes)}"
+        )
     for split, count in questions.items():
         if split not in SPLITS or count < 1:
-            raise ValueError(f"atlas: {count} questions for split {split!r}; splits are {SPLITS}, and each that is named needs at least 1 question")
+            raise ValueError(
+                f"atlas: {count} questions for split {split!r}; splits are {SPLITS}, and each that is named needs at least 1 question"
+            )
     worlds, first_rows, documents = {}, {}, []
     for split in SPLITS:
-        worlds[split] = build_world(seed=seed, split=split, entities=entities if split == "train" else max(entities // 4, MIN_ENTITIES))
+        worlds[split] = build_world(
+            seed=seed,
+            split=split,
+            entities=entities if split == "train" else max(entities // 4, MIN_ENTITIES),
+        )
         rng = np.random.default_rng([seed, SPLITS.index(split), 1])
         first_rows[split] = len(documents)
-        for entity, text in zip(worlds[split].entities, write_articles(rng, worlds[split], extra_facts)):
+        for entity, text in zip(
+            worlds[split].entities, write_articles(rng, worlds[split], extra_facts)
+        ):
             documents.append(Document(len(documents), entity.name, text))
     retrieves = _make_retrieval_check(documents, k1, b)
     made = {}
     for split, count in questions.items():
         rng = np.random.default_rng([seed, SPLITS.index(split), 2])
-        made[split] = _Questioner(rng, worlds[split], first_rows[split], retrieves).make(split, tuple(shapes), count)
+        made[split] = _Questioner(rng, worlds[split], first_rows[split], retrieves).make(
+            split, tuple(shapes), count
+        )
     return documents, made
 
 
@@ -120,7 +162,9 @@ def _pick(rng: np.random.Generator, items):
 # --- entities and facts
 
 
-def _choose_names(rng: np.random.Generator, word: str, split: str, count: int, taken: set[str]) -> list[str]:
+def _choose_names(
+    rng: np.random.Generator, word: str, split: str, count: int, taken: set[str]
+) -> list[str]:
     """`count` names of a kind, using all words of its pools as evenly as possible (a word that never occurs in training cannot be read later)."""
     first, second = KINDS[word].first, KINDS[word].second
     free = defaultdict(list)
@@ -129,7 +173,9 @@ def _choose_names(rng: np.random.Generator, word: str, split: str, count: int, t
             free[i].append(j)
     available = sum(len(row) for row in free.values())
     if available < count:
-        raise ValueError(f"atlas: {count} names of kind {word} are needed in the {split} world, {available} exist; lower data.atlas.entities")
+        raise ValueError(
+            f"atlas: {count} names of kind {word} are needed in the {split} world, {available} exist; lower data.atlas.entities"
+        )
     names, used = [], Counter()
     while len(names) < count:
         for i in rng.permutation(sorted(i for i in free if free[i])).tolist()[: count - len(names)]:
@@ -153,7 +199,11 @@ def _choose_facts(rng: np.random.Generator, entities: list[Entity]) -> dict[tupl
     facts: dict[tuple[int, str], int] = {}
     for word, relation in RELATIONS.items():
         subjects = rows[relation.subject]
-        possible = [row for row in rows[relation.object] if word != "mother" or entities[row].pronouns[0] == "she"]
+        possible = [
+            row
+            for row in rows[relation.object]
+            if word != "mother" or entities[row].pronouns[0] == "she"
+        ]
         if word == "capital":  # a capital lies in its country
             for subject, city in zip(subjects, rng.permutation(possible).tolist()):
                 facts[subject, word] = city
@@ -181,27 +231,43 @@ def write_articles(rng: np.random.Generator, world: World, extra_facts: int) -> 
     for row, entity in enumerate(world.entities):
         fillers = KINDS[entity.kind].fillers
         if not 0 <= extra_facts <= len(fillers):
-            raise ValueError(f"atlas: extra_facts must be between 0 and {len(fillers)}, not {extra_facts}")
+            raise ValueError(
+                f"atlas: extra_facts must be between 0 and {len(fillers)}, not {extra_facts}"
+            )
         facts = [own[row][i] for i in rng.permutation(len(own[row]))]
         # The first sentence names the subject, so it takes a pattern that begins with it; the others may begin with a possessive.
         sentences = []
         for position, (relation, target) in enumerate(facts):
-            patterns = [pattern for pattern in relation.patterns if position or pattern.startswith("{S}")]
+            patterns = [
+                pattern for pattern in relation.patterns if position or pattern.startswith("{S}")
+            ]
             sentences.append((_pick(rng, patterns), world.entities[target].name))
         for i in rng.permutation(len(fillers))[:extra_facts]:
             sentences.insert(int(rng.integers(1, len(sentences) + 1)), (fillers[i], ""))
-        articles.append(" ".join(_write_sentence(rng, entity, pattern, name, first=i == 0) for i, (pattern, name) in enumerate(sentences)))
+        articles.append(
+            " ".join(
+                _write_sentence(rng, entity, pattern, name, first=i == 0)
+                for i, (pattern, name) in enumerate(sentences)
+            )
+        )
     return articles
 
 
-def _write_sentence(rng: np.random.Generator, entity: Entity, pattern: str, name: str, *, first: bool) -> str:
+def _write_sentence(
+    rng: np.random.Generator, entity: Entity, pattern: str, name: str, *, first: bool
+) -> str:
     pronoun, possessive = entity.pronouns
     person = entity.kind == "person"
     if first:
         subject = entity.name if person else f"The {entity.kind} {entity.name}"
     else:
         subject = pronoun.capitalize() if person else _pick(rng, ("It", f"The {entity.kind}"))
-    fill = {"n": _pick(rng, NUMBERS), "y": _pick(rng, YEARS), "c": _pick(rng, COLOURS), "h": _pick(rng, HOBBIES)}
+    fill = {
+        "n": _pick(rng, NUMBERS),
+        "y": _pick(rng, YEARS),
+        "c": _pick(rng, COLOURS),
+        "h": _pick(rng, HOBBIES),
+    }
     return pattern.format(S=subject, P=possessive.capitalize(), p=possessive, o=name, **fill)
 
 
@@ -217,7 +283,9 @@ def _make_retrieval_check(documents: list[Document], k1: float, b: float):
 
     logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG
     index = bm25s.BM25(k1=k1, b=b, method="lucene", backend="numpy")
-    index.index([_WORD.findall(f"{d.title}\n{d.text}".lower()) for d in documents], show_progress=False)
+    index.index(
+        [_WORD.findall(f"{d.title}\n{d.text}".lower()) for d in documents], show_progress=False
+    )
 
     def retrieves(queries: list[str], row: int) -> tuple[str, ...]:
         kept = []
@@ -255,7 +323,10 @@ class _Questioner:
                 self.incoming[target].append((row, word))
         for row, words in own.items():
             for one, two in itertools.permutations(words, 2):
-                first, second = subjects[one, world.facts[row, one]], subjects[two, world.facts[row, two]]
+                first, second = (
+                    subjects[one, world.facts[row, one]],
+                    subjects[two, world.facts[row, two]],
+                )
                 # Both conditions are needed, and together they leave one answer.
                 if first & second == {row} and len(first) > 1 and len(second) > 1:
                     queries = retrieves(self._join_queries((row, one, two)), first_row + row)
@@ -275,8 +346,10 @@ class _Questioner:
                 if path is not None:
                     paths[path] = None
             if len(paths) < wanted:
-                raise ValueError(f"atlas: {wanted} questions of shape {shape} were asked for, but only {len(paths)} could be made in the {split} "
-                                 f"world of {len(self.names)} entities; ask for fewer questions, more entities or other shapes")
+                raise ValueError(
+                    f"atlas: {wanted} questions of shape {shape} were asked for, but only {len(paths)} could be made in the {split} "
+                    f"world of {len(self.names)} entities; ask for fewer questions, more entities or other shapes"
+                )
             drawn += [(shape, path) for path in paths]
         order = self.rng.permutation(len(drawn))
         return [self._write(f"{split}-{number}", *drawn[i]) for number, i in enumerate(order)]
@@ -293,7 +366,11 @@ class _Questioner:
             if not self.join_list:
                 return None
             row, one, two = join = _pick(self.rng, self.join_list)
-            path = [self._before(self._object((row, one))), self._before(self._object((row, two))), join]
+            path = [
+                self._before(self._object((row, one))),
+                self._before(self._object((row, two))),
+                join,
+            ]
             if depends[1] == (0,) and path[0]:
                 path.insert(0, self._before(path[0][0]))
         while len(path) < len(depends) and None not in path:
@@ -301,7 +378,9 @@ class _Questioner:
             path.append(_pick(self.rng, after) if after else None)
         if None in path:
             return None
-        met = [self._answer(part) for part in path] + [part[0] for part, needs in zip(path, depends) if not needs]
+        met = [self._answer(part) for part in path] + [
+            part[0] for part, needs in zip(path, depends) if not needs
+        ]
         return tuple(path) if len(set(met)) == len(met) else None
 
     def _before(self, row: int) -> _Hop | None:
@@ -315,21 +394,32 @@ class _Questioner:
 
     def _hop_queries(self, row: int, relation: Relation) -> list[str]:
         name = self.names[row]
-        return [f"{name} {relation.word}", *(phrase.format(x=name).removeprefix("the ") for phrase in relation.phrases), name]
+        return [
+            f"{name} {relation.word}",
+            *(phrase.format(x=name).removeprefix("the ") for phrase in relation.phrases),
+            name,
+        ]
 
     def _join_queries(self, join: _Join) -> list[str]:
         row, one, two = join
         names = [self.names[self._object((row, word))] for word in (one, two)]
         kind = self.kinds[row]
         clauses = [RELATIONS[word].clause.format(x=name) for word, name in zip((one, two), names)]
-        return [f"{names[0]} {names[1]} {kind}", join_phrase(kind, clauses).removeprefix("the "), f"{names[0]} {one} {names[1]} {two}",
-                f"{names[0]} {names[1]}"]
+        return [
+            f"{names[0]} {names[1]} {kind}",
+            join_phrase(kind, clauses).removeprefix("the "),
+            f"{names[0]} {one} {names[1]} {two}",
+            f"{names[0]} {names[1]}",
+        ]
 
     def _phrase(self, part: _Hop | _Join, nouns: list[str]) -> str:
         """Noun phrase of the answer of one sub-question about `nouns` (one of a hop, two of a join)."""
         if len(part) == 2:
             return _pick(self.rng, RELATIONS[part[1]].phrases).format(x=nouns[0])
-        return join_phrase(self.kinds[part[0]], [RELATIONS[word].clause.format(x=noun) for word, noun in zip(part[1:], nouns)])
+        return join_phrase(
+            self.kinds[part[0]],
+            [RELATIONS[word].clause.format(x=noun) for word, noun in zip(part[1:], nouns)],
+        )
 
     def _ask(self, phrase: str, row: int) -> str:
         return ask(phrase, self.kinds[row], int(self.rng.integers(len(QUESTION_FORMS))))
@@ -343,18 +433,32 @@ class _Questioner:
         return ()
 
     def _write(self, uid: str, shape: str, path: tuple) -> Question:
-        answers, nested, subs = [], [], []  # nested: noun phrases of the answers in the whole question
+        answers, nested, subs = (
+            [],
+            [],
+            [],
+        )  # nested: noun phrases of the answers in the whole question
         for part, needs in zip(path, SHAPES[shape]):
             answer = self._answer(part)
             start = [self.names[part[0]]]
-            subs.append(SubQuestion(
-                question=self._ask(self._phrase(part, [self.names[answers[i]] for i in needs] or start), answer),
-                answer=self.names[answer],
-                aliases=self._aliases(answer),
-                gold_ids=(self.first_row + part[0],),
-                queries=self.hops[part] if len(part) == 2 else self.joins[part],
-            ))
+            subs.append(
+                SubQuestion(
+                    question=self._ask(
+                        self._phrase(part, [self.names[answers[i]] for i in needs] or start), answer
+                    ),
+                    answer=self.names[answer],
+                    aliases=self._aliases(answer),
+                    gold_ids=(self.first_row + part[0],),
+                    queries=self.hops[part] if len(part) == 2 else self.joins[part],
+                )
+            )
             nested.append(self._phrase(part, [nested[i] for i in needs] or start))
             answers.append(answer)
-        return Question(uid=uid, question=self._ask(nested[-1], answer), answer=self.names[answer], aliases=self._aliases(answer),
-                        sub_questions=tuple(subs), shape=shape)
+        return Question(
+            uid=uid,
+            question=self._ask(nested[-1], answer),
+            answer=self.names[answer],
+            aliases=self._aliases(answer),
+            sub_questions=tuple(subs),
+            shape=shape,
+        )

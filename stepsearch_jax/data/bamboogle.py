@@ -3,6 +3,7 @@
 A row: `question, golden_answers[…]` and, if there is one, `id`; or `Question, Answer`, the columns of the official table. It names neither
 sub-questions nor gold documents, and brings no passages.
 """
+
 from __future__ import annotations
 
 import tensorflow_datasets as tfds
@@ -15,11 +16,20 @@ from stepsearch_jax.records import Question
 def read_question(row: Row, split: str) -> Question:
     """The question of a row."""
     answers = (row.text("Answer"),) if row.has("Answer") else row.answers("golden_answers")
-    return Question(uid=row.identifier("id", otherwise=split), question=row.text("question", "Question"), answer=answers[0], aliases=answers[1:])
+    return Question(
+        uid=row.identifier("id", otherwise=split),
+        question=row.text("question", "Question"),
+        answer=answers[0],
+        aliases=answers[1:],
+    )
 
 
-FORMAT = Format(name="Bamboogle", stems={"test": ("test", "bamboogle")}, read_question=read_question,
-                address="https://docs.google.com/spreadsheets/d/1jwcsA5kE4TObr9YHn9Gc-wQHYjTbLhDGx6tmIzMhl_U, saved as bamboogle.csv (MIT)")
+FORMAT = Format(
+    name="Bamboogle",
+    stems={"test": ("test", "bamboogle")},
+    read_question=read_question,
+    address="https://docs.google.com/spreadsheets/d/1jwcsA5kE4TObr9YHn9Gc-wQHYjTbLhDGx6tmIzMhl_U, saved as bamboogle.csv (MIT)",
+)
 
 
 class Bamboogle(OfficialBuilder):

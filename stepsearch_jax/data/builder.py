@@ -2,6 +2,7 @@
 
 The documents are no split: TFDS holds a split in memory until it is complete, and can write none of more than 1 GB without TensorFlow.
 """
+
 from __future__ import annotations
 
 import abc
@@ -47,7 +48,9 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 "questions": len(rows),
                 "sub_questions": sum(len(row.sub_questions) for row in rows),
                 "gold_documents": len({i for row in rows for i in row.gold_ids}),
-                "missing_gold_documents": len({passage for row in rows for passage in row.missing_gold}),
+                "missing_gold_documents": len(
+                    {passage for row in rows for passage in row.missing_gold}
+                ),
                 "shapes": dict(sorted(Counter(row.shape for row in rows).items())),
             }
             for split, rows in questions.items()

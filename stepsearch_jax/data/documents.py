@@ -1,4 +1,5 @@
 """The documents of a corpus in a file, a line of JSON each, memory-mapped: a process holds what it looks at, not what there is."""
+
 from __future__ import annotations
 
 import array
@@ -36,10 +37,14 @@ class StoredDocuments:
     """The documents that `write_documents` or an index left in a folder: `documents[i].id == i`. Raises ValueError where the files do not belong together."""
 
     def __init__(self, folder: pathlib.Path):
-        self._offsets = np.asarray(np.load(folder / OFFSETS, mmap_mode="r"))  # plain views of the maps: faster to cut
+        self._offsets = np.asarray(
+            np.load(folder / OFFSETS, mmap_mode="r")
+        )  # plain views of the maps: faster to cut
         self._lines = np.asarray(np.memmap(folder / CORPUS, np.uint8, mode="r"))
         if self._offsets[-1] != len(self._lines):
-            raise ValueError(f"{CORPUS} has {len(self._lines)} bytes instead of {self._offsets[-1]}")
+            raise ValueError(
+                f"{CORPUS} has {len(self._lines)} bytes instead of {self._offsets[-1]}"
+            )
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -47,7 +52,7 @@ class StoredDocuments:
     def __getitem__(self, i: int) -> Document:
         if not 0 <= i < len(self):
             raise IndexError(f"document {i} of {len(self)}")
-        row = json.loads(self._lines[self._offsets[i]:self._offsets[i + 1]].tobytes())
+        row = json.loads(self._lines[self._offsets[i] : self._offsets[i + 1]].tobytes())
         return Document(i, row["title"], row["text"])
 
 

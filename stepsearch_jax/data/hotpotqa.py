@@ -3,6 +3,7 @@
 A row: `_id` (or `id`), `question, answer, type, supporting_facts[[title, sentence]], context[[title, [sentences]]]`. It names the gold documents, but no
 sub-questions: they are the question's as a whole.
 """
+
 from __future__ import annotations
 
 import tensorflow_datasets as tfds
@@ -17,7 +18,9 @@ def read_contexts(row: Row) -> dict[str, str]:
     contexts = {}
     for i, pair in enumerate(row.lists("context")):
         match pair:
-            case [str(title), [*sentences]] if all(isinstance(sentence, str) for sentence in sentences):
+            case [str(title), [*sentences]] if all(
+                isinstance(sentence, str) for sentence in sentences
+            ):
                 contexts[title] = " ".join(sentences)
             case _:
                 raise row.fault(f"context[{i}] should be a title and a list of sentences")
@@ -26,7 +29,11 @@ def read_contexts(row: Row) -> dict[str, str]:
 
 def read_passages(row: Row) -> list[tuple[str, str]]:
     """The passages of a row that have a title and a text."""
-    return [(title, text) for title, text in read_contexts(row).items() if title.strip() and text.strip()]
+    return [
+        (title, text)
+        for title, text in read_contexts(row).items()
+        if title.strip() and text.strip()
+    ]
 
 
 def read_gold(row: Row) -> dict[str, str]:
@@ -46,14 +53,25 @@ def read_gold(row: Row) -> dict[str, str]:
 def read_question(row: Row, split: str) -> Question:
     """The question of a row."""
     gold = tuple(read_gold(row).items())
-    return Question(uid=row.identifier("_id", "id", otherwise=split), question=row.text("question"), answer=row.text("answer"), shape=row.text("type"),
-                    loose_missing_gold=gold)
+    return Question(
+        uid=row.identifier("_id", "id", otherwise=split),
+        question=row.text("question"),
+        answer=row.text("answer"),
+        shape=row.text("type"),
+        loose_missing_gold=gold,
+    )
 
 
 FORMAT = Format(
-    name="HotpotQA", stems={"train": ("train", "hotpot_train_v1.1"), "validation": ("validation", "hotpot_dev_distractor_v1")},
-    read_question=read_question, read_passages=read_passages,
-    address="http://curtis.ml.cmu.edu/datasets/hotpot/hotpot_train_v1.1.json, and hotpot_dev_distractor_v1.json beside it (CC BY-SA 4.0)")
+    name="HotpotQA",
+    stems={
+        "train": ("train", "hotpot_train_v1.1"),
+        "validation": ("validation", "hotpot_dev_distractor_v1"),
+    },
+    read_question=read_question,
+    read_passages=read_passages,
+    address="http://curtis.ml.cmu.edu/datasets/hotpot/hotpot_train_v1.1.json, and hotpot_dev_distractor_v1.json beside it (CC BY-SA 4.0)",
+)
 
 
 class HotpotQA(OfficialBuilder):

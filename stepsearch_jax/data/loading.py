@@ -1,4 +1,5 @@
 """From a config to questions and documents; and which questions an iteration takes."""
+
 from __future__ import annotations
 
 import contextlib
@@ -40,10 +41,17 @@ from stepsearch_jax.records import Document, Question
 
 logger = logging.getLogger("stepsearch_jax")
 OFFICIAL = {  # data.kind -> the builder that reads its files
-    "musique": musique.Musique, "hotpotqa": hotpotqa.HotpotQA, "2wikimultihopqa": two_wiki.TwoWiki, "bamboogle": bamboogle.Bamboogle,
-    "phantomwiki": phantomwiki.PhantomWiki, "stepsearch": stepsearch.StepSearch, "search_r1": search_r1.SearchR1,
+    "musique": musique.Musique,
+    "hotpotqa": hotpotqa.HotpotQA,
+    "2wikimultihopqa": two_wiki.TwoWiki,
+    "bamboogle": bamboogle.Bamboogle,
+    "phantomwiki": phantomwiki.PhantomWiki,
+    "stepsearch": stepsearch.StepSearch,
+    "search_r1": search_r1.SearchR1,
 }
-LEFT_S = 24 * 3600.0  # seconds without a change after which an unfinished data set belongs to no living process
+LEFT_S = (
+    24 * 3600.0
+)  # seconds without a change after which an unfinished data set belongs to no living process
 KINDS = ("atlas", *OFFICIAL)
 
 
@@ -88,8 +96,17 @@ def _naming_damage(folder: pathlib.Path) -> Iterator[None]:
     """What the stored files' readers raise for damaged ones, as a ValueError that says what to do."""
     try:
         yield
-    except (FileNotFoundError, EOFError, RuntimeError, LookupError, ValueError, json_format.Error) as error:
-        raise ValueError(f"the stored data set {folder} is damaged ({type(error).__name__}: {error}): remove this folder, and it is made again") from error
+    except (
+        FileNotFoundError,
+        EOFError,
+        RuntimeError,
+        LookupError,
+        ValueError,
+        json_format.Error,
+    ) as error:
+        raise ValueError(
+            f"the stored data set {folder} is damaged ({type(error).__name__}: {error}): remove this folder, and it is made again"
+        ) from error
 
 
 def load_source(data_config, k1: float, b: float) -> Source:
@@ -102,10 +119,20 @@ def load_source(data_config, k1: float, b: float) -> Source:
     if not train:
         return source
     if train not in source.splits:
-        raise ValueError(f"data.train_split is {train!r}, but the data set has {sorted(source.splits)}")
+        raise ValueError(
+            f"data.train_split is {train!r}, but the data set has {sorted(source.splits)}"
+        )
     if not 0 <= wanted <= len(source.splits[train]):
-        raise ValueError(f"data.train_questions is {wanted}, but split {train!r} has {len(source.splits[train])} questions (0 = all)")
-    return dataclasses.replace(source, splits={**source.splits, train: source.splits[train].first(wanted)}) if wanted else source
+        raise ValueError(
+            f"data.train_questions is {wanted}, but split {train!r} has {len(source.splits[train])} questions (0 = all)"
+        )
+    return (
+        dataclasses.replace(
+            source, splits={**source.splits, train: source.splits[train].first(wanted)}
+        )
+        if wanted
+        else source
+    )
 
 
 def open_source(data_config, k1: float, b: float) -> Source:
@@ -117,15 +144,30 @@ def open_source(data_config, k1: float, b: float) -> Source:
     dataset, digest = _make_builder(data_config, k1, b)
     dataset = _prepare(dataset, lambda: _make_builder(data_config, k1, b)[0])
     folder = pathlib.Path(dataset.data_path)
-    read = lambda split, decode, length: _Rows(dataset.as_data_source(split), decode, length, folder)
+    read = lambda split, decode, length: _Rows(
+        dataset.as_data_source(split), decode, length, folder
+    )
     with _naming_damage(folder):
         counts = dict(dataset.info.metadata)
-        splits = {split: read(split, schema.decode_question, count["questions"]) for split, count in counts["splits"].items()}
-        stored = _Rows(documents.StoredDocuments(folder), lambda document: document, counts["documents"], folder)
+        splits = {
+            split: read(split, schema.decode_question, count["questions"])
+            for split, count in counts["splits"].items()
+        }
+        stored = _Rows(
+            documents.StoredDocuments(folder),
+            lambda document: document,
+            counts["documents"],
+            folder,
+        )
     for split, count in counts["splits"].items():
         if count["missing_gold_documents"]:
-            logger.warning("%s: the corpus lacks %d of the %d gold documents of split %s; `python -m stepsearch_jax.prepare audit` names them",
-                           data_config.kind, count["missing_gold_documents"], count["missing_gold_documents"] + count["gold_documents"], split)
+            logger.warning(
+                "%s: the corpus lacks %d of the %d gold documents of split %s; `python -m stepsearch_jax.prepare audit` names them",
+                data_config.kind,
+                count["missing_gold_documents"],
+                count["missing_gold_documents"] + count["gold_documents"],
+                split,
+            )
     return Source(stored, splits, {"kind": data_config.kind, "hash": digest, **counts})
 
 
@@ -136,11 +178,15 @@ def question_rows(position: int, count: int, num_questions: int, seed: int) -> n
     and any restart, computes its own share.
     """
     if num_questions < 1 or position < 0 or count < 0:
-        raise ValueError(f"question_rows: position {position} and count {count} must not be negative, and num_questions {num_questions} not below 1")
+        raise ValueError(
+            f"question_rows: position {position} and count {count} must not be negative, and num_questions {num_questions} not below 1"
+        )
     parts = []
     while count > 0:
         epoch, start = divmod(position, num_questions)
-        taken = np.random.default_rng([seed, epoch]).permutation(num_questions)[start:start + count]
+        taken = np.random.default_rng([seed, epoch]).permutation(num_questions)[
+            start : start + count
+        ]
         parts.append(taken)
         position, count = position + len(taken), count - len(taken)
     return np.concatenate(parts) if parts else np.zeros(0, np.int64)
@@ -149,27 +195,57 @@ def question_rows(position: int, count: int, num_questions: int, seed: int) -> n
 def _make_builder(config, k1: float, b: float) -> tuple[builder.RecordsBuilder, str]:
     if config.kind == "atlas":
         a = config.atlas
-        questions = {"train": a.train_questions, "validation": a.validation_questions, "test": a.test_questions}
-        questions = {split: count for split, count in questions.items() if count}  # a split of no questions is left out
-        made = dict(seed=a.seed, entities=a.entities, extra_facts=a.extra_facts, k1=k1, b=b, shapes=tuple(a.shapes), questions=questions)
+        questions = {
+            "train": a.train_questions,
+            "validation": a.validation_questions,
+            "test": a.test_questions,
+        }
+        questions = {
+            split: count for split, count in questions.items() if count
+        }  # a split of no questions is left out
+        made = dict(
+            seed=a.seed,
+            entities=a.entities,
+            extra_facts=a.extra_facts,
+            k1=k1,
+            b=b,
+            shapes=tuple(a.shapes),
+            questions=questions,
+        )
         digest = _digest(made, atlas_grammar, atlas_world)
         builder_class, builder_config = atlas.Atlas, atlas.AtlasConfig(name=digest, **made)
     elif config.kind in OFFICIAL:
         builder_class, folder = OFFICIAL[config.kind], pathlib.Path(config.path)
         if not config.path:
-            raise FileNotFoundError(f"data.path is empty: set it to the folder of {builder_class.FORMAT.name}, from {builder_class.FORMAT.address}")
+            raise FileNotFoundError(
+                f"data.path is empty: set it to the folder of {builder_class.FORMAT.name}, from {builder_class.FORMAT.address}"
+            )
         splits, corpora = official.find_inputs(builder_class.FORMAT, folder, config.corpus)
         files = rows.describe_files((*splits.values(), *corpora))
-        digest = _digest([files, len(corpora)], official, passages, rows, hotpotqa, stepsearch, inspect.getmodule(builder_class))
+        digest = _digest(
+            [files, len(corpora)],
+            official,
+            passages,
+            rows,
+            hotpotqa,
+            stepsearch,
+            inspect.getmodule(builder_class),
+        )
         corpus = ",".join(str(path.resolve()) for path in corpora) if config.corpus else ""
-        builder_config = official.OfficialConfig(name=digest, path=str(folder.resolve()), corpus=corpus)
+        builder_config = official.OfficialConfig(
+            name=digest, path=str(folder.resolve()), corpus=corpus
+        )
     else:
         raise ValueError(f"data.kind is {config.kind!r}; known are {', '.join(KINDS)}")
     verbosity = absl_logging.get_verbosity()
-    absl_logging.set_verbosity(absl_logging.ERROR)  # every config of ours is made here, and TFDS warns of each
+    absl_logging.set_verbosity(
+        absl_logging.ERROR
+    )  # every config of ours is made here, and TFDS warns of each
     try:
         with _naming_damage(pathlib.Path(config.cache_dir) / builder_class.name / digest):
-            return builder_class(config=builder_config, data_dir=config.cache_dir, file_format="array_record"), digest
+            return builder_class(
+                config=builder_config, data_dir=config.cache_dir, file_format="array_record"
+            ), digest
     finally:
         absl_logging.set_verbosity(verbosity)
 
@@ -185,13 +261,18 @@ def _prepare(dataset: tfds.core.DatasetBuilder, remake: Callable) -> tfds.core.D
     there is removed once nobody has written to it for a day."""
     for leftover in pathlib.Path(dataset.data_path).parent.glob("incomplete.*"):
         with contextlib.suppress(OSError):  # another process has just finished it, or removed it
-            if time.time() - max(path.stat().st_mtime for path in (leftover, *leftover.rglob("*"))) > LEFT_S:
+            if (
+                time.time() - max(path.stat().st_mtime for path in (leftover, *leftover.rglob("*")))
+                > LEFT_S
+            ):
                 shutil.rmtree(leftover)
     if not pathlib.Path(dataset.data_path).is_dir():
         logger.info("making the data set %s", dataset.data_path)
     tfds.disable_progress_bar()
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # where TFDS tells of downloads; there are none
+        with contextlib.redirect_stdout(
+            io.StringIO()
+        ):  # where TFDS tells of downloads; there are none
             dataset.download_and_prepare()
     except OSError:
         dataset = remake()

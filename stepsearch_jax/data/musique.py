@@ -3,6 +3,7 @@
 A row: `id, question, answer, answer_aliases, question_decomposition[{question, answer, paragraph_support_idx}], paragraphs[{idx, title,
 paragraph_text}]`; every other field is ignored. In a sub-question, #1, #2 … are filled with the earlier answers, and it is its own accepted query.
 """
+
 from __future__ import annotations
 
 import re
@@ -32,14 +33,29 @@ def read_question(row: Row, split: str) -> Question:
     for hop in hops:
         support = hop.get("paragraph_support_idx", int)
         if support not in paragraphs:
-            raise hop.fault(f"paragraph_support_idx {support} is not the idx of a paragraph of this row")
+            raise hop.fault(
+                f"paragraph_support_idx {support} is not the idx of a paragraph of this row"
+            )
         question = _fill(hop.text("question"), [sub.answer for sub in subs], len(hops), hop)
         last = len(subs) == len(hops) - 1
-        subs.append(SubQuestion(question=question, answer=hop.text("answer"), aliases=aliases if last else (), queries=(question,),
-                                missing_gold=(paragraphs[support],)))
+        subs.append(
+            SubQuestion(
+                question=question,
+                answer=hop.text("answer"),
+                aliases=aliases if last else (),
+                queries=(question,),
+                missing_gold=(paragraphs[support],),
+            )
+        )
     uid = row.text("id")
-    return Question(uid=uid, question=row.text("question"), answer=row.text("answer"), aliases=aliases, sub_questions=tuple(subs),
-                    shape=uid.split("__")[0])
+    return Question(
+        uid=uid,
+        question=row.text("question"),
+        answer=row.text("answer"),
+        aliases=aliases,
+        sub_questions=tuple(subs),
+        shape=uid.split("__")[0],
+    )
 
 
 def _paragraphs(row: Row) -> dict[int, tuple[str, str]]:
@@ -68,8 +84,16 @@ def _fill(question: str, answers: list[str], hops: int, hop: Row) -> str:
 
 
 FORMAT = Format(
-    name="MuSiQue", stems={"train": ("train", "musique_ans_v1.0_train"), "validation": ("validation", "musique_ans_v1.0_dev"), "test": ("test",)},
-    read_question=read_question, read_passages=read_passages, address="https://github.com/StonyBrookNLP/musique (CC BY 4.0)")
+    name="MuSiQue",
+    stems={
+        "train": ("train", "musique_ans_v1.0_train"),
+        "validation": ("validation", "musique_ans_v1.0_dev"),
+        "test": ("test",),
+    },
+    read_question=read_question,
+    read_passages=read_passages,
+    address="https://github.com/StonyBrookNLP/musique (CC BY 4.0)",
+)
 
 
 class Musique(OfficialBuilder):

@@ -1,4 +1,5 @@
 """Data sets from their official files: what their TFDS builders share. Each data set says how one row is read; see musique.py, hotpotqa.py, …"""
+
 from __future__ import annotations
 
 import contextlib
@@ -48,32 +49,48 @@ class OfficialBuilder(RecordsBuilder, skip_registration=True):
     FORMAT: Format
 
     def make_records(self, stored: pathlib.Path) -> Records:
-        return read_files(self.FORMAT, pathlib.Path(self.builder_config.path), stored, self.builder_config.corpus)
+        return read_files(
+            self.FORMAT, pathlib.Path(self.builder_config.path), stored, self.builder_config.corpus
+        )
 
 
-def find_inputs(form: Format, folder: pathlib.Path, corpus: str = "") -> tuple[dict[str, pathlib.Path], list[pathlib.Path]]:
+def find_inputs(
+    form: Format, folder: pathlib.Path, corpus: str = ""
+) -> tuple[dict[str, pathlib.Path], list[pathlib.Path]]:
     """-> (the file of each split that has one, the files of the corpus).
 
     corpus: files with commas between them; "": the one beside the splits, or none, if the rows bring their own passages. Raises FileNotFoundError when
     there is no split, or no corpus; ValueError when a file is there twice.
     """
-    splits = {split: path for split, stems in form.stems.items() if (path := find_file(folder, stems))}
+    splits = {
+        split: path for split, stems in form.stems.items() if (path := find_file(folder, stems))
+    }
     if not splits:
         *others, last = form.stems
         names = f"{', '.join(others)} or {last}" if others else last
-        raise FileNotFoundError(f"no {names} file (.jsonl or .jsonl.gz, for example) in {folder}: set data.path to the folder of {form.name}, from "
-                                f"{form.address}")
-    paths = [pathlib.Path(path) for path in corpus.split(",")] if corpus else [path for path in [find_file(folder, form.corpus_stems)] if path]
+        raise FileNotFoundError(
+            f"no {names} file (.jsonl or .jsonl.gz, for example) in {folder}: set data.path to the folder of {form.name}, from "
+            f"{form.address}"
+        )
+    paths = (
+        [pathlib.Path(path) for path in corpus.split(",")]
+        if corpus
+        else [path for path in [find_file(folder, form.corpus_stems)] if path]
+    )
     for path in paths:
         if not path.is_file():
             raise FileNotFoundError(f"the corpus {path} is not there: change data.corpus")
     if not paths and form.read_passages is None:
-        raise FileNotFoundError(f"{form.name} brings no passages to search: put a corpus (corpus.jsonl, each row with title and text) into {folder}, or "
-                                "set data.corpus to one")
+        raise FileNotFoundError(
+            f"{form.name} brings no passages to search: put a corpus (corpus.jsonl, each row with title and text) into {folder}, or "
+            "set data.corpus to one"
+        )
     return splits, paths
 
 
-def read_files(form: Format, folder: pathlib.Path, stored: pathlib.Path, corpus: str = "") -> Records:
+def read_files(
+    form: Format, folder: pathlib.Path, stored: pathlib.Path, corpus: str = ""
+) -> Records:
     """Documents (id = row of the corpus) and the questions of each split that has a file; without a corpus the documents are the rows' own passages, each once.
 
     The documents are written into the folder `stored`. Raises FileNotFoundError as `find_inputs` does, and ValueError that names file and line for a
@@ -84,13 +101,21 @@ def read_files(form: Format, folder: pathlib.Path, stored: pathlib.Path, corpus:
     for split, path in splits.items():
         with contextlib.closing(read_rows(path)) as rows:
             questions[split] = [form.read_question(row, split) for row in rows]
-    documents = write_documents(read_corpus(corpora) if corpora else _read_own_passages(form, splits.values()), stored)
+    documents = write_documents(
+        read_corpus(corpora) if corpora else _read_own_passages(form, splits.values()), stored
+    )
     named = {**splits, **{f"corpus {n}" if n else "corpus": path for n, path in enumerate(corpora)}}
-    return Records(documents, locate_gold(questions, documents), {name: {"path": str(path), "sha256": hash_file(path)} for name, path in named.items()})
+    return Records(
+        documents,
+        locate_gold(questions, documents),
+        {name: {"path": str(path), "sha256": hash_file(path)} for name, path in named.items()},
+    )
 
 
 def _read_own_passages(form: Format, paths: Iterable[pathlib.Path]) -> Iterator[tuple[str, str]]:
     seen = Seen()
     for path in paths:
         with contextlib.closing(read_rows(path)) as rows:
-            yield from (passage for row in rows for passage in form.read_passages(row) if seen.add(passage))
+            yield from (
+                passage for row in rows for passage in form.read_passages(row) if seen.add(passage)
+            )

@@ -1,4 +1,5 @@
 """Passages of a corpus, and how the gold ones of a question are found among them. Of a corpus nothing is kept but what is looked for, or 16 bytes each."""
+
 from __future__ import annotations
 
 import contextlib
@@ -16,14 +17,22 @@ from stepsearch_jax.records import Document, Question
 _UNSORTED = 1 << 20  # digests that `Seen` keeps one by one before it puts them with the others
 
 
-def locate_gold(splits: dict[str, list[Question]], documents: Iterable[Document]) -> dict[str, list[Question]]:
+def locate_gold(
+    splits: dict[str, list[Question]], documents: Iterable[Document]
+) -> dict[str, list[Question]]:
     """The questions with those of their missing gold documents found that are among `documents`. Ids that they have must be ids of these documents.
 
     A passage is the first document with its title and text; without a text, the only document with its title. White space does not count at all, because
     data sets join the sentences of one and the same paragraph with a blank or without.
     """
-    wanted = (passage for question in itertools.chain(*splits.values()) for passage in question.missing_gold)
-    ids: dict[tuple[str, str | None], int | None] = dict.fromkeys(itertools.starmap(_squeeze_passage, wanted))  # None: not found
+    wanted = (
+        passage
+        for question in itertools.chain(*splits.values())
+        for passage in question.missing_gold
+    )
+    ids: dict[tuple[str, str | None], int | None] = dict.fromkeys(
+        itertools.starmap(_squeeze_passage, wanted)
+    )  # None: not found
     bearers = dict.fromkeys((title for title, _ in ids), 0)  # how many documents have the title
     for document in documents if ids else ():
         title = _squeeze(document.title)
@@ -34,19 +43,32 @@ def locate_gold(splits: dict[str, list[Question]], documents: Iterable[Document]
                     ids[key] = document.id
     ids.update({(title, None): None for title, count in bearers.items() if count > 1})
 
-    def sort(missing: tuple[tuple[str, str], ...]) -> tuple[tuple[int, ...], tuple[tuple[str, str], ...]]:
+    def sort(
+        missing: tuple[tuple[str, str], ...],
+    ) -> tuple[tuple[int, ...], tuple[tuple[str, str], ...]]:
         found = {passage: ids[_squeeze_passage(*passage)] for passage in missing}
-        return tuple(dict.fromkeys(i for i in found.values() if i is not None)), tuple(passage for passage, i in found.items() if i is None)
+        return tuple(dict.fromkeys(i for i in found.values() if i is not None)), tuple(
+            passage for passage, i in found.items() if i is None
+        )
 
     def find(question: Question) -> Question:
         subs = []
         for sub in question.sub_questions:
             found, missing = sort(sub.missing_gold)
-            subs.append(dataclasses.replace(sub, gold_ids=(*sub.gold_ids, *found), missing_gold=missing))
+            subs.append(
+                dataclasses.replace(sub, gold_ids=(*sub.gold_ids, *found), missing_gold=missing)
+            )
         found, missing = sort(question.loose_missing_gold)
-        return dataclasses.replace(question, sub_questions=tuple(subs), loose_gold_ids=(*question.loose_gold_ids, *found), loose_missing_gold=missing)
+        return dataclasses.replace(
+            question,
+            sub_questions=tuple(subs),
+            loose_gold_ids=(*question.loose_gold_ids, *found),
+            loose_missing_gold=missing,
+        )
 
-    return {split: [find(question) for question in questions] for split, questions in splits.items()}
+    return {
+        split: [find(question) for question in questions] for split, questions in splits.items()
+    }
 
 
 class Seen:
@@ -65,7 +87,9 @@ class Seen:
             return False
         self._others.add(digest)
         if len(self._others) == _UNSORTED:
-            self._sorted = np.sort(np.concatenate([self._sorted, np.array(list(self._others), "S16")]), kind="stable")
+            self._sorted = np.sort(
+                np.concatenate([self._sorted, np.array(list(self._others), "S16")]), kind="stable"
+            )
             self._others.clear()
         return True
 
@@ -76,7 +100,9 @@ class Seen:
 
 def _digest(passage: tuple[str, str]) -> bytes:
     raw = "\n".join(map(_squeeze, passage)).encode()
-    return hashlib.blake2b(raw, digest_size=16).digest().rstrip(b"\0")  # NumPy's strings have no zeros at the end
+    return (
+        hashlib.blake2b(raw, digest_size=16).digest().rstrip(b"\0")
+    )  # NumPy's strings have no zeros at the end
 
 
 def _squeeze(text: str) -> str:

@@ -5,6 +5,7 @@ several answers are right all of them are wanted: they are one answer, with comm
 `gold_titles`, whose articles are its gold documents; asked for each of them alone it is an accepted query. A first hop that looks up who has a trait
 (an occupation, a hobby, a date of birth) asks for the people instead.
 """
+
 from __future__ import annotations
 
 import tensorflow_datasets as tfds
@@ -19,24 +20,53 @@ TRAITS = {"job": "occupation", "hobby": "hobby", "dob": "date of birth", "gender
 def read_question(row: Row, split: str) -> Question:
     """The question of a row."""
     question = row.text("question")
-    subs = [_read_hop(hop, n == 0, question) for n, hop in enumerate(row.objects("hops"))] if row.has("hops") else []
-    return Question(uid=row.identifier("id", otherwise=split), question=question, answer=", ".join(row.answers("answer")), sub_questions=tuple(subs),
-                    shape=f"difficulty {row.get('difficulty', int)}")
+    subs = (
+        [_read_hop(hop, n == 0, question) for n, hop in enumerate(row.objects("hops"))]
+        if row.has("hops")
+        else []
+    )
+    return Question(
+        uid=row.identifier("id", otherwise=split),
+        question=question,
+        answer=", ".join(row.answers("answer")),
+        sub_questions=tuple(subs),
+        shape=f"difficulty {row.get('difficulty', int)}",
+    )
 
 
 def _read_hop(hop: Row, first: bool, question: str) -> SubQuestion:
-    relation, titles, values = hop.text("relation"), hop.answers("gold_titles"), hop.answers("values")
+    relation, titles, values = (
+        hop.text("relation"),
+        hop.answers("gold_titles"),
+        hop.answers("values"),
+    )
     gold = tuple((title, "") for title in titles)
-    if first and relation in TRAITS and values[0] in question and not any(title in question for title in titles):
+    if (
+        first
+        and relation in TRAITS
+        and values[0] in question
+        and not any(title in question for title in titles)
+    ):
         asked = f"Who is the person whose {TRAITS[relation]} is {values[0]}?"
-        return SubQuestion(question=asked, answer=", ".join(titles), queries=(asked,), missing_gold=gold)
+        return SubQuestion(
+            question=asked, answer=", ".join(titles), queries=(asked,), missing_gold=gold
+        )
     start = f"What is the {TRAITS[relation]}" if relation in TRAITS else f"Who is the {relation}"
-    return SubQuestion(question=f"{start} of {', '.join(titles)}?", answer=", ".join(values),
-                       queries=tuple(f"{start} of {title}?" for title in titles), missing_gold=gold)
+    return SubQuestion(
+        question=f"{start} of {', '.join(titles)}?",
+        answer=", ".join(values),
+        queries=tuple(f"{start} of {title}?" for title in titles),
+        missing_gold=gold,
+    )
 
 
-FORMAT = Format(name="PhantomWiki", stems={"test": ("questions",)}, read_question=read_question, corpus_stems=("articles", "corpus"),
-                address="https://huggingface.co/datasets/kilian-group/phantom-wiki-v1 or the generator, https://github.com/kilian-group/phantom-wiki (MIT)")
+FORMAT = Format(
+    name="PhantomWiki",
+    stems={"test": ("questions",)},
+    read_question=read_question,
+    corpus_stems=("articles", "corpus"),
+    address="https://huggingface.co/datasets/kilian-group/phantom-wiki-v1 or the generator, https://github.com/kilian-group/phantom-wiki (MIT)",
+)
 
 
 class PhantomWiki(OfficialBuilder):

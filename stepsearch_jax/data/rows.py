@@ -1,4 +1,5 @@
 """Rows of data files, each with its place, so that a fault can be named: JSON lines, JSON arrays, CSV, Parquet."""
+
 from __future__ import annotations
 
 import codecs
@@ -43,7 +44,9 @@ class Row:
             raise self.fault(f"field {name!r} is missing")
         value = self.values[name]
         if not isinstance(value, kind) or isinstance(value, bool) and kind is not bool:
-            raise self.fault(f"field {name!r} should be {kind.__name__}, not {type(value).__name__}")
+            raise self.fault(
+                f"field {name!r} should be {kind.__name__}, not {type(value).__name__}"
+            )
         if kind is str and not value.strip():
             raise self.fault(f"field {name!r} is empty")
         return value
@@ -54,9 +57,14 @@ class Row:
 
     def identifier(self, *names: str, otherwise: str) -> str:
         """The text or number in the first of these fields that is there, as text; without one, `otherwise` and the number of the row, from 0."""
-        value = next((self.values[name] for name in names if self.has(name)), f"{otherwise}_{self.number - 1}")
+        value = next(
+            (self.values[name] for name in names if self.has(name)),
+            f"{otherwise}_{self.number - 1}",
+        )
         if not isinstance(value, (str, int)) or not str(value).strip():
-            raise self.fault(f"{value!r} in {' or '.join(map(repr, names))} should be a text or a number")
+            raise self.fault(
+                f"{value!r} in {' or '.join(map(repr, names))} should be a text or a number"
+            )
         return str(value)
 
     def texts(self, name: str) -> tuple[str, ...]:
@@ -100,7 +108,9 @@ class Row:
         for i, value in enumerate(values):
             if not isinstance(value, dict):
                 raise self.fault(f"{name}[{i}] should be an object, not {type(value).__name__}")
-        return [Row(value, f"{self.where}, {name}[{i}]", self.number) for i, value in enumerate(values)]
+        return [
+            Row(value, f"{self.where}, {name}[{i}]", self.number) for i, value in enumerate(values)
+        ]
 
 
 def describe_files(files: Sequence[pathlib.Path]) -> list[list]:
@@ -110,13 +120,19 @@ def describe_files(files: Sequence[pathlib.Path]) -> list[list]:
     """
     for path in files:
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is {'a folder: name the files in it' if path.is_dir() else 'not there'}")
+            raise FileNotFoundError(
+                f"{path} is {'a folder: name the files in it' if path.is_dir() else 'not there'}"
+            )
     return [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
 def find_file(folder: pathlib.Path, stems: Sequence[str]) -> pathlib.Path | None:
     """The file in `folder` that has one of these names and an ending that can be read. Raises ValueError when there are two."""
-    found = [path for path in (folder / f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES) if path.is_file()]
+    found = [
+        path
+        for path in (folder / f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES)
+        if path.is_file()
+    ]
     if len(found) > 1:
         raise ValueError(f"{found[0]} and {found[1]} are the same split twice: remove one of them")
     return found[0] if found else None
@@ -133,13 +149,19 @@ def read_rows(path: pathlib.Path) -> Iterator[Row]:
         raise ValueError(f"{path}: the name should end in one of {', '.join(SUFFIXES)}")
     number = 0
     try:
-        for place, value in tqdm(_read_values(path), desc=f"reading {path.name}", unit=" rows", leave=False):
+        for place, value in tqdm(
+            _read_values(path), desc=f"reading {path.name}", unit=" rows", leave=False
+        ):
             number += 1
             if not isinstance(value, dict):
-                raise ValueError(f"{path}, {place}: a JSON object is needed, not {type(value).__name__}")
+                raise ValueError(
+                    f"{path}, {place}: a JSON object is needed, not {type(value).__name__}"
+                )
             yield Row(value, f"{path}, {place}", number)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: behind row {number} the file cannot be read ({error}); fetch it again") from None
+        raise ValueError(
+            f"{path}: behind row {number} the file cannot be read ({error}); fetch it again"
+        ) from None
     if not number:
         raise ValueError(f"{path}: the file is empty; at least one row is needed")
 
@@ -164,7 +186,11 @@ def _read_values(path: pathlib.Path) -> Iterator[tuple[str, object]]:
         while start and start in _BEFORE_JSON:
             start = file.read(1)
         file.seek(0)
-        yield from _read_array(path, "".join(_decode_lines(path, file))) if kind == "json" and start == b"[" else _read_lines(path, file)
+        yield from (
+            _read_array(path, "".join(_decode_lines(path, file)))
+            if kind == "json" and start == b"["
+            else _read_lines(path, file)
+        )
 
 
 def _decode_lines(path: pathlib.Path, file: Iterable[bytes]) -> Iterator[str]:
@@ -173,17 +199,23 @@ def _decode_lines(path: pathlib.Path, file: Iterable[bytes]) -> Iterator[str]:
         try:
             yield (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).decode()
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not UTF-8 ({error.reason} {error.object[error.start]:#04x}); save the file as UTF-8") from None
+            raise ValueError(
+                f"{path}, line {number}: not UTF-8 ({error.reason} {error.object[error.start]:#04x}); save the file as UTF-8"
+            ) from None
 
 
 def _read_table(path: pathlib.Path, file: Iterable[bytes]) -> Iterator[tuple[str, object]]:
     reader = csv.DictReader(_decode_lines(path, file))
     try:
-        reader.fieldnames = next(filter(None, reader.reader), None)  # by itself it skips empty lines only behind them
+        reader.fieldnames = next(
+            filter(None, reader.reader), None
+        )  # by itself it skips empty lines only behind them
         for values in reader:
             yield f"line {reader.line_num}", values
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.reader.line_num}: not CSV, or a longer text than CSV may hold ({error}); a .jsonl file may hold any") from None
+        raise ValueError(
+            f"{path}, line {reader.reader.line_num}: not CSV, or a longer text than CSV may hold ({error}); a .jsonl file may hold any"
+        ) from None
 
 
 def _read_lines(path: pathlib.Path, file: Iterable[bytes]) -> Iterator[tuple[str, object]]:
@@ -198,7 +230,7 @@ def _read_lines(path: pathlib.Path, file: Iterable[bytes]) -> Iterator[tuple[str
 def _read_array(path: pathlib.Path, text: str) -> Iterator[tuple[str, object]]:
     """One element after the other: the objects of a file of 600 MB need not stand in memory all at once."""
     position, line, counted = _skip(text, text.index("[") + 1), 1, 0
-    more = text[position:position + 1] != "]"
+    more = text[position : position + 1] != "]"
     while more:
         line, counted = line + text.count("\n", counted, position), position
         with _naming_line(path, line):
@@ -206,14 +238,18 @@ def _read_array(path: pathlib.Path, text: str) -> Iterator[tuple[str, object]]:
         _check_pairs(path, line, text[counted:position], value)
         yield f"line {line}", value
         position = _skip(text, position)
-        more = text[position:position + 1] == ","
+        more = text[position : position + 1] == ","
         if more:
             position = _skip(text, position + 1)
-        elif text[position:position + 1] != "]":
-            raise ValueError(f"{path}, line {line}: not JSON (a comma or the end of the array is missing behind this row)")
+        elif text[position : position + 1] != "]":
+            raise ValueError(
+                f"{path}, line {line}: not JSON (a comma or the end of the array is missing behind this row)"
+            )
     rest = _skip(text, position + 1)
     if rest < len(text):
-        raise ValueError(f"{path}, line {1 + text.count(chr(10), 0, rest)}: not JSON (text behind the end of the array)")
+        raise ValueError(
+            f"{path}, line {1 + text.count(chr(10), 0, rest)}: not JSON (text behind the end of the array)"
+        )
 
 
 @contextlib.contextmanager
@@ -224,7 +260,9 @@ def _naming_line(path: pathlib.Path, line: int) -> Iterator[None]:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {max(line, error.lineno)}: not JSON ({error})") from None
     except RecursionError:
-        raise ValueError(f"{path}, line {line}: lists and objects lie too deep in one another") from None
+        raise ValueError(
+            f"{path}, line {line}: lists and objects lie too deep in one another"
+        ) from None
     except ValueError as error:  # a number of thousands of digits
         raise ValueError(f"{path}, line {line}: {error}") from None
 
@@ -235,12 +273,14 @@ def _check_pairs(path: pathlib.Path, line: int, raw: str, value: object) -> None
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"{path}, line {line}: {error.object[error.start]!r} is half of a surrogate pair, not text; remove it") from None
+            raise ValueError(
+                f"{path}, line {line}: {error.object[error.start]!r} is half of a surrogate pair, not text; remove it"
+            ) from None
 
 
 def _skip(text: str, position: int) -> int:
     """The next position that holds no white space."""
-    while text[position:position + 1].isspace():
+    while text[position : position + 1].isspace():
         position += 1
     return position
 
@@ -257,4 +297,6 @@ def _read_parquet(path: pathlib.Path) -> Iterator[tuple[str, object]]:
                     number += 1
                     yield f"row {number}", values
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise ValueError(f"{path}: behind row {number} it cannot be read as a Parquet file ({error}); fetch it again") from None
+        raise ValueError(
+            f"{path}: behind row {number} it cannot be read as a Parquet file ({error}); fetch it again"
+        ) from None

@@ -1,4 +1,5 @@
 """Questions as flat rows of strings, the form in which they are stored: nested parts are JSON text, so that no stored feature is ragged."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -11,19 +12,38 @@ COLUMNS = ("uid", "question", "answer", "aliases", "sub_questions", "shape", "lo
 
 def encode_question(question: Question) -> dict[str, str]:
     """The row of a question."""
-    return dict(uid=question.uid, question=question.question, answer=question.answer, aliases=_dump(question.aliases),
-                sub_questions=_dump([dataclasses.asdict(sub) for sub in question.sub_questions]), shape=question.shape,
-                loose_gold=_dump([question.loose_gold_ids, question.loose_missing_gold]))
+    return dict(
+        uid=question.uid,
+        question=question.question,
+        answer=question.answer,
+        aliases=_dump(question.aliases),
+        sub_questions=_dump([dataclasses.asdict(sub) for sub in question.sub_questions]),
+        shape=question.shape,
+        loose_gold=_dump([question.loose_gold_ids, question.loose_missing_gold]),
+    )
 
 
 def decode_question(row: dict[str, str | bytes]) -> Question:
     """The question of a row; values may be UTF-8 bytes, as files return them."""
     texts = {name: _text(row[name]) for name in COLUMNS}
-    subs = [SubQuestion(question=sub["question"], answer=sub["answer"], aliases=tuple(sub["aliases"]), gold_ids=tuple(sub["gold_ids"]),
-                        queries=tuple(sub["queries"]), missing_gold=_pairs(sub["missing_gold"])) for sub in json.loads(texts.pop("sub_questions"))]
+    subs = [
+        SubQuestion(
+            question=sub["question"],
+            answer=sub["answer"],
+            aliases=tuple(sub["aliases"]),
+            gold_ids=tuple(sub["gold_ids"]),
+            queries=tuple(sub["queries"]),
+            missing_gold=_pairs(sub["missing_gold"]),
+        )
+        for sub in json.loads(texts.pop("sub_questions"))
+    ]
     ids, missing = json.loads(texts.pop("loose_gold"))
-    return Question(**{**texts, "aliases": tuple(json.loads(texts["aliases"]))}, sub_questions=tuple(subs), loose_gold_ids=tuple(ids),
-                    loose_missing_gold=_pairs(missing))
+    return Question(
+        **{**texts, "aliases": tuple(json.loads(texts["aliases"]))},
+        sub_questions=tuple(subs),
+        loose_gold_ids=tuple(ids),
+        loose_missing_gold=_pairs(missing),
+    )
 
 
 def _pairs(values: list[list[str]]) -> tuple[tuple[str, str], ...]:

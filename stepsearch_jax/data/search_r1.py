@@ -4,6 +4,7 @@ A row: `question`, or a `prompt[{role, content}]` at whose end it stands behind 
 `data_source`, its shape. If there are any, `reward_model.ground_truth.search_keys[[query, …], …]` are accepted queries and
 `extra_info.support_docs[{title, paragraph_text}, …]` gold documents (data/stepsearch.py). The corpus is Search-R1's own, or another.
 """
+
 from __future__ import annotations
 
 import tensorflow_datasets as tfds
@@ -24,12 +25,22 @@ def read_question(row: Row, split: str) -> Question:
     elif truth is None:
         raise row.fault("field 'golden_answers' is missing, and so is 'reward_model'")
     else:
-        answers = (truth.text("target"),) if isinstance(truth.values.get("target"), str) else truth.answers("target")
+        answers = (
+            (truth.text("target"),)
+            if isinstance(truth.values.get("target"), str)
+            else truth.answers("target")
+        )
     queries = read_queries(truth, "search_keys") if truth and truth.has("search_keys") else []
     extra = row.object("extra_info") if row.has("extra_info") else None
     documents = read_documents(extra, "support_docs") if extra and extra.has("support_docs") else []
-    return Question(uid=row.identifier("id", otherwise=split), question=_read_text(row), answer=answers[0], aliases=answers[1:], shape=row.text("data_source"),
-                    **make_sub_questions(queries, documents))
+    return Question(
+        uid=row.identifier("id", otherwise=split),
+        question=_read_text(row),
+        answer=answers[0],
+        aliases=answers[1:],
+        shape=row.text("data_source"),
+        **make_sub_questions(queries, documents),
+    )
 
 
 def _read_text(row: Row) -> str:
@@ -43,9 +54,12 @@ def _read_text(row: Row) -> str:
 
 
 FORMAT = Format(
-    name="Search-R1", stems={split: (split,) for split in ("train", "validation", "test")}, read_question=read_question,
+    name="Search-R1",
+    stems={split: (split,) for split in ("train", "validation", "test")},
+    read_question=read_question,
     corpus_stems=("corpus", "wiki-18"),
-    address="https://huggingface.co/datasets/PeterJinGo/nq_hotpotqa_train, and its corpus from https://huggingface.co/datasets/PeterJinGo/wiki-18-corpus")
+    address="https://huggingface.co/datasets/PeterJinGo/nq_hotpotqa_train, and its corpus from https://huggingface.co/datasets/PeterJinGo/wiki-18-corpus",
+)
 
 
 class SearchR1(OfficialBuilder):

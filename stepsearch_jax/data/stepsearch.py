@@ -5,6 +5,7 @@ A row: `question, final_answer, answer_aliases, sub_searchs[[query, …], …], 
 as a whole. A list of queries is a sub-question; without `sub_questions`, its text is its first query, and no list may be empty. Where there are as many
 documents (or lists of them) as lists of queries, each is the gold document of its sub-question; otherwise all are the question's as a whole.
 """
+
 from __future__ import annotations
 
 import tensorflow_datasets as tfds
@@ -18,7 +19,9 @@ def read_queries(row: Row, name: str, empty: bool = False) -> list[tuple[str, ..
     """The accepted queries of each sub-question. empty: there may be none."""
     groups = row.lists(name)
     for i, group in enumerate(groups):
-        if not (group or empty) or not all(isinstance(query, str) and query.strip() for query in group):
+        if not (group or empty) or not all(
+            isinstance(query, str) and query.strip() for query in group
+        ):
             raise row.fault(f"{name}[{i}] should hold at least one query, and nothing but queries")
     return [tuple(dict.fromkeys(group)) for group in groups]
 
@@ -27,21 +30,46 @@ def read_documents(row: Row, name: str) -> list[list[tuple[str, str]]]:
     """Title and text of gold documents: groups of them, also where the row names them one by one. Without a text, the title says which one is meant."""
     groups = []
     for i, entry in enumerate(row.get(name, list)):
-        documents = [Row(value, f"{row.where}, {name}[{i}]", row.number) if isinstance(value, dict) else None
-                     for value in (entry if isinstance(entry, list) else [entry])]
+        documents = [
+            Row(value, f"{row.where}, {name}[{i}]", row.number) if isinstance(value, dict) else None
+            for value in (entry if isinstance(entry, list) else [entry])
+        ]
         if None in documents:
-            raise row.fault(f"{name}[{i}] should be an object with title and paragraph_text, or a list of such")
-        groups.append([(document.text("title"), document.text("paragraph_text") if document.has("paragraph_text") else "") for document in documents])
+            raise row.fault(
+                f"{name}[{i}] should be an object with title and paragraph_text, or a list of such"
+            )
+        groups.append(
+            [
+                (
+                    document.text("title"),
+                    document.text("paragraph_text") if document.has("paragraph_text") else "",
+                )
+                for document in documents
+            ]
+        )
     return groups
 
 
-def make_sub_questions(queries: list[tuple[str, ...]], documents: list[list[tuple[str, str]]], questions=(), answers=(), aliases=()) -> dict:
+def make_sub_questions(
+    queries: list[tuple[str, ...]],
+    documents: list[list[tuple[str, str]]],
+    questions=(),
+    answers=(),
+    aliases=(),
+) -> dict:
     """Sub-questions and loose gold documents, as arguments of Question. questions, answers, aliases: of each list of queries, or ()."""
     paired = len(queries) == len(documents)
     subs = []
     for i, group in enumerate(queries):
-        subs.append(SubQuestion(question=questions[i] if questions else group[0], answer=answers[i] if answers else "",
-                                aliases=aliases[i] if aliases else (), queries=group, missing_gold=tuple(documents[i]) if paired else ()))
+        subs.append(
+            SubQuestion(
+                question=questions[i] if questions else group[0],
+                answer=answers[i] if answers else "",
+                aliases=aliases[i] if aliases else (),
+                queries=group,
+                missing_gold=tuple(documents[i]) if paired else (),
+            )
+        )
     return dict(sub_questions=tuple(subs), loose_missing_gold=() if paired else _join(documents))
 
 
@@ -51,28 +79,49 @@ def _join(groups: list[list[tuple[str, str]]]) -> tuple[tuple[str, str], ...]:
 
 def read_passages(row: Row) -> list[tuple[str, str]]:
     """The gold documents of a row, those named by title alone excepted; it has no others."""
-    groups = read_documents(row, "sub_support_docs") + (read_documents(row, "support_docs") if row.has("support_docs") else [])
+    groups = read_documents(row, "sub_support_docs") + (
+        read_documents(row, "support_docs") if row.has("support_docs") else []
+    )
     return [(title, text) for group in groups for title, text in group if text]
 
 
 def read_question(row: Row, split: str) -> Question:
     """The question of a row."""
     queries = read_queries(row, "sub_searchs", empty=row.has("sub_questions"))
-    given = {name: row.texts(name) if row.has(name) else () for name in ("sub_questions", "sub_answers")}
-    given["sub_answer_aliases"] = read_queries(row, "sub_answer_aliases", empty=True) if row.has("sub_answer_aliases") else ()
+    given = {
+        name: row.texts(name) if row.has(name) else () for name in ("sub_questions", "sub_answers")
+    }
+    given["sub_answer_aliases"] = (
+        read_queries(row, "sub_answer_aliases", empty=True) if row.has("sub_answer_aliases") else ()
+    )
     for name, values in given.items():
         if values and len(values) != len(queries):
-            raise row.fault(f"{name!r} has {len(values)} entries, but 'sub_searchs' has {len(queries)}")
+            raise row.fault(
+                f"{name!r} has {len(values)} entries, but 'sub_searchs' has {len(queries)}"
+            )
     parts = make_sub_questions(queries, read_documents(row, "sub_support_docs"), *given.values())
     if row.has("support_docs"):
         parts["loose_missing_gold"] += _join(read_documents(row, "support_docs"))
-    return Question(uid=row.identifier("id", otherwise=split), question=row.text("question"), answer=row.text("final_answer"),
-                    aliases=row.aliases("answer_aliases"), shape=row.text("shape") if row.has("shape") else f"{len(queries)}hop", **parts)
+    return Question(
+        uid=row.identifier("id", otherwise=split),
+        question=row.text("question"),
+        answer=row.text("final_answer"),
+        aliases=row.aliases("answer_aliases"),
+        shape=row.text("shape") if row.has("shape") else f"{len(queries)}hop",
+        **parts,
+    )
 
 
 FORMAT = Format(
-    name="StepSearch", stems={"train": ("train", "musi_answerable_train"), "validation": ("validation", "musi_answerable_dev")},
-    read_question=read_question, read_passages=read_passages, address="https://github.com/Zillwang/StepSearch")
+    name="StepSearch",
+    stems={
+        "train": ("train", "musi_answerable_train"),
+        "validation": ("validation", "musi_answerable_dev"),
+    },
+    read_question=read_question,
+    read_passages=read_passages,
+    address="https://github.com/Zillwang/StepSearch",
+)
 
 
 class StepSearch(OfficialBuilder):

@@ -5,6 +5,7 @@ where the row has some, and made from subject and relation otherwise. Objects of
 The gold document of a sub-question is its subject's article. Subjects are not always called as their articles are: what cannot be told apart with
 certainty stays a gold document of the question as a whole.
 """
+
 from __future__ import annotations
 
 import re
@@ -27,10 +28,24 @@ def read_question(row: Row, split: str) -> Question:
     subs = []
     for (subject, _), (question, *answers) in hops.items():
         articles = ((titles[subject], gold[titles[subject]]),) if subject in titles else ()
-        subs.append(SubQuestion(question=question, answer=answers[0], aliases=tuple(answers[1:]), queries=(question,), missing_gold=articles))
+        subs.append(
+            SubQuestion(
+                question=question,
+                answer=answers[0],
+                aliases=tuple(answers[1:]),
+                queries=(question,),
+                missing_gold=articles,
+            )
+        )
     loose = tuple((title, text) for title, text in gold.items() if title not in titles.values())
-    return Question(uid=row.identifier("_id", "id", otherwise=split), question=row.text("question"), answer=row.text("answer"),
-                    sub_questions=tuple(subs), shape=row.text("type"), loose_missing_gold=loose)
+    return Question(
+        uid=row.identifier("_id", "id", otherwise=split),
+        question=row.text("question"),
+        answer=row.text("answer"),
+        sub_questions=tuple(subs),
+        shape=row.text("type"),
+        loose_missing_gold=loose,
+    )
 
 
 def match_titles(subjects: list[str], titles: list[str]) -> dict[str, str]:
@@ -38,11 +53,17 @@ def match_titles(subjects: list[str], titles: list[str]) -> dict[str, str]:
     found = {subject: subject for subject in subjects if subject in titles}
 
     def left() -> tuple[list[str], list[str]]:
-        return [subject for subject in subjects if subject not in found], [title for title in titles if title not in found.values()]
+        return [subject for subject in subjects if subject not in found], [
+            title for title in titles if title not in found.values()
+        ]
 
     open_subjects, open_titles = left()
     for subject in open_subjects:
-        alike = [title for title in open_titles if title not in found.values() and _plain(title) == _plain(subject)]
+        alike = [
+            title
+            for title in open_titles
+            if title not in found.values() and _plain(title) == _plain(subject)
+        ]
         if len(alike) == 1:
             found[subject] = alike[0]
     open_subjects, open_titles = left()
@@ -58,13 +79,19 @@ def _plain(title: str) -> str:
 def _read_hops(row: Row) -> dict[tuple[str, str], list[str]]:
     """(subject, relation) -> the sub-question and its answers."""
     evidences = row.lists("evidences")
-    written = [pair.text("question") for pair in row.objects("qa_pairs")] if row.has("qa_pairs") else None
+    written = (
+        [pair.text("question") for pair in row.objects("qa_pairs")] if row.has("qa_pairs") else None
+    )
     if written is not None and len(written) != len(evidences):
-        raise row.fault(f"'qa_pairs' holds {len(written)} pairs for {len(evidences)} evidences; it should hold one for each")
+        raise row.fault(
+            f"'qa_pairs' holds {len(written)} pairs for {len(evidences)} evidences; it should hold one for each"
+        )
     hops: dict[tuple[str, str], list[str]] = {}
     for i, evidence in enumerate(evidences):
         match evidence:
-            case [str(subject), str(relation), str(answer)] if subject.strip() and relation.strip() and answer.strip():
+            case [str(subject), str(relation), str(answer)] if (
+                subject.strip() and relation.strip() and answer.strip()
+            ):
                 question = written[i] if written else f"What is the {relation} of {subject}?"
                 hops.setdefault((subject, relation), [question]).append(answer)
             case _:
@@ -73,8 +100,12 @@ def _read_hops(row: Row) -> dict[tuple[str, str], list[str]]:
 
 
 FORMAT = Format(
-    name="2WikiMultihopQA", stems={"train": ("train",), "validation": ("validation", "dev")}, read_question=read_question,
-    read_passages=hotpotqa.read_passages, address="https://github.com/Alab-NII/2wikimultihop (Apache-2.0)")
+    name="2WikiMultihopQA",
+    stems={"train": ("train",), "validation": ("validation", "dev")},
+    read_question=read_question,
+    read_passages=hotpotqa.read_passages,
+    address="https://github.com/Alab-NII/2wikimultihop (Apache-2.0)",
+)
 
 
 class TwoWiki(OfficialBuilder):

@@ -3,6 +3,7 @@
 Axis letters: B batch, T tokens, D embed, N heads, H head dim, F ffn, V vocabulary, L layers. Numbers are float32; on accelerators matrix products take the
 platform's default precision.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -48,11 +49,17 @@ class Layer(nn.Module):
         c = self.config
         B, T, D = x.shape
         heads = (B, T, c.num_heads, D // c.num_heads)
-        q, k, v = (nn.Dense(D, name=name)(x).reshape(heads) for name in ("query", "key", "value"))  # [B, T, N, H]
+        q, k, v = (
+            nn.Dense(D, name=name)(x).reshape(heads) for name in ("query", "key", "value")
+        )  # [B, T, N, H]
         scores = jnp.einsum("bsnh,btnh->bnst", q, k) * heads[-1] ** -0.5
-        weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, -1e30), axis=-1)  # [B, N, T, T]
+        weights = jax.nn.softmax(
+            jnp.where(mask[:, None, None], scores, -1e30), axis=-1
+        )  # [B, N, T, T]
         attended = jnp.einsum("bnst,btnh->bsnh", weights, v).reshape(B, T, D)
-        x = nn.LayerNorm(c.norm_eps, name="attention_norm")(x + nn.Dense(D, name="attention_out")(attended))
+        x = nn.LayerNorm(c.norm_eps, name="attention_norm")(
+            x + nn.Dense(D, name="attention_out")(attended)
+        )
         hidden = nn.gelu(nn.Dense(c.ffn_dim, name="up")(x), approximate=False)  # [B, T, F]
         return nn.LayerNorm(c.norm_eps, name="ffn_norm")(x + nn.Dense(D, name="down")(hidden)), None
 
@@ -67,13 +74,33 @@ class Encoder(nn.Module):
         """tokens [B, T] int32, right padded; length [B] int32, at least 1 -> vectors [B, D] float32."""
         c = self.config
         mask = jnp.arange(tokens.shape[1]) < length[:, None]  # [B, T]
-        table = lambda name, rows: self.param(name, nn.initializers.normal(0.02), (rows, c.embed_dim))
-        x = table("words", c.vocab_size)[tokens] + table("positions", c.positions)[: tokens.shape[1]] + table("token_types", c.token_types)[0]
+        table = lambda name, rows: self.param(
+            name, nn.initializers.normal(0.02), (rows, c.embed_dim)
+        )
+        x = (
+            table("words", c.vocab_size)[tokens]
+            + table("positions", c.positions)[: tokens.shape[1]]
+            + table("token_types", c.token_types)[0]
+        )
         x = nn.LayerNorm(c.norm_eps, name="embedding_norm")(x)  # [B, T, D]
-        layers = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.num_layers, in_axes=nn.broadcast)
+        layers = nn.scan(
+            Layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=c.num_layers,
+            in_axes=nn.broadcast,
+        )
         x, _ = layers(c, name="layers")(x, mask)
-        vector = x[:, 0] if c.pooling == "cls" else jnp.where(mask[..., None], x, 0).sum(1) / length[:, None]
-        return vector / jnp.maximum(jnp.linalg.norm(vector, axis=-1, keepdims=True), 1e-12) if c.normalize else vector
+        vector = (
+            x[:, 0]
+            if c.pooling == "cls"
+            else jnp.where(mask[..., None], x, 0).sum(1) / length[:, None]
+        )
+        return (
+            vector / jnp.maximum(jnp.linalg.norm(vector, axis=-1, keepdims=True), 1e-12)
+            if c.normalize
+            else vector
+        )
 
 
 def read_encoder_config(folder: pathlib.Path) -> EncoderConfig:
@@ -83,19 +110,37 @@ def read_encoder_config(folder: pathlib.Path) -> EncoderConfig:
     """
     raw = _read_json(folder / "config.json")
     if raw is None:
-        raise FileNotFoundError(f"there is no {folder / 'config.json'}: an encoder is a folder with config.json, *.safetensors and tokenizer.json")
-    for key, only in (("model_type", "bert"), ("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
+        raise FileNotFoundError(
+            f"there is no {folder / 'config.json'}: an encoder is a folder with config.json, *.safetensors and tokenizer.json"
+        )
+    for key, only in (
+        ("model_type", "bert"),
+        ("hidden_act", "gelu"),
+        ("position_embedding_type", "absolute"),
+    ):
         if raw.get(key, only if key != "model_type" else None) != only:
-            raise ValueError(f"{folder / 'config.json'}: {key} is {raw.get(key)!r}; only {only!r} is supported")
+            raise ValueError(
+                f"{folder / 'config.json'}: {key} is {raw.get(key)!r}; only {only!r} is supported"
+            )
     pooling, normalize = _read_modules(folder)
     settings = _read_json(folder / "sentence_bert_config.json") or {}
     try:
         return EncoderConfig(
-            vocab_size=raw["vocab_size"], num_layers=raw["num_hidden_layers"], embed_dim=raw["hidden_size"], num_heads=raw["num_attention_heads"],
-            ffn_dim=raw["intermediate_size"], positions=raw["max_position_embeddings"], token_types=raw["type_vocab_size"],
-            norm_eps=float(raw["layer_norm_eps"]), max_tokens=min(settings.get("max_seq_length") or raw["max_position_embeddings"],
-                                                                  raw["max_position_embeddings"]),
-            pooling=pooling, normalize=normalize)
+            vocab_size=raw["vocab_size"],
+            num_layers=raw["num_hidden_layers"],
+            embed_dim=raw["hidden_size"],
+            num_heads=raw["num_attention_heads"],
+            ffn_dim=raw["intermediate_size"],
+            positions=raw["max_position_embeddings"],
+            token_types=raw["type_vocab_size"],
+            norm_eps=float(raw["layer_norm_eps"]),
+            max_tokens=min(
+                settings.get("max_seq_length") or raw["max_position_embeddings"],
+                raw["max_position_embeddings"],
+            ),
+            pooling=pooling,
+            normalize=normalize,
+        )
     except KeyError as error:
         raise ValueError(f"{folder / 'config.json'} lacks the key {error}") from error
 
@@ -107,12 +152,24 @@ def _read_modules(folder: pathlib.Path) -> tuple[str, bool]:
         return "mean", True
     kinds = {module["type"].rpartition(".")[2]: module["path"] for module in modules}
     if unknown := set(kinds) - {"Transformer", "Pooling", "Normalize"}:
-        raise ValueError(f"{folder / 'modules.json'} holds {', '.join(sorted(unknown))}; supported are Transformer, Pooling and Normalize")
+        raise ValueError(
+            f"{folder / 'modules.json'} holds {', '.join(sorted(unknown))}; supported are Transformer, Pooling and Normalize"
+        )
     file = folder / kinds.get("Pooling", "") / "config.json"
-    modes = [key for key, value in (_read_json(file) or {}).items() if key.startswith("pooling_mode") and value is True]
-    pooling = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}.get(modes[0]) if len(modes) == 1 else None
+    modes = [
+        key
+        for key, value in (_read_json(file) or {}).items()
+        if key.startswith("pooling_mode") and value is True
+    ]
+    pooling = (
+        {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}.get(modes[0])
+        if len(modes) == 1
+        else None
+    )
     if pooling is None:
-        raise ValueError(f"{file}: the pooling is {', '.join(modes) or 'not named'}; supported are {' and '.join(POOLINGS)} alone")
+        raise ValueError(
+            f"{file}: the pooling is {', '.join(modes) or 'not named'}; supported are {' and '.join(POOLINGS)} alone"
+        )
     return pooling, "Normalize" in kinds
 
 
@@ -135,25 +192,47 @@ def load_encoder(folder: pathlib.Path, config: EncoderConfig) -> dict:
         """A tensor, with zeros in its place if it does not fit; a matrix of a linear map comes back inputs first."""
         stored = tensors.get(prefix + name)
         if stored is None or stored.shape != shape:
-            faults.append(f"{prefix}{name} {list(shape)} is {'missing' if stored is None else list(stored.shape)}")
+            faults.append(
+                f"{prefix}{name} {list(shape)} is {'missing' if stored is None else list(stored.shape)}"
+            )
             return np.zeros(shape, np.float32)
         return np.asarray(stored.read(), np.float32)
 
     D, F = config.embed_dim, config.ffn_dim
-    dense = lambda name, inputs, outputs: {"kernel": read(f"{name}.weight", (outputs, inputs)).T, "bias": read(f"{name}.bias", (outputs,))}
+    dense = lambda name, inputs, outputs: {
+        "kernel": read(f"{name}.weight", (outputs, inputs)).T,
+        "bias": read(f"{name}.bias", (outputs,)),
+    }
     norm = lambda name: {"scale": read(f"{name}.weight", (D,)), "bias": read(f"{name}.bias", (D,))}
     layers = []
     for number in range(config.num_layers):
         at = f"encoder.layer.{number}"
-        layers.append({
-            **{name: dense(f"{at}.attention.self.{name}", D, D) for name in ("query", "key", "value")},
-            "attention_out": dense(f"{at}.attention.output.dense", D, D), "attention_norm": norm(f"{at}.attention.output.LayerNorm"),
-            "up": dense(f"{at}.intermediate.dense", D, F), "down": dense(f"{at}.output.dense", F, D), "ffn_norm": norm(f"{at}.output.LayerNorm")})
-    params = {"embedding_norm": norm("embeddings.LayerNorm"), "layers": jax.tree.map(lambda *leaves: np.stack(leaves), *layers)}
-    for ours, theirs, rows in (("words", "word_embeddings", config.vocab_size), ("positions", "position_embeddings", config.positions),
-                               ("token_types", "token_type_embeddings", config.token_types)):
+        layers.append(
+            {
+                **{
+                    name: dense(f"{at}.attention.self.{name}", D, D)
+                    for name in ("query", "key", "value")
+                },
+                "attention_out": dense(f"{at}.attention.output.dense", D, D),
+                "attention_norm": norm(f"{at}.attention.output.LayerNorm"),
+                "up": dense(f"{at}.intermediate.dense", D, F),
+                "down": dense(f"{at}.output.dense", F, D),
+                "ffn_norm": norm(f"{at}.output.LayerNorm"),
+            }
+        )
+    params = {
+        "embedding_norm": norm("embeddings.LayerNorm"),
+        "layers": jax.tree.map(lambda *leaves: np.stack(leaves), *layers),
+    }
+    for ours, theirs, rows in (
+        ("words", "word_embeddings", config.vocab_size),
+        ("positions", "position_embeddings", config.positions),
+        ("token_types", "token_type_embeddings", config.token_types),
+    ):
         params[ours] = read(f"embeddings.{theirs}.weight", (rows, D))
     if faults:
         more = f"; and {len(faults) - FAULTS_TOLD} more" if len(faults) > FAULTS_TOLD else ""
-        raise ValueError(f"the encoder {folder} does not fit its config.json: {'; '.join(faults[:FAULTS_TOLD])}{more}")
+        raise ValueError(
+            f"the encoder {folder} does not fit its config.json: {'; '.join(faults[:FAULTS_TOLD])}{more}"
+        )
     return {"params": params}

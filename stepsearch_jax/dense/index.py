@@ -3,6 +3,7 @@
 It runs device programs, so it may only be called where none is running that waits for it: between the two halves of `config.rollout.search="host"`, outside
 of episodes, or in a server.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -55,7 +56,7 @@ class TextEncoder:
         order = np.argsort([len(row) for row in ids], kind="stable")
         vectors = np.zeros((len(ids), self.width), np.float32)
         for start in range(0, len(order), self._batch):
-            rows = order[start:start + self._batch]
+            rows = order[start : start + self._batch]
             vectors[rows] = self._embed_batch([ids[row] for row in rows])
         return vectors
 
@@ -63,14 +64,24 @@ class TextEncoder:
         count, longest = self._devices, max(map(len, ids))
         while count < len(ids):
             count *= 2
-        tokens = np.zeros((min(count, self._batch), min(-(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, self.config.positions)), np.int32)
+        tokens = np.zeros(
+            (
+                min(count, self._batch),
+                min(-(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, self.config.positions),
+            ),
+            np.int32,
+        )
         length = np.ones(len(tokens), np.int32)
         for row, of_row in enumerate(ids):
             tokens[row, : len(of_row)], length[row] = of_row, len(of_row)
-        return np.asarray(self._encode(self._params, *jax.device_put((tokens, length), self._rows)))[: len(ids)]
+        return np.asarray(
+            self._encode(self._params, *jax.device_put((tokens, length), self._rows))
+        )[: len(ids)]
 
 
-def load_text_encoder(folder: str | pathlib.Path, batch: int, devices: Sequence[jax.Device]) -> TextEncoder:
+def load_text_encoder(
+    folder: str | pathlib.Path, batch: int, devices: Sequence[jax.Device]
+) -> TextEncoder:
     """The encoder in a Hugging Face folder (config.json, *.safetensors, tokenizer.json; sentence-transformers' modules.json is followed).
 
     batch: texts embedded at a time on each of `devices`. Raises FileNotFoundError or ValueError, naming file and key, for one that cannot be read or used.
@@ -85,8 +96,15 @@ class DenseIndex:
     which are summed in float32.
     """
 
-    def __init__(self, vectors: np.ndarray, encoder: TextEncoder, query_prefix: str, devices: Sequence[jax.Device], corpus: str,
-                 settings: dict):
+    def __init__(
+        self,
+        vectors: np.ndarray,
+        encoder: TextEncoder,
+        query_prefix: str,
+        devices: Sequence[jax.Device],
+        corpus: str,
+        settings: dict,
+    ):
         self._count, self._encoder, self._prefix = len(vectors), encoder, query_prefix
         self._about = corpus, settings
         mesh = Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
@@ -94,10 +112,15 @@ class DenseIndex:
         self._block = min(BLOCK_ROWS, -(-self._count // len(devices)))
         rows = -(-self._count // (len(devices) * self._block)) * self._block
         total = rows * len(devices)
-        self._corpus = jax.make_array_from_callback((total, vectors.shape[1]), NamedSharding(mesh, PartitionSpec(AXIS)),
-                                                    lambda index: _cut_rows(vectors, *index[0].indices(total)[:2]))
+        self._corpus = jax.make_array_from_callback(
+            (total, vectors.shape[1]),
+            NamedSharding(mesh, PartitionSpec(AXIS)),
+            lambda index: _cut_rows(vectors, *index[0].indices(total)[:2]),
+        )
         self._find = jax.jit(partial(_find_best, mesh, self._count, self._block), static_argnums=2)
-        self._lock = threading.Lock()  # two programs with collectives at a time could each hold devices that the other needs
+        self._lock = (
+            threading.Lock()
+        )  # two programs with collectives at a time could each hold devices that the other needs
 
     def __len__(self) -> int:
         return self._count
@@ -113,23 +136,37 @@ class DenseIndex:
         Returns (ids [q, k] int32, best first, -1 where there are no more; scores [q, k] float32, 0 there). Documents with equal scores stand in the order of
         their ids.
         """
-        ids, scores = np.full((len(queries), k), -1, np.int32), np.zeros((len(queries), k), np.float32)
+        ids, scores = (
+            np.full((len(queries), k), -1, np.int32),
+            np.zeros((len(queries), k), np.float32),
+        )
         with self._lock:
             vectors = self._encoder.embed([self._prefix + query for query in queries])
             for start in range(0, len(queries), QUERY_ROWS):
-                part = vectors[start:start + QUERY_ROWS]
-                padded = np.zeros((1 << (len(part) - 1).bit_length(), part.shape[1]), np.float32)  # powers of two: few programs
+                part = vectors[start : start + QUERY_ROWS]
+                padded = np.zeros(
+                    (1 << (len(part) - 1).bit_length(), part.shape[1]), np.float32
+                )  # powers of two: few programs
                 padded[: len(part)] = part
-                found, values = (np.asarray(x)[: len(part)] for x in self._find(padded, self._corpus, min(k, self._count)))
-                ids[start:start + len(part), : found.shape[1]] = found
-                scores[start:start + len(part), : found.shape[1]] = values
+                found, values = (
+                    np.asarray(x)[: len(part)]
+                    for x in self._find(padded, self._corpus, min(k, self._count))
+                )
+                ids[start : start + len(part), : found.shape[1]] = found
+                scores[start : start + len(part), : found.shape[1]] = values
         return ids, scores
 
 
 def _cut_rows(vectors: np.ndarray, start: int, stop: int) -> np.ndarray:
     """Rows [start, stop) of the corpus, zeros behind its end."""
     part = np.asarray(vectors[start:stop])
-    return np.concatenate([part, np.zeros((stop - start - len(part), vectors.shape[1]), vectors.dtype)]) if len(part) < stop - start else part
+    return (
+        np.concatenate(
+            [part, np.zeros((stop - start - len(part), vectors.shape[1]), vectors.dtype)]
+        )
+        if len(part) < stop - start
+        else part
+    )
 
 
 def _find_best(mesh: Mesh, count: int, block: int, queries: jax.Array, corpus: jax.Array, k: int):
@@ -144,9 +181,18 @@ def _find_best(mesh: Mesh, count: int, block: int, queries: jax.Array, corpus: j
 
         def search_block(best, number):
             documents = jax.lax.dynamic_slice_in_dim(part, number * block, block)
-            scores = jnp.einsum("qe,de->qd", queries, documents, preferred_element_type=jnp.float32, precision=jax.lax.Precision.HIGHEST)
+            scores = jnp.einsum(
+                "qe,de->qd",
+                queries,
+                documents,
+                preferred_element_type=jnp.float32,
+                precision=jax.lax.Precision.HIGHEST,
+            )
             ids = first + number * block + jnp.arange(block, dtype=jnp.int32)
-            return merge(best, (jnp.where(ids < count, scores, -jnp.inf), jnp.broadcast_to(ids, scores.shape))), None
+            return merge(
+                best,
+                (jnp.where(ids < count, scores, -jnp.inf), jnp.broadcast_to(ids, scores.shape)),
+            ), None
 
         nothing = jnp.full((len(queries), k), -jnp.inf), jnp.full((len(queries), k), -1, jnp.int32)
         best, _ = jax.lax.scan(search_block, nothing, jnp.arange(part.shape[0] // block))
@@ -159,12 +205,22 @@ def _find_best(mesh: Mesh, count: int, block: int, queries: jax.Array, corpus: j
         return best, jnp.take_along_axis(ids, places, axis=1)
 
     specs = PartitionSpec(), PartitionSpec(AXIS)
-    scores, ids = jax.shard_map(search_shard, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)(queries, corpus)
+    scores, ids = jax.shard_map(
+        search_shard, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False
+    )(queries, corpus)
     return ids, scores
 
 
-def build_dense_index(documents: Sequence[Document], folder: str | pathlib.Path, encoder: TextEncoder, *, query_prefix: str, passage_prefix: str,
-                      dtype: str, devices: Sequence[jax.Device]) -> DenseIndex:
+def build_dense_index(
+    documents: Sequence[Document],
+    folder: str | pathlib.Path,
+    encoder: TextEncoder,
+    *,
+    query_prefix: str,
+    passage_prefix: str,
+    dtype: str,
+    devices: Sequence[jax.Device],
+) -> DenseIndex:
     """Embeds prefix, title and text of each document, where that is not done yet, and puts the vectors onto the devices.
 
     folder: holds a folder for each encoder, prefix and type; one that was interrupted goes on from its last shard. dtype: of the stored vectors, float32 or
@@ -172,15 +228,30 @@ def build_dense_index(documents: Sequence[Document], folder: str | pathlib.Path,
     """
     made = hashlib.sha256(f"{encoder.fingerprint} {dtype} {passage_prefix}".encode()).hexdigest()
     texts = Mapped(lambda document: f"{passage_prefix}{document.title}\n{document.text}", documents)
-    vectors = embed_corpus(texts, pathlib.Path(folder) / f"dense-{made[:16]}", encoder.embed, encoder.width, dtype, encoder.shard_rows, encoder.fingerprint)
-    settings = {"encoder": encoder.fingerprint, "query_prefix": query_prefix, "passage_prefix": passage_prefix, "dtype": dtype}
+    vectors = embed_corpus(
+        texts,
+        pathlib.Path(folder) / f"dense-{made[:16]}",
+        encoder.embed,
+        encoder.width,
+        dtype,
+        encoder.shard_rows,
+        encoder.fingerprint,
+    )
+    settings = {
+        "encoder": encoder.fingerprint,
+        "query_prefix": query_prefix,
+        "passage_prefix": passage_prefix,
+        "dtype": dtype,
+    }
     return DenseIndex(vectors, encoder, query_prefix, devices, hash_documents(documents), settings)
 
 
 def _load_tokenizer(folder: pathlib.Path, max_tokens: int) -> tokenizers.Tokenizer:
     file = folder / "tokenizer.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{folder} holds no tokenizer.json: save the encoder's fast tokenizer there")
+        raise FileNotFoundError(
+            f"{folder} holds no tokenizer.json: save the encoder's fast tokenizer there"
+        )
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises plain Exception
@@ -193,7 +264,9 @@ def _load_tokenizer(folder: pathlib.Path, max_tokens: int) -> tokenizers.Tokeniz
 def _hash_files(folder: pathlib.Path) -> str:
     """Of everything in the folder that a vector depends on."""
     digest = hashlib.sha256()
-    for file in sorted([*folder.glob("*.json"), *folder.glob("*/config.json"), *folder.glob("*.safetensors")]):
+    for file in sorted(
+        [*folder.glob("*.json"), *folder.glob("*/config.json"), *folder.glob("*.safetensors")]
+    ):
         digest.update(f"{file.relative_to(folder)} {file.stat().st_size}\n".encode())
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())

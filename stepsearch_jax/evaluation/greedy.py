@@ -1,4 +1,5 @@
 """Measuring policies: rollouts with their scores, means over every question of a split under greedy decoding, and what is written of them."""
+
 from __future__ import annotations
 
 import json
@@ -23,7 +24,9 @@ from stepsearch_jax.run.system import System, check_searches, process_rows
 
 logger = logging.getLogger("stepsearch_jax")
 
-GATHERED_BYTES = 1 << 20  # what processes tell one another is filled up to a multiple of it: one program passes on many lengths
+GATHERED_BYTES = (
+    1 << 20
+)  # what processes tell one another is filled up to a multiple of it: one program passes on many lengths
 MEANS = ("em", "f1", "gold_recall", "searches", "invalid", "truncated")
 
 
@@ -33,7 +36,9 @@ def count_questions(system: System, split_name: str) -> int:
     return min(count, system.config.evaluation.questions or count)
 
 
-def collect_greedily(system: System, sample_episodes, params, split_name: str, description: str, answer_gain=None) -> Iterator[tuple[np.ndarray, Collected]]:
+def collect_greedily(
+    system: System, sample_episodes, params, split_name: str, description: str, answer_gain=None
+) -> Iterator[tuple[np.ndarray, Collected]]:
     """One greedy episode for every question of the split, a rollout at a time -> (row of each of this process's episodes, -1: fills up; the rollout)."""
     total = count_questions(system, split_name)
     size = system.config.rollout.questions * system.config.rollout.group_size
@@ -42,25 +47,50 @@ def collect_greedily(system: System, sample_episodes, params, split_name: str, d
         rows = np.arange(start, start + size)
         rows[rows >= total] = -1
         split = system.splits[split_name]
-        yield rows[mine], collect(system, sample_episodes, params, split, rows, jax.random.key(0), temperature=0.0, answer_gain=answer_gain)
+        yield (
+            rows[mine],
+            collect(
+                system,
+                sample_episodes,
+                params,
+                split,
+                rows,
+                jax.random.key(0),
+                temperature=0.0,
+                answer_gain=answer_gain,
+            ),
+        )
 
 
-def evaluate_policy(system: System, sample_episodes, params, split_name: str, description: str, answer_gain=None) -> tuple[dict[str, float], list[dict]]:
+def evaluate_policy(
+    system: System, sample_episodes, params, split_name: str, description: str, answer_gain=None
+) -> tuple[dict[str, float], list[dict]]:
     """Greedy, every question of the split exactly once -> (means: em, f1, gold_recall, searches, invalid, truncated; one dump per question, in their order).
 
     On several processes both are of all of them.
     """
     total = count_questions(system, split_name)
     sums, dumps = np.zeros(len(MEANS) + 2), {}
-    for rows, got in collect_greedily(system, sample_episodes, params, split_name, description, answer_gain):
+    for rows, got in collect_greedily(
+        system, sample_episodes, params, split_name, description, answer_gain
+    ):
         sums += _sum_measures(got.episodes, got.scores, rows >= 0)
-        dumps |= {int(rows[b]): dump_episode(system, got.episodes[b], got.scores, b) for b in np.flatnonzero(rows >= 0)}
+        dumps |= {
+            int(rows[b]): dump_episode(system, got.episodes[b], got.scores, b)
+            for b in np.flatnonzero(rows >= 0)
+        }
     sums = multihost_utils.process_allgather(sums).reshape(-1, len(sums)).sum(0)
     if sums[0] != total:
         raise RuntimeError(f"evaluation counted {int(sums[0])} questions instead of {total}")
     means = _divide(sums)
-    logger.info("%s %d questions of %s, %d searches: %s", description, total, split_name, round(means["searches"] * total),
-                ", ".join(f"{name} {value:.3f}" for name, value in means.items()))
+    logger.info(
+        "%s %d questions of %s, %d searches: %s",
+        description,
+        total,
+        split_name,
+        round(means["searches"] * total),
+        ", ".join(f"{name} {value:.3f}" for name, value in means.items()),
+    )
     return means, gather_dumps(dumps)
 
 
@@ -69,8 +99,12 @@ def gather_dumps(dumps: dict[int, dict]) -> list[dict]:
     raw = np.frombuffer(json.dumps(list(dumps.items())).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.int32(len(raw)))
     padded = np.zeros(-(-int(sizes.max()) // GATHERED_BYTES) * GATHERED_BYTES, np.uint8)
-    padded[:len(raw)] = raw
-    pairs = [pair for part, size in zip(multihost_utils.process_allgather(padded), sizes) for pair in json.loads(part[:size].tobytes())]
+    padded[: len(raw)] = raw
+    pairs = [
+        pair
+        for part, size in zip(multihost_utils.process_allgather(padded), sizes)
+        for pair in json.loads(part[:size].tobytes())
+    ]
     return [dump for _, dump in sorted(pairs, key=operator.itemgetter(0))]
 
 
@@ -78,8 +112,19 @@ def evaluate_script(system: System, split_name: str, shares: dict[str, float]) -
     """The same means for the scripted searcher."""
     split, total = system.splits[split_name], count_questions(system, split_name)
     questions = list(split.questions[:total])
-    trajectory = run_script(questions, split.prompts[:total], split.prompt_length[:total], system.source.documents, system.search, system.tokenizer,
-                            system.settings, system.environment.last_turn_warning, shares, system.config.imitation.skill, system.config.seed)
+    trajectory = run_script(
+        questions,
+        split.prompts[:total],
+        split.prompt_length[:total],
+        system.source.documents,
+        system.search,
+        system.tokenizer,
+        system.settings,
+        system.environment.last_turn_warning,
+        shares,
+        system.config.imitation.skill,
+        system.config.seed,
+    )
     check_searches(system)
     episodes = to_episodes(trajectory, questions, system.tokenizer)
     return _divide(_sum_measures(episodes, system.score(episodes), np.ones(total, bool)))
@@ -90,14 +135,26 @@ def _sum_measures(episodes: list[Episode], scores: StepScores, valid: np.ndarray
     m = scores.measures
     invalid = [any(turn.status.name == "INVALID" for turn in episode.turns) for episode in episodes]
     truncated = [episode.truncated for episode in episodes]
-    columns = [np.ones(len(episodes)), m.em, m.f1, m.gold_recall, m.searches, invalid, truncated, m.gold_known]
+    columns = [
+        np.ones(len(episodes)),
+        m.em,
+        m.f1,
+        m.gold_recall,
+        m.searches,
+        invalid,
+        truncated,
+        m.gold_known,
+    ]
     return np.array([np.asarray(column, float)[valid].sum() for column in columns])
 
 
 def _divide(sums: np.ndarray) -> dict[str, float]:
     """Means over questions; the gold recall over those whose gold documents are known, 0 if there are none."""
     total, *sums, known = sums.tolist()
-    return {name: value / (max(known, 1) if name == "gold_recall" else total) for name, value in zip(MEANS, sums)}
+    return {
+        name: value / (max(known, 1) if name == "gold_recall" else total)
+        for name, value in zip(MEANS, sums)
+    }
 
 
 def dump_episode(system: System, episode: Episode, scores: StepScores, b: int) -> dict:
@@ -105,35 +162,76 @@ def dump_episode(system: System, episode: Episode, scores: StepScores, b: int) -
     question, gold, seen, turns = episode.question, set(episode.question.gold_ids), set(), []
     for k, turn in enumerate(episode.turns):
         documents = [system.source.documents[i] for i in turn.doc_ids]
-        turns.append({
-            "status": turn.status.name.lower(), "action": turn.action, "query": turn.query, "search_ok": turn.search_ok, "observation": turn.observation,
-            "documents": [{"id": d.id, "title": d.title, "text": d.text, "gold": d.id in gold, "seen": d.id in seen} for d in documents],
-            "gain": float(scores.gain[b, k]), "redundancy": float(scores.redundancy[b, k]), "step_reward": float(scores.step_rewards[b, k]),
-        })
+        turns.append(
+            {
+                "status": turn.status.name.lower(),
+                "action": turn.action,
+                "query": turn.query,
+                "search_ok": turn.search_ok,
+                "observation": turn.observation,
+                "documents": [
+                    {
+                        "id": d.id,
+                        "title": d.title,
+                        "text": d.text,
+                        "gold": d.id in gold,
+                        "seen": d.id in seen,
+                    }
+                    for d in documents
+                ],
+                "gain": float(scores.gain[b, k]),
+                "redundancy": float(scores.redundancy[b, k]),
+                "step_reward": float(scores.step_rewards[b, k]),
+            }
+        )
         seen.update(turn.doc_ids)
     return {
-        "uid": question.uid, "question": question.question, "shape": question.shape, "answers": list(question.answers), "prediction": episode.answer,
-        "em": float(scores.measures.em[b]), "f1": float(scores.measures.f1[b]), "finished": episode.finished, "truncated": episode.truncated,
-        "outcome_reward": float(scores.outcome_rewards[b]), "key_reward": float(scores.key_rewards[b]), "turns": turns,
+        "uid": question.uid,
+        "question": question.question,
+        "shape": question.shape,
+        "answers": list(question.answers),
+        "prediction": episode.answer,
+        "em": float(scores.measures.em[b]),
+        "f1": float(scores.measures.f1[b]),
+        "finished": episode.finished,
+        "truncated": episode.truncated,
+        "outcome_reward": float(scores.outcome_rewards[b]),
+        "key_reward": float(scores.key_rewards[b]),
+        "turns": turns,
     }
 
 
 def write_transcripts(folder: pathlib.Path, dumps: dict[str, list[dict]]) -> None:
     """Writes transcripts.jsonl from {"before": […], "after": […]}."""
-    lines = [json.dumps({"when": when} | episode) + "\n" for when, episodes in dumps.items() for episode in episodes]
+    lines = [
+        json.dumps({"when": when} | episode) + "\n"
+        for when, episodes in dumps.items()
+        for episode in episodes
+    ]
     write_text(folder / "transcripts.jsonl", "".join(lines))
 
 
 def evaluate_controls(system: System, split_name: str) -> dict[str, dict[str, float]]:
     """What scripts reach on the split: the searcher that demonstrations come from, and a perfect one."""
-    return {"scripted searcher": evaluate_script(system, split_name, dict(system.config.imitation.shares)),
-            "perfect searcher": evaluate_script(system, split_name, PERFECT)}
+    return {
+        "scripted searcher": evaluate_script(
+            system, split_name, dict(system.config.imitation.shares)
+        ),
+        "perfect searcher": evaluate_script(system, split_name, PERFECT),
+    }
 
 
-def write_results(system: System, folder: pathlib.Path, before: dict, after: dict, dumps: dict[str, list[dict]]) -> dict:
+def write_results(
+    system: System, folder: pathlib.Path, before: dict, after: dict, dumps: dict[str, list[dict]]
+) -> dict:
     """Writes evaluation.json, transcripts.jsonl and report.html into `folder` (process 0) and prints the table -> the contents of evaluation.json."""
     e = system.config.evaluation
-    result = {"questions": count_questions(system, e.split), "before": before, "after": after, "retrieval": system.retrieval}
+    result = {
+        "questions": count_questions(system, e.split),
+        "before": before,
+        "after": after,
+        "retrieval": system.retrieval,
+    }
     if e.controls:
         try:
             result["controls"] = evaluate_controls(system, e.split)
@@ -143,7 +241,10 @@ def write_results(system: System, folder: pathlib.Path, before: dict, after: dic
         write_transcripts(folder, dumps)
         write_json(folder / "evaluation.json", result)
         rows = {"before RL": before, "after RL": after} | result.get("controls", {})
-        print(f"{result['questions']} questions of {e.split}".ljust(36) + "".join(name.rjust(12) for name in MEANS))
+        print(
+            f"{result['questions']} questions of {e.split}".ljust(36)
+            + "".join(name.rjust(12) for name in MEANS)
+        )
         for name, means in rows.items():
             print(name.ljust(36) + "".join(f"{means[mean]:12.3f}" for mean in MEANS))
         print(f"report: {write_report(folder)}", flush=True)

@@ -3,6 +3,7 @@
 Every measure of a question is a pair (amount, weight), and of many questions Σ amount / Σ weight: a mean over those for which it is defined (weight 0 where
 not), or a share of all their turns.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -26,11 +27,22 @@ class Estimate(NamedTuple):
 
 def list_measures(hops: int) -> list[str]:
     """Names of the measures, for questions of up to `hops` sub-questions."""
-    return ["em", "f1", "cover_em", "answer_in_evidence", "gold_recall", *[f"gold_recall_hop_{hop}" for hop in range(1, hops + 1)], "searches",
-            "invalid_turns", "truncated"]
+    return [
+        "em",
+        "f1",
+        "cover_em",
+        "answer_in_evidence",
+        "gold_recall",
+        *[f"gold_recall_hop_{hop}" for hop in range(1, hops + 1)],
+        "searches",
+        "invalid_turns",
+        "truncated",
+    ]
 
 
-def measure_episode(episode: Episode, given: Sequence[int] | None, texts: Sequence[str], hops: int) -> np.ndarray:
+def measure_episode(
+    episode: Episode, given: Sequence[int] | None, texts: Sequence[str], hops: int
+) -> np.ndarray:
     """[len(list_measures(hops)), 2] float64: amount and weight of each measure of one episode.
 
     given: corpus ids of documents that stood in the prompt; None: there were none to be had, nor could the episode search. They count as retrieved. texts[i]:
@@ -46,14 +58,27 @@ def measure_episode(episode: Episode, given: Sequence[int] | None, texts: Sequen
     """
     question = episode.question
     evidence = None if given is None else {*given, *episode.doc_ids}
-    found = lambda gold: (0.0, 0.0) if evidence is None or not gold else (len(evidence.intersection(gold)) / len(set(gold)), 1.0)
+    found = lambda gold: (
+        (0.0, 0.0)
+        if evidence is None or not gold
+        else (len(evidence.intersection(gold)) / len(set(gold)), 1.0)
+    )
     held = evidence is not None and any(holds_answer(texts[i], question.answers) for i in evidence)
     of_hops = [sub.gold_ids for sub in question.sub_questions[:hops]]
     of_hops += [()] * (hops - len(of_hops))
     invalid = sum(turn.status == TurnStatus.INVALID for turn in episode.turns)
-    return np.array([
-        *[(score, 1.0) for score in compare_answer(episode.answer, question.answers)], (held, evidence is not None), found(question.gold_ids),
-        *map(found, of_hops), (len(episode.search_turns), 1.0), (invalid, len(episode.turns)), (episode.truncated, 1.0)], np.float64)
+    return np.array(
+        [
+            *[(score, 1.0) for score in compare_answer(episode.answer, question.answers)],
+            (held, evidence is not None),
+            found(question.gold_ids),
+            *map(found, of_hops),
+            (len(episode.search_turns), 1.0),
+            (invalid, len(episode.turns)),
+            (episode.truncated, 1.0),
+        ],
+        np.float64,
+    )
 
 
 def estimate(pairs: np.ndarray, resamples: int, seed: int) -> list[Estimate]:

@@ -7,6 +7,7 @@
 Methods: direct answer; single-shot RAG, one search for the question itself; the gold documents given; and the policy's own episodes, before RL and after, or
 zero-shot where WORKDIR holds no run. The baselines are answered by the policy before RL.
 """
+
 from __future__ import annotations
 
 import json
@@ -20,7 +21,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from stepsearch_jax.evaluation.baselines import make_baselines
-from stepsearch_jax.evaluation.greedy import MEANS, collect_greedily, count_questions, dump_episode, gather_dumps, write_transcripts
+from stepsearch_jax.evaluation.greedy import (
+    MEANS,
+    collect_greedily,
+    count_questions,
+    dump_episode,
+    gather_dumps,
+    write_transcripts,
+)
 from stepsearch_jax.evaluation.measures import Estimate, estimate, list_measures, measure_episode
 from stepsearch_jax.files import write_json, write_text
 from stepsearch_jax.models.transformer import Policy
@@ -42,8 +50,12 @@ def parse_datasets(text: str, default_split: str) -> dict[str, tuple[str, str, s
     found = {}
     for entry in text.split(","):
         kind, *rest = entry.strip().split(":")
-        if not kind or not 1 <= len(rest) <= 2 or not rest[0] and kind != "atlas":  # which has no files
-            raise ValueError(f"config.evaluation.datasets holds {entry!r}; an entry is KIND:FOLDER or KIND:FOLDER:SPLIT, with commas between entries")
+        if (
+            not kind or not 1 <= len(rest) <= 2 or not rest[0] and kind != "atlas"
+        ):  # which has no files
+            raise ValueError(
+                f"config.evaluation.datasets holds {entry!r}; an entry is KIND:FOLDER or KIND:FOLDER:SPLIT, with commas between entries"
+            )
         folder, split = (*rest, default_split)[:2]
         name = f"{kind}-{split}"
         if name in found:
@@ -52,10 +64,17 @@ def parse_datasets(text: str, default_split: str) -> dict[str, tuple[str, str, s
     return found
 
 
-def configure(config: ml_collections.ConfigDict, kind: str, folder: str, split: str) -> ml_collections.ConfigDict:
+def configure(
+    config: ml_collections.ConfigDict, kind: str, folder: str, split: str
+) -> ml_collections.ConfigDict:
     """The config with another data set in it."""
     config = ml_collections.ConfigDict(config.to_dict())  # not locked
-    config.data.kind, config.data.path, config.data.train_split, config.data.train_questions = kind, folder, "", 0
+    config.data.kind, config.data.path, config.data.train_split, config.data.train_questions = (
+        kind,
+        folder,
+        "",
+        0,
+    )
     config.evaluation.split = split
     return config.lock()
 
@@ -65,9 +84,17 @@ def evaluate_datasets(config: ml_collections.ConfigDict, workdir: pathlib.Path) 
     wanted = parse_datasets(config.evaluation.datasets, config.evaluation.split)
     systems = {name: _open_dataset(config, name, *dataset) for name, dataset in wanted.items()}
     policies = load_policies(next(iter(systems.values())), workdir)
-    table = {"k": config.search.k, "search": config.search.kind, "template": config.prompt.template, "resamples": config.evaluation.resamples, "data_sets": {}}
+    table = {
+        "k": config.search.k,
+        "search": config.search.kind,
+        "template": config.prompt.template,
+        "resamples": config.evaluation.resamples,
+        "data_sets": {},
+    }
     for name, system in systems.items():
-        table["data_sets"][name] = measure_dataset(system, policies, name, workdir / "evaluation" / name)
+        table["data_sets"][name] = measure_dataset(
+            system, policies, name, workdir / "evaluation" / name
+        )
         if jax.process_index() == 0:  # after each data set: what is there survives an interruption
             write_json(workdir / "evaluation" / "table.json", table)
             write_text(workdir / "evaluation" / "table.md", render_table(table))
@@ -76,7 +103,9 @@ def evaluate_datasets(config: ml_collections.ConfigDict, workdir: pathlib.Path) 
     return table
 
 
-def _open_dataset(config: ml_collections.ConfigDict, name: str, kind: str, folder: str, split: str) -> System:
+def _open_dataset(
+    config: ml_collections.ConfigDict, name: str, kind: str, folder: str, split: str
+) -> System:
     try:
         return build_system(configure(config, kind, folder, split), [split])
     except (ValueError, FileNotFoundError) as error:
@@ -90,48 +119,94 @@ def load_policies(system: System, workdir: pathlib.Path) -> dict[str, object]:
         state, reference_params, _, _ = begin_run(system, workdir)
         return {BEFORE: reference_params, AFTER: state.policy.params}
     if system.stored is None:
-        raise FileNotFoundError(f"{workdir} holds no run (no start/), and config.model.checkpoint names no pretrained policy: give one of them")
+        raise FileNotFoundError(
+            f"{workdir} holds no run (no start/), and config.model.checkpoint names no pretrained policy: give one of them"
+        )
     logger.info("reading %s", system.stored.path)
-    like, _ = describe_params(Policy(system.learner_model), system.mesh, dict(system.config.mesh.train_rules))
+    like, _ = describe_params(
+        Policy(system.learner_model), system.mesh, dict(system.config.mesh.train_rules)
+    )
     return {ZERO_SHOT: load_policy(system.stored, system.learner_model, like)}
 
 
-def measure_dataset(system: System, policies: dict[str, object], name: str, folder: pathlib.Path) -> dict:
+def measure_dataset(
+    system: System, policies: dict[str, object], name: str, folder: pathlib.Path
+) -> dict:
     """Every method on one data set -> its part of table.json; writes what stands in `folder`."""
     split_name = system.config.evaluation.split
     count = count_questions(system, split_name)
-    hops = max([len(question.sub_questions) for question in system.splits[split_name].questions[:count]])
+    hops = max(
+        [len(question.sub_questions) for question in system.splits[split_name].questions[:count]]
+    )
     baselines = make_baselines(system, split_name, count)
     sample, to_rollout_layout = make_sampler(baselines.system)
     params = to_rollout_layout(next(iter(policies.values())))
     methods, lines = {}, []
     for method, given in baselines.given.items():
-        methods[method], dumps = measure_method(baselines.system, sample, params, method, f"{name}, {method}", given, count, hops)
+        methods[method], dumps = measure_method(
+            baselines.system, sample, params, method, f"{name}, {method}", given, count, hops
+        )
         lines += [{"method": method} | dump for dump in dumps]
     sample, to_rollout_layout = make_sampler(system)
     transcripts = {}
     for method, policy in policies.items():
         nothing = [()] * count
-        methods[method], dumps = measure_method(system, sample, to_rollout_layout(policy), split_name, f"{name}, {method}", nothing, count, hops)
+        methods[method], dumps = measure_method(
+            system,
+            sample,
+            to_rollout_layout(policy),
+            split_name,
+            f"{name}, {method}",
+            nothing,
+            count,
+            hops,
+        )
         lines += [{"method": method} | dump for dump in dumps]
         transcripts[WHEN[method]] = dumps
-    means = {method: {key: estimates["invalid_turns" if key == "invalid" else key].mean for key in MEANS} for method, estimates in methods.items()}
-    result = {"questions": count, "documents": len(system.source.documents), "hash": system.source.manifest["hash"],
-              "retrieval": system.retrieval,
-              "methods": {method: {key: value._asdict() for key, value in estimates.items()} for method, estimates in methods.items()}}
+    means = {
+        method: {key: estimates["invalid_turns" if key == "invalid" else key].mean for key in MEANS}
+        for method, estimates in methods.items()
+    }
+    result = {
+        "questions": count,
+        "documents": len(system.source.documents),
+        "hash": system.source.manifest["hash"],
+        "retrieval": system.retrieval,
+        "methods": {
+            method: {key: value._asdict() for key, value in estimates.items()}
+            for method, estimates in methods.items()
+        },
+    }
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         measures = {WHEN[method]: means[method] for method in policies}
         controls = {method: means[method] for method in baselines.given}
-        write_json(folder / "evaluation.json", {"questions": count, **measures, "controls": controls, "retrieval": system.retrieval})
+        write_json(
+            folder / "evaluation.json",
+            {"questions": count, **measures, "controls": controls, "retrieval": system.retrieval},
+        )
         write_transcripts(folder, transcripts)
-        write_text(folder / "questions.jsonl", "".join(json.dumps({key: value for key, value in line.items() if key != "turns"}) + "\n" for line in lines))
+        write_text(
+            folder / "questions.jsonl",
+            "".join(
+                json.dumps({key: value for key, value in line.items() if key != "turns"}) + "\n"
+                for line in lines
+            ),
+        )
         write_report(folder)
     return result
 
 
-def measure_method(system: System, sample, params, split_name: str, description: str, given: Sequence[tuple[int, ...]] | None, count: int, hops: int
-                   ) -> tuple[dict[str, Estimate], list[dict]]:
+def measure_method(
+    system: System,
+    sample,
+    params,
+    split_name: str,
+    description: str,
+    given: Sequence[tuple[int, ...]] | None,
+    count: int,
+    hops: int,
+) -> tuple[dict[str, Estimate], list[dict]]:
     """Greedy, every one of the `count` questions once -> (every measure; of every question a dump with the measures in it, in their order)."""
     names, texts = list_measures(hops), read_texts(system.source.documents)
     pairs, seen, dumps = np.zeros((count, len(names), 2)), np.zeros(count, int), {}
@@ -139,35 +214,76 @@ def measure_method(system: System, sample, params, split_name: str, description:
         for b in np.flatnonzero(rows >= 0):
             row = int(rows[b])
             seen[row] += 1
-            pairs[row] = measure_episode(got.episodes[b], None if given is None else given[row], texts, hops)
-            told = {name: amount / weight if weight else None for name, (amount, weight) in zip(names, pairs[row].tolist())}
+            pairs[row] = measure_episode(
+                got.episodes[b], None if given is None else given[row], texts, hops
+            )
+            told = {
+                name: amount / weight if weight else None
+                for name, (amount, weight) in zip(names, pairs[row].tolist())
+            }
             shown = {} if given is None else {"given": list(given[row])}
-            dumps[row] = dump_episode(system, got.episodes[b], got.scores, b) | shown | {"measures": told}
-    seen, pairs = (multihost_utils.process_allgather(x).reshape(-1, *x.shape).sum(0) for x in (seen, pairs))
+            dumps[row] = (
+                dump_episode(system, got.episodes[b], got.scores, b) | shown | {"measures": told}
+            )
+    seen, pairs = (
+        multihost_utils.process_allgather(x).reshape(-1, *x.shape).sum(0) for x in (seen, pairs)
+    )
     if (seen != 1).any():
-        raise RuntimeError(f"{description}: question {int(np.flatnonzero(seen != 1)[0])} was answered {int(seen[seen != 1][0])} times instead of once")
-    estimates = dict(zip(names, estimate(pairs, system.config.evaluation.resamples, system.config.seed)))
-    logger.info("%s: %d questions, EM %.3f, F1 %.3f", description, count, estimates["em"].mean, estimates["f1"].mean)
+        raise RuntimeError(
+            f"{description}: question {int(np.flatnonzero(seen != 1)[0])} was answered {int(seen[seen != 1][0])} times instead of once"
+        )
+    estimates = dict(
+        zip(names, estimate(pairs, system.config.evaluation.resamples, system.config.seed))
+    )
+    logger.info(
+        "%s: %d questions, EM %.3f, F1 %.3f",
+        description,
+        count,
+        estimates["em"].mean,
+        estimates["f1"].mean,
+    )
     return estimates, gather_dumps(dumps)
 
 
 def render_table(table: dict) -> str:
     """table.json -> Markdown: methods x (data sets x EM / F1), then every measure of each data set with its interval."""
     sets = table["data_sets"]
-    methods = list(dict.fromkeys(method for of_set in sets.values() for method in of_set["methods"]))
+    methods = list(
+        dict.fromkeys(method for of_set in sets.values() for method in of_set["methods"])
+    )
     show = lambda value: format_number(value["mean"]) if value else "–"
-    spread = lambda value: show(value) if value["mean"] is None else f"{show(value)} [{format_number(value['low'])}, {format_number(value['high'])}]"
-    lines = ["| method | " + " | ".join(f"{name} EM | F1" for name in sets) + " |", "|---|" + "---|---|" * len(sets)]
+    spread = lambda value: (
+        show(value)
+        if value["mean"] is None
+        else f"{show(value)} [{format_number(value['low'])}, {format_number(value['high'])}]"
+    )
+    lines = [
+        "| method | " + " | ".join(f"{name} EM | F1" for name in sets) + " |",
+        "|---|" + "---|---|" * len(sets),
+    ]
     for method in methods:
-        cells = [show(of_set["methods"].get(method, {}).get(key)) for of_set in sets.values() for key in ("em", "f1")]
+        cells = [
+            show(of_set["methods"].get(method, {}).get(key))
+            for of_set in sets.values()
+            for key in ("em", "f1")
+        ]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    lines.append(f"\nGreedy, every question once; {table['search']}, k = {table['k']}; template {table['template']}. In brackets: 95 % bootstrap intervals "
-                 f"over questions, {table['resamples']} resamples.")
+    lines.append(
+        f"\nGreedy, every question once; {table['search']}, k = {table['k']}; template {table['template']}. In brackets: 95 % bootstrap intervals "
+        f"over questions, {table['resamples']} resamples."
+    )
     for name, of_set in sets.items():
         measures = list(next(iter(of_set["methods"].values())))
-        lines += [f"\n{name}: {of_set['questions']} questions, {of_set['documents']} documents", "",
-                  "| measure | " + " | ".join(of_set["methods"]) + " |", "|---|" + "---|" * len(of_set["methods"])]
-        lines += [f"| {measure.replace('_', ' ')} | " + " | ".join(spread(estimates[measure]) for estimates in of_set["methods"].values()) + " |"
-                  for measure in measures]
+        lines += [
+            f"\n{name}: {of_set['questions']} questions, {of_set['documents']} documents",
+            "",
+            "| measure | " + " | ".join(of_set["methods"]) + " |",
+            "|---|" + "---|" * len(of_set["methods"]),
+        ]
+        lines += [
+            f"| {measure.replace('_', ' ')} | "
+            + " | ".join(spread(estimates[measure]) for estimates in of_set["methods"].values())
+            + " |"
+            for measure in measures
+        ]
     return "\n".join(lines) + "\n"
-

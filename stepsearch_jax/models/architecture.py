@@ -1,4 +1,5 @@
 """The sizes of a model, and how a device holds it."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -52,5 +53,11 @@ class ModelConfig:
         """The config of what one device of the mesh samples with: an equal slice over mesh axis `tensor`, whose modules sum over that axis."""
         shards, by_token = mesh.shape["tensor"], mesh.devices.flat[0].platform == "tpu"
         return dataclasses.replace(
-            self, vocab_size=self.vocab_size // shards, num_heads=self.num_heads // shards, num_kv_heads=self.num_kv_heads // shards,
-            ffn_dim=self.ffn_dim // shards, tensor_axis="tensor" if shards > 1 else None, cache_by_token=by_token)
+            self,
+            vocab_size=self.vocab_size // shards,
+            num_heads=self.num_heads // shards,
+            num_kv_heads=self.num_kv_heads // shards,
+            ffn_dim=self.ffn_dim // shards,
+            tensor_axis="tensor" if shards > 1 else None,
+            cache_by_token=by_token,
+        )

@@ -2,6 +2,7 @@
 
 Axis letters: B batch, S tokens of this call, T cache positions, N query heads, G kv heads, n query heads of one kv head (N/G), H head dim, L layers.
 """
+
 from __future__ import annotations
 
 import math
@@ -28,7 +29,10 @@ def rotary_frequencies(config: ModelConfig) -> jax.Array:
         turns = scaling.original_context / (2 * math.pi) * frequencies
         kept = (turns - scaling.slow) / (scaling.fast - scaling.slow)
     else:
-        fast, slow = (half * math.log(scaling.original_context / (2 * math.pi * turns)) / math.log(theta) for turns in (scaling.fast, scaling.slow))
+        fast, slow = (
+            half * math.log(scaling.original_context / (2 * math.pi * turns)) / math.log(theta)
+            for turns in (scaling.fast, scaling.slow)
+        )
         first, last = max(math.floor(fast), 0), min(math.ceil(slow), 2 * half - 1)
         kept = 1 - (jnp.arange(half) - first) / max(last - first, 1e-3)
     kept = jnp.clip(kept, 0, 1)
@@ -84,10 +88,22 @@ def make_cache(config: ModelConfig, rows: int, context: int) -> KVCache:
     token = -(-G * H // TPU_LANES) * TPU_LANES
     keys, values = [(block, token)] * 2 if config.cache_by_token else [(G, H, block), (G, block, H)]
     blocks = (config.num_layers, -(-context // block), rows)
-    return KVCache(jnp.zeros((*blocks, *keys), config.dtype), jnp.zeros((*blocks, *values), config.dtype), G, config.cache_by_token)
+    return KVCache(
+        jnp.zeros((*blocks, *keys), config.dtype),
+        jnp.zeros((*blocks, *values), config.dtype),
+        G,
+        config.cache_by_token,
+    )
 
 
-def write_cache(cache: KVCache, k: jax.Array, v: jax.Array, layer: jax.Array, rows: jax.Array, positions: jax.Array) -> KVCache:
+def write_cache(
+    cache: KVCache,
+    k: jax.Array,
+    v: jax.Array,
+    layer: jax.Array,
+    rows: jax.Array,
+    positions: jax.Array,
+) -> KVCache:
     """Writes k, v [b, S, G, H] at layer, rows [b, 1] and positions [b, S]; positions beyond the cache are dropped."""
     j, t = positions // cache.block, positions % cache.block
 
@@ -95,16 +111,24 @@ def write_cache(cache: KVCache, k: jax.Array, v: jax.Array, layer: jax.Array, ro
         return at.set(new.astype(cache.k.dtype), mode="drop", unique_indices=True)
 
     if not cache.by_token:
-        return cache.replace(k=write(cache.k.at[layer, j, rows, :, :, t], k), v=write(cache.v.at[layer, j, rows, :, t], v))
+        return cache.replace(
+            k=write(cache.k.at[layer, j, rows, :, :, t], k),
+            v=write(cache.v.at[layer, j, rows, :, t], v),
+        )
 
     def fill(new: jax.Array) -> jax.Array:  # [b, S, G, H] -> [b, S, whole lanes]
         flat = new.reshape(*new.shape[:2], -1)
         return jnp.pad(flat, ((0, 0), (0, 0), (0, cache.k.shape[4] - flat.shape[2])))
 
-    return cache.replace(k=write(cache.k.at[layer, j, rows, t], fill(k)), v=write(cache.v.at[layer, j, rows, t], fill(v)))
+    return cache.replace(
+        k=write(cache.k.at[layer, j, rows, t], fill(k)),
+        v=write(cache.v.at[layer, j, rows, t], fill(v)),
+    )
 
 
-def attend_cached(q: jax.Array, cache: KVCache, layer: jax.Array, rows: jax.Array | None, positions: jax.Array) -> jax.Array:
+def attend_cached(
+    q: jax.Array, cache: KVCache, layer: jax.Array, rows: jax.Array | None, positions: jax.Array
+) -> jax.Array:
     """Attention of new tokens over the cache, reading only blocks below the longest live position (online softmax, Milakov & Gimelshein 2018).
 
     q: [b, S, N, H] already rotated; positions: [b, S], a query sees cache positions <= its own; rows: [b] cache rows, None for all in order.
@@ -116,8 +140,12 @@ def attend_cached(q: jax.Array, cache: KVCache, layer: jax.Array, rows: jax.Arra
     q = (q * H**-0.5).reshape(b, S, G, n, H).transpose(0, 2, 3, 1, 4).reshape(b, G, n * S, H)
     live = jnp.max(jnp.where(positions < cache.positions, positions, 0)) + 1
 
-    def read(array: jax.Array, j: jax.Array) -> jax.Array:  # -> keys [b, G, H, block], values [b, G, block, H]; by token [b, block, G, H]
-        part = jax.lax.dynamic_slice(array, (layer, j, *[0] * (array.ndim - 2)), (1, 1, *array.shape[2:]))[0, 0]
+    def read(
+        array: jax.Array, j: jax.Array
+    ) -> jax.Array:  # -> keys [b, G, H, block], values [b, G, block, H]; by token [b, block, G, H]
+        part = jax.lax.dynamic_slice(
+            array, (layer, j, *[0] * (array.ndim - 2)), (1, 1, *array.shape[2:])
+        )[0, 0]
         part = part if rows is None else part.at[rows].get(mode="clip")
         return part[..., : G * H].reshape(b, block, G, H) if by_token else part
 
@@ -125,18 +153,28 @@ def attend_cached(q: jax.Array, cache: KVCache, layer: jax.Array, rows: jax.Arra
 
     def step(j, carry):
         peak, total, out = carry  # [b, G, n, S], [b, G, n, S], [b, G, n, S, H]
-        scores = jnp.einsum(f"bgmh,{keys}->bgmt", q, read(cache.k, j), preferred_element_type=jnp.float32).reshape(b, G, n, S, block)
-        visible = (j * block + jnp.arange(block))[None, None] <= positions[:, :, None]  # [b, S, block]
+        scores = jnp.einsum(
+            f"bgmh,{keys}->bgmt", q, read(cache.k, j), preferred_element_type=jnp.float32
+        ).reshape(b, G, n, S, block)
+        visible = (j * block + jnp.arange(block))[None, None] <= positions[
+            :, :, None
+        ]  # [b, S, block]
         scores = jnp.where(visible[:, None, None], scores, -1e30)
         new_peak = jnp.maximum(peak, scores.max(-1))
         weights = jnp.exp(scores - new_peak[..., None])
         decay = jnp.exp(peak - new_peak)
-        update = jnp.einsum(f"bgmt,{values}->bgmh", weights.reshape(b, G, n * S, block).astype(cache.v.dtype), read(cache.v, j),
-                            preferred_element_type=jnp.float32).reshape(b, G, n, S, H)
+        update = jnp.einsum(
+            f"bgmt,{values}->bgmh",
+            weights.reshape(b, G, n * S, block).astype(cache.v.dtype),
+            read(cache.v, j),
+            preferred_element_type=jnp.float32,
+        ).reshape(b, G, n, S, H)
         return new_peak, total * decay + weights.sum(-1), out * decay[..., None] + update
 
     zeros = jnp.zeros((b, G, n, S), jnp.float32)
-    _, total, out = jax.lax.fori_loop(0, -(-live // block), step, (zeros - 1e30, zeros, jnp.zeros((b, G, n, S, H), jnp.float32)))
+    _, total, out = jax.lax.fori_loop(
+        0, -(-live // block), step, (zeros - 1e30, zeros, jnp.zeros((b, G, n, S, H), jnp.float32))
+    )
     out = out / total[..., None]
     return out.transpose(0, 3, 1, 2, 4).reshape(b, S, N, H).astype(q.dtype)
 
@@ -163,24 +201,39 @@ def attend_causal(q: jax.Array, k: jax.Array, v: jax.Array, branches: Branches |
     n = N // G
     block = min(ATTENTION_QUERY_BLOCK, S)
     blocks = -(-S // block)
-    q = jnp.pad(q * H**-0.5, ((0, 0), (0, blocks * block - S), (0, 0), (0, 0))).reshape(B, blocks, block, G, n, H)
-    q = q.transpose(1, 0, 3, 4, 2, 5).reshape(blocks, B, G, n * block, H)  # batch axes first: the matmuls below then move no data
+    q = jnp.pad(q * H**-0.5, ((0, 0), (0, blocks * block - S), (0, 0), (0, 0))).reshape(
+        B, blocks, block, G, n, H
+    )
+    q = q.transpose(1, 0, 3, 4, 2, 5).reshape(
+        blocks, B, G, n * block, H
+    )  # batch axes first: the matmuls below then move no data
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, G, S, H]
 
     def attend_block(args):
         q_block, first = args  # [B, G, n * block, H], []
-        scores = jnp.einsum("bgmh,bgth->bgmt", q_block, k, preferred_element_type=jnp.float32).reshape(B, G, n, block, S)
+        scores = jnp.einsum(
+            "bgmh,bgth->bgmt", q_block, k, preferred_element_type=jnp.float32
+        ).reshape(B, G, n, block, S)
         key, query = jnp.arange(S), first + jnp.arange(block)[:, None]
         visible = key <= query
         if branches is not None:
-            seen, start = (jnp.take(x, query, axis=1, mode="fill", fill_value=0) for x in (branches.seen, branches.start))  # [B, block, 1]
+            seen, start = (
+                jnp.take(x, query, axis=1, mode="fill", fill_value=0)
+                for x in (branches.seen, branches.start)
+            )  # [B, block, 1]
             visible = (visible & ((key < seen) | (key >= start)))[:, None, None]
-        weights = jax.nn.softmax(jnp.where(visible, scores, -1e30), axis=-1).astype(v.dtype).reshape(B, G, n * block, S)
+        weights = (
+            jax.nn.softmax(jnp.where(visible, scores, -1e30), axis=-1)
+            .astype(v.dtype)
+            .reshape(B, G, n * block, S)
+        )
         return jnp.einsum("bgmt,bgth->bgmh", weights, v)
 
     if blocks == 1:
         out = attend_block((q[0], jnp.int32(0)))[None]
     else:
         out = jax.lax.map(jax.checkpoint(attend_block), (q, jnp.arange(blocks) * block))
-    out = out.reshape(blocks, B, G, n, block, H).transpose(1, 0, 4, 2, 3, 5)  # [B, blocks, block, G, n, H]
+    out = out.reshape(blocks, B, G, n, block, H).transpose(
+        1, 0, 4, 2, 3, 5
+    )  # [B, blocks, block, G, n, H]
     return out.reshape(B, blocks * block, N, H)[:, :S]

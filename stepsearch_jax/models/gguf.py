@@ -1,4 +1,5 @@
 """Checkpoints of the Qwen2, Qwen3 and Llama families as GGUF files: one file, most of its matrices in blocks of few bits. Read through the package `gguf`."""
+
 from __future__ import annotations
 
 import math
@@ -11,10 +12,21 @@ from stepsearch_jax.models.architecture import RopeScaling
 from stepsearch_jax.models.weights import StoredModel, StoredTensor
 
 NAMES = {  # GGUF -> Hugging Face, of the whole model and of a layer
-    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head", "attn_norm": "input_layernorm",
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 
 
 def open_gguf(path: pathlib.Path) -> StoredModel:
@@ -25,22 +37,35 @@ def open_gguf(path: pathlib.Path) -> StoredModel:
     try:
         import gguf
     except ImportError as error:
-        raise ValueError(f"{path} can only be read with the package gguf: pip install gguf") from error
+        raise ValueError(
+            f"{path} can only be read with the package gguf: pip install gguf"
+        ) from error
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}")
     try:
         reader = gguf.GGUFReader(path)
     except Exception as error:  # the package raises what NumPy raises
         raise ValueError(f"{path} cannot be read as GGUF: {error}") from error
-    facts = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
+    facts = {
+        name: field.contents()
+        for name, field in reader.fields.items()
+        if not name.startswith("tokenizer.")
+    }
     stored = {_rename(tensor.name): tensor for tensor in reader.tensors}
     try:
-        fields = _read_fields(facts, {name: tuple(map(int, reversed(tensor.shape))) for name, tensor in stored.items()})
+        fields = _read_fields(
+            facts,
+            {name: tuple(map(int, reversed(tensor.shape))) for name, tensor in stored.items()},
+        )
     except KeyError as error:
         raise ValueError(f"{path} lacks {error}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    heads = {"q_proj": fields["num_heads"], "k_proj": fields["num_kv_heads"]} if facts["general.architecture"] == "llama" else {}
+    heads = (
+        {"q_proj": fields["num_heads"], "k_proj": fields["num_kv_heads"]}
+        if facts["general.architecture"] == "llama"
+        else {}
+    )
 
     def list_tensor(name: str, tensor) -> StoredTensor:
         interleaved = heads.get(name.split(".")[-2], 0)
@@ -51,7 +76,9 @@ def open_gguf(path: pathlib.Path) -> StoredModel:
 
         return StoredTensor(path, tuple(map(int, reversed(tensor.shape))), read)
 
-    return StoredModel(path, fields, {name: list_tensor(name, tensor) for name, tensor in stored.items()})
+    return StoredModel(
+        path, fields, {name: list_tensor(name, tensor) for name, tensor in stored.items()}
+    )
 
 
 def _rename(name: str) -> str:
@@ -74,7 +101,9 @@ def _read_fields(facts: dict, shapes: dict[str, tuple[int, ...]]) -> dict[str, o
     """Metadata -> fields of ModelConfig. Raises ValueError for what is not supported, KeyError for what is missing."""
     family = facts["general.architecture"]
     if family not in ("qwen2", "qwen3", "llama"):
-        raise ValueError(f"architecture {family!r} is not supported; supported are qwen2, qwen3 and llama")
+        raise ValueError(
+            f"architecture {family!r} is not supported; supported are qwen2, qwen3 and llama"
+        )
 
     def fact(name: str, *default):
         value = facts.get(f"{family}.{name}", *default)
@@ -85,13 +114,26 @@ def _read_fields(facts: dict, shapes: dict[str, tuple[int, ...]]) -> dict[str, o
     width, heads = fact("embedding_length"), fact("attention.head_count")
     head_dim = fact("attention.key_length", width // heads)
     if fact("rope.dimension_count", head_dim) != head_dim:
-        raise ValueError(f"rope.dimension_count is {fact('rope.dimension_count')}; only the whole head, {head_dim}, is supported")
+        raise ValueError(
+            f"rope.dimension_count is {fact('rope.dimension_count')}; only the whole head, {head_dim}, is supported"
+        )
     return dict(
-        vocab_size=shapes["model.embed_tokens.weight"][0], num_layers=fact("block_count"), embed_dim=width, num_heads=heads,
-        num_kv_heads=fact("attention.head_count_kv", heads), head_dim=head_dim, ffn_dim=fact("feed_forward_length"),
-        rope_theta=float(fact("rope.freq_base", 10000.0)), rope_scaling=_read_scaling(fact),
-        norm_eps=float(str(np.float32(fact("attention.layer_norm_rms_epsilon")))),  # 1e-5 is stored as float32
-        qkv_bias=family == "qwen2", qk_norm=family == "qwen3", tie_embeddings="lm_head.weight" not in shapes)
+        vocab_size=shapes["model.embed_tokens.weight"][0],
+        num_layers=fact("block_count"),
+        embed_dim=width,
+        num_heads=heads,
+        num_kv_heads=fact("attention.head_count_kv", heads),
+        head_dim=head_dim,
+        ffn_dim=fact("feed_forward_length"),
+        rope_theta=float(fact("rope.freq_base", 10000.0)),
+        rope_scaling=_read_scaling(fact),
+        norm_eps=float(
+            str(np.float32(fact("attention.layer_norm_rms_epsilon")))
+        ),  # 1e-5 is stored as float32
+        qkv_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
+        tie_embeddings="lm_head.weight" not in shapes,
+    )
 
 
 def _read_scaling(fact) -> RopeScaling | None:
@@ -102,5 +144,14 @@ def _read_scaling(fact) -> RopeScaling | None:
     if kind == "linear":
         return RopeScaling(kind, factor, 0, 0.0, 0.0, 1.0)
     if kind == "yarn":
-        return RopeScaling(kind, factor, fact("rope.scaling.original_context_length"), 1.0, 32.0, 0.1 * math.log(max(factor, 1.0)) + 1.0)
-    raise ValueError(f"rotary scaling {kind!r} is not supported; supported are none, linear and yarn")
+        return RopeScaling(
+            kind,
+            factor,
+            fact("rope.scaling.original_context_length"),
+            1.0,
+            32.0,
+            0.1 * math.log(max(factor, 1.0)) + 1.0,
+        )
+    raise ValueError(
+        f"rotary scaling {kind!r} is not supported; supported are none, linear and yarn"
+    )

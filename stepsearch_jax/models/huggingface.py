@@ -1,4 +1,5 @@
 """Checkpoints of the Qwen2, Qwen3 and Llama families as Hugging Face folders (`config.json` and `*.safetensors`): opened, and written for others to load."""
+
 from __future__ import annotations
 
 import json
@@ -20,11 +21,18 @@ from jax.experimental import multihost_utils
 from stepsearch_jax.models.architecture import ModelConfig, RopeScaling
 from stepsearch_jax.models.weights import Place, StoredModel, StoredTensor, list_places, list_stored
 
-ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}  # by model_type
+ARCHITECTURES = {
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "llama": "LlamaForCausalLM",
+}  # by model_type
 SUPPORTED = "supported are qwen2 (Qwen2, Qwen2.5), qwen3 (Qwen3, dense) and llama (Llama, SmolLM2)"
 STORED_TYPES = {"F32", "F16", "BF16"}
 INDEX = "model.safetensors.index.json"
-CONSTANTS = ("rotary_emb.inv_freq", "embeddings.position_ids")  # endings of tensors that old files carry along and no model needs
+CONSTANTS = (
+    "rotary_emb.inv_freq",
+    "embeddings.position_ids",
+)  # endings of tensors that old files carry along and no model needs
 
 
 def open_checkpoint(path: pathlib.Path) -> StoredModel:
@@ -38,10 +46,16 @@ def open_checkpoint(path: pathlib.Path) -> StoredModel:
         return open_gguf(path)
     file = path / "config.json"
     if not file.is_file():
-        raise FileNotFoundError(f"there is no {file}: a checkpoint is a folder with config.json and *.safetensors, or a .gguf file")
+        raise FileNotFoundError(
+            f"there is no {file}: a checkpoint is a folder with config.json and *.safetensors, or a .gguf file"
+        )
     try:
         fields = _read_fields(json.loads(file.read_text()))
-    except (ValueError, TypeError, AttributeError) as error:  # the latter two: no table, or a word where a number should be
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+    ) as error:  # the latter two: no table, or a word where a number should be
         raise ValueError(f"{file}: {error}") from error
     except KeyError as error:
         raise ValueError(f"{file} lacks the key {error}") from error
@@ -53,42 +67,82 @@ def _read_fields(raw: dict) -> dict[str, object]:
     family = raw.get("model_type")
     if family not in ARCHITECTURES:
         raise ValueError(f"model_type {family!r} is not supported; {SUPPORTED}")
-    for key, only in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False), ("use_sliding_window", False), ("quantization_config", None)):
+    for key, only in (
+        ("hidden_act", "silu"),
+        ("attention_bias", False),
+        ("mlp_bias", False),
+        ("use_sliding_window", False),
+        ("quantization_config", None),
+    ):
         if raw.get(key, only) != only:
             raise ValueError(f"{key} is {raw[key]!r}; only {only!r} is supported")
     if set(raw.get("layer_types") or ()) - {"full_attention"}:
-        raise ValueError(f"layer_types holds {', '.join(sorted(set(raw['layer_types'])))}; only full_attention is supported")
+        raise ValueError(
+            f"layer_types holds {', '.join(sorted(set(raw['layer_types'])))}; only full_attention is supported"
+        )
     theta, scaling = _read_rope(raw)
     heads, width = raw["num_attention_heads"], raw["hidden_size"]
     return dict(
-        vocab_size=raw["vocab_size"], num_layers=raw["num_hidden_layers"], embed_dim=width, num_heads=heads,
-        num_kv_heads=raw.get("num_key_value_heads") or heads, head_dim=raw.get("head_dim") or (128 if family == "qwen3" else width // heads),
-        ffn_dim=raw["intermediate_size"], rope_theta=theta, rope_scaling=scaling, norm_eps=float(raw["rms_norm_eps"]), qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3", tie_embeddings=bool(raw.get("tie_word_embeddings", False)))
+        vocab_size=raw["vocab_size"],
+        num_layers=raw["num_hidden_layers"],
+        embed_dim=width,
+        num_heads=heads,
+        num_kv_heads=raw.get("num_key_value_heads") or heads,
+        head_dim=raw.get("head_dim") or (128 if family == "qwen3" else width // heads),
+        ffn_dim=raw["intermediate_size"],
+        rope_theta=theta,
+        rope_scaling=scaling,
+        norm_eps=float(raw["rms_norm_eps"]),
+        qkv_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
+        tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+    )
 
 
 def _read_rope(raw: dict) -> tuple[float, RopeScaling | None]:
     """Theta and scaling, as older files (rope_theta, rope_scaling) or newer ones (rope_parameters) hold them."""
-    rope = {"rope_theta": raw.get("rope_theta"), **(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+    rope = {
+        "rope_theta": raw.get("rope_theta"),
+        **(raw.get("rope_scaling") or {}),
+        **(raw.get("rope_parameters") or {}),
+    }
     rope = {key: value for key, value in rope.items() if value is not None}
     theta = float(rope.pop("rope_theta", 10000.0))
     kind = rope.pop("rope_type", rope.pop("type", "default"))
     rope.pop("type", None)
     if not rope.pop("truncate", True) or rope.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError("rotary scaling with truncate=false or a partial_rotary_factor is not supported")
+        raise ValueError(
+            "rotary scaling with truncate=false or a partial_rotary_factor is not supported"
+        )
     if kind == "default":
         return theta, None
     context = rope.pop("original_max_position_embeddings", raw.get("max_position_embeddings", 0))
     if kind == "linear":
         scaling = RopeScaling(kind, float(rope.pop("factor")), 0, 0.0, 0.0, 1.0)
     elif kind == "llama3":
-        scaling = RopeScaling(kind, float(rope.pop("factor")), context, float(rope.pop("low_freq_factor")), float(rope.pop("high_freq_factor")), 1.0)
+        scaling = RopeScaling(
+            kind,
+            float(rope.pop("factor")),
+            context,
+            float(rope.pop("low_freq_factor")),
+            float(rope.pop("high_freq_factor")),
+            1.0,
+        )
     elif kind == "yarn":
         factor = float(rope.pop("factor", raw["max_position_embeddings"] / context))
         scale = rope.pop("attention_factor", 0.1 * math.log(max(factor, 1.0)) + 1.0)
-        scaling = RopeScaling(kind, factor, context, float(rope.pop("beta_slow", 1.0)), float(rope.pop("beta_fast", 32.0)), float(scale))
+        scaling = RopeScaling(
+            kind,
+            factor,
+            context,
+            float(rope.pop("beta_slow", 1.0)),
+            float(rope.pop("beta_fast", 32.0)),
+            float(scale),
+        )
     else:
-        raise ValueError(f"rotary scaling {kind!r} is not supported; supported are default, linear, llama3 and yarn")
+        raise ValueError(
+            f"rotary scaling {kind!r} is not supported; supported are default, linear, llama3 and yarn"
+        )
     if rope:
         raise ValueError(f"rotary scaling {kind!r} with {', '.join(sorted(rope))} is not supported")
     return theta, scaling
@@ -102,13 +156,19 @@ def list_tensors(folder: pathlib.Path) -> dict[str, StoredTensor]:
     index, single = folder / INDEX, folder / "model.safetensors"
     if index.is_file():
         try:
-            files = sorted({folder / file for file in json.loads(index.read_text())["weight_map"].values()})
+            files = sorted(
+                {folder / file for file in json.loads(index.read_text())["weight_map"].values()}
+            )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index} is no index of tensors, with the files that hold them under the key weight_map: fetch it again") from error
+            raise ValueError(
+                f"{index} is no index of tensors, with the files that hold them under the key weight_map: fetch it again"
+            ) from error
     else:
         files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
     if not files:
-        raise FileNotFoundError(f"{folder} holds no *.safetensors; other formats (*.bin) have to be converted first")
+        raise FileNotFoundError(
+            f"{folder} holds no *.safetensors; other formats (*.bin) have to be converted first"
+        )
     tensors = {}
     for file in files:
         if not file.is_file():
@@ -120,23 +180,41 @@ def list_tensors(folder: pathlib.Path) -> dict[str, StoredTensor]:
                         continue
                     part = stored.get_slice(name)
                     if part.get_dtype() not in STORED_TYPES:
-                        raise ValueError(f"{file}: {name} is stored as {part.get_dtype()}; supported are {', '.join(sorted(STORED_TYPES))}")
-                    tensors[name] = StoredTensor(file, tuple(part.get_shape()), lambda file=file, name=name: _read_tensor(file, name))
+                        raise ValueError(
+                            f"{file}: {name} is stored as {part.get_dtype()}; supported are {', '.join(sorted(STORED_TYPES))}"
+                        )
+                    tensors[name] = StoredTensor(
+                        file,
+                        tuple(part.get_shape()),
+                        lambda file=file, name=name: _read_tensor(file, name),
+                    )
         except safetensors.SafetensorError as error:
             raise ValueError(f"{file} cannot be read: {error}") from error
     return tensors
 
 
 def _read_tensor(file: pathlib.Path, name: str) -> np.ndarray:
-    with safetensors.safe_open(file, framework="np") as stored:  # opened for each tensor, so that pages of the others do not stay mapped
+    with safetensors.safe_open(
+        file, framework="np"
+    ) as stored:  # opened for each tensor, so that pages of the others do not stay mapped
         return stored.get_tensor(name)
 
 
 # ---- Export --------------------------------------------------------------------------------------------------------------------------------------
 
 
-def export_policy(folder: pathlib.Path, params, config: ModelConfig, *, dtype: str, shard_bytes: int, context: int, end_ids: Sequence[int], pad_id: int,
-                  tokenizer_files: Mapping[str, bytes]) -> None:
+def export_policy(
+    folder: pathlib.Path,
+    params,
+    config: ModelConfig,
+    *,
+    dtype: str,
+    shard_bytes: int,
+    context: int,
+    end_ids: Sequence[int],
+    pad_id: int,
+    tokenizer_files: Mapping[str, bytes],
+) -> None:
     """Writes a folder that transformers loads; an earlier one is replaced when the new one is complete. All processes call it, the first one writes.
 
     dtype: of the stored weights, "float32", "bfloat16" or "float16". shard_bytes: a larger model is written in several files with an index; the host holds
@@ -144,7 +222,9 @@ def export_policy(folder: pathlib.Path, params, config: ModelConfig, *, dtype: s
     stands beside the weights (`prompting.tokenizers.list_tokenizer_files`). Raises ValueError for an architecture that no family has.
     """
     first = jax.process_index() == 0
-    made, old = (folder.with_name(f".{folder.name}.{kind}.{os.getpid()}") for kind in ("made", "old"))
+    made, old = (
+        folder.with_name(f".{folder.name}.{kind}.{os.getpid()}") for kind in ("made", "old")
+    )
     contents = _describe(config, dtype, context, end_ids, pad_id)
     files = _cut_into_files(params, config, dtype, shard_bytes)
     index = {"metadata": {"total_size": 0}, "weight_map": {}}
@@ -153,7 +233,9 @@ def export_policy(folder: pathlib.Path, params, config: ModelConfig, *, dtype: s
         made.mkdir(parents=True)
     try:
         for file, tensors in files:
-            arrays = {name: _fetch(place, leaf, number, dtype) for name, place, leaf, number in tensors}  # every process takes part
+            arrays = {
+                name: _fetch(place, leaf, number, dtype) for name, place, leaf, number in tensors
+            }  # every process takes part
             if first:
                 safetensors.numpy.save_file(arrays, made / file, metadata={"format": "pt"})
             index["weight_map"] |= dict.fromkeys(arrays, file)
@@ -175,31 +257,59 @@ def export_policy(folder: pathlib.Path, params, config: ModelConfig, *, dtype: s
     multihost_utils.sync_global_devices(f"export {folder.name}")
 
 
-def _describe(config: ModelConfig, dtype: str, context: int, end_ids: Sequence[int], pad_id: int) -> dict[str, dict]:
+def _describe(
+    config: ModelConfig, dtype: str, context: int, end_ids: Sequence[int], pad_id: int
+) -> dict[str, dict]:
     """File name -> content of config.json and generation_config.json."""
     if config.qkv_bias and config.qk_norm:
-        raise ValueError("a model with both model.qkv_bias and model.qk_norm belongs to no family that others load")
+        raise ValueError(
+            "a model with both model.qkv_bias and model.qk_norm belongs to no family that others load"
+        )
     family = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
     ids = {"bos_token_id": None, "eos_token_id": list(end_ids), "pad_token_id": pad_id}
     content = {
-        "architectures": [ARCHITECTURES[family]], "model_type": family, "vocab_size": config.vocab_size, "hidden_size": config.embed_dim,
-        "intermediate_size": config.ffn_dim, "num_hidden_layers": config.num_layers, "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads, "head_dim": config.head_dim, "hidden_act": "silu", "max_position_embeddings": context,
-        "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta, "tie_word_embeddings": config.tie_embeddings, "attention_bias": False,
-        "use_sliding_window": False, "torch_dtype": dtype, **ids}
+        "architectures": [ARCHITECTURES[family]],
+        "model_type": family,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.embed_dim,
+        "intermediate_size": config.ffn_dim,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": context,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_bias": False,
+        "use_sliding_window": False,
+        "torch_dtype": dtype,
+        **ids,
+    }
     scaling = config.rope_scaling
     if scaling is not None:
         rope = {"rope_type": scaling.kind, "factor": scaling.factor}
         if scaling.kind != "linear":
-            slow, fast = ("low_freq_factor", "high_freq_factor") if scaling.kind == "llama3" else ("beta_slow", "beta_fast")
-            rope |= {"original_max_position_embeddings": scaling.original_context, slow: scaling.slow, fast: scaling.fast}
+            slow, fast = (
+                ("low_freq_factor", "high_freq_factor")
+                if scaling.kind == "llama3"
+                else ("beta_slow", "beta_fast")
+            )
+            rope |= {
+                "original_max_position_embeddings": scaling.original_context,
+                slow: scaling.slow,
+                fast: scaling.fast,
+            }
         if scaling.kind == "yarn":
             rope |= {"attention_factor": scaling.attention_factor}
         content["rope_scaling"] = rope
     return {"config.json": content, "generation_config.json": ids}
 
 
-def _cut_into_files(params, config: ModelConfig, dtype: str, shard_bytes: int) -> list[tuple[str, list]]:
+def _cut_into_files(
+    params, config: ModelConfig, dtype: str, shard_bytes: int
+) -> list[tuple[str, list]]:
     """Tensors (name, place, leaf, layer or None) by file, each file as full as `shard_bytes` allows."""
     leaves = flax.traverse_util.flatten_dict(params["params"])
     files, room = [[]], shard_bytes
@@ -214,10 +324,17 @@ def _cut_into_files(params, config: ModelConfig, dtype: str, shard_bytes: int) -
             room -= size
     if len(files) == 1:
         return [("model.safetensors", files[0])]
-    return [(f"model-{i:05}-of-{len(files):05}.safetensors", tensors) for i, tensors in enumerate(files, 1)]
+    return [
+        (f"model-{i:05}-of-{len(files):05}.safetensors", tensors)
+        for i, tensors in enumerate(files, 1)
+    ]
 
 
 def _fetch(place: Place, leaf, number: int | None, dtype: str) -> np.ndarray:
     array = jnp.asarray(leaf if number is None else leaf[number], dtype)
-    array = array if array.is_fully_addressable else multihost_utils.process_allgather(array, tiled=True)
+    array = (
+        array
+        if array.is_fully_addressable
+        else multihost_utils.process_allgather(array, tiled=True)
+    )
     return place.to_stored(np.asarray(array))

@@ -1,4 +1,5 @@
 """Log-probabilities, entropies and values of recorded tokens. The only place where predictions are shifted onto the tokens that they describe."""
+
 from __future__ import annotations
 
 import jax
@@ -27,7 +28,9 @@ def score_tokens(policy: Policy, params, tokens: jax.Array) -> tuple[jax.Array, 
 
 def examine_tokens(policy: Policy, params, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
     """-> (logprobs float32, likeliest bool), [B, T] each: as `score_tokens`, and whether greedy decoding chooses the same token; 0 and False at t = 0."""
-    return _score(policy, params, tokens, lambda logits, target, _: jnp.argmax(logits, axis=-1) == target)
+    return _score(
+        policy, params, tokens, lambda logits, target, _: jnp.argmax(logits, axis=-1) == target
+    )
 
 
 def _find_entropy(logits: jax.Array, target: jax.Array, log_total: jax.Array) -> jax.Array:
@@ -36,11 +39,19 @@ def _find_entropy(logits: jax.Array, target: jax.Array, log_total: jax.Array) ->
 
 def _score(policy: Policy, params, tokens: jax.Array, measure) -> tuple[jax.Array, jax.Array]:
     """What `_score_hidden` finds, of each token given those before it; 0 at t = 0."""
-    found = _score_hidden(policy, params, policy.apply(params, tokens), jnp.pad(tokens[:, 1:], ((0, 0), (0, 1))), measure)
+    found = _score_hidden(
+        policy,
+        params,
+        policy.apply(params, tokens),
+        jnp.pad(tokens[:, 1:], ((0, 0), (0, 1))),
+        measure,
+    )
     return tuple(map(shift_to_tokens, found))
 
 
-def _score_hidden(policy: Policy, params, hidden: jax.Array, targets: jax.Array, measure) -> tuple[jax.Array, jax.Array]:
+def _score_hidden(
+    policy: Policy, params, hidden: jax.Array, targets: jax.Array, measure
+) -> tuple[jax.Array, jax.Array]:
     """hidden [B, T, D], targets [B, T] -> log-probability of each target, and what `measure` finds in its place: [B, T] each, indexed by the token read, not
     yet shifted. measure(logits [B, w, V], target [B, w], log_total [B, w]) -> [B, w]; log_total: the logarithm of the sum of exp(logits)."""
     B, T = targets.shape
@@ -59,12 +70,24 @@ def _score_hidden(policy: Policy, params, hidden: jax.Array, targets: jax.Array,
     if chunks == 1:
         return score_chunk((hidden, targets))
     pad = chunks * width - T
-    hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0))).reshape(B, chunks, width, -1).swapaxes(0, 1)
+    hidden = (
+        jnp.pad(hidden, ((0, 0), (0, pad), (0, 0))).reshape(B, chunks, width, -1).swapaxes(0, 1)
+    )
     targets = jnp.pad(targets, ((0, 0), (0, pad))).reshape(B, chunks, width).swapaxes(0, 1)
-    return tuple(x.swapaxes(0, 1).reshape(B, -1)[:, :T] for x in jax.lax.map(score_chunk, (hidden, targets)))
+    return tuple(
+        x.swapaxes(0, 1).reshape(B, -1)[:, :T] for x in jax.lax.map(score_chunk, (hidden, targets))
+    )
 
 
-def score_answers(policy: Policy, params, tokens: jax.Array, seen: jax.Array, answers: jax.Array, opening: jax.Array, length: jax.Array) -> jax.Array:
+def score_answers(
+    policy: Policy,
+    params,
+    tokens: jax.Array,
+    seen: jax.Array,
+    answers: jax.Array,
+    opening: jax.Array,
+    length: jax.Array,
+) -> jax.Array:
     """How likely the policy finds an answer after each of P beginnings of an episode -> [B, P] float32, mean log-probability per answer token.
 
     tokens [B, T]; seen [B, P]: lengths of the beginnings; answers [B, A]: what is put behind each, right-padded; length [B]: its tokens;
@@ -80,13 +103,24 @@ def score_answers(policy: Policy, params, tokens: jax.Array, seen: jax.Array, an
     behind = jnp.repeat(seen, A, axis=1)  # [B, P A]
     zeros = jnp.zeros((B, T), jnp.int32)
     branches = Branches(
-        seen=jnp.concatenate([zeros, behind], axis=1), start=jnp.concatenate([zeros, jnp.broadcast_to(first, behind.shape)], axis=1),
-        positions=jnp.concatenate([zeros + jnp.arange(T), behind + offset], axis=1))
-    hidden = policy.apply(params, jnp.concatenate([tokens, jnp.tile(answers, (1, P))], axis=1), branches, method=Policy.branch)[:, T:]
+        seen=jnp.concatenate([zeros, behind], axis=1),
+        start=jnp.concatenate([zeros, jnp.broadcast_to(first, behind.shape)], axis=1),
+        positions=jnp.concatenate([zeros + jnp.arange(T), behind + offset], axis=1),
+    )
+    hidden = policy.apply(
+        params,
+        jnp.concatenate([tokens, jnp.tile(answers, (1, P))], axis=1),
+        branches,
+        method=Policy.branch,
+    )[:, T:]
     targets = jnp.pad(answers[:, 1:], ((0, 0), (0, 1)))
-    logprobs = shift_to_tokens(_score_hidden(policy, params, hidden, jnp.tile(targets, (1, P)), _find_entropy)[0]).reshape(B, P, A)
+    logprobs = shift_to_tokens(
+        _score_hidden(policy, params, hidden, jnp.tile(targets, (1, P)), _find_entropy)[0]
+    ).reshape(B, P, A)
     place = jnp.arange(A)
-    scored = ((place >= jnp.maximum(opening, 1)) & (place < length[:, None]))[:, None]  # token 0 of a copy is described by the beginning, not the copy
+    scored = ((place >= jnp.maximum(opening, 1)) & (place < length[:, None]))[
+        :, None
+    ]  # token 0 of a copy is described by the beginning, not the copy
     return jnp.where(scored, logprobs, 0).sum(-1) / jnp.maximum(scored.sum(-1), 1)
 
 

@@ -3,6 +3,7 @@
 Tensors go by their Hugging Face names. A linear map is stored as one matrix [outputs, inputs] a layer; here heads and head dim are axes of their own, inputs
 come first, and layers are stacked. The table of `list_places` is the only one of names and shapes.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -43,7 +44,9 @@ class StoredModel:
 
     def model_config(self, vocab_size: int, **choices) -> ModelConfig:
         """The architecture, with at least `vocab_size` rows in the embedding (the tokenizer's, rounded up). choices: the other fields, which are the run's."""
-        return ModelConfig(**self.fields | choices | {"vocab_size": max(vocab_size, self.fields["vocab_size"])})
+        return ModelConfig(
+            **self.fields | choices | {"vocab_size": max(vocab_size, self.fields["vocab_size"])}
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Place:
         """Shape in the files of a leaf (of one layer) with `shape` here."""
         if self.inputs is None:
             return shape
-        sizes = (math.prod(shape[self.inputs:]), math.prod(shape[: self.inputs]))
+        sizes = (math.prod(shape[self.inputs :]), math.prod(shape[: self.inputs]))
         return sizes if self.inputs else sizes[:1]
 
     def from_stored(self, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -77,18 +80,37 @@ class Place:
 
 def list_places(config: ModelConfig) -> list[Place]:
     """Every leaf of a policy's parameters, in the order in which files name them; those under trunk/layers have a tensor for each layer."""
-    maps = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj",
-            "down": "mlp.down_proj"}
+    maps = {
+        "q": "self_attn.q_proj",
+        "k": "self_attn.k_proj",
+        "v": "self_attn.v_proj",
+        "o": "self_attn.o_proj",
+        "gate": "mlp.gate_proj",
+        "up": "mlp.up_proj",
+        "down": "mlp.down_proj",
+    }
     norms = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
     if config.qk_norm:
         norms |= {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
     layers = [((ours, "scale"), f"{theirs}.weight", 0) for ours, theirs in norms.items()]
-    layers += [((ours, "kernel"), f"{theirs}.weight", 2 if ours == "o" else 1) for ours, theirs in maps.items()]
-    layers += [((ours, "bias"), f"{maps[ours]}.bias", 0) for ours in ("qkv" if config.qkv_bias else "")]
+    layers += [
+        ((ours, "kernel"), f"{theirs}.weight", 2 if ours == "o" else 1)
+        for ours, theirs in maps.items()
+    ]
+    layers += [
+        ((ours, "bias"), f"{maps[ours]}.bias", 0) for ours in ("qkv" if config.qkv_bias else "")
+    ]
     places = [Place(("trunk", "embedding"), "model.embed_tokens.weight", None, vocabulary=True)]
-    places += [Place(("trunk", "layers", *path), f"model.layers.{{}}.{name}", inputs) for path, name, inputs in layers]
+    places += [
+        Place(("trunk", "layers", *path), f"model.layers.{{}}.{name}", inputs)
+        for path, name, inputs in layers
+    ]
     places += [Place(("trunk", "final_norm", "scale"), "model.norm.weight", 0)]
-    return places if config.tie_embeddings else [*places, Place(("lm_head",), "lm_head.weight", 1, vocabulary=True)]
+    return (
+        places
+        if config.tie_embeddings
+        else [*places, Place(("lm_head",), "lm_head.weight", 1, vocabulary=True)]
+    )
 
 
 def list_stored(place: Place, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -110,30 +132,59 @@ def load_policy(stored: StoredModel, config: ModelConfig, like):
     check_architecture(stored, config)
     leaves, places = flax.traverse_util.flatten_dict(like["params"]), list_places(config)
     _check_tensors(stored, config, places, leaves)
-    return {"params": flax.traverse_util.unflatten_dict({place.path: _load_leaf(stored, config, place, leaves[place.path]) for place in places})}
+    return {
+        "params": flax.traverse_util.unflatten_dict(
+            {place.path: _load_leaf(stored, config, place, leaves[place.path]) for place in places}
+        )
+    }
 
 
 def check_architecture(stored: StoredModel, config: ModelConfig) -> None:
     """Raises ValueError, naming every key of config.model that differs, where a checkpoint has another architecture than `config`."""
     found = dataclasses.replace(config, **stored.fields)
     faults = []
-    for key in ("num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "ffn_dim", "norm_eps", "qkv_bias", "qk_norm"):
+    for key in (
+        "num_layers",
+        "embed_dim",
+        "num_heads",
+        "num_kv_heads",
+        "head_dim",
+        "ffn_dim",
+        "norm_eps",
+        "qkv_bias",
+        "qk_norm",
+    ):
         if not np.isclose(getattr(found, key), getattr(config, key), rtol=1e-5, atol=0):
-            faults.append(f"config.model.{key} is {getattr(config, key)}, there it is {getattr(found, key)}")
+            faults.append(
+                f"config.model.{key} is {getattr(config, key)}, there it is {getattr(found, key)}"
+            )
     if found.vocab_size > config.vocab_size:
-        faults.append(f"the vocabulary has {config.vocab_size} tokens, there it has {found.vocab_size}")
+        faults.append(
+            f"the vocabulary has {config.vocab_size} tokens, there it has {found.vocab_size}"
+        )
     if found.tie_embeddings and not config.tie_embeddings:
         faults.append("config.model.tie_embeddings is False, there it is True")
-    factors = [1.0 if c.rope_scaling is None else c.rope_scaling.attention_factor for c in (found, config)]
+    factors = [
+        1.0 if c.rope_scaling is None else c.rope_scaling.attention_factor for c in (found, config)
+    ]
     same_size = found.head_dim == config.head_dim
-    if same_size and not (np.allclose(rotary_frequencies(found), rotary_frequencies(config), rtol=1e-5, atol=0) and np.isclose(*factors)):
-        faults.append(f"config.model.rope_theta and rope_scaling are {config.rope_theta} and {config.rope_scaling}, there they are {found.rope_theta} and "
-                      f"{found.rope_scaling}")
+    if same_size and not (
+        np.allclose(rotary_frequencies(found), rotary_frequencies(config), rtol=1e-5, atol=0)
+        and np.isclose(*factors)
+    ):
+        faults.append(
+            f"config.model.rope_theta and rope_scaling are {config.rope_theta} and {config.rope_scaling}, there they are {found.rope_theta} and "
+            f"{found.rope_scaling}"
+        )
     if faults:
-        raise ValueError(f"the checkpoint {stored.path} has another architecture: {'; '.join(faults)}")
+        raise ValueError(
+            f"the checkpoint {stored.path} has another architecture: {'; '.join(faults)}"
+        )
 
 
-def _check_tensors(stored: StoredModel, config: ModelConfig, places: Sequence[Place], leaves: dict) -> None:
+def _check_tensors(
+    stored: StoredModel, config: ModelConfig, places: Sequence[Place], leaves: dict
+) -> None:
     faults, known = [], {"lm_head.weight"}
     for place in places:
         for name, shape in list_stored(place, leaves[place.path].shape):
@@ -141,14 +192,22 @@ def _check_tensors(stored: StoredModel, config: ModelConfig, places: Sequence[Pl
             found = stored.tensors.get(name)
             if found is None:
                 faults.append(f"{name} {list(shape)} is missing")
-            elif found.shape != shape and not (place.vocabulary and found.shape == (stored.fields["vocab_size"], *shape[1:])):
+            elif found.shape != shape and not (
+                place.vocabulary and found.shape == (stored.fields["vocab_size"], *shape[1:])
+            ):
                 rows = "at most " if place.vocabulary else ""
-                faults.append(f"{name} in {found.file.name} should be {rows}{list(shape)} and is {list(found.shape)}")
+                faults.append(
+                    f"{name} in {found.file.name} should be {rows}{list(shape)} and is {list(found.shape)}"
+                )
     for name in sorted(stored.tensors.keys() - known):
-        faults.append(f"{name} {list(stored.tensors[name].shape)} in {stored.tensors[name].file.name} is unexpected")
+        faults.append(
+            f"{name} {list(stored.tensors[name].shape)} in {stored.tensors[name].file.name} is unexpected"
+        )
     if faults:
         more = f"; and {len(faults) - FAULTS_TOLD} more" if len(faults) > FAULTS_TOLD else ""
-        raise ValueError(f"the checkpoint {stored.path} does not fit: {'; '.join(faults[:FAULTS_TOLD])}{more}")
+        raise ValueError(
+            f"the checkpoint {stored.path} does not fit: {'; '.join(faults[:FAULTS_TOLD])}{more}"
+        )
 
 
 def _load_leaf(stored: StoredModel, config: ModelConfig, place: Place, leaf) -> jax.Array:
@@ -156,11 +215,18 @@ def _load_leaf(stored: StoredModel, config: ModelConfig, place: Place, leaf) -> 
         table = _read_table(stored, config, place, place.stored_shape(leaf.shape)[0])
         return _put(place.from_stored(table, leaf.shape), leaf.sharding, leaf.dtype)
     if "layers" not in place.path:
-        return _put(place.from_stored(stored.tensors[place.name].read(), leaf.shape), leaf.sharding, leaf.dtype)
+        return _put(
+            place.from_stored(stored.tensors[place.name].read(), leaf.shape),
+            leaf.sharding,
+            leaf.dtype,
+        )
     sharding = leaf.sharding
     if isinstance(sharding, NamedSharding):
         sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-    stack, write = jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), _make_write(leaf.sharding)
+    stack, write = (
+        jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding),
+        _make_write(leaf.sharding),
+    )
     for number in range(leaf.shape[0]):
         layer = place.from_stored(stored.tensors[place.name.format(number)].read(), leaf.shape[1:])
         stack = write(stack, _put(layer, sharding, leaf.dtype), number)
@@ -170,18 +236,28 @@ def _load_leaf(stored: StoredModel, config: ModelConfig, place: Place, leaf) -> 
 @functools.cache
 def _make_write(sharding):
     """-> write(stack [L, ...], layer [...], number) -> stack, in place."""
-    return jax.jit(lambda stack, layer, number: jax.lax.dynamic_update_index_in_dim(stack, layer, number, 0), donate_argnums=0, out_shardings=sharding)
+    return jax.jit(
+        lambda stack, layer, number: jax.lax.dynamic_update_index_in_dim(stack, layer, number, 0),
+        donate_argnums=0,
+        out_shardings=sharding,
+    )
 
 
 def _read_table(stored: StoredModel, config: ModelConfig, place: Place, rows: int) -> np.ndarray:
     """A table over the vocabulary, filled up to `rows`."""
     table = stored.tensors[place.name].read()
-    if config.tie_embeddings and "lm_head.weight" in stored.tensors:  # stored twice, perhaps rounded differently
+    if (
+        config.tie_embeddings and "lm_head.weight" in stored.tensors
+    ):  # stored twice, perhaps rounded differently
         output = stored.tensors["lm_head.weight"].read()
-        distance = np.linalg.norm((output - table).astype(np.float32)) / np.linalg.norm(output.astype(np.float32))
+        distance = np.linalg.norm((output - table).astype(np.float32)) / np.linalg.norm(
+            output.astype(np.float32)
+        )
         if not distance <= TIED_DISTANCE:
-            raise ValueError(f"{stored.path} holds an lm_head.weight that is not its embedding (relative distance {distance:.2g}), but config.model."
-                             "tie_embeddings is True: set it to False")
+            raise ValueError(
+                f"{stored.path} holds an lm_head.weight that is not its embedding (relative distance {distance:.2g}), but config.model."
+                "tie_embeddings is True: set it to False"
+            )
         table = output
     if len(table) == rows:
         return table

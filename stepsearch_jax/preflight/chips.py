@@ -1,4 +1,5 @@
 """TPU chips and slices of them as libtpu describes them, without one: what to compile for, and what each chip can hold and do."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -42,16 +43,25 @@ def describe_slice(name: str) -> tuple[Chip, list[jax.Device]]:
     """
     kind, _, shape = name.partition(":")
     if kind not in CHIPS or not re.fullmatch("x".join([r"\d+"] * CHIPS[kind].axes), shape):
-        raise ValueError(f"--topology={name} is not known: name a kind ({', '.join(CHIPS)}) and a shape, such as v5e:4x4, v5p:2x2x4 or v6e:4x4")
+        raise ValueError(
+            f"--topology={name} is not known: name a kind ({', '.join(CHIPS)}) and a shape, such as v5e:4x4, v5p:2x2x4 or v6e:4x4"
+        )
     chip = CHIPS[kind]
     chips = math.prod(int(size) for size in shape.split("x"))
     # Set before libtpu is loaded: it then asks no TPU and no metadata server, and several processes may compile at once.
-    os.environ.update(TPU_ACCELERATOR_TYPE=f"{chip.accelerator}-{chips * chip.cores}", TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost",
-                      TPU_WORKER_ID="0", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+    os.environ.update(
+        TPU_ACCELERATOR_TYPE=f"{chip.accelerator}-{chips * chip.cores}",
+        TPU_SKIP_MDS_QUERY="1",
+        TPU_WORKER_HOSTNAMES="localhost",
+        TPU_WORKER_ID="0",
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+    )
     jax.config.update("jax_platforms", "cpu")
     try:
         return chip, list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
     except (RuntimeError, ValueError) as error:  # what libtpu refuses, or a missing one
         told = str(error).strip().splitlines()[0]
-        raise ValueError(f"--topology={name} cannot be described: {told} (compiling for TPUs needs libtpu, best in an environment of its own: "
-                         "pip install -r requirements.txt -r requirements-tpu.txt)") from error
+        raise ValueError(
+            f"--topology={name} cannot be described: {told} (compiling for TPUs needs libtpu, best in an environment of its own: "
+            "pip install -r requirements.txt -r requirements-tpu.txt)"
+        ) from error

@@ -7,6 +7,7 @@ them by the functions in which they were written.
 Why the HLO and not the jaxpr: it is what one chip does after partitioning, with everything that is computed again or on several chips alike. Of the arithmetic
 only dot products and convolutions count (TPUs have no other form of matrix product); for a program without loops that agrees with `cost_analysis`.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -19,10 +20,41 @@ from typing import NamedTuple
 
 import numpy as np
 
-BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
+BYTES = {
+    "pred": 1,
+    "s4": 0.5,
+    "u4": 0.5,
+    "s8": 1,
+    "u8": 1,
+    "bf16": 2,
+    "f16": 2,
+    "s16": 2,
+    "u16": 2,
+    "f32": 4,
+    "s32": 4,
+    "u32": 4,
+    "f64": 8,
+    "s64": 8,
+    "u64": 8,
+}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "fusion", "after-all", "partition-id", "replica-id",
-        "async-start", "async-update", "opt-barrier"}  # move nothing themselves; of fusions and calls the inside counts
+FREE = {
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "while",
+    "conditional",
+    "call",
+    "fusion",
+    "after-all",
+    "partition-id",
+    "replica-id",
+    "async-start",
+    "async-update",
+    "opt-barrier",
+}  # move nothing themselves; of fusions and calls the inside counts
 
 
 class Array(NamedTuple):
@@ -52,8 +84,13 @@ class Instruction(NamedTuple):
     @property
     def called(self) -> list[str]:
         """Computations that run once when this instruction does. Of a conditional all branches: an upper bound."""
-        names = re.findall(r"(?:calls|to_apply|called_computation|true_computation|false_computation)=%?([\w.-]+)", self.attributes)
-        for group in re.findall(r"(?:branch_computations|called_computations)=\{(.*?)\}", self.attributes):
+        names = re.findall(
+            r"(?:calls|to_apply|called_computation|true_computation|false_computation)=%?([\w.-]+)",
+            self.attributes,
+        )
+        for group in re.findall(
+            r"(?:branch_computations|called_computations)=\{(.*?)\}", self.attributes
+        ):
             names += [name.strip(" %") for name in group.split(",")]
         return names
 
@@ -97,7 +134,11 @@ class Module:
         self.entry = ""
         self._trips = trips
         self._partitions = int((re.search(r"num_partitions=(\d+)", text) or "x1")[1])
-        self._tables: dict[str, dict[int, str]] = {"FunctionNames": {}, "FileLocations": {}, "StackFrames": {}}
+        self._tables: dict[str, dict[int, str]] = {
+            "FunctionNames": {},
+            "FileLocations": {},
+            "StackFrames": {},
+        }
         table, current = None, {}
         for line in text.splitlines():
             if header := _HEADER.match(line):
@@ -120,33 +161,65 @@ class Module:
         frame, names = int(instruction.attribute(r"stack_frame_id=(\d+)") or 0), []
         while frame in self._tables["StackFrames"]:
             row = dict(re.findall(r"(\w+)=(\d+)", self._tables["StackFrames"][frame]))
-            location = dict(re.findall(r"(\w+)=(\d+)", self._tables["FileLocations"][int(row["file_location_id"])]))
-            names.append(self._tables["FunctionNames"][int(location["function_name_id"])].strip('"').split(".")[-1])
+            location = dict(
+                re.findall(
+                    r"(\w+)=(\d+)", self._tables["FileLocations"][int(row["file_location_id"])]
+                )
+            )
+            names.append(
+                self._tables["FunctionNames"][int(location["function_name_id"])]
+                .strip('"')
+                .split(".")[-1]
+            )
             frame = int(row["parent_frame_id"]) - 1
         return tuple(names)
 
     def trip_count(self, loop: Instruction, computation: dict[str, Instruction]) -> float:
-        if stated := loop.attribute(r'known_trip_count\D+(\d+)'):
+        if stated := loop.attribute(r"known_trip_count\D+(\d+)"):
             return int(stated)
         condition = self.computations[loop.attribute(r"condition=%?([\w.-]+)")]
         test = next(i for i in condition.values() if i.is_root)
         if test.opcode == "fusion":  # the comparison alone; its operands are the condition's
             inner = self.computations[test.called[0]]
-            names = [i.name for i in sorted((i for i in inner.values() if i.opcode == "parameter"), key=_parameter_number)]
+            names = [
+                i.name
+                for i in sorted(
+                    (i for i in inner.values() if i.opcode == "parameter"), key=_parameter_number
+                )
+            ]
             root = next(i for i in inner.values() if i.is_root)
             outside = dict(zip(names, test.operands))
-            test = root._replace(operands=tuple(outside.get(name, name) for name in root.operands)) if root.opcode == "compare" else test
+            test = (
+                root._replace(operands=tuple(outside.get(name, name) for name in root.operands))
+                if root.opcode == "compare"
+                else test
+            )
         if test.opcode == "compare" and test.attribute(r"direction=(\w+)") == "LT":
             counter, bound = (condition.get(name) for name in test.operands)
-            if counter and bound and counter.opcode == "get-tuple-element" and bound.opcode == "constant":
+            if (
+                counter
+                and bound
+                and counter.opcode == "get-tuple-element"
+                and bound.opcode == "constant"
+            ):
                 place = int(counter.attribute(r"index=(\d+)"))
                 body = self.computations[loop.attribute(r"body=%?([\w.-]+)")]
                 root = next(i for i in body.values() if i.is_root)
                 step = body.get(root.operands[place]) if root.opcode == "tuple" else None
-                steps = [_constant(body, name) for name in step.operands] if step is not None and step.opcode == "add" else []
+                steps = (
+                    [_constant(body, name) for name in step.operands]
+                    if step is not None and step.opcode == "add"
+                    else []
+                )
                 start = computation.get(loop.operands[0])
-                first = _constant(computation, start.operands[place]) if start is not None and start.opcode == "tuple" else None
-                return math.ceil((int(bound.operands[0]) - (first or 0)) / next((n for n in steps if n), 1))
+                first = (
+                    _constant(computation, start.operands[place])
+                    if start is not None and start.opcode == "tuple"
+                    else None
+                )
+                return math.ceil(
+                    (int(bound.operands[0]) - (first or 0)) / next((n for n in steps if n), 1)
+                )
         return self._trips(self.functions(loop))
 
     # ---- Costs
@@ -162,10 +235,19 @@ class Module:
             for kind, n in ici:
                 count[kind] += runs
                 sent[kind] += runs * n
-            times = {"compute": f / rates.flops, "HBM": b / rates.hbm_bytes, "ICI": sum(n for _, n in ici) / rates.ici_bytes}
+            times = {
+                "compute": f / rates.flops,
+                "HBM": b / rates.hbm_bytes,
+                "ICI": sum(n for _, n in ici) / rates.ici_bytes,
+            }
             slowest = max(times, key=times.get)
             seconds[slowest] += runs * times[slowest]
-        return Costs(flops, bytes_moved, {kind: Collective(kind, count[kind], sent[kind]) for kind in sorted(count)}, seconds)
+        return Costs(
+            flops,
+            bytes_moved,
+            {kind: Collective(kind, count[kind], sent[kind]) for kind in sorted(count)},
+            seconds,
+        )
 
     def _runs(self) -> dict[str, float]:
         """How often each computation runs that is not part of a fusion."""
@@ -187,13 +269,25 @@ class Module:
     @cached_property
     def _once(self) -> dict[str, tuple[float, float, list[tuple[str, float]]]]:
         """Computation -> floating-point operations, bytes to and from memory, and (kind, bytes sent) of collectives, of one run without its inner loops."""
-        return {name: (sum(map(self._flops, self._inside(name))), sum(self._traffic(i, computation) for i in computation.values()),
-                       [found for i in self._inside(name) if (found := self._collective(i))]) for name, computation in self.computations.items()}
+        return {
+            name: (
+                sum(map(self._flops, self._inside(name))),
+                sum(self._traffic(i, computation) for i in computation.values()),
+                [found for i in self._inside(name) if (found := self._collective(i))],
+            )
+            for name, computation in self.computations.items()
+        }
 
     def _inside(self, name: str) -> list[Instruction]:
         """The instructions of a computation and of the fusions in it, at any depth."""
         found = list(self.computations[name].values())
-        return found + [inner for i in found if i.opcode == "fusion" for called in i.called for inner in self._inside(called)]
+        return found + [
+            inner
+            for i in found
+            if i.opcode == "fusion"
+            for called in i.called
+            for inner in self._inside(called)
+        ]
 
     def _operand(self, i: Instruction, number: int) -> Array:
         return self._home[i.name][i.operands[number]].result[0]
@@ -201,7 +295,9 @@ class Module:
     @cached_property
     def _home(self) -> dict[str, dict[str, Instruction]]:
         """Instruction -> its computation. Names are unique within a module."""
-        return {name: computation for computation in self.computations.values() for name in computation}
+        return {
+            name: computation for computation in self.computations.values() for name in computation
+        }
 
     def _flops(self, i: Instruction) -> float:
         if i.opcode == "dot":
@@ -219,7 +315,14 @@ class Module:
         if kind not in COLLECTIVES:
             return None
         # A collective that runs beside other work stands in every fusion that drives it; in one of them it starts.
-        if "chain_id" in i.attributes and fusion and not any("AsyncCollectiveStart" in other.attributes for other in self.computations[fusion].values()):
+        if (
+            "chain_id" in i.attributes
+            and fusion
+            and not any(
+                "AsyncCollectiveStart" in other.attributes
+                for other in self.computations[fusion].values()
+            )
+        ):
             return None
         groups = i.attributes
         if found := re.search(r"replica_groups=\[\d+,(\d+)\]", groups):
@@ -241,7 +344,13 @@ class Module:
     @cached_property
     def _fusion_of(self) -> dict[str, str]:
         """Instruction -> the name of the fused computation that it stands in. XLA for TPUs calls a reduce-scatter a fusion of all-reduce and slice."""
-        fused = {called for computation in self.computations.values() for i in computation.values() if i.opcode == "fusion" for called in i.called}
+        fused = {
+            called
+            for computation in self.computations.values()
+            for i in computation.values()
+            if i.opcode == "fusion"
+            for called in i.called
+        }
         return {name: called for called in fused for name in self.computations[called]}
 
     # ---- Memory traffic
@@ -252,8 +361,12 @@ class Module:
         in_hbm = [len(a) == 1 and a[0].in_hbm for a in arrays]
         if i.opcode == "fusion":
             called = i.called[0]
-            reads = sum(self._read_bytes(called, number) for number, hbm in enumerate(in_hbm) if hbm)
-            return reads + sum(b for b, out in zip(self._written_bytes(called), i.result) if out.in_hbm)
+            reads = sum(
+                self._read_bytes(called, number) for number, hbm in enumerate(in_hbm) if hbm
+            )
+            return reads + sum(
+                b for b, out in zip(self._written_bytes(called), i.result) if out.in_hbm
+            )
         if i.opcode in FREE or i.opcode.endswith("-done"):
             return 0
         sizes = [a[0].bytes if hbm else 0 for a, hbm in zip(arrays, in_hbm)]
@@ -272,7 +385,14 @@ class Module:
     def _read_bytes(self, name: str, number: int) -> float:
         """Bytes that a fusion reads of its operand `number`."""
         computation = self.computations[name]
-        parameter = next((i for i in computation.values() if i.opcode == "parameter" and _parameter_number(i) == number), None)
+        parameter = next(
+            (
+                i
+                for i in computation.values()
+                if i.opcode == "parameter" and _parameter_number(i) == number
+            ),
+            None,
+        )
         return self._read_of(computation, parameter) if parameter else 0
 
     def _read_of(self, computation: dict[str, Instruction], source: Instruction) -> float:
@@ -319,10 +439,18 @@ def _read(line: str, found: re.Match) -> Instruction:
     while depth and end < len(line):  # the operands end where their bracket closes
         depth += {"(": 1, ")": -1}.get(line[end], 0)
         end += 1
-    inside = line[found.end():end - 1]
-    operands = (inside,) if opcode in ("constant", "parameter") else tuple(re.findall(r"%([\w.-]+)", inside))
-    arrays = tuple(Array(kind, tuple(int(n) for n in sizes.split(",") if n), not re.search(r"S\(\d+\)", layout))
-                   for kind, sizes, layout in _ARRAY.findall(result))
+    inside = line[found.end() : end - 1]
+    operands = (
+        (inside,)
+        if opcode in ("constant", "parameter")
+        else tuple(re.findall(r"%([\w.-]+)", inside))
+    )
+    arrays = tuple(
+        Array(
+            kind, tuple(int(n) for n in sizes.split(",") if n), not re.search(r"S\(\d+\)", layout)
+        )
+        for kind, sizes, layout in _ARRAY.findall(result)
+    )
     return Instruction(name, opcode, arrays, operands, line[end:], bool(root))
 
 
@@ -346,11 +474,28 @@ def _convolution_flops(i: Instruction, lhs: tuple[int, ...], rhs: tuple[int, ...
     size = lambda dims, names, label: dims[names.index(label)]
     window = dict(re.findall(r"(\w+)=([\dx_-]+)", i.attribute(r"window=\{(.*?)\}") or ""))
     digits = sorted(label for label in lhs_labels if label.isdigit())
-    pick = lambda key, n, default: int((window[key].split("x")[n] if key in window else default).split("_")[0])
+    pick = lambda key, n, default: int(
+        (window[key].split("x")[n] if key in window else default).split("_")[0]
+    )
     products = size(lhs, lhs_labels, "b") * size(out, out_labels, "f") * size(lhs, lhs_labels, "f")
-    products /= int(i.attribute(r"feature_group_count=(\d+)") or 1) * int(i.attribute(r"batch_group_count=(\d+)") or 1)
+    products /= int(i.attribute(r"feature_group_count=(\d+)") or 1) * int(
+        i.attribute(r"batch_group_count=(\d+)") or 1
+    )
     for n, digit in enumerate(digits):
-        stride, holes, spread, before = pick("stride", n, "1"), pick("lhs_dilate", n, "1"), pick("rhs_dilate", n, "1"), pick("pad", n, "0_0")
-        places = np.arange(size(out, out_labels, digit))[:, None] * stride + np.arange(size(rhs, rhs_labels, digit)) * spread - before
-        products *= np.count_nonzero((places >= 0) & (places <= (size(lhs, lhs_labels, digit) - 1) * holes) & (places % holes == 0))
+        stride, holes, spread, before = (
+            pick("stride", n, "1"),
+            pick("lhs_dilate", n, "1"),
+            pick("rhs_dilate", n, "1"),
+            pick("pad", n, "0_0"),
+        )
+        places = (
+            np.arange(size(out, out_labels, digit))[:, None] * stride
+            + np.arange(size(rhs, rhs_labels, digit)) * spread
+            - before
+        )
+        products *= np.count_nonzero(
+            (places >= 0)
+            & (places <= (size(lhs, lhs_labels, digit) - 1) * holes)
+            & (places % holes == 0)
+        )
     return 2 * float(products)

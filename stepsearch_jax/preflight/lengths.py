@@ -1,4 +1,5 @@
 """How often the loops of a rollout run that end when the data says so: from the longest episodes that a config allows."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -40,7 +41,15 @@ class Rollout:
         Raises ValueError for a loop that the rollout is not known to have.
         """
         innermost = functions[0] if functions else ""
-        within = "decode" if "decode_until_wait" in functions else "start" if "start_episodes" in functions else "prefill" if "absorb" in functions else ""
+        within = (
+            "decode"
+            if "decode_until_wait" in functions
+            else "start"
+            if "start_episodes" in functions
+            else "prefill"
+            if "absorb" in functions
+            else ""
+        )
         if innermost == "attend_cached" and within:
             return getattr(self, f"{within}_blocks")
         if innermost == "decode_until_wait":
@@ -49,23 +58,37 @@ class Rollout:
             return getattr(self, f"{within}_chunks")
         if innermost == "run_shard":
             return self.outer_steps
-        raise ValueError(f"no trip count is known for the loop of {' in '.join(functions[:4]) or 'no function'}")
+        raise ValueError(
+            f"no trip count is known for the loop of {' in '.join(functions[:4]) or 'no function'}"
+        )
 
     def describe(self) -> str:
-        return (f"every episode is the longest that the config allows: {self.prompt} prompt tokens, {self.sampled} sampled, {self.searches} "
-                f"search{'es' if self.searches != 1 else ''} with {self.observed} observed; slots in step, {self.waves} "
-                f"wave{'s' if self.waves != 1 else ''} of episodes in them")
+        return (
+            f"every episode is the longest that the config allows: {self.prompt} prompt tokens, {self.sampled} sampled, {self.searches} "
+            f"search{'es' if self.searches != 1 else ''} with {self.observed} observed; slots in step, {self.waves} "
+            f"wave{'s' if self.waves != 1 else ''} of episodes in them"
+        )
 
 
-def plan_rollout(settings: RolloutSettings, attention_block: int, episodes: int, slots: int) -> Rollout:
+def plan_rollout(
+    settings: RolloutSettings, attention_block: int, episodes: int, slots: int
+) -> Rollout:
     """The loops of one shard with so many episodes and slots."""
     context, prompt = settings.context, settings.max_prompt_tokens
-    length, sampled, observed = prompt, [], []  # positions of sampled tokens; (first, tokens) of observations
+    length, sampled, observed = (
+        prompt,
+        [],
+        [],
+    )  # positions of sampled tokens; (first, tokens) of observations
     for turn in range(settings.turns):
         take = min(settings.max_turn_tokens, context - length)
         sampled += range(length, length + take)
         length += take
-        if length >= context or turn == settings.turns - 1 or length + settings.max_observation_tokens >= context:
+        if (
+            length >= context
+            or turn == settings.turns - 1
+            or length + settings.max_observation_tokens >= context
+        ):
             break
         observed.append((length, settings.max_observation_tokens))
         length += settings.max_observation_tokens
@@ -73,13 +96,26 @@ def plan_rollout(settings: RolloutSettings, attention_block: int, episodes: int,
     waves = math.ceil(episodes / slots)
     groups = math.ceil(slots / settings.prefill_rows)
     blocks = lambda position: math.ceil((position + 1) / attention_block)
-    ends = lambda first, count: [min(first + done + settings.prefill_tokens, first + count) - 1 for done in range(0, count, settings.prefill_tokens)]
+    ends = lambda first, count: [
+        min(first + done + settings.prefill_tokens, first + count) - 1
+        for done in range(0, count, settings.prefill_tokens)
+    ]
     prompts = [blocks(end) for end in ends(0, max(prompt - 1, 1))]
     observations = [blocks(end) for first, count in observed for end in ends(first - 1, count)]
     absorbed = observations * waves + prompts * (waves - 1)
     outer = waves * (len(observed) + 1)
     mean = lambda numbers: sum(numbers) / len(numbers) if numbers else 0.0
     return Rollout(
-        prompt=prompt, sampled=len(sampled), searches=len(observed), observed=sum(count for _, count in observed), waves=waves, outer_steps=outer,
-        decode_steps=waves * len(sampled) / outer, decode_blocks=mean([blocks(position - 1) for position in sampled]),
-        start_chunks=groups * len(prompts), start_blocks=mean(prompts), prefill_chunks=groups * len(absorbed) / outer, prefill_blocks=mean(absorbed))
+        prompt=prompt,
+        sampled=len(sampled),
+        searches=len(observed),
+        observed=sum(count for _, count in observed),
+        waves=waves,
+        outer_steps=outer,
+        decode_steps=waves * len(sampled) / outer,
+        decode_blocks=mean([blocks(position - 1) for position in sampled]),
+        start_chunks=groups * len(prompts),
+        start_blocks=mean(prompts),
+        prefill_chunks=groups * len(absorbed) / outer,
+        prefill_blocks=mean(absorbed),
+    )

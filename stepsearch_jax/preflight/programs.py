@@ -1,4 +1,5 @@
 """The jitted programs of `train.py`, compiled for chips that need not be there, from the shapes and places of their arguments alone."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -23,7 +24,13 @@ from stepsearch_jax.rl import learner
 from stepsearch_jax.rollout.episode import Environment, Prompts
 from stepsearch_jax.rollout.programs import make_rollout, make_rollout_copy
 from stepsearch_jax.run.checks import check_config, check_sampling
-from stepsearch_jax.run.settings import describe_models, learner_settings, make_optimizers, rollout_settings, round_vocabulary
+from stepsearch_jax.run.settings import (
+    describe_models,
+    learner_settings,
+    make_optimizers,
+    rollout_settings,
+    round_vocabulary,
+)
 from stepsearch_jax.types import TrainState
 
 PHASES = ("copy", "rollout", "score", "update")  # in the order of an iteration
@@ -65,7 +72,11 @@ class Parts:
 
     def bytes_per_chip(self) -> dict[str, float]:
         """Name -> bytes on one chip."""
-        return {field.name: count_bytes(getattr(self, field.name)) for field in dataclasses.fields(self) if field.name != "mesh"}
+        return {
+            field.name: count_bytes(getattr(self, field.name))
+            for field in dataclasses.fields(self)
+            if field.name != "mesh"
+        }
 
 
 def count_bytes(tree) -> float:
@@ -82,10 +93,14 @@ def make_mesh(config: ml_collections.ConfigDict, devices) -> Mesh:
     """The config's mesh over these devices, checked against the rest of the config. Raises ValueError as `train.py` would."""
     g, m = config.mesh, config.model
     if config.rollout.search != "callback":
-        raise ValueError(f"config.rollout.search is {config.rollout.search!r}; the budget is made for the one program of \"callback\"")
+        raise ValueError(
+            f'config.rollout.search is {config.rollout.search!r}; the budget is made for the one program of "callback"'
+        )
     if not m.vocab_size:
-        raise ValueError("config.model.vocab_size is 0, which means the tokenizer's size, but no file is read here: set it to the rows of the model's "
-                         "embedding (151936 for Qwen2.5 up to 3B)")
+        raise ValueError(
+            "config.model.vocab_size is 0, which means the tokenizer's size, but no file is read here: set it to the rows of the model's "
+            "embedding (151936 for Qwen2.5 up to 3B)"
+        )
     mesh = sharding.make_mesh(g.data, g.fsdp, g.tensor, g.slices, m.num_kv_heads, devices=devices)
     check_config(config, mesh)
     check_sampling(config)
@@ -101,13 +116,33 @@ def describe_parts(config: ml_collections.ConfigDict, mesh: Mesh) -> Parts:
     policy = learner.describe_model_state(policy_optimizer, mesh, params, specs)
     value = None
     if value_optimizer is not None:
-        value = learner.describe_model_state(value_optimizer, mesh, *learner.describe_params(Value(model), mesh, rules))
-    rollout_params, _ = learner.describe_params(Policy(rollout_model), mesh, dict(config.mesh.rollout_rules))
-    rollout_copy = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, rollout_model.dtype, sharding=x.sharding), rollout_params)
-    slots = (config.rollout.slots or config.rollout.questions * config.rollout.group_size) // sharding.row_shards(mesh)
-    cache = jax.eval_shape(lambda: make_cache(rollout_model.place_on(mesh), slots, config.rollout.context))
-    return Parts(mesh, policy.params, policy.opt_state, value and value.params, value and value.opt_state, params, rollout_copy,
-                 _place(describe_environment(config), mesh, PartitionSpec()), cache)
+        value = learner.describe_model_state(
+            value_optimizer, mesh, *learner.describe_params(Value(model), mesh, rules)
+        )
+    rollout_params, _ = learner.describe_params(
+        Policy(rollout_model), mesh, dict(config.mesh.rollout_rules)
+    )
+    rollout_copy = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, rollout_model.dtype, sharding=x.sharding),
+        rollout_params,
+    )
+    slots = (
+        config.rollout.slots or config.rollout.questions * config.rollout.group_size
+    ) // sharding.row_shards(mesh)
+    cache = jax.eval_shape(
+        lambda: make_cache(rollout_model.place_on(mesh), slots, config.rollout.context)
+    )
+    return Parts(
+        mesh,
+        policy.params,
+        policy.opt_state,
+        value and value.params,
+        value and value.opt_state,
+        params,
+        rollout_copy,
+        _place(describe_environment(config), mesh, PartitionSpec()),
+        cache,
+    )
 
 
 def describe_environment(config: ml_collections.ConfigDict) -> Environment:
@@ -115,16 +150,29 @@ def describe_environment(config: ml_collections.ConfigDict) -> Environment:
     automaton's states do not depend on it."""
     automaton = make_tag_automaton([bytes([byte]) for byte in range(256)], [])
     fixed = encode_environment(lambda text: list(text.encode()), config.search.k)
-    next_state = np.broadcast_to(automaton.next_state[:, :1], (len(automaton.next_state), round_vocabulary(config.model.vocab_size)))
-    return Environment(next_state, automaton.event, np.int32(automaton.start), fixed.invalid_warning, fixed.last_turn_warning)
+    next_state = np.broadcast_to(
+        automaton.next_state[:, :1],
+        (len(automaton.next_state), round_vocabulary(config.model.vocab_size)),
+    )
+    return Environment(
+        next_state,
+        automaton.event,
+        np.int32(automaton.start),
+        fixed.invalid_warning,
+        fixed.last_turn_warning,
+    )
 
 
 def _place(tree, mesh: Mesh, spec: PartitionSpec):
     """Shapes of a tree of arrays or shapes, in one place all."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)), tree)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)), tree
+    )
 
 
-def compile_programs(config: ml_collections.ConfigDict, parts: Parts, tell: Callable[[str], None]) -> dict[str, Compiled]:
+def compile_programs(
+    config: ml_collections.ConfigDict, parts: Parts, tell: Callable[[str], None]
+) -> dict[str, Compiled]:
     """Phase -> its program, compiled for the mesh of `parts`. tell: hears of each before it begins, compiling takes minutes."""
     mesh, r = parts.mesh, config.rollout
     model, rollout_model = describe_models(config, round_vocabulary(config.model.vocab_size))
@@ -143,7 +191,11 @@ def compile_programs(config: ml_collections.ConfigDict, parts: Parts, tell: Call
             compiled[phase] = Compiled(None, "", needed, time.perf_counter() - begun)
             return None
         m = program.memory_analysis()
-        memory = Memory(m.temp_size_in_bytes, m.output_size_in_bytes - m.alias_size_in_bytes, m.generated_code_size_in_bytes)
+        memory = Memory(
+            m.temp_size_in_bytes,
+            m.output_size_in_bytes - m.alias_size_in_bytes,
+            m.generated_code_size_in_bytes,
+        )
         compiled[phase] = Compiled(memory, program.as_text(), 0, time.perf_counter() - begun)
         return program.output_shardings
 
@@ -154,10 +206,18 @@ def compile_programs(config: ml_collections.ConfigDict, parts: Parts, tell: Call
     # Episodes. The search is never called.
     episodes = r.questions * r.group_size
     specs = jax.tree.map(lambda place: place.spec, places)
-    rollout = make_rollout(rollout_model, rollout_settings(config), mesh, specs, lambda *question: question, "callback")
-    row = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct((episodes, *shape), dtype, sharding=NamedSharding(mesh, sharding.ROWS))
+    rollout = make_rollout(
+        rollout_model, rollout_settings(config), mesh, specs, lambda *question: question, "callback"
+    )
+    row = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(
+        (episodes, *shape), dtype, sharding=NamedSharding(mesh, sharding.ROWS)
+    )
     prompts = Prompts(row(config.prompt.max_prompt_tokens), row(), row(), row(dtype=bool))
-    key, scalar = _place((jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((), jnp.float32)), mesh, PartitionSpec())
+    key, scalar = _place(
+        (jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((), jnp.float32)),
+        mesh,
+        PartitionSpec(),
+    )
     arguments = (parts.rollout_copy, parts.environment, prompts, row(), row(), key, scalar)
     compile_one("rollout", rollout, *arguments)
     trajectory = _place(jax.eval_shape(rollout, *arguments)[0], mesh, sharding.ROWS)
@@ -165,14 +225,32 @@ def compile_programs(config: ml_collections.ConfigDict, parts: Parts, tell: Call
     # Scores of the whole rollout, at its greatest length.
     integer = _place(jax.ShapeDtypeStruct((), jnp.int32), mesh, PartitionSpec())
     value = None if parts.value is None else learner.ModelState(parts.value, parts.value_optimizer)
-    state = TrainState(learner.ModelState(parts.policy, parts.policy_optimizer), value, integer, integer, scalar, integer)
+    state = TrainState(
+        learner.ModelState(parts.policy, parts.policy_optimizer),
+        value,
+        integer,
+        integer,
+        scalar,
+        integer,
+    )
     turns = rollout_settings(config).turns
     build_batch = learner.make_build_batch(model, settings)
-    arguments = (state, parts.reference, trajectory, row(turns, dtype=jnp.float32), row(dtype=jnp.float32))
+    arguments = (
+        state,
+        parts.reference,
+        trajectory,
+        row(turns, dtype=jnp.float32),
+        row(dtype=jnp.float32),
+    )
     found = compile_one("score", build_batch, *arguments)
     batch = jax.eval_shape(build_batch, *arguments)[0]
-    batch = _place(batch, mesh, sharding.ROWS) if found is None else jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), batch, found[0])
+    batch = (
+        _place(batch, mesh, sharding.ROWS)
+        if found is None
+        else jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), batch, found[0]
+        )
+    )
 
     # Optimiser steps.
     compile_one("update", learner.make_update(model, settings, *optimizers), state, batch, scalar)
@@ -193,7 +271,9 @@ def count_parameters(tree) -> int:
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
 
 
-def count_model_flops(config: ml_collections.ConfigDict, parts: Parts, plan: Rollout) -> dict[str, Any]:
+def count_model_flops(
+    config: ml_collections.ConfigDict, parts: Parts, plan: Rollout
+) -> dict[str, Any]:
     """Phase -> operations of all chips by the rule of thumb: 2 for each parameter that multiplies and each token forward, 4 more backward, and 2 more where
     layers are computed again (6·N·D, or 8·N·D); "rule": that rule in words. Tables from which rows are only looked up do not count."""
     looked_up = round_vocabulary(config.model.vocab_size) * config.model.embed_dim
@@ -203,5 +283,10 @@ def count_model_flops(config: ml_collections.ConfigDict, parts: Parts, plan: Rol
     tokens = episodes * config.rollout.context
     each = 8 if config.model.remat == "layers" else 6
     passes = policy * (2 if config.rl.old_logprobs == "learner" else 1) + value
-    return {"copy": 0, "rollout": 2 * policy * episodes * plan.episode_tokens, "score": 2 * tokens * passes,
-            "update": each * tokens * config.rl.epochs * (policy + value), "rule": f"{each}·N·D (update), 2·N·D (each pass, rollout)"}
+    return {
+        "copy": 0,
+        "rollout": 2 * policy * episodes * plan.episode_tokens,
+        "score": 2 * tokens * passes,
+        "update": each * tokens * config.rl.epochs * (policy + value),
+        "rule": f"{each}·N·D (update), 2·N·D (each pass, rollout)",
+    }

@@ -1,4 +1,5 @@
 """Whether a run fits its chips: the largest of its programs beside everything that stays resident, and what would help where it does not."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -13,10 +14,19 @@ LEARNER = ("policy", "policy_optimizer", "value", "value_optimizer", "reference"
 SAMPLER = ("rollout_copy", "environment")
 # What train.py holds on the device while a program runs, and the program's own temporaries, results and code come on top. The rollout's copy is dropped as soon
 # as its episodes are there; a trajectory and a batch stay until the next ones replace them.
-KEPT = {"copy": (*LEARNER, "environment"), "rollout": (*LEARNER, *SAMPLER), "score": (*LEARNER, "environment"), "update": (*LEARNER, "environment")}
+KEPT = {
+    "copy": (*LEARNER, "environment"),
+    "rollout": (*LEARNER, *SAMPLER),
+    "score": (*LEARNER, "environment"),
+    "update": (*LEARNER, "environment"),
+}
 # What of it a program reads.
-ARGUMENTS = {"copy": ("policy",), "rollout": SAMPLER, "score": ("policy", "value", "reference"),
-             "update": ("policy", "policy_optimizer", "value", "value_optimizer")}
+ARGUMENTS = {
+    "copy": ("policy",),
+    "rollout": SAMPLER,
+    "score": ("policy", "value", "reference"),
+    "update": ("policy", "policy_optimizer", "value", "value_optimizer"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +86,9 @@ def find_levers(config: ml_collections.ConfigDict, parts, verdict: Verdict) -> l
     shards, chips = sharding.row_shards(mesh), mesh.devices.size
     rollout, learning = phase == "rollout", phase in ("score", "update")
     counted = (*KEPT[phase], *(("cache",) if rollout else ()))
-    gradients = (now["policy"] + now["value"]) * (2 if l.micro_rows else 1) if phase == "update" else 0.0
+    gradients = (
+        (now["policy"] + now["value"]) * (2 if l.micro_rows else 1) if phase == "update" else 0.0
+    )
     activations = max(0.0, verdict.needs[phase].temporaries - gradients)
     levers = []
 
@@ -87,7 +99,9 @@ def find_levers(config: ml_collections.ConfigDict, parts, verdict: Verdict) -> l
     def resized(changed) -> float:
         """Bytes saved in what is counted, and in gradients, by a config; negative where it has more, 0 where its mesh is refused."""
         try:
-            then = describe_parts(changed, make_mesh(changed, mesh.devices.flatten().tolist())).bytes_per_chip()
+            then = describe_parts(
+                changed, make_mesh(changed, mesh.devices.flatten().tolist())
+            ).bytes_per_chip()
         except ValueError:
             return 0.0
         learned = (now["policy"] + now["value"]) / max(then["policy"] + then["value"], 1)
@@ -95,18 +109,32 @@ def find_levers(config: ml_collections.ConfigDict, parts, verdict: Verdict) -> l
 
     def changed(**values) -> ml_collections.ConfigDict:
         copy = config.copy_and_resolve_references()
-        copy.update_from_flattened_dict({key.replace("__", "."): value for key, value in values.items()})
+        copy.update_from_flattened_dict(
+            {key.replace("__", "."): value for key, value in values.items()}
+        )
         return copy
 
-    for tensor in (size for size in (1, 2, 4, 8) if chips % size == 0 and (1, size) != (mesh.shape["data"], mesh.shape["tensor"])):
-        add("mesh", f"mesh.data=1 mesh.fsdp={chips // tensor} mesh.tensor={tensor}",
-            resized(changed(mesh__data=1, mesh__fsdp=chips // tensor, mesh__tensor=tensor)))
-    cut = sum(now[name] for name in LEARNER) + gradients + (now["cache"] if rollout else 0.0)  # more groups of chips have fewer slots each
+    for tensor in (
+        size
+        for size in (1, 2, 4, 8)
+        if chips % size == 0 and (1, size) != (mesh.shape["data"], mesh.shape["tensor"])
+    ):
+        add(
+            "mesh",
+            f"mesh.data=1 mesh.fsdp={chips // tensor} mesh.tensor={tensor}",
+            resized(changed(mesh__data=1, mesh__fsdp=chips // tensor, mesh__tensor=tensor)),
+        )
+    cut = (
+        sum(now[name] for name in LEARNER) + gradients + (now["cache"] if rollout else 0.0)
+    )  # more groups of chips have fewer slots each
     add("mesh", f"{2 * chips} chips instead of {chips}, the new ones along mesh.fsdp", cut / 2)
     slots = r.slots or r.questions * r.group_size
     if rollout and slots > shards:
-        add("slots", f"rollout.slots={max(shards, slots // 2 // shards * shards)}",
-            now["cache"] * (1 - max(shards, slots // 2 // shards * shards) / slots))
+        add(
+            "slots",
+            f"rollout.slots={max(shards, slots // 2 // shards * shards)}",
+            now["cache"] * (1 - max(shards, slots // 2 // shards * shards) / slots),
+        )
     if r.dtype == "float32" and phase in ("copy", "rollout"):
         add("cache type", "rollout.dtype=bfloat16", resized(changed(rollout__dtype="bfloat16")))
     rows = l.micro_rows or r.questions * r.group_size // (l.minibatches if phase == "update" else 1)

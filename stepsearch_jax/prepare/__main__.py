@@ -6,6 +6,7 @@
 
 `python -m stepsearch_jax.prepare COMMAND --help` says more of each.
 """
+
 from __future__ import annotations
 
 import importlib
@@ -19,7 +20,12 @@ def main(arguments: Sequence[str]) -> None:
     """arguments: a command and its flags. What a user can mend ends it with one line."""
     if not arguments or arguments[0] not in COMMANDS:
         asked = list(arguments) in (["-h"], ["--help"])
-        print(__doc__.strip() if asked else f"usage: python -m stepsearch_jax.prepare {{{','.join(COMMANDS)}}} …", file=sys.stdout if asked else sys.stderr)
+        print(
+            __doc__.strip()
+            if asked
+            else f"usage: python -m stepsearch_jax.prepare {{{','.join(COMMANDS)}}} …",
+            file=sys.stdout if asked else sys.stderr,
+        )
         raise SystemExit(0 if asked else 2)
     importlib.import_module(f"stepsearch_jax.prepare.{arguments[0]}").main(arguments[1:])
 

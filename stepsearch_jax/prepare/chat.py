@@ -3,6 +3,7 @@
 A chat completion is kept, whatever the model says in it, before it is read. One that holds no query is asked for again as another request (with another
 `seed`), at most so many times. Whatever else comes with status 200 (a web page, an error, half of a completion) is a request that failed.
 """
+
 from __future__ import annotations
 
 import concurrent.futures
@@ -30,12 +31,20 @@ MAX_QUERY = 300  # characters; a longer line is no query
 MAX_ANSWER_BYTES = 1 << 22
 MAX_REFUSED = 5  # sub-questions that an endpoint may refuse before it has taken one
 MAX_PAUSE_S = 600.0  # an endpoint that asks for a longer one ends the run
-_OF_ONE_REQUEST = (400, 413, 422)  # statuses that may be about one question; the others are about address, key or model
+_OF_ONE_REQUEST = (
+    400,
+    413,
+    422,
+)  # statuses that may be about one question; the others are about address, key or model
 _SYSTEM = "You write queries for a search engine over encyclopedia passages. Answer with the queries alone, one a line, without numbers or quotation marks."
-_TASK = ("Write {count} different search queries, each of which should find the passage that answers the question. Vary the wording: keywords, entity and "
-         "relation, a full question. Name every entity in each query.\n\nQuestion: {question}")
+_TASK = (
+    "Write {count} different search queries, each of which should find the passage that answers the question. Vary the wording: keywords, entity and "
+    "relation, a full question. Name every entity in each query.\n\nQuestion: {question}"
+)
 _EARLIER = "\nAnswered before: {answers}"
-_THOUGHT = re.compile(r"^.*</think>|<think>.*$", re.DOTALL)  # some models open it in their template, and some do not come to its end
+_THOUGHT = re.compile(
+    r"^.*</think>|<think>.*$", re.DOTALL
+)  # some models open it in their template, and some do not come to its end
 _MARK = re.compile(r"^\s*(?:[-•]|\*(?!\*)|\(?\d{1,2}[.):](?!\d))\s*")
 _EMPHASIS = re.compile(r"[*`]|(?<!\w)_+(?=\w)|(?<=[^\W_])_+(?!\w)")  # Markdown's
 _QUOTED = re.compile(r"[\"“]([^\"“”]*)[\"”]")
@@ -68,12 +77,17 @@ class ChatWriter:
     def __init__(self, settings: ChatSettings, store: Store):
         self.settings, self._store = settings, store
         self.sent = self.received = self.refused = 0
-        self._taken, self._refusal = False, ""  # whether the endpoint has taken any request like these, and what it said of the last that it did not
+        self._taken, self._refusal = (
+            False,
+            "",
+        )  # whether the endpoint has taken any request like these, and what it said of the last that it did not
         self._most_refused = MAX_REFUSED
         self._stopped, self._lock, self._next = threading.Event(), threading.Lock(), 0.0
         self._session = requests.Session()
         self._session.mount(settings.url, _Adapter(pool_maxsize=settings.concurrency))
-        self._session.cookies.set_policy(http.cookiejar.DefaultCookiePolicy(allowed_domains=()))  # a request says the same whatever came before it
+        self._session.cookies.set_policy(
+            http.cookiejar.DefaultCookiePolicy(allowed_domains=())
+        )  # a request says the same whatever came before it
 
     def write_all(self, asked: Sequence[tuple[str, tuple[str, ...]]]) -> list[list[str] | None]:
         """For each (sub-question, answers before it): its queries, none where no answer of the model held one; None where the endpoint refused it.
@@ -82,9 +96,13 @@ class ChatWriter:
         received until then is kept.
         """
         different = list(dict.fromkeys(asked))
-        self._most_refused = max(MAX_REFUSED, len(different) // 10)  # beyond a tenth it is not about single sub-questions
-        with concurrent.futures.ThreadPoolExecutor(self.settings.concurrency) as pool, \
-                tqdm(total=len(different), desc="writing", unit=" sub-questions", disable=None) as bar:
+        self._most_refused = max(
+            MAX_REFUSED, len(different) // 10
+        )  # beyond a tenth it is not about single sub-questions
+        with (
+            concurrent.futures.ThreadPoolExecutor(self.settings.concurrency) as pool,
+            tqdm(total=len(different), desc="writing", unit=" sub-questions", disable=None) as bar,
+        ):
             tasks = {pool.submit(self._write, *of_one): of_one for of_one in different}
             written = {}
             try:
@@ -109,9 +127,15 @@ class ChatWriter:
         return []
 
     def _make_request(self, question: str, earlier: tuple[str, ...], seed: int) -> dict:
-        task = _TASK.format(count=self.settings.count, question=question) + (_EARLIER.format(answers="; ".join(earlier)) if earlier else "")
-        return {"model": self.settings.model, "temperature": self.settings.temperature, "seed": seed,
-                "messages": [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": task}]}
+        task = _TASK.format(count=self.settings.count, question=question) + (
+            _EARLIER.format(answers="; ".join(earlier)) if earlier else ""
+        )
+        return {
+            "model": self.settings.model,
+            "temperature": self.settings.temperature,
+            "seed": seed,
+            "messages": [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": task}],
+        }
 
     def _ask(self, request: dict) -> str | None:
         """The body of the answer, from the store or the endpoint; None if that refuses this request, and perhaps only this."""
@@ -131,9 +155,17 @@ class ChatWriter:
             self._pace()
             pause = min(60.0, s.backoff * 2 ** min(attempt, 30)) * random.uniform(0.5, 1.5)
             try:
-                with limit_time(2 * s.timeout), \
-                        self._session.post(f"{s.url}/chat/completions", json=request, timeout=s.timeout, auth=self._authorize, stream=True,
-                                           allow_redirects=False) as answer:  # where one leads, the request would arrive as another one
+                with (
+                    limit_time(2 * s.timeout),
+                    self._session.post(
+                        f"{s.url}/chat/completions",
+                        json=request,
+                        timeout=s.timeout,
+                        auth=self._authorize,
+                        stream=True,
+                        allow_redirects=False,
+                    ) as answer,
+                ):  # where one leads, the request would arrive as another one
                     body = _read_body(answer).decode("utf-8", errors="replace")
             except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
                 fault = f"{type(error).__name__}: {error}"[:400]
@@ -146,21 +178,31 @@ class ChatWriter:
                         return body
                     fault = f"{fault}, which is no chat completion"
                 elif answer.status_code not in (408, 409, 429) and answer.status_code < 500:
-                    self._refusal = (f"{s.url} refuses a request with {fault}; check --url, --model and the key. Answers received are kept: run again to "
-                                     "go on")
+                    self._refusal = (
+                        f"{s.url} refuses a request with {fault}; check --url, --model and the key. Answers received are kept: run again to "
+                        "go on"
+                    )
                     with self._lock:
                         self.refused += 1
-                    if answer.status_code not in _OF_ONE_REQUEST or self.refused >= (self._most_refused if self._taken else MAX_REFUSED):
+                    if answer.status_code not in _OF_ONE_REQUEST or self.refused >= (
+                        self._most_refused if self._taken else MAX_REFUSED
+                    ):
                         raise ValueError(self._refusal)
-                    logger.warning("%s refuses a request with %s: its sub-question gets no query", s.url, fault)
+                    logger.warning(
+                        "%s refuses a request with %s: its sub-question gets no query", s.url, fault
+                    )
                     return None
                 wanted = _read_retry_after(answer.headers.get("Retry-After"))
                 if wanted > MAX_PAUSE_S:
-                    raise OSError(f"{s.url} wants a pause of {wanted:.0f} s, with {fault}. Answers received are kept: run again after it to go on")
+                    raise OSError(
+                        f"{s.url} wants a pause of {wanted:.0f} s, with {fault}. Answers received are kept: run again after it to go on"
+                    )
                 pause = max(pause, wanted)
             if attempt < s.retries and self._stopped.wait(pause):
                 break
-        raise OSError(f"{s.url} failed {attempt + 1} times for one request, at last with {fault}. Answers received are kept: run again to go on")
+        raise OSError(
+            f"{s.url} failed {attempt + 1} times for one request, at last with {fault}. Answers received are kept: run again to go on"
+        )
 
     def _authorize(self, request):
         """Sets the key itself: otherwise `requests` would prefer what a .netrc file says of the host."""
@@ -195,7 +237,9 @@ def _read_body(answer: requests.Response) -> bytes:
     while part := answer.raw.read1(1 << 16, decode_content=True):
         body += part
         if len(body) > MAX_ANSWER_BYTES:
-            raise urllib3.exceptions.HTTPError(f"the answer is longer than {MAX_ANSWER_BYTES} bytes")
+            raise urllib3.exceptions.HTTPError(
+                f"the answer is longer than {MAX_ANSWER_BYTES} bytes"
+            )
     return bytes(body)
 
 
@@ -212,8 +256,19 @@ def read_answer(body: str, count: int) -> list[str]:
     """At most `count` queries from the body of a chat completion, none twice; [] for whatever is not one. What the model thinks aloud is left out, and marks,
     numbers, quotes and emphasis at lines are taken off."""
     text = (_read_message(body) or {}).get("content")
-    lines = [_clean_line(line) for line in _THOUGHT.sub("", text).splitlines()] if isinstance(text, str) else []
-    fit = [line for line in lines if any(map(str.isalnum, line)) and len(line) <= MAX_QUERY and line[-1] != ":" and _is_writable(line)]
+    lines = (
+        [_clean_line(line) for line in _THOUGHT.sub("", text).splitlines()]
+        if isinstance(text, str)
+        else []
+    )
+    fit = [
+        line
+        for line in lines
+        if any(map(str.isalnum, line))
+        and len(line) <= MAX_QUERY
+        and line[-1] != ":"
+        and _is_writable(line)
+    ]
     return list(dict.fromkeys(fit))[:count]
 
 
@@ -235,5 +290,9 @@ def _read_retry_after(value: str | None) -> float:
     """Seconds of a Retry-After header: a number or a date; 0 for none, or one that cannot be read."""
     try:
         return urllib3.Retry().parse_retry_after(value) if value else 0.0
-    except (urllib3.exceptions.InvalidHeader, ValueError, OverflowError):  # the last two: thousands of digits, a year beyond the calendar
+    except (
+        urllib3.exceptions.InvalidHeader,
+        ValueError,
+        OverflowError,
+    ):  # the last two: thousands of digits, a year beyond the calendar
         return 0.0

@@ -2,6 +2,7 @@
 
 An engine is written as a word: bm25:K1:B; dense, the encoder of config.search; or remote:URL, a server with Search-R1's /retrieve that holds the same corpus.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -44,9 +45,13 @@ def check_engines(names: Sequence[str], search_config: ml_collections.ConfigDict
     """Raises ValueError for a name that is no engine's, for one that is there twice, and for a dense engine without an encoder."""
     read = [_read_engine(name) for name in names]
     if "dense" in names and not search_config.encoder:
-        raise ValueError("the engine dense needs config.search.encoder, the folder of an encoder (config.json, *.safetensors, tokenizer.json)")
+        raise ValueError(
+            "the engine dense needs config.search.encoder, the folder of an encoder (config.json, *.safetensors, tokenizer.json)"
+        )
     if len(set(read)) < len(read):
-        raise ValueError(f"--engines {' '.join(names)}: an engine stands there twice; each has one vote")
+        raise ValueError(
+            f"--engines {' '.join(names)}: an engine stands there twice; each has one vote"
+        )
 
 
 def _read_engine(name: str) -> tuple:
@@ -65,7 +70,12 @@ def _read_engine(name: str) -> tuple:
     raise ValueError(f"{name!r} is not an engine; one is {FORMS}")
 
 
-def build_engine(name: str, documents: Sequence[Document], folder: pathlib.Path, search_config: ml_collections.ConfigDict) -> Engine:
+def build_engine(
+    name: str,
+    documents: Sequence[Document],
+    folder: pathlib.Path,
+    search_config: ml_collections.ConfigDict,
+) -> Engine:
     """The engine of a name that `check_engines` has passed, its index kept in `folder`, or at a server that has been asked what it holds.
 
     Raises ValueError for a server that does not answer, or holds another corpus.
@@ -79,9 +89,22 @@ def build_engine(name: str, documents: Sequence[Document], folder: pathlib.Path,
         from stepsearch_jax.dense import index as dense
 
         encoder = dense.load_text_encoder(s.encoder, s.encode_batch, jax.local_devices())
-        index = dense.build_dense_index(documents, folder, encoder, query_prefix=s.query_prefix, passage_prefix=s.passage_prefix, dtype=s.embedding_dtype,
-                                        devices=jax.local_devices())
-        made = [encoder.fingerprint, s.query_prefix, s.passage_prefix, s.embedding_dtype, inspect.getsource(dense)]
+        index = dense.build_dense_index(
+            documents,
+            folder,
+            encoder,
+            query_prefix=s.query_prefix,
+            passage_prefix=s.passage_prefix,
+            dtype=s.embedding_dtype,
+            devices=jax.local_devices(),
+        )
+        made = [
+            encoder.fingerprint,
+            s.query_prefix,
+            s.passage_prefix,
+            s.embedding_dtype,
+            inspect.getsource(dense),
+        ]
     else:
         k1, b = settings
         index = bm25.build_index(documents, folder / f"bm25-{k1}-{b}", k1, b)
@@ -89,9 +112,13 @@ def build_engine(name: str, documents: Sequence[Document], folder: pathlib.Path,
     return Engine(name, _hash_json(made), lambda queries, k: index.search(queries, k)[0])
 
 
-def _open_remote(name: str, url: str, documents: Sequence[Document], s: ml_collections.ConfigDict) -> Engine:
+def _open_remote(
+    name: str, url: str, documents: Sequence[Document], s: ml_collections.ConfigDict
+) -> Engine:
     """A server as an engine; it is known by its address and by what it says of itself. A search raises OSError when all attempts have failed."""
-    index = open_remote(url, documents, hash_documents(documents), s.attempt_s, s.attempts, s.backoff_s, s.batch)
+    index = open_remote(
+        url, documents, hash_documents(documents), s.attempt_s, s.attempts, s.backoff_s, s.batch
+    )
 
     def search(queries: Sequence[str], k: int) -> np.ndarray:
         try:
@@ -99,8 +126,10 @@ def _open_remote(name: str, url: str, documents: Sequence[Document], s: ml_colle
         except SomeFailedError as refused:  # of what the server does not take it finds nothing
             return refused.found
         except urllib3.exceptions.HTTPError as error:
-            raise OSError(f"the engine {name} failed {s.attempts} times for one request, at last with {type(error).__name__}: {error}. What was found is kept: "
-                          "run again to go on") from error
+            raise OSError(
+                f"the engine {name} failed {s.attempts} times for one request, at last with {type(error).__name__}: {error}. What was found is kept: "
+                "run again to go on"
+            ) from error
 
     return Engine(name, _hash_json(index.describe(s.k)["settings"]), search)
 
@@ -109,15 +138,19 @@ def _hash_json(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def search_all(engines: Sequence[Engine], queries: Sequence[str], k: int, corpus: str, store: Store) -> list[dict[str, list[int]]]:
+def search_all(
+    engines: Sequence[Engine], queries: Sequence[str], k: int, corpus: str, store: Store
+) -> list[dict[str, list[int]]]:
     """For each engine: query -> the corpus ids of its first k. What `store` holds of the corpus of this hash is not searched again."""
     queries = list(dict.fromkeys(queries))
     found: list[dict[str, list[int]]] = []
-    with tqdm(total=len(queries) * len(engines), desc="searching", unit=" queries", disable=None) as bar:
+    with tqdm(
+        total=len(queries) * len(engines), desc="searching", unit=" queries", disable=None
+    ) as bar:
         for engine in engines:
             found.append({})
             for start in range(0, len(queries), QUERIES_AT_ONCE):
-                batch = queries[start:start + QUERIES_AT_ONCE]
+                batch = queries[start : start + QUERIES_AT_ONCE]
                 keys = [_hash_json([corpus, engine.fingerprint, k, query]) for query in batch]
                 known = store.get(keys)
                 lacking = [i for i, value in enumerate(known) if value is None]
@@ -131,7 +164,9 @@ def search_all(engines: Sequence[Engine], queries: Sequence[str], k: int, corpus
     return found
 
 
-def count_votes(found: Sequence[dict[str, list[int]]], query: str, gold: Sequence[int]) -> list[bool]:
+def count_votes(
+    found: Sequence[dict[str, list[int]]], query: str, gold: Sequence[int]
+) -> list[bool]:
     """For each engine: whether it returned a gold document for the query."""
     return [not set(gold).isdisjoint(of_engine[query]) for of_engine in found]
 

@@ -1,4 +1,5 @@
 """What the commands of `prepare` that take a config share."""
+
 from __future__ import annotations
 
 import argparse
@@ -12,8 +13,12 @@ from stepsearch_jax.files import check_output, write_json
 GOES_ON = "the same command goes on from what is kept"  # after Ctrl-C
 
 
-def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str], command: Callable[[ml_collections.ConfigDict, argparse.Namespace], dict],
-                render: Callable[[dict], str]) -> None:
+def run_command(
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str],
+    command: Callable[[ml_collections.ConfigDict, argparse.Namespace], dict],
+    render: Callable[[dict], str],
+) -> None:
     """Calls command(config, options) -> figures, prints them with `render` and writes them to --json. What a user can mend ends it with one line."""
     options = cli.parse_flags(parser, arguments)
     cli.start_logging()

@@ -4,6 +4,7 @@ Styles, in this order: the sub-question itself; its words without those that onl
 earlier answer that the sub-question builds on; the words with a hint in which words an article would say so; entity and hint; entity and relation, or the
 entity alone. A sub-question is either plain text or, in MuSiQue, "entity >> relation".
 """
+
 from __future__ import annotations
 
 import re
@@ -13,23 +14,71 @@ from stepsearch_jax.rewards.text_metrics import normalize
 
 _DROPPED = frozenset(  # words that ask, or only bind others together
     "a an the of in on at to for by from with into as and or that this these those it its is are was were be been being do does did has have had can could "
-    "will would who whom whose what which when where why how much many there s name called known".split())
-_SMALL = frozenset(("of", "the", "and", "in", "de", "la", "von", "van", "on", "at", "for", "a", "to"))  # within an entity: Bank of America
-_ASKING = frozenset("who whom whose what which when where why how in on at by from for to during along besides is are was were do does did the a an name".split(
-))
+    "will would who whom whose what which when where why how much many there s name called known".split()
+)
+_SMALL = frozenset(
+    ("of", "the", "and", "in", "de", "la", "von", "van", "on", "at", "for", "a", "to")
+)  # within an entity: Bank of America
+_ASKING = frozenset(
+    "who whom whose what which when where why how in on at by from for to during along besides is are was were do does did the a an name".split()
+)
 _HINTS = {  # a word of a relation -> words of the article that states it
-    "director": "film directed by", "directed": "film director", "performer": "song album by", "sang": "song singer", "sings": "song singer",
-    "author": "book novel written by", "wrote": "written by author", "composer": "music composed by", "composed": "composer", "screenwriter": "film written by",
-    "producer": "produced by", "creator": "created by", "platform": "video game released for", "manufacturer": "made by", "operator": "operated by",
-    "spouse": "married wife husband", "married": "spouse wife husband", "father": "son daughter of", "mother": "son daughter of", "child": "son daughter",
-    "sibling": "brother sister", "born": "birth", "birth": "born", "death": "died", "died": "death", "die": "died death", "burial": "buried",
-    "citizenship": "nationality born", "country": "located in", "nationality": "citizenship born", "administrative": "county district state province",
-    "located": "location", "headquarters": "company based in", "licensed": "radio station licensed", "border": "borders county", "capital": "capital city",
-    "mouth": "river flows into", "tributary": "river flows into", "team": "football player plays for",
-    "label": "records signed", "founded": "founder established",
-    "formation": "band formed in", "publication": "published released", "inception": "founded established", "educated": "studied university school",
-    "employer": "worked at", "award": "won prize", "cast": "film starring", "played": "actor cast", "plays": "actor cast", "hosted": "host television",
-    "network": "television broadcast", "league": "sports club plays in", "party": "politician member", "religion": "church faith", "population": "census",
+    "director": "film directed by",
+    "directed": "film director",
+    "performer": "song album by",
+    "sang": "song singer",
+    "sings": "song singer",
+    "author": "book novel written by",
+    "wrote": "written by author",
+    "composer": "music composed by",
+    "composed": "composer",
+    "screenwriter": "film written by",
+    "producer": "produced by",
+    "creator": "created by",
+    "platform": "video game released for",
+    "manufacturer": "made by",
+    "operator": "operated by",
+    "spouse": "married wife husband",
+    "married": "spouse wife husband",
+    "father": "son daughter of",
+    "mother": "son daughter of",
+    "child": "son daughter",
+    "sibling": "brother sister",
+    "born": "birth",
+    "birth": "born",
+    "death": "died",
+    "died": "death",
+    "die": "died death",
+    "burial": "buried",
+    "citizenship": "nationality born",
+    "country": "located in",
+    "nationality": "citizenship born",
+    "administrative": "county district state province",
+    "located": "location",
+    "headquarters": "company based in",
+    "licensed": "radio station licensed",
+    "border": "borders county",
+    "capital": "capital city",
+    "mouth": "river flows into",
+    "tributary": "river flows into",
+    "team": "football player plays for",
+    "label": "records signed",
+    "founded": "founder established",
+    "formation": "band formed in",
+    "publication": "published released",
+    "inception": "founded established",
+    "educated": "studied university school",
+    "employer": "worked at",
+    "award": "won prize",
+    "cast": "film starring",
+    "played": "actor cast",
+    "plays": "actor cast",
+    "hosted": "host television",
+    "network": "television broadcast",
+    "league": "sports club plays in",
+    "party": "politician member",
+    "religion": "church faith",
+    "population": "census",
 }
 
 
@@ -54,7 +103,10 @@ def _write_styles(question: str, earlier: Sequence[str]) -> Iterator[str]:
     of_entity = {word.lower() for word in _read_words(entity)}
     rest = relation or " ".join(word for word in keywords.split() if word.lower() not in of_entity)
     hint = next((_HINTS[word] for word in _read_words(rest.lower()) if word in _HINTS), "")
-    answer = next((answer for answer in reversed(earlier) if answer.strip() and answer.strip() in question), "")
+    answer = next(
+        (answer for answer in reversed(earlier) if answer.strip() and answer.strip() in question),
+        "",
+    )
     yield f"{relation} of {entity}" if relation else question
     yield f"{entity} {rest}" if relation else keywords
     if entity:
@@ -69,7 +121,10 @@ def _write_styles(question: str, earlier: Sequence[str]) -> Iterator[str]:
 
 def _read_words(text: str) -> list[str]:
     """Words with their inner hyphens, dots and apostrophes; a possessive 's is cut off."""
-    return [word.removesuffix("'s").removesuffix("’s") for word in re.findall(r"\w+(?:[-.'’&/]\w+)*", text)]
+    return [
+        word.removesuffix("'s").removesuffix("’s")
+        for word in re.findall(r"\w+(?:[-.'’&/]\w+)*", text)
+    ]
 
 
 def _find_entity(question: str, earlier: Sequence[str]) -> str:
@@ -81,7 +136,11 @@ def _find_entity(question: str, earlier: Sequence[str]) -> str:
     for place, token in enumerate(question.split()):
         word = token.strip("?,.;:!()[]")
         first = place == 0 and word.lower() in _ASKING
-        if word and not first and (word[0].isupper() or runs[-1] and (word[0].isdigit() or word.lower() in _SMALL)):
+        if (
+            word
+            and not first
+            and (word[0].isupper() or runs[-1] and (word[0].isdigit() or word.lower() in _SMALL))
+        ):
             runs[-1].append(word)
         elif runs[-1]:
             runs.append([])
@@ -93,5 +152,7 @@ def _find_entity(question: str, earlier: Sequence[str]) -> str:
             run.pop()
         if run:
             named.append(" ".join(run).removesuffix("'s").removesuffix("’s"))
-    answers = [answer.strip() for answer in earlier if answer.strip() and answer.strip() in question]
+    answers = [
+        answer.strip() for answer in earlier if answer.strip() and answer.strip() in question
+    ]
     return max((*named, *answers), key=len, default="")

@@ -1,4 +1,5 @@
 """What was paid for or computed once, kept in a file that outlives a kill: an answer is there as soon as `put` has returned."""
+
 from __future__ import annotations
 
 import contextlib
@@ -20,22 +21,39 @@ class Store:
         with self._naming_faults():
             self._database = sqlite3.connect(path, check_same_thread=False)
             self._database.execute("PRAGMA journal_mode=WAL")
-            self._database.execute("PRAGMA synchronous=FULL")  # a power cut, too, leaves what was put
-            self._database.execute("CREATE TABLE IF NOT EXISTS kept (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID")
+            self._database.execute(
+                "PRAGMA synchronous=FULL"
+            )  # a power cut, too, leaves what was put
+            self._database.execute(
+                "CREATE TABLE IF NOT EXISTS kept (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID"
+            )
 
     @contextlib.contextmanager
     def _naming_faults(self) -> Iterator[None]:
         try:
             yield
         except sqlite3.OperationalError as error:
-            raise OSError(f"{self._path}, which keeps answers, cannot be read or written: {error}") from error
+            raise OSError(
+                f"{self._path}, which keeps answers, cannot be read or written: {error}"
+            ) from error
         except sqlite3.DatabaseError as error:
-            raise ValueError(f"{self._path} is not a store of answers ({error}): remove it, and what it holds is asked for anew") from error
+            raise ValueError(
+                f"{self._path} is not a store of answers ({error}): remove it, and what it holds is asked for anew"
+            ) from error
 
     def get(self, keys: Sequence[str]) -> list[str | None]:
         """The text of each key, None where there is none."""
         with self._lock, self._naming_faults():
-            return [row[0] if (row := self._database.execute("SELECT value FROM kept WHERE key = ?", (key,)).fetchone()) else None for key in keys]
+            return [
+                row[0]
+                if (
+                    row := self._database.execute(
+                        "SELECT value FROM kept WHERE key = ?", (key,)
+                    ).fetchone()
+                )
+                else None
+                for key in keys
+            ]
 
     def put(self, texts: Mapping[str, str]) -> None:
         """Keeps texts by their keys, all or none of them."""

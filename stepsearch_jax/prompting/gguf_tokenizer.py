@@ -1,4 +1,5 @@
 """The tokenizer that a GGUF file holds beside its weights."""
+
 from __future__ import annotations
 
 import pathlib
@@ -6,7 +7,10 @@ import pathlib
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-CONTROL, USER_DEFINED = 3, 4  # token types of the format: never made from text, and found in it whole
+CONTROL, USER_DEFINED = (
+    3,
+    4,
+)  # token types of the format: never made from text, and found in it whole
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -16,12 +20,18 @@ def _by_pattern(digits: int) -> list:
     """Words, at most so many digits, punctuation, space: what Qwen2 and Llama 3 cut a text into."""
     number = r"\p{N}" if digits == 1 else rf"\p{{N}}{{1,{digits}}}"
     pattern = Regex(f"{CONTRACTIONS}|{WORDS}|{number}|{REST}")
-    return [pre_tokenizers.Split(pattern, behavior="isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    return [
+        pre_tokenizers.Split(pattern, behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
 
 
 SPLITTERS = {  # by tokenizer.ggml.pre
     "gpt-2": lambda: [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)],
-    "smollm": lambda: [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)],
+    "smollm": lambda: [
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+    ],
     "qwen2": lambda: _by_pattern(1),
     "llama-bpe": lambda: _by_pattern(3),
 }
@@ -41,21 +51,46 @@ def read_gguf_tokenizer(path: pathlib.Path) -> tuple[tokenizers.Tokenizer, str |
         raise ImportError(f"reading {path} needs the package gguf: pip install gguf") from error
     try:
         fields = gguf.GGUFReader(path).fields
-        read = lambda name, *default: fields[f"tokenizer.ggml.{name}"].contents() if f"tokenizer.ggml.{name}" in fields or not default else default[0]
-        kind, splitter, tokens, types = read("model"), read("pre", "default"), read("tokens"), read("token_type")
+        read = lambda name, *default: (
+            fields[f"tokenizer.ggml.{name}"].contents()
+            if f"tokenizer.ggml.{name}" in fields or not default
+            else default[0]
+        )
+        kind, splitter, tokens, types = (
+            read("model"),
+            read("pre", "default"),
+            read("tokens"),
+            read("token_type"),
+        )
         merges = [tuple(merge.split(" ")) for merge in read("merges", [])]
         end, pad = read("eos_token_id", None), read("padding_token_id", None)
     except (KeyError, ValueError, IndexError) as error:
-        raise ValueError(f"{path} holds no tokenizer that can be read: {type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"{path} holds no tokenizer that can be read: {type(error).__name__}: {error}"
+        ) from error
     if kind != "gpt2" or splitter not in SPLITTERS:
-        raise ValueError(f"{path} holds a tokenizer of kind {kind}, {splitter}; supported are gpt2 (byte-level BPE) with {', '.join(SPLITTERS)}: "
-                         "name a folder with tokenizer.json instead")
-    inner = tokenizers.Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=merges,
-                                            ignore_merges=splitter == "llama-bpe"))
+        raise ValueError(
+            f"{path} holds a tokenizer of kind {kind}, {splitter}; supported are gpt2 (byte-level BPE) with {', '.join(SPLITTERS)}: "
+            "name a folder with tokenizer.json instead"
+        )
+    inner = tokenizers.Tokenizer(
+        models.BPE(
+            vocab={token: number for number, token in enumerate(tokens)},
+            merges=merges,
+            ignore_merges=splitter == "llama-bpe",
+        )
+    )
     if splitter == "qwen2":
         inner.normalizer = normalizers.NFC()
-    inner.pre_tokenizer, inner.decoder = pre_tokenizers.Sequence(SPLITTERS[splitter]()), decoders.ByteLevel()
-    named = lambda kind: [AddedToken(token, special=kind == CONTROL, normalized=False) for token, of in zip(tokens, types) if of == kind]
+    inner.pre_tokenizer, inner.decoder = (
+        pre_tokenizers.Sequence(SPLITTERS[splitter]()),
+        decoders.ByteLevel(),
+    )
+    named = lambda kind: [
+        AddedToken(token, special=kind == CONTROL, normalized=False)
+        for token, of in zip(tokens, types)
+        if of == kind
+    ]
     inner.add_special_tokens(named(CONTROL))
     inner.add_tokens(named(USER_DEFINED))
     return inner, *(None if number is None else tokens[number] for number in (end, pad))

@@ -7,6 +7,7 @@ first, the turn is invalid.
 `parse_action` applies the rule to text. `make_tag_automaton` compiles the same rule into a table over token ids, because a tag has no stable split
 into tokens: in byte-pair encodings `>` merges with whatever follows it.
 """
+
 from __future__ import annotations
 
 import re
@@ -80,7 +81,10 @@ def _make_byte_automaton() -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     modes = (0, *range(1, len(KINDS) + 1))
     states = [(prefix, mode) for mode in modes for prefix in prefixes]
     number = {state: i for i, state in enumerate(states)}
-    ends = {status: len(states) + i for i, status in enumerate((TurnStatus.SEARCH, TurnStatus.INVALID, TurnStatus.ANSWER))}
+    ends = {
+        status: len(states) + i
+        for i, status in enumerate((TurnStatus.SEARCH, TurnStatus.INVALID, TurnStatus.ANSWER))
+    }
     size = len(states) + len(ends)
 
     next_state = np.empty((size, 256), np.min_scalar_type(-size))

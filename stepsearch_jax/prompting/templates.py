@@ -3,6 +3,7 @@
 Texts of the environment are written so that every word follows a space, which lets word-level vocabularies read them as whole words; byte-pair
 encodings do not mind. Text and token ids never disagree: an observation is only ever put together from ids.
 """
+
 from __future__ import annotations
 
 import re
@@ -14,7 +15,15 @@ from stepsearch_jax.prompting.tags import TAGS
 from stepsearch_jax.records import Document
 from stepsearch_jax.search.observations import EnvironmentTokens
 
-ALL_TAGS = (*TAGS, "<think>", "</think>", "<information>", "</information>", "<warning>", "</warning>")
+ALL_TAGS = (
+    *TAGS,
+    "<think>",
+    "</think>",
+    "<information>",
+    "</information>",
+    "<warning>",
+    "</warning>",
+)
 
 OBSERVATION_HEAD = "\n<information>"
 OBSERVATION_TAIL = "\n</information>\n"
@@ -22,9 +31,7 @@ RANK = "\n Doc {rank} <## Title:"
 DOCUMENT = " {title} ##> {text}"
 NOTHING_FOUND = "\n Nothing was found."
 SEARCH_FAILED = "\n The search failed."
-INVALID_WARNING = (
-    "\n<warning> The last turn had no valid action. Search with <search> query </search> or answer with <answer> answer </answer>. </warning>\n"
-)
+INVALID_WARNING = "\n<warning> The last turn had no valid action. Search with <search> query </search> or answer with <answer> answer </answer>. </warning>\n"
 LAST_TURN_WARNING = "\n<warning> No more searches are possible. Answer now with <answer> answer </answer>. </warning>\n"
 
 MAX_RANK = 10  # ranks that the words of the short template cover
@@ -112,13 +119,19 @@ Question: {question}
 """
 
 TEMPLATES = {"paper": PAPER, "reference": REFERENCE, "short": SHORT}
-BASELINES = {"paper": (DIRECT, READ), "reference": (DIRECT, READ), "short": (SHORT, SHORT)}  # where nothing can be searched: without documents, with them
+BASELINES = {
+    "paper": (DIRECT, READ),
+    "reference": (DIRECT, READ),
+    "short": (SHORT, SHORT),
+}  # where nothing can be searched: without documents, with them
 
 
 def render_prompt(template: str, question: str) -> str:
     """The prompt for a question; `template` is one of "paper", "reference", "short". Raises ValueError for another name or an empty question."""
     if template not in TEMPLATES:
-        raise ValueError(f"prompt template {template!r} does not exist; there are {', '.join(TEMPLATES)}")
+        raise ValueError(
+            f"prompt template {template!r} does not exist; there are {', '.join(TEMPLATES)}"
+        )
     if not question.strip():
         raise ValueError("the question is empty")
     return TEMPLATES[template].replace("{question}", question.strip())
@@ -157,5 +170,7 @@ def list_short_words() -> list[str]:
     """The words of the short template and of the environment's texts, tags apart: what a word-level vocabulary needs beside the data's own words."""
     ranks = "".join(RANK.format(rank=rank) for rank in range(1, MAX_RANK + 1))
     blanks = (SHORT.format(question=""), DOCUMENT.format(title="", text=""))
-    text = " ".join([*blanks, ranks, NOTHING_FOUND, SEARCH_FAILED, INVALID_WARNING, LAST_TURN_WARNING])
+    text = " ".join(
+        [*blanks, ranks, NOTHING_FOUND, SEARCH_FAILED, INVALID_WARNING, LAST_TURN_WARNING]
+    )
     return list(dict.fromkeys(re.sub("|".join(ALL_TAGS), " ", text).split()))

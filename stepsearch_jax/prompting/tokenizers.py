@@ -1,4 +1,5 @@
 """Text to token ids and back: byte-level BPE from a folder, or a word-level vocabulary made on the spot."""
+
 from __future__ import annotations
 
 import functools
@@ -18,16 +19,28 @@ from stepsearch_jax.prompting.gguf_tokenizer import read_gguf_tokenizer
 END, PAD = "<|endoftext|>", "<|pad|>"
 # Tokens with which checkpoints of the supported families end a text; a base model uses the first whatever its tokenizer_config names.
 END_TOKENS = (END, "<|im_end|>")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json",
-                   "chat_template.jinja")  # what a folder may hold of a tokenizer
-NEEDED_BYTES = (*range(0x20, 0x7F), 0x0A)  # printable ASCII and newline: what tags, prompts and observations are written with
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)  # what a folder may hold of a tokenizer
+NEEDED_BYTES = (
+    *range(0x20, 0x7F),
+    0x0A,
+)  # printable ASCII and newline: what tags, prompts and observations are written with
 
 
 def _make_byte_alphabet() -> dict[str, int]:
     """GPT-2's alphabet: byte-level vocabularies write bytes that print as themselves (Latin-1), the others as code points from 256 upwards."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + i): byte for i, byte in enumerate(others)
+    }
 
 
 BYTE_OF = _make_byte_alphabet()
@@ -54,12 +67,16 @@ class Tokenizer:
         self.token_bytes = _list_token_bytes(inner, ids, self.vocab_size)
         self.eos_ids = tuple(ids[token] for token in dict.fromkeys(end_tokens) if token in ids)
         if not self.eos_ids:
-            raise ValueError(f"tokenizer has none of the end tokens {', '.join(dict.fromkeys(end_tokens))}")
+            raise ValueError(
+                f"tokenizer has none of the end tokens {', '.join(dict.fromkeys(end_tokens))}"
+            )
         self.pad_id = ids.get(pad_token, self.eos_ids[0])
         produced = set(self.token_bytes)
         for byte in NEEDED_BYTES:
             if bytes([byte]) not in produced:
-                raise ValueError(f"tokenizer lacks byte {byte:#04x} ({chr(byte)!r}): no token stands for it alone; use a byte-level tokenizer")
+                raise ValueError(
+                    f"tokenizer lacks byte {byte:#04x} ({chr(byte)!r}): no token stands for it alone; use a byte-level tokenizer"
+                )
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, nothing added."""
@@ -67,11 +84,16 @@ class Tokenizer:
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """`encode` of each text, on all cores."""
-        return [encoding.ids for encoding in self._inner.encode_batch_fast(texts, add_special_tokens=False)]
+        return [
+            encoding.ids
+            for encoding in self._inner.encode_batch_fast(texts, add_special_tokens=False)
+        ]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD, control tokens and ids beyond the vocabulary (a model may have more) nothing."""
-        return b"".join(self.token_bytes[i] for i in ids if i < self.vocab_size).decode("utf-8", errors="replace")
+        return b"".join(self.token_bytes[i] for i in ids if i < self.vocab_size).decode(
+            "utf-8", errors="replace"
+        )
 
     def name_token(self, i: int) -> str:
         """Token i as its vocabulary writes it."""
@@ -96,7 +118,9 @@ def _list_token_bytes(inner: tokenizers.Tokenizer, ids: dict[str, int], size: in
         try:
             token_bytes[i] = bytes(BYTE_OF[char] for char in token)
         except KeyError as error:
-            raise ValueError(f"token {i} {token!r} is not in the byte-level alphabet; use a byte-level BPE tokenizer") from error
+            raise ValueError(
+                f"token {i} {token!r} is not in the byte-level alphabet; use a byte-level BPE tokenizer"
+            ) from error
     return token_bytes
 
 
@@ -113,24 +137,36 @@ def load_tokenizer(name_or_folder: str, words: Sequence[str]) -> Tokenizer:
     if folder.suffix == ".gguf":
         return _make_tokenizer(folder, *read_gguf_tokenizer(folder))
     if not folder.is_dir():
-        raise FileNotFoundError(f'tokenizer folder {folder} does not exist; name a folder with tokenizer.json, a .gguf file, or "atlas"')
-    plain, zipped, settings = folder / "tokenizer.json", folder / "tokenizer.json.gz", folder / "tokenizer_config.json"
+        raise FileNotFoundError(
+            f'tokenizer folder {folder} does not exist; name a folder with tokenizer.json, a .gguf file, or "atlas"'
+        )
+    plain, zipped, settings = (
+        folder / "tokenizer.json",
+        folder / "tokenizer.json.gz",
+        folder / "tokenizer_config.json",
+    )
     if not plain.is_file() and not zipped.is_file():
         raise FileNotFoundError(f"{folder} holds neither tokenizer.json nor tokenizer.json.gz")
     path = plain if plain.is_file() else zipped
     try:
         raw = path.read_bytes()
-        inner = tokenizers.Tokenizer.from_str((raw if path is plain else gzip.decompress(raw)).decode())
+        inner = tokenizers.Tokenizer.from_str(
+            (raw if path is plain else gzip.decompress(raw)).decode()
+        )
     except Exception as error:  # the library raises plain Exception
         raise ValueError(f"{path} cannot be read as a tokenizer: {error}") from error
     try:
         config = json.loads(settings.read_text()) if settings.is_file() else {}
     except ValueError as error:
         raise ValueError(f"{settings} is not valid JSON: {error}") from error
-    return _make_tokenizer(path, inner, *(_name_token(config.get(key)) for key in ("eos_token", "pad_token")))
+    return _make_tokenizer(
+        path, inner, *(_name_token(config.get(key)) for key in ("eos_token", "pad_token"))
+    )
 
 
-def _make_tokenizer(path: pathlib.Path, inner: tokenizers.Tokenizer, end: str | None, pad: str | None) -> Tokenizer:
+def _make_tokenizer(
+    path: pathlib.Path, inner: tokenizers.Tokenizer, end: str | None, pad: str | None
+) -> Tokenizer:
     try:
         return Tokenizer(inner, [token for token in (end, *END_TOKENS) if token], pad or END)
     except ValueError as error:
@@ -142,10 +178,24 @@ def list_tokenizer_files(name_or_folder: str, tokenizer: Tokenizer) -> dict[str,
     folder = pathlib.Path(name_or_folder)
     if not folder.is_dir():
         ends = [tokenizer.name_token(i) for i in (tokenizer.eos_ids[0], tokenizer.pad_id)]
-        settings = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=ends[0], pad_token=ends[1], clean_up_tokenization_spaces=False)
-        return {"tokenizer.json": tokenizer.to_json().encode(), "tokenizer_config.json": json.dumps(settings, indent=2).encode()}
-    found = {path.name.removesuffix(".gz"): path for path in sorted(folder.iterdir(), reverse=True)}  # a plain file before its packed copy
-    return {name: gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes() for name, path in found.items() if name in TOKENIZER_FILES}
+        settings = dict(
+            tokenizer_class="PreTrainedTokenizerFast",
+            eos_token=ends[0],
+            pad_token=ends[1],
+            clean_up_tokenization_spaces=False,
+        )
+        return {
+            "tokenizer.json": tokenizer.to_json().encode(),
+            "tokenizer_config.json": json.dumps(settings, indent=2).encode(),
+        }
+    found = {
+        path.name.removesuffix(".gz"): path for path in sorted(folder.iterdir(), reverse=True)
+    }  # a plain file before its packed copy
+    return {
+        name: gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        for name, path in found.items()
+        if name in TOKENIZER_FILES
+    }
 
 
 def _name_token(entry: str | dict | None) -> str | None:
@@ -170,9 +220,17 @@ def make_word_tokenizer(words: Sequence[str]) -> Tokenizer:
             pieces.append(splitter.pre_tokenize_str(word)[0][0])
     alphabet = sorted(BYTE_OF, key=BYTE_OF.get)
     tokens = dict.fromkeys([END, PAD, *alphabet, *templates.ALL_TAGS, *pieces])
-    inner = tokenizers.Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[], ignore_merges=True))
+    inner = tokenizers.Tokenizer(
+        models.BPE(
+            vocab={token: i for i, token in enumerate(tokens)}, merges=[], ignore_merges=True
+        )
+    )
     inner.pre_tokenizer = splitter
     inner.decoder = decoders.ByteLevel()
-    inner.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (END, PAD)])
-    inner.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in templates.ALL_TAGS])
+    inner.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in (END, PAD)]
+    )
+    inner.add_tokens(
+        [AddedToken(tag, special=False, normalized=False) for tag in templates.ALL_TAGS]
+    )
     return Tokenizer(inner, [END], PAD)

@@ -4,6 +4,7 @@
 
 reads `metrics.jsonl` and, where they exist, `evaluation.json`, `transcripts.jsonl` and `config.json` of a run's folder and writes `report.html` there.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -14,9 +15,13 @@ from stepsearch_jax import cli
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command. What a user can mend ends it with one line (SystemExit)."""
     parser = cli.make_parser("report", __doc__)
-    parser.add_argument("workdir", metavar="WORKDIR", help="folder of a run: the --workdir that it was trained with")
+    parser.add_argument(
+        "workdir", metavar="WORKDIR", help="folder of a run: the --workdir that it was trained with"
+    )
     options = cli.parse_flags(parser, arguments)
-    from stepsearch_jax.report.page import write_report  # draws with matplotlib, which takes a while to load
+    from stepsearch_jax.report.page import (
+        write_report,
+    )  # draws with matplotlib, which takes a while to load
 
     with cli.one_line_errors("no report was written"):
         print(write_report(options.workdir))

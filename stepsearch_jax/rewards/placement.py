@@ -1,4 +1,5 @@
 """From rewards of turns and episodes to rewards of tokens (device). Axis letters: B episodes, K turns, T tokens."""
+
 from __future__ import annotations
 
 import functools
@@ -33,10 +34,14 @@ def place_rewards(
     if placement not in ("step", "merged"):
         raise ValueError(f"reward.placement is {placement!r}; it must be 'step' or 'merged'")
     position = jnp.arange(action_mask.shape[1])
-    last = jnp.where(action_mask, position, -1).max(axis=1, keepdims=True)  # [B, 1], -1 without action tokens
+    last = jnp.where(action_mask, position, -1).max(
+        axis=1, keepdims=True
+    )  # [B, 1], -1 without action tokens
     is_last = position == last  # [B, T]
     at_end = search_end[:, :, None] == position  # [B, K, T]
-    step = jnp.where(at_end & action_mask[:, None, :], step_rewards[:, :, None], 0).sum(axis=1)  # [B, T]
+    step = jnp.where(at_end & action_mask[:, None, :], step_rewards[:, :, None], 0).sum(
+        axis=1
+    )  # [B, T]
     kept = jnp.where(is_last, 0, step) if outcome_overwrites else step
     rewards = kept + jnp.where(is_last, outcome_rewards[:, None], 0)
     if placement == "merged":

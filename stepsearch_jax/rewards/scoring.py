@@ -6,6 +6,7 @@
 Only `action`, `query`, `answer`, `doc_ids`, `status` and `search_ok` of a turn are read. Observations never are, so no document can earn or lose
 anything by the tags that it contains. A search is paid for what it found, also where the context had no room left to show it.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -29,8 +30,12 @@ class EpisodeMeasures:
     em: np.ndarray  # [B] float32: exact match, best over the accepted answers
     f1: np.ndarray  # [B] float32: word F1, best over the accepted answers
     cover_em: np.ndarray  # [B] float32: an accepted answer occurs in the given one
-    gold_recall: np.ndarray  # [B] float32: share of the gold documents that were retrieved, 0 where none are known
-    gold_known: np.ndarray  # [B] bool: the question names gold documents (average gold_recall over these)
+    gold_recall: (
+        np.ndarray
+    )  # [B] float32: share of the gold documents that were retrieved, 0 where none are known
+    gold_known: (
+        np.ndarray
+    )  # [B] bool: the question names gold documents (average gold_recall over these)
     searches: np.ndarray  # [B] int32: search turns, failed ones included
 
 
@@ -38,7 +43,9 @@ class EpisodeMeasures:
 class StepScores:
     """The rewards of B episodes with K turns, and what they are made of."""
 
-    step_rewards: np.ndarray  # [B, K] float32: 0 on turns that did not search and on failed searches
+    step_rewards: (
+        np.ndarray
+    )  # [B, K] float32: 0 on turns that did not search and on failed searches
     outcome_rewards: np.ndarray  # [B] float32: r_global
     gain: np.ndarray  # [B, K] float32: G, also where switched off
     redundancy: np.ndarray  # [B, K] float32: P, also where switched off
@@ -92,30 +99,52 @@ def score_episodes(
     _check_choice("key_match", key_match, ("max", "overwrite"))
     _check_choice("redundancy_scope", redundancy_scope, ("earlier_turns", "rendered"))
     if redundancy_scope == "rendered" and rendered is None:
-        raise ValueError("reward.redundancy_scope is 'rendered', which needs rendered: title and text of each document")
+        raise ValueError(
+            "reward.redundancy_scope is 'rendered', which needs rendered: title and text of each document"
+        )
     if retrieved_answer_credit and texts is None:
-        raise ValueError(f"reward.retrieved_answer_credit is {retrieved_answer_credit}, which needs the documents' texts")
+        raise ValueError(
+            f"reward.retrieved_answer_credit is {retrieved_answer_credit}, which needs the documents' texts"
+        )
 
     shape = len(episodes), num_turns
     redundancy, served = np.zeros(shape, np.float32), np.zeros(shape, bool)
-    key_rewards, gate_passed, held = np.zeros(shape[0], np.float32), np.zeros(shape[0], bool), np.zeros(shape[0], bool)
+    key_rewards, gate_passed, held = (
+        np.zeros(shape[0], np.float32),
+        np.zeros(shape[0], bool),
+        np.zeros(shape[0], bool),
+    )
     measures = measure_episodes(episodes)
     for b, episode in enumerate(episodes):
         if any(turn.status == TurnStatus.SEARCH for turn in episode.turns[num_turns:]):
-            raise ValueError(f"episode {b} (question {episode.question.uid}) searches after turn {num_turns}, the last that rewards have room for")
+            raise ValueError(
+                f"episode {b} (question {episode.question.uid}) searches after turn {num_turns}, the last that rewards have room for"
+            )
         turns = episode.turns[:num_turns]
         if redundancy_scope == "earlier_turns":
             redundancy[b, : len(turns)] = redundancy_by_id(turns)
         elif measures.gold_known[b]:
             redundancy[b, : len(turns)] = redundancy_by_rendering(turns, rendered)
-        served[b, : len(turns)] = [turn.status == TurnStatus.SEARCH and turn.search_ok for turn in turns]
+        served[b, : len(turns)] = [
+            turn.status == TurnStatus.SEARCH and turn.search_ok for turn in turns
+        ]
         key_rewards[b] = key_reward(episode.queries, episode.question, key_match=key_match)
         gate_passed[b] = _GATES[answer_gate](episode)
-        held[b] = retrieved_answer_credit and measures.f1[b] == 0 and retrieved_answer(episode, texts)
+        held[b] = (
+            retrieved_answer_credit and measures.f1[b] == 0 and retrieved_answer(episode, texts)
+        )
 
-    gain = np.asarray(information_gain(episodes, similarity, num_turns=num_turns) if gain is None else gain, np.float32)
-    step_rewards = np.float32(step_scale) * (gain * use_gain - redundancy * use_redundancy) - np.float32(search_cost) * served
-    answer_rewards = np.where(gate_passed, np.where(held, np.float32(retrieved_answer_credit), measures.f1), 0)
+    gain = np.asarray(
+        information_gain(episodes, similarity, num_turns=num_turns) if gain is None else gain,
+        np.float32,
+    )
+    step_rewards = (
+        np.float32(step_scale) * (gain * use_gain - redundancy * use_redundancy)
+        - np.float32(search_cost) * served
+    )
+    answer_rewards = np.where(
+        gate_passed, np.where(held, np.float32(retrieved_answer_credit), measures.f1), 0
+    )
     outcome_rewards = answer_rewards + np.float32(gamma_key) * key_rewards
     if format_failure == "minus_one":
         step_rewards = np.where(gate_passed[:, None], step_rewards, 0)
@@ -133,32 +162,55 @@ def score_episodes(
 
 def measure_episodes(episodes: Sequence[Episode]) -> EpisodeMeasures:
     """Answer and retrieval quality of B episodes -> `EpisodeMeasures`. No format gate, no similarity: what evaluation reports."""
-    answers = np.array([text_metrics.compare_answer(episode.answer, episode.question.answers) for episode in episodes], np.float32).reshape(-1, 3)
+    answers = np.array(
+        [
+            text_metrics.compare_answer(episode.answer, episode.question.answers)
+            for episode in episodes
+        ],
+        np.float32,
+    ).reshape(-1, 3)
     gold = [set(episode.question.gold_ids) for episode in episodes]
     return EpisodeMeasures(
         em=answers[:, 0],
         f1=answers[:, 1],
         cover_em=answers[:, 2],
-        gold_recall=np.array([len(ids.intersection(episode.doc_ids)) / max(len(ids), 1) for ids, episode in zip(gold, episodes)], np.float32),
+        gold_recall=np.array(
+            [
+                len(ids.intersection(episode.doc_ids)) / max(len(ids), 1)
+                for ids, episode in zip(gold, episodes)
+            ],
+            np.float32,
+        ),
         gold_known=np.array([bool(ids) for ids in gold], bool),
         searches=np.array([len(episode.search_turns) for episode in episodes], np.int32),
     )
 
 
-def information_gain(episodes: Sequence[Episode], similarity: Similarity, *, num_turns: int) -> np.ndarray:
+def information_gain(
+    episodes: Sequence[Episode], similarity: Similarity, *, num_turns: int
+) -> np.ndarray:
     """G [B, K] float64 (paper, information gain): how much closer turn t brought the documents to the gold ones; all episodes in one pass.
 
     c_i^t = max_j cos(gold_i, d_j^t);  m_i^0 = 0;  m_i^t = max(m_i^{t-1}, c_i^t);  G^t = (1/n) Σ_i max(c_i^t - m_i^{t-1}, 0) = (1/n) Σ_i (m_i^t - m_i^{t-1}).
     The sum over t telescopes to (1/n) Σ_i m_i <= 1. 0 without gold documents; a failed search has no gain and leaves no memory.
     """
     gold_ids = [episode.question.gold_ids for episode in episodes]
-    found = [[(t, turn.doc_ids) for t, turn in enumerate(e.turns[:num_turns]) if _retrieved(turn)] if ids else [] for e, ids in zip(episodes, gold_ids)]
+    found = [
+        [(t, turn.doc_ids) for t, turn in enumerate(e.turns[:num_turns]) if _retrieved(turn)]
+        if ids
+        else []
+        for e, ids in zip(episodes, gold_ids)
+    ]
     rows = [(b, t, len(ids)) for b, turns in enumerate(found) for t, ids in turns]
     if not rows:
         return np.zeros((len(episodes), num_turns))
-    cosines = similarity.similarity(gold_ids, [[i for _, ids in turns for i in ids] for turns in found])  # [n, R]
+    cosines = similarity.similarity(
+        gold_ids, [[i for _, ids in turns for i in ids] for turns in found]
+    )  # [n, R]
     b, t, documents = np.array(rows).T
-    best = np.zeros((len(cosines), len(episodes), num_turns))  # c; 0, which changes no memory, where nothing was retrieved
+    best = np.zeros(
+        (len(cosines), len(episodes), num_turns)
+    )  # c; 0, which changes no memory, where nothing was retrieved
     best[:, b, t] = np.maximum.reduceat(cosines, np.cumsum(documents) - documents, axis=1)
     memory = np.maximum.accumulate(best, axis=2)
     # Python's sum adds one gold document after the other: the last bit of an episode's gain does not depend on the batch around it.
@@ -248,7 +300,9 @@ def passes_ending_gate(episode: Episode) -> bool:
     if not episode.turns or not episode.turns[-1].action.rstrip().endswith("</answer>"):
         return False
     text = "".join(turn.action for turn in episode.turns).rstrip()
-    return "<answer>" in text[text[:-1].rfind("</answer>") + 1:]  # opened since the last one was closed
+    return (
+        "<answer>" in text[text[:-1].rfind("</answer>") + 1 :]
+    )  # opened since the last one was closed
 
 
 _GATES = {"strict": passes_strict_gate, "ends_with_answer": passes_ending_gate}
@@ -256,7 +310,9 @@ _GATES = {"strict": passes_strict_gate, "ends_with_answer": passes_ending_gate}
 
 def _is_flat(tags: Sequence[tuple[str, str]]) -> bool:
     """Tags, as ("" or "/", name), come in pairs: each opening one directly followed by its own closing one."""
-    return len(tags) % 2 == 0 and [("/", name) for slash, name in tags[::2] if not slash] == tags[1::2]
+    return (
+        len(tags) % 2 == 0 and [("/", name) for slash, name in tags[::2] if not slash] == tags[1::2]
+    )
 
 
 def _retrieved(turn: Turn) -> bool:

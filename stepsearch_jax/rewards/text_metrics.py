@@ -2,6 +2,7 @@
 
 Accepted answers and queries come from the data set and recur, so what they consist of is kept; what a policy wrote does not, and is not.
 """
+
 from __future__ import annotations
 
 import functools
@@ -40,7 +41,10 @@ def compare_answer(prediction: str | None, answers: Sequence[str]) -> AnswerScor
 def match_queries(queries: Sequence[str], accepted: Sequence[Sequence[str]]) -> list[list[float]]:
     """F1 of every query (rows) with the best of each group of accepted queries (columns); 0 for an empty group."""
     groups = [[_read_accepted(text)[1] for text in texts] for texts in accepted]
-    return [[_best_f1(words, group) for group in groups] for words in [_read(query)[1] for query in queries]]
+    return [
+        [_best_f1(words, group) for group in groups]
+        for words in [_read(query)[1] for query in queries]
+    ]
 
 
 def f1(a: str, b: str) -> float:
@@ -64,9 +68,15 @@ def normalize(text: str) -> str:
 
 def _split(text: str) -> list[str]:
     """The words of the normalised text."""
-    if text.isascii() and text.isprintable():  # all but punctuation are letters, digits and spaces, so articles are whole words: the same, three times faster
+    if (
+        text.isascii() and text.isprintable()
+    ):  # all but punctuation are letters, digits and spaces, so articles are whole words: the same, three times faster
         words = text.lower().encode().translate(None, _PUNCTUATION_BYTES).decode().split()
-        return words if _ARTICLE_WORDS.isdisjoint(words) else [word for word in words if word not in _ARTICLE_WORDS]
+        return (
+            words
+            if _ARTICLE_WORDS.isdisjoint(words)
+            else [word for word in words if word not in _ARTICLE_WORDS]
+        )
     return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
 
 
@@ -86,4 +96,10 @@ _read_accepted = functools.lru_cache(maxsize=1 << 18)(_read)
 
 
 def _best_f1(words: frozenset, others: Sequence[frozenset]) -> float:
-    return max([2 * len(words & other) / (len(words) + len(other)) if words or other else 1.0 for other in others], default=0.0)
+    return max(
+        [
+            2 * len(words & other) / (len(words) + len(other)) if words or other else 1.0
+            for other in others
+        ],
+        default=0.0,
+    )

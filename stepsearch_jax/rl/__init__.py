@@ -1,6 +1,25 @@
 """The mathematics of StePPO as pure jitted functions: advantages and losses. docs/losses.md derives them and shows their use."""
-from stepsearch_jax.rl.advantages import adapt_kl_coef, estimate_advantages, gae, grpo, kl_penalty, rloo, stepwise_advantages, turn_gae, turn_return
-from stepsearch_jax.rl.losses import aggregate, entropy_bonus, kl_loss, loss_normalizer, policy_loss, stepwise_ppo_loss, value_loss
+
+from stepsearch_jax.rl.advantages import (
+    adapt_kl_coef,
+    estimate_advantages,
+    gae,
+    grpo,
+    kl_penalty,
+    rloo,
+    stepwise_advantages,
+    turn_gae,
+    turn_return,
+)
+from stepsearch_jax.rl.losses import (
+    aggregate,
+    entropy_bonus,
+    kl_loss,
+    loss_normalizer,
+    policy_loss,
+    stepwise_ppo_loss,
+    value_loss,
+)
 
 __all__ = [
     "adapt_kl_coef",

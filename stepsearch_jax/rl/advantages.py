@@ -2,6 +2,7 @@
 
 `estimate_advantages` is the one function that the rest of the program calls; the estimators behind it stand alone as well.
 """
+
 from __future__ import annotations
 
 import functools
@@ -48,7 +49,14 @@ def kl_penalty(logprobs: jax.Array, ref_logprobs: jax.Array, *, estimator: str) 
 
 
 @jax.jit
-def adapt_kl_coef(kl_coef: jax.Array, mean_kl: jax.Array, *, target: float, horizon: float, num_episodes: int | jax.Array) -> jax.Array:
+def adapt_kl_coef(
+    kl_coef: jax.Array,
+    mean_kl: jax.Array,
+    *,
+    target: float,
+    horizon: float,
+    num_episodes: int | jax.Array,
+) -> jax.Array:
     """The next beta [] (adaptive controller of Ziegler et al. 2019, section 2.2, with the horizon of their code; target > 0).
 
         e = clip(mean_kl / target - 1, -0.2, 0.2);  beta' = beta * (1 + e * min(num_episodes / horizon, 1))
@@ -57,12 +65,21 @@ def adapt_kl_coef(kl_coef: jax.Array, mean_kl: jax.Array, *, target: float, hori
     Reference: the released code has no min; beta would turn negative as soon as one iteration held more than 5 horizons.
     """
     error = jnp.clip(mean_kl / target - 1, -0.2, 0.2)
-    return jnp.where(jnp.isfinite(mean_kl), kl_coef * (1 + error * jnp.minimum(num_episodes / horizon, 1)), kl_coef)
+    return jnp.where(
+        jnp.isfinite(mean_kl),
+        kl_coef * (1 + error * jnp.minimum(num_episodes / horizon, 1)),
+        kl_coef,
+    )
 
 
 @jax.jit
 def gae(
-    rewards: jax.Array, values: jax.Array, action_mask: jax.Array, *, gamma: float, gae_lambda: float
+    rewards: jax.Array,
+    values: jax.Array,
+    action_mask: jax.Array,
+    *,
+    gamma: float,
+    gae_lambda: float,
 ) -> tuple[jax.Array, jax.Array]:
     """rewards, values, action_mask [B, T] -> (advantages, returns) [B, T], 0 outside action_mask (Schulman et al. 2016, eq. 16).
 
@@ -81,17 +98,28 @@ def gae(
         next_value, next_advantage = following
         reward, value, keep = token
         advantage = reward + gamma * next_value - value + gamma * gae_lambda * next_advantage
-        return (jnp.where(keep, value, next_value), jnp.where(keep, advantage, next_advantage)), jnp.where(keep, advantage, 0)
+        return (
+            jnp.where(keep, value, next_value),
+            jnp.where(keep, advantage, next_advantage),
+        ), jnp.where(keep, advantage, 0)
 
     end = jnp.zeros_like(values[:, 0])
-    _, advantages = jax.lax.scan(step_back, (end, end), (rewards.T, values.T, action_mask.T), reverse=True)
+    _, advantages = jax.lax.scan(
+        step_back, (end, end), (rewards.T, values.T, action_mask.T), reverse=True
+    )
     advantages = advantages.T
     return advantages, advantages + values
 
 
 @jax.jit
 def turn_gae(
-    rewards: jax.Array, values: jax.Array, action_mask: jax.Array, turn_ids: jax.Array, *, gamma: float, gae_lambda: float
+    rewards: jax.Array,
+    values: jax.Array,
+    action_mask: jax.Array,
+    turn_ids: jax.Array,
+    *,
+    gamma: float,
+    gae_lambda: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """GAE with one state and one action a turn: rewards, values, action_mask, turn_ids [B, T] -> (advantages, returns, starts) [B, T].
 
@@ -102,7 +130,9 @@ def turn_gae(
       that token GAE gives it.
     """
     starts = _turn_starts(action_mask, turn_ids)
-    advantages, returns = gae(_sum_turns(rewards, action_mask, starts), values, starts, gamma=gamma, gae_lambda=gae_lambda)
+    advantages, returns = gae(
+        _sum_turns(rewards, action_mask, starts), values, starts, gamma=gamma, gae_lambda=gae_lambda
+    )
     return _spread_turns(advantages, action_mask, starts), returns, starts
 
 
@@ -117,7 +147,9 @@ def grpo(rewards: jax.Array, action_mask: jax.Array, group_ids: jax.Array) -> ja
     """
     present = action_mask.any(axis=1, keepdims=True)
     returns = masked_sum(rewards, action_mask, axis=1)[:, None]
-    return jnp.where(action_mask, standardize_in_groups(returns, present, group_ids, epsilon=_STD_EPSILON), 0)
+    return jnp.where(
+        action_mask, standardize_in_groups(returns, present, group_ids, epsilon=_STD_EPSILON), 0
+    )
 
 
 @jax.jit
@@ -129,13 +161,22 @@ def rloo(rewards: jax.Array, action_mask: jax.Array, group_ids: jax.Array) -> ja
     The baseline leaves the episode itself out, so it biases no gradient. Groups, absent episodes and lone ones: as `grpo`.
     """
     present, returns = action_mask.any(axis=1), masked_sum(rewards, action_mask, axis=1)
-    others = (group_ids[:, None] == group_ids) & present & ~jnp.eye(len(group_ids), dtype=bool)  # [B, B]
+    others = (
+        (group_ids[:, None] == group_ids) & present & ~jnp.eye(len(group_ids), dtype=bool)
+    )  # [B, B]
     advantages = masked_mean(returns[:, None] - returns, others, axis=1)
     return jnp.where(action_mask, advantages[:, None], 0)
 
 
 @jax.jit
-def turn_return(rewards: jax.Array, action_mask: jax.Array, turn_ids: jax.Array, group_ids: jax.Array, *, gamma: float) -> jax.Array:
+def turn_return(
+    rewards: jax.Array,
+    action_mask: jax.Array,
+    turn_ids: jax.Array,
+    group_ids: jax.Array,
+    *,
+    gamma: float,
+) -> jax.Array:
     """rewards, action_mask, turn_ids [B, T], group_ids [B] -> advantages [B, T], one for all action tokens of a turn: step rewards without a value model.
 
     Turn rewards r_bk are sums over the turn's action tokens. The last turn's, which holds the outcome, is standardised over the last turns of the group's
@@ -151,8 +192,13 @@ def turn_return(rewards: jax.Array, action_mask: jax.Array, turn_ids: jax.Array,
     position = jnp.arange(action_mask.shape[1])
     is_last = position == jnp.where(starts, position, -1).max(axis=1, keepdims=True)
     turn_rewards = _sum_turns(rewards, action_mask, starts)
-    standardized = sum(standardize_in_groups(turn_rewards, part, group_ids, epsilon=_STD_EPSILON) for part in (starts & is_last, starts & ~is_last))
-    advantages, _ = gae(standardized, jnp.zeros_like(standardized), starts, gamma=gamma, gae_lambda=1.0)  # without values: the discounted sum
+    standardized = sum(
+        standardize_in_groups(turn_rewards, part, group_ids, epsilon=_STD_EPSILON)
+        for part in (starts & is_last, starts & ~is_last)
+    )
+    advantages, _ = gae(
+        standardized, jnp.zeros_like(standardized), starts, gamma=gamma, gae_lambda=1.0
+    )  # without values: the discounted sum
     return _spread_turns(advantages, action_mask, starts)
 
 
@@ -188,7 +234,9 @@ def uses_critic(estimator: str) -> bool:
     Raises ValueError on an unknown estimator.
     """
     if estimator not in (*CRITIC_ESTIMATORS, *GROUP_ESTIMATORS):
-        raise ValueError(f"rl.advantage is {estimator!r}; it must be one of {', '.join((*CRITIC_ESTIMATORS, *GROUP_ESTIMATORS))}")
+        raise ValueError(
+            f"rl.advantage is {estimator!r}; it must be one of {', '.join((*CRITIC_ESTIMATORS, *GROUP_ESTIMATORS))}"
+        )
     return estimator in CRITIC_ESTIMATORS
 
 
@@ -232,15 +280,27 @@ def estimate_advantages(
         return advantages, jnp.zeros_like(advantages), jnp.zeros_like(action_mask)
     if estimator == "turn_gae":
         covered = action_mask
-        advantages, returns, value_mask = turn_gae(rewards, values, action_mask, turn_ids, gamma=gamma, gae_lambda=gae_lambda)
+        advantages, returns, value_mask = turn_gae(
+            rewards, values, action_mask, turn_ids, gamma=gamma, gae_lambda=gae_lambda
+        )
     else:
         covered = value_mask = credit_mask
         advantages, returns = gae(rewards, values, credit_mask, gamma=gamma, gae_lambda=gae_lambda)
     return whiten(advantages, covered) if whiten_advantages else advantages, returns, value_mask
 
 
-@functools.partial(jax.jit, static_argnames=(
-    "advantage", "kl_placement", "kl_estimator", "placement", "outcome_overwrites", "over_observations", "whiten_advantages"))
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "advantage",
+        "kl_placement",
+        "kl_estimator",
+        "placement",
+        "outcome_overwrites",
+        "over_observations",
+        "whiten_advantages",
+    ),
+)
 def stepwise_advantages(
     old_logprobs: jax.Array,
     ref_logprobs: jax.Array,
@@ -281,7 +341,12 @@ def stepwise_advantages(
     if kl_placement not in ("reward", "loss"):
         raise ValueError(f"rl.kl_placement is {kl_placement!r}; it must be 'reward' or 'loss'")
     placed = place_rewards(
-        step_rewards, outcome_rewards, search_end, action_mask, placement=placement, outcome_overwrites=outcome_overwrites
+        step_rewards,
+        outcome_rewards,
+        search_end,
+        action_mask,
+        placement=placement,
+        outcome_overwrites=outcome_overwrites,
     )
     kl = jnp.where(action_mask, kl_penalty(old_logprobs, ref_logprobs, estimator=kl_estimator), 0)
     advantages, returns, value_mask = estimate_advantages(
@@ -296,4 +361,9 @@ def stepwise_advantages(
         gae_lambda=gae_lambda,
         whiten_advantages=whiten_advantages,
     )
-    return advantages, returns, value_mask, {"kl": masked_mean(kl, action_mask), "reward": placed.sum(axis=1).mean()}
+    return (
+        advantages,
+        returns,
+        value_mask,
+        {"kl": masked_mean(kl, action_mask), "reward": placed.sum(axis=1).mean()},
+    )

@@ -4,6 +4,7 @@ Every loss is an `aggregate` of what its tokens contribute, divided by `normaliz
 parts of a minibatch, whole rows each, divided by the whole's normalizer, add up to the whole: loss, metrics and gradient. All arrays are [B, T], indexed by
 the token they describe; nothing outside a loss's mask reaches its result or a gradient. Over an empty mask everything is 0.
 """
+
 from __future__ import annotations
 
 import functools
@@ -13,13 +14,20 @@ import jax
 import jax.numpy as jnp
 
 from stepsearch_jax.masking import masked_mean, masked_sum
-from stepsearch_jax.rl.advantages import bounded_log_ratio, kl_penalty, stepwise_advantages, uses_critic
+from stepsearch_jax.rl.advantages import (
+    bounded_log_ratio,
+    kl_penalty,
+    stepwise_advantages,
+    uses_critic,
+)
 
 Metrics = dict[str, jax.Array]
 
 
 @functools.partial(jax.jit, static_argnames=("aggregation",))
-def aggregate(x: jax.Array, mask: jax.Array, *, aggregation: str, normalizer: jax.Array) -> jax.Array:
+def aggregate(
+    x: jax.Array, mask: jax.Array, *, aggregation: str, normalizer: jax.Array
+) -> jax.Array:
     """x, mask [B, T] -> [], the mean of x where mask.
 
         token_mean      Σ_bt x_bt / normalizer             every token counts the same, a long episode more
@@ -30,7 +38,9 @@ def aggregate(x: jax.Array, mask: jax.Array, *, aggregation: str, normalizer: ja
     Raises ValueError on an unknown aggregation.
     """
     _check_aggregation(aggregation)
-    total = masked_sum(x, mask) if aggregation == "token_mean" else masked_mean(x, mask, axis=1).sum()
+    total = (
+        masked_sum(x, mask) if aggregation == "token_mean" else masked_mean(x, mask, axis=1).sum()
+    )
     return total / jnp.maximum(normalizer, 1)
 
 
@@ -43,7 +53,9 @@ def loss_normalizer(mask: jax.Array, *, aggregation: str) -> jax.Array:
 
 def _check_aggregation(aggregation: str) -> None:
     if aggregation not in ("token_mean", "sequence_mean"):
-        raise ValueError(f"rl.aggregation is {aggregation!r}; it must be 'token_mean' or 'sequence_mean'")
+        raise ValueError(
+            f"rl.aggregation is {aggregation!r}; it must be 'token_mean' or 'sequence_mean'"
+        )
 
 
 @functools.partial(jax.jit, static_argnames=("aggregation",))
@@ -74,15 +86,26 @@ def policy_loss(
     """
     old_logprobs, advantages = jax.lax.stop_gradient((old_logprobs, advantages))
     # Zeros stand in outside the mask before exp: whatever lies there (padding at -inf) must not poison the gradient.
-    logprobs, old_logprobs = jnp.where(action_mask, logprobs, 0), jnp.where(action_mask, old_logprobs, 0)
+    logprobs, old_logprobs = (
+        jnp.where(action_mask, logprobs, 0),
+        jnp.where(action_mask, old_logprobs, 0),
+    )
     ratio = jnp.exp(bounded_log_ratio(logprobs, old_logprobs))
     truncated = action_mask & (ratio > max_ratio)
     ratio = ratio * jax.lax.stop_gradient(jnp.minimum(1, max_ratio / ratio))
-    unclipped, clipped = ratio * advantages, jnp.clip(ratio, 1 - clip_low, 1 + clip_high) * advantages
-    mean = functools.partial(aggregate, mask=action_mask, aggregation=aggregation, normalizer=normalizer)
+    unclipped, clipped = (
+        ratio * advantages,
+        jnp.clip(ratio, 1 - clip_low, 1 + clip_high) * advantages,
+    )
+    mean = functools.partial(
+        aggregate, mask=action_mask, aggregation=aggregation, normalizer=normalizer
+    )
     loss = -mean(jnp.minimum(unclipped, clipped))
-    metrics = {"clip_fraction": mean(clipped < unclipped), "truncated_fraction": mean(truncated),
-               "approx_kl": mean(kl_penalty(old_logprobs, logprobs, estimator="k3"))}
+    metrics = {
+        "clip_fraction": mean(clipped < unclipped),
+        "truncated_fraction": mean(truncated),
+        "approx_kl": mean(kl_penalty(old_logprobs, logprobs, estimator="k3")),
+    }
     return loss, jax.lax.stop_gradient(metrics)
 
 
@@ -108,17 +131,27 @@ def value_loss(
     Reference: the paper does not speak of clipping values; its released code does, with 0.5.
     """
     old_values, returns = jax.lax.stop_gradient((old_values, returns))
-    values, old_values, returns = (jnp.where(value_mask, x, 0) for x in (values, old_values, returns))
+    values, old_values, returns = (
+        jnp.where(value_mask, x, 0) for x in (values, old_values, returns)
+    )
     clipped_values = old_values + jnp.clip(values - old_values, -value_clip, value_clip)
     unclipped, clipped = jnp.square(values - returns), jnp.square(clipped_values - returns)
-    mean = functools.partial(aggregate, mask=value_mask, aggregation=aggregation, normalizer=normalizer)
+    mean = functools.partial(
+        aggregate, mask=value_mask, aggregation=aggregation, normalizer=normalizer
+    )
     loss = 0.5 * mean(jnp.maximum(unclipped, clipped))
-    clips = (jnp.abs(values - old_values) > value_clip) & (clipped > unclipped)  # within the range both are the same number but for rounding
-    return loss, jax.lax.stop_gradient({"value_clip_fraction": mean(clips), "value_error": mean(unclipped)})
+    clips = (jnp.abs(values - old_values) > value_clip) & (
+        clipped > unclipped
+    )  # within the range both are the same number but for rounding
+    return loss, jax.lax.stop_gradient(
+        {"value_clip_fraction": mean(clips), "value_error": mean(unclipped)}
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("aggregation",))
-def entropy_bonus(entropy: jax.Array, action_mask: jax.Array, *, aggregation: str, normalizer: jax.Array) -> tuple[jax.Array, Metrics]:
+def entropy_bonus(
+    entropy: jax.Array, action_mask: jax.Array, *, aggregation: str, normalizer: jax.Array
+) -> tuple[jax.Array, Metrics]:
     """entropy, action_mask [B, T] -> (bonus [], metrics): the mean of the policy's entropy, to be subtracted from a loss with its weight.
 
     Reference: only the released code has it (weight 1e-3); the paper does not.
@@ -129,7 +162,13 @@ def entropy_bonus(entropy: jax.Array, action_mask: jax.Array, *, aggregation: st
 
 @functools.partial(jax.jit, static_argnames=("estimator", "aggregation"))
 def kl_loss(
-    logprobs: jax.Array, ref_logprobs: jax.Array, action_mask: jax.Array, *, estimator: str, aggregation: str, normalizer: jax.Array
+    logprobs: jax.Array,
+    ref_logprobs: jax.Array,
+    action_mask: jax.Array,
+    *,
+    estimator: str,
+    aggregation: str,
+    normalizer: jax.Array,
 ) -> tuple[jax.Array, Metrics]:
     """logprobs, ref_logprobs, action_mask [B, T] -> (loss [], metrics): the mean of `kl_penalty`, to be added to a loss with its weight.
 
@@ -142,13 +181,32 @@ def kl_loss(
     Reference: the paper and its code charge the KL in the reward; a loss term is GRPO's way.
     """
     # As in policy_loss: nothing outside the mask may reach the gradient.
-    logprobs, ref_logprobs = jnp.where(action_mask, logprobs, 0), jnp.where(action_mask, jax.lax.stop_gradient(ref_logprobs), 0)
-    loss = aggregate(kl_penalty(logprobs, ref_logprobs, estimator=estimator), action_mask, aggregation=aggregation, normalizer=normalizer)
+    logprobs, ref_logprobs = (
+        jnp.where(action_mask, logprobs, 0),
+        jnp.where(action_mask, jax.lax.stop_gradient(ref_logprobs), 0),
+    )
+    loss = aggregate(
+        kl_penalty(logprobs, ref_logprobs, estimator=estimator),
+        action_mask,
+        aggregation=aggregation,
+        normalizer=normalizer,
+    )
     return loss, {"kl_loss": jax.lax.stop_gradient(loss)}
 
 
-@functools.partial(jax.jit, static_argnames=(
-    "advantage", "aggregation", "kl_placement", "kl_estimator", "placement", "outcome_overwrites", "over_observations", "whiten_advantages"))
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "advantage",
+        "aggregation",
+        "kl_placement",
+        "kl_estimator",
+        "placement",
+        "outcome_overwrites",
+        "over_observations",
+        "whiten_advantages",
+    ),
+)
 def stepwise_ppo_loss(
     logprobs: jax.Array,
     old_logprobs: jax.Array,
@@ -222,19 +280,39 @@ def stepwise_ppo_loss(
             whiten_advantages=whiten_advantages,
         )
     )
-    over_actions = dict(aggregation=aggregation, normalizer=loss_normalizer(action_mask, aggregation=aggregation))
-    policy, policy_metrics = policy_loss(logprobs, old_logprobs, advantages, action_mask, clip_low=clip_low, clip_high=clip_high, max_ratio=max_ratio,
-                                         **over_actions)
+    over_actions = dict(
+        aggregation=aggregation, normalizer=loss_normalizer(action_mask, aggregation=aggregation)
+    )
+    policy, policy_metrics = policy_loss(
+        logprobs,
+        old_logprobs,
+        advantages,
+        action_mask,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        max_ratio=max_ratio,
+        **over_actions,
+    )
     bonus, entropy_metrics = entropy_bonus(entropy, action_mask, **over_actions)
     loss = policy - entropy_coef * bonus
     metrics |= {"policy_loss": policy} | policy_metrics | entropy_metrics
     if uses_critic(advantage):
         normalizer = loss_normalizer(value_mask, aggregation=aggregation)
-        value, value_metrics = value_loss(values, old_values, returns, value_mask, value_clip=value_clip, aggregation=aggregation, normalizer=normalizer)
+        value, value_metrics = value_loss(
+            values,
+            old_values,
+            returns,
+            value_mask,
+            value_clip=value_clip,
+            aggregation=aggregation,
+            normalizer=normalizer,
+        )
         loss += value_coef * value
         metrics |= {"value_loss": value} | value_metrics
     if kl_placement == "loss":
-        kl, kl_metrics = kl_loss(logprobs, ref_logprobs, action_mask, estimator=kl_estimator, **over_actions)
+        kl, kl_metrics = kl_loss(
+            logprobs, ref_logprobs, action_mask, estimator=kl_estimator, **over_actions
+        )
         loss += kl_coef * kl
         metrics |= kl_metrics
     return loss, jax.lax.stop_gradient(metrics)

@@ -1,4 +1,5 @@
 """Supervised imitation: the optimiser and the jitted steps of a warm start."""
+
 from __future__ import annotations
 
 import math
@@ -18,14 +19,26 @@ from stepsearch_jax.types import ModelState
 
 # Which axes of each stacked kernel are inputs and outputs of its matrix; axis 0 counts layers.
 _MATRICES = {
-    "q": MuonDimensionNumbers((1,), (2, 3)), "k": MuonDimensionNumbers((1,), (2, 3)), "v": MuonDimensionNumbers((1,), (2, 3)),
-    "o": MuonDimensionNumbers((1, 2), (3,)), "gate": MuonDimensionNumbers((1,), (2,)), "up": MuonDimensionNumbers((1,), (2,)),
+    "q": MuonDimensionNumbers((1,), (2, 3)),
+    "k": MuonDimensionNumbers((1,), (2, 3)),
+    "v": MuonDimensionNumbers((1,), (2, 3)),
+    "o": MuonDimensionNumbers((1, 2), (3,)),
+    "gate": MuonDimensionNumbers((1,), (2,)),
+    "up": MuonDimensionNumbers((1,), (2,)),
     "down": MuonDimensionNumbers((1,), (2,)),
 }
 
 
-def make_imitation_optimizer(name: str, phases: Sequence[tuple[int, float]], *, warmup_steps: int, final_share: float, b2: float, weight_decay: float,
-                             max_grad_norm: float) -> optax.GradientTransformation:
+def make_imitation_optimizer(
+    name: str,
+    phases: Sequence[tuple[int, float]],
+    *,
+    warmup_steps: int,
+    final_share: float,
+    b2: float,
+    weight_decay: float,
+    max_grad_norm: float,
+) -> optax.GradientTransformation:
     """AdamW or Muon (Jordan et al. 2024). In each of the phases (steps, rate): linear warm-up, then linear decay to `final_share` of the rate.
 
     Muon orthogonalises the updates of the layers' matrices; embeddings, norms and biases take Adam at 0.3 of the rate. For small policies from scratch it
@@ -33,15 +46,23 @@ def make_imitation_optimizer(name: str, phases: Sequence[tuple[int, float]], *, 
     """
     parts, boundaries, first = [], [], 0
     for steps, rate in phases:
-        parts += [optax.linear_schedule(0.0, rate, warmup_steps), optax.linear_schedule(rate, rate * final_share, max(1, steps - warmup_steps))]
+        parts += [
+            optax.linear_schedule(0.0, rate, warmup_steps),
+            optax.linear_schedule(rate, rate * final_share, max(1, steps - warmup_steps)),
+        ]
         boundaries += [first + warmup_steps, first + steps]
         first += steps
     schedule = optax.join_schedules(parts, boundaries[:-1])
     if name == "adamw":
         step = optax.adamw(schedule, b2=b2, weight_decay=weight_decay)
     elif name == "muon":
-        step = muon(schedule, weight_decay=weight_decay, adam_b2=b2, adam_learning_rate=lambda count: 0.3 * schedule(count),
-                    muon_weight_dimension_numbers=_find_matrices)
+        step = muon(
+            schedule,
+            weight_decay=weight_decay,
+            adam_b2=b2,
+            adam_learning_rate=lambda count: 0.3 * schedule(count),
+            muon_weight_dimension_numbers=_find_matrices,
+        )
     else:
         raise ValueError(f"config.imitation.optimizer is {name!r}; it must be adamw or muon")
     return optax.chain(optax.clip_by_global_norm(max_grad_norm), step)
@@ -77,7 +98,9 @@ def make_imitate(model: ModelConfig, optimizer: optax.GradientTransformation):
     @partial(jax.jit, static_argnames="rows")
     def held_out_loss(params, tokens, action_mask, *, rows: int):
         parts = len(tokens) // math.gcd(len(tokens), rows)
-        logprobs, likeliest = join_rows(jax.lax.map(partial(examine_tokens, policy, params), split_rows(tokens, parts)))
+        logprobs, likeliest = join_rows(
+            jax.lax.map(partial(examine_tokens, policy, params), split_rows(tokens, parts))
+        )
         return -masked_mean(logprobs, action_mask), (likeliest | ~action_mask)[:, 1:].all(axis=1)
 
     return imitate, held_out_loss

@@ -9,6 +9,7 @@ or at the head of the next observation.
 Axis letters: B episodes of the shard, S slots, T context, K turns (max_turns searches and a last one that may only answer), D documents, O observation
 tokens, V vocabulary.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -53,7 +54,9 @@ class Environment:
     """What the device needs to know of the text world, as arrays: the tag automaton over token ids, and the fixed warnings."""
 
     next_state: jax.Array  # [S, V]
-    event: jax.Array  # [S] int: TurnStatus reached in this automaton state, NONE while the turn goes on
+    event: (
+        jax.Array
+    )  # [S] int: TurnStatus reached in this automaton state, NONE while the turn goes on
     start: jax.Array  # [] int: state at the beginning of a turn
     invalid_warning: jax.Array  # [W] int32, observation of an invalid turn
     last_turn_warning: jax.Array  # [W'] int32, appended to the observation before the last turn
@@ -114,7 +117,14 @@ class Observations:
     ok: jax.Array  # [B] bool
 
 
-def start_episodes(policy: Policy, settings: RolloutSettings, slots: int, params, environment: Environment, prompts: Prompts) -> EpisodeState:
+def start_episodes(
+    policy: Policy,
+    settings: RolloutSettings,
+    slots: int,
+    params,
+    environment: Environment,
+    prompts: Prompts,
+) -> EpisodeState:
     """The first episodes in their slots, their prompts prefilled but for the last token. slots: S, of this shard."""
     B, T, K, D = prompts.tokens.shape[0], settings.context, settings.turns, settings.documents
     none = jnp.zeros((slots,), jnp.int32)
@@ -133,13 +143,24 @@ def start_episodes(policy: Policy, settings: RolloutSettings, slots: int, params
             truncated=jnp.zeros((B,), bool),
         ),
         cache=make_cache(policy.config, slots, T),
-        episode=none, phase=none + FREE, length=none + 1, last_token=none, turn=none, turn_start=none, status=none, automaton=none,
+        episode=none,
+        phase=none + FREE,
+        length=none + 1,
+        last_token=none,
+        turn=none,
+        turn_start=none,
+        status=none,
+        automaton=none,
         begun=jnp.zeros((1,), jnp.int32),
         counters=jnp.zeros((1, 3), jnp.int32),
     )
     in_prompt = jnp.arange(prompts.tokens.shape[1]) < prompts.length[:, None]
-    written = state.record.tokens.at[:, : prompts.tokens.shape[1]].set(jnp.where(in_prompt, prompts.tokens, 0))
-    state, admitted = _admit(environment, prompts, state.replace(record=state.record.replace(tokens=written)))
+    written = state.record.tokens.at[:, : prompts.tokens.shape[1]].set(
+        jnp.where(in_prompt, prompts.tokens, 0)
+    )
+    state, admitted = _admit(
+        environment, prompts, state.replace(record=state.record.replace(tokens=written))
+    )
     return _prefill(policy, settings, params, state, admitted, none, state.length - 1)
 
 
@@ -153,7 +174,9 @@ def is_unfinished(prompts: Prompts, state: EpisodeState) -> jax.Array:
     return (state.phase != FREE).any() | (count_left(prompts, state) > 0)
 
 
-def _admit(environment: Environment, prompts: Prompts, state: EpisodeState) -> tuple[EpisodeState, jax.Array]:
+def _admit(
+    environment: Environment, prompts: Prompts, state: EpisodeState
+) -> tuple[EpisodeState, jax.Array]:
     """Gives free slots to the next episodes -> (state, which slots got one [S])."""
     free = state.phase == FREE
     place = jnp.cumsum(free) - 1  # of a free slot among the free ones
@@ -163,12 +186,26 @@ def _admit(environment: Environment, prompts: Prompts, state: EpisodeState) -> t
     length = prompts.length[episode]
     choose = lambda new, old: jnp.where(admitted, new, old)
     return state.replace(
-        episode=choose(episode, state.episode), phase=choose(DECODING, state.phase), length=choose(length, state.length),
-        last_token=choose(prompts.tokens[episode, length - 1], state.last_token), turn=choose(0, state.turn), turn_start=choose(length, state.turn_start),
-        automaton=choose(environment.start, state.automaton), begun=state.begun + admitted.sum()), admitted
+        episode=choose(episode, state.episode),
+        phase=choose(DECODING, state.phase),
+        length=choose(length, state.length),
+        last_token=choose(prompts.tokens[episode, length - 1], state.last_token),
+        turn=choose(0, state.turn),
+        turn_start=choose(length, state.turn_start),
+        automaton=choose(environment.start, state.automaton),
+        begun=state.begun + admitted.sum(),
+    ), admitted
 
 
-def _prefill(policy: Policy, settings: RolloutSettings, params, state: EpisodeState, wanted: jax.Array, first: jax.Array, count: jax.Array) -> EpisodeState:
+def _prefill(
+    policy: Policy,
+    settings: RolloutSettings,
+    params,
+    state: EpisodeState,
+    wanted: jax.Array,
+    first: jax.Array,
+    count: jax.Array,
+) -> EpisodeState:
     """Runs `count` recorded tokens from index `first` of the wanted slots' episodes (all [S]) through the model, into the slots' cache rows.
 
     Wanted slots are compacted, the longest first, `prefill_rows` of them at a time, and of each `prefill_tokens` at a time: the cost follows what there is to
@@ -184,22 +221,36 @@ def _prefill(policy: Policy, settings: RolloutSettings, params, state: EpisodeSt
     def step(carry):
         done, offset, cache = carry
         slots = jax.lax.dynamic_slice(order, (done,), (group,))
-        slots = jnp.where(done + jnp.arange(group) < number, slots, S)  # S: no such slot, everything of it is dropped
+        slots = jnp.where(
+            done + jnp.arange(group) < number, slots, S
+        )  # S: no such slot, everything of it is dropped
         due = count.at[slots].get(mode="fill", fill_value=0)
         offsets = offset + jnp.arange(width)
         index = first.at[slots].get(mode="clip")[:, None] + offsets  # [group, width]
-        chunk = state.record.tokens.at[state.episode.at[slots].get(mode="clip")[:, None], jnp.minimum(index, T - 1)].get(mode="clip")
+        chunk = state.record.tokens.at[
+            state.episode.at[slots].get(mode="clip")[:, None], jnp.minimum(index, T - 1)
+        ].get(mode="clip")
         positions = jnp.where(offsets < due[:, None], index, beyond)
         cache = policy.apply(params, chunk, positions, cache, slots, method=Policy.read)
         more = offset + width < due[0]  # the first of the group is its longest
         return jnp.where(more, done, done + group), jnp.where(more, offset + width, 0), cache
 
-    _, _, cache = jax.lax.while_loop(lambda carry: carry[0] < number, step, (jnp.int32(0), jnp.int32(0), state.cache))
+    _, _, cache = jax.lax.while_loop(
+        lambda carry: carry[0] < number, step, (jnp.int32(0), jnp.int32(0), state.cache)
+    )
     return state.replace(cache=cache, counters=state.counters.at[0, 2].add(count.sum()))
 
 
-def decode_until_wait(policy: Policy, settings: RolloutSettings, params, environment: Environment, prompts: Prompts, key: jax.Array,
-                      temperature: jax.Array, state: EpisodeState) -> EpisodeState:
+def decode_until_wait(
+    policy: Policy,
+    settings: RolloutSettings,
+    params,
+    environment: Environment,
+    prompts: Prompts,
+    key: jax.Array,
+    temperature: jax.Array,
+    state: EpisodeState,
+) -> EpisodeState:
     """Samples one token per decoding slot at a time, until a flush is due or nobody decodes any more.
 
     A flush is due when at least `flush_share` of the slots that have work wait: for an observation, or for the next prompt.
@@ -208,24 +259,40 @@ def decode_until_wait(policy: Policy, settings: RolloutSettings, params, environ
 
     def may_decode(s: EpisodeState) -> jax.Array:
         decoding = (s.phase == DECODING).sum()
-        waiting = (s.phase == WAITING).sum() + jnp.minimum((s.phase == FREE).sum(), count_left(prompts, s))
+        waiting = (s.phase == WAITING).sum() + jnp.minimum(
+            (s.phase == FREE).sum(), count_left(prompts, s)
+        )
         return (decoding > 0) & (waiting < settings.flush_share * (decoding + waiting))
 
     def decode(s: EpisodeState) -> EpisodeState:
         active = s.phase == DECODING
         position = jnp.where(active, s.length - 1, s.cache.positions)
-        hidden, cache = policy.apply(params, s.last_token[:, None], position[:, None], s.cache, None, method=Policy.extend)
+        hidden, cache = policy.apply(
+            params, s.last_token[:, None], position[:, None], s.cache, None, method=Policy.extend
+        )
         logits = policy.apply(params, hidden[:, 0], method=Policy.unembed)
-        token, logprob = sample(logits, key, prompts.episode_ids[s.episode], s.length, temperature, top_k=settings.top_k, top_p=settings.top_p,
-                                axis=policy.config.tensor_axis)
+        token, logprob = sample(
+            logits,
+            key,
+            prompts.episode_ids[s.episode],
+            s.length,
+            temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            axis=policy.config.tensor_axis,
+        )
 
         length = s.length + active
-        automaton = jnp.where(active, environment.next_state[s.automaton, token].astype(jnp.int32), s.automaton)
+        automaton = jnp.where(
+            active, environment.next_state[s.automaton, token].astype(jnp.int32), s.automaton
+        )
         status = environment.event[automaton]
         too_long = (status == TurnStatus.NONE) & (length - s.turn_start >= settings.max_turn_tokens)
         no_search_left = (status == TurnStatus.SEARCH) & (s.turn == last_turn)
         out_of_context = active & (status == TurnStatus.NONE) & (length >= settings.context)
-        status = jnp.where(too_long | no_search_left | out_of_context, int(TurnStatus.INVALID), status)
+        status = jnp.where(
+            too_long | no_search_left | out_of_context, int(TurnStatus.INVALID), status
+        )
         status = jnp.where(active, status, int(TurnStatus.NONE))
         searched = status == TurnStatus.SEARCH
         waits = searched | ((status == TurnStatus.INVALID) & (s.turn < last_turn) & ~out_of_context)
@@ -240,29 +307,50 @@ def decode_until_wait(policy: Policy, settings: RolloutSettings, params, environ
             sampler_logprobs=r.sampler_logprobs.at[row, s.length].set(logprob, mode="drop"),
             length=r.length.at[row].set(length, mode="drop"),
             turn_status=r.turn_status.at[row, at_turn].set(status, mode="drop"),
-            search_end=r.search_end.at[row, jnp.where(searched, s.turn, settings.turns)].set(s.length, mode="drop"),
+            search_end=r.search_end.at[row, jnp.where(searched, s.turn, settings.turns)].set(
+                s.length, mode="drop"
+            ),
             finished=r.finished.at[row].max(status == TurnStatus.ANSWER, mode="drop"),
             truncated=r.truncated.at[row].max(out_of_context, mode="drop"),
         )
         return s.replace(
-            record=record, cache=cache, length=length, last_token=jnp.where(active, token, s.last_token), automaton=automaton,
-            status=jnp.where(active, status, s.status), phase=jnp.where(waits, WAITING, jnp.where(ended, FREE, s.phase)),
-            counters=s.counters.at[0, 0].add(1))
+            record=record,
+            cache=cache,
+            length=length,
+            last_token=jnp.where(active, token, s.last_token),
+            automaton=automaton,
+            status=jnp.where(active, status, s.status),
+            phase=jnp.where(waits, WAITING, jnp.where(ended, FREE, s.phase)),
+            counters=s.counters.at[0, 0].add(1),
+        )
 
     return jax.lax.while_loop(may_decode, decode, state)
 
 
-def read_queries(settings: RolloutSettings, state: EpisodeState) -> tuple[jax.Array, jax.Array, jax.Array]:
+def read_queries(
+    settings: RolloutSettings, state: EpisodeState
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """-> (action tokens of the current turn [S, Q], their number [S], wanted [S]): the arguments of the search callback, Q = max_turn_tokens."""
     index = state.turn_start[:, None] + jnp.arange(settings.max_turn_tokens)
     tokens = state.record.tokens[state.episode[:, None], jnp.minimum(index, settings.context - 1)]
     length = state.length - state.turn_start
     wanted = (state.phase == WAITING) & (state.status == TurnStatus.SEARCH)
-    return jnp.where(jnp.arange(settings.max_turn_tokens) < length[:, None], tokens, 0), length, wanted
+    return (
+        jnp.where(jnp.arange(settings.max_turn_tokens) < length[:, None], tokens, 0),
+        length,
+        wanted,
+    )
 
 
-def absorb(policy: Policy, settings: RolloutSettings, params, environment: Environment, prompts: Prompts, observations: Observations,
-           state: EpisodeState) -> EpisodeState:
+def absorb(
+    policy: Policy,
+    settings: RolloutSettings,
+    params,
+    environment: Environment,
+    prompts: Prompts,
+    observations: Observations,
+    state: EpisodeState,
+) -> EpisodeState:
     """Gives every waiting slot its observation, the documents found or the warning for an invalid turn, and every free one the next prompt.
 
     An episode whose observation does not fit into the context ends as truncated, without it.
@@ -285,7 +373,9 @@ def absorb(policy: Policy, settings: RolloutSettings, params, environment: Envir
 
     fits = waiting & (state.length + length < T)  # at least one token must still be sampled
     offsets = jnp.arange(total)
-    index = jnp.where(fits[:, None] & (offsets < length[:, None]), state.length[:, None] + offsets, T)
+    index = jnp.where(
+        fits[:, None] & (offsets < length[:, None]), state.length[:, None] + offsets, T
+    )
     new_length = state.length + jnp.where(fits, length, 0)
     r, row = state.record, jnp.where(waiting, state.episode, B)  # B: dropped
     at_turn = jnp.where(searched, state.turn, settings.turns)
@@ -312,4 +402,12 @@ def absorb(policy: Policy, settings: RolloutSettings, params, environment: Envir
         automaton=jnp.where(fits, environment.start, state.automaton),
     )
     state, admitted = _admit(environment, prompts, state)
-    return _prefill(policy, settings, params, state, fits | admitted, jnp.where(admitted, 0, first), jnp.where(admitted, state.length - 1, length))
+    return _prefill(
+        policy,
+        settings,
+        params,
+        state,
+        fits | admitted,
+        jnp.where(admitted, 0, first),
+        jnp.where(admitted, state.length - 1, length),
+    )

@@ -3,6 +3,7 @@
 Within `shard_map` every device holds a slice of the vocabulary (`axis` names the mesh axis); what crosses slices is one number per block of tokens, one
 block, the few likeliest tokens where top_k asks for them, and a few sums where top_p does. Logits are never gathered.
 """
+
 from __future__ import annotations
 
 import math
@@ -40,7 +41,9 @@ def restrict(logits: jax.Array, *, top_k: int, top_p: float, axis: str | None = 
     if not limited and top_p >= 1.0:
         return logits
     if limited:
-        best = jax.lax.top_k(gather_slices(jax.lax.top_k(logits, kept)[0], axis), top_k)[0]  # [b, k], descending
+        best = jax.lax.top_k(gather_slices(jax.lax.top_k(logits, kept)[0], axis), top_k)[
+            0
+        ]  # [b, k], descending
         if top_p < 1.0:
             mass = jax.nn.softmax(best, axis=-1)
             before = jnp.cumsum(mass, axis=-1) - mass  # mass of strictly better ones
@@ -81,11 +84,22 @@ def as_ordered(x: jax.Array) -> jax.Array:
 
 def as_float(order: jax.Array) -> jax.Array:
     """The inverse of `as_ordered`."""
-    return jax.lax.bitcast_convert_type(jnp.where(order < 0, order ^ 0x7FFFFFFF, order), jnp.float32)
+    return jax.lax.bitcast_convert_type(
+        jnp.where(order < 0, order ^ 0x7FFFFFFF, order), jnp.float32
+    )
 
 
-def sample(logits: jax.Array, key: jax.Array, episode_ids: jax.Array, token_index: jax.Array, temperature: jax.Array, *,
-           top_k: int, top_p: float, axis: str | None = None) -> tuple[jax.Array, jax.Array]:
+def sample(
+    logits: jax.Array,
+    key: jax.Array,
+    episode_ids: jax.Array,
+    token_index: jax.Array,
+    temperature: jax.Array,
+    *,
+    top_k: int,
+    top_p: float,
+    axis: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
     """Draws one token per row -> (tokens [b] int32, logprobs [b] float32).
 
     logits: [b, V], of this device's slice; key: [] typed PRNG key; episode_ids, token_index: [b]; temperature: [] float, 0 = greedy.
@@ -97,29 +111,55 @@ def sample(logits: jax.Array, key: jax.Array, episode_ids: jax.Array, token_inde
     slices, own = (1, 0) if axis is None else (jax.lax.axis_size(axis), jax.lax.axis_index(axis))
     blocks = count_blocks(width * slices)
     if blocks % slices:
-        raise ValueError(f"a vocabulary of {width * slices} has {blocks} blocks for sampling, which {slices} slices (mesh axis {axis}) cannot share: choose "
-                         f"config.mesh.{axis} among the divisors of {blocks}")
+        raise ValueError(
+            f"a vocabulary of {width * slices} has {blocks} blocks for sampling, which {slices} slices (mesh axis {axis}) cannot share: choose "
+            f"config.mesh.{axis} among the divisors of {blocks}"
+        )
     size = width * slices // blocks
-    keys = jax.vmap(lambda episode, index: jax.random.fold_in(jax.random.fold_in(key, episode), index))(episode_ids, token_index)
-    noise = jax.vmap(lambda k: jax.random.gumbel(k, (blocks + size,), jnp.float32))(keys)  # [b, blocks + size]
+    keys = jax.vmap(
+        lambda episode, index: jax.random.fold_in(jax.random.fold_in(key, episode), index)
+    )(episode_ids, token_index)
+    noise = jax.vmap(lambda k: jax.random.gumbel(k, (blocks + size,), jnp.float32))(
+        keys
+    )  # [b, blocks + size]
 
-    tempered = restrict(logits / jnp.where(temperature > 0, temperature, 1.0), top_k=top_k, top_p=top_p, axis=axis)
+    tempered = restrict(
+        logits / jnp.where(temperature > 0, temperature, 1.0), top_k=top_k, top_p=top_p, axis=axis
+    )
     parts = tempered.reshape(b, blocks // slices, size)
-    block = jnp.argmax(gather_slices(jax.nn.logsumexp(parts, axis=-1), axis) + noise[:, :blocks], axis=-1)  # [b]
+    block = jnp.argmax(
+        gather_slices(jax.nn.logsumexp(parts, axis=-1), axis) + noise[:, :blocks], axis=-1
+    )  # [b]
     local = block - own * (blocks // slices)
     mine = (local >= 0) & (local < blocks // slices)
-    inner = jnp.take_along_axis(parts, jnp.clip(local, 0, blocks // slices - 1)[:, None, None], axis=1)[:, 0]  # [b, size]
+    inner = jnp.take_along_axis(
+        parts, jnp.clip(local, 0, blocks // slices - 1)[:, None, None], axis=1
+    )[:, 0]  # [b, size]
     inner = sum_slices(jnp.where(mine[:, None], inner, 0), axis)
     drawn = block * size + jnp.argmax(inner + noise[:, blocks:], axis=-1)
 
     peak = logits.max(-1, keepdims=True)
-    best = jnp.where(logits == peak, jnp.arange(width), width - 1).min(-1)  # as argmax, but for NaN, in a seventh of its time on CPU
+    best = jnp.where(logits == peak, jnp.arange(width), width - 1).min(
+        -1
+    )  # as argmax, but for NaN, in a seventh of its time on CPU
     peaks = gather_slices(peak, axis)  # [b, slices]
     first = jnp.argmax(peaks, axis=-1)[:, None]
-    greedy = first[:, 0] * width + jnp.take_along_axis(gather_slices(best[:, None], axis), first, axis=1)[:, 0]
+    greedy = (
+        first[:, 0] * width
+        + jnp.take_along_axis(gather_slices(best[:, None], axis), first, axis=1)[:, 0]
+    )
 
     tokens = jnp.where(temperature > 0, drawn, greedy).astype(jnp.int32)
     local = tokens - own * width
     mine = (local >= 0) & (local < width)
-    chosen = sum_slices(jnp.where(mine, jnp.take_along_axis(logits, jnp.clip(local, 0, width - 1)[:, None], axis=-1)[:, 0], 0), axis)
-    return tokens, chosen - jax.nn.logsumexp(gather_slices(jax.nn.logsumexp(logits, axis=-1, keepdims=True), axis), axis=-1)
+    chosen = sum_slices(
+        jnp.where(
+            mine,
+            jnp.take_along_axis(logits, jnp.clip(local, 0, width - 1)[:, None], axis=-1)[:, 0],
+            0,
+        ),
+        axis,
+    )
+    return tokens, chosen - jax.nn.logsumexp(
+        gather_slices(jax.nn.logsumexp(logits, axis=-1, keepdims=True), axis), axis=-1
+    )

@@ -2,6 +2,7 @@
 
 Its episodes have the form of any rollout (`Trajectory`, with NumPy arrays), so they are scored, shown and imitated like the policy's own.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -40,11 +41,17 @@ class _Searcher:
             return TurnStatus.ANSWER, self.question.answer
         queries = hops[self.resolved].queries or (hops[self.resolved].question,)
         words = queries[0].split()
-        kind = str(self.rng.choice(list(shares), p=np.array(list(shares.values())) / sum(shares.values())))
-        if zlib.crc32(words[-1].encode()) < self.skill * 2**32:  # the last word says what is asked of the entity
+        kind = str(
+            self.rng.choice(list(shares), p=np.array(list(shares.values())) / sum(shares.values()))
+        )
+        if (
+            zlib.crc32(words[-1].encode()) < self.skill * 2**32
+        ):  # the last word says what is asked of the entity
             kind = "good"
         if last_turn or (kind == "early" and self.resolved):
-            return TurnStatus.ANSWER, hops[self.resolved - 1].answer if self.resolved else (self.seen_titles or [self.last_query])[-1]
+            return TurnStatus.ANSWER, hops[self.resolved - 1].answer if self.resolved else (
+                self.seen_titles or [self.last_query]
+            )[-1]
         if kind == "good":
             query = queries[self.tried % len(queries)]
             self.tried += 1
@@ -76,9 +83,19 @@ def format_action(thought: str, status: TurnStatus, content: str) -> str:
     return (f"<think> {thought}</think>" if thought else "") + f"<{tag}> {content}</{tag}>"
 
 
-def run_script(questions: Sequence[Question], prompts: np.ndarray, prompt_length: np.ndarray, documents: Sequence[Document], search: Search,
-               tokenizer: Tokenizer, settings: RolloutSettings, last_turn_warning: np.ndarray, shares: Mapping[str, float], skill: float,
-               seed: int) -> Trajectory:
+def run_script(
+    questions: Sequence[Question],
+    prompts: np.ndarray,
+    prompt_length: np.ndarray,
+    documents: Sequence[Document],
+    search: Search,
+    tokenizer: Tokenizer,
+    settings: RolloutSettings,
+    last_turn_warning: np.ndarray,
+    shares: Mapping[str, float],
+    skill: float,
+    seed: int,
+) -> Trajectory:
     """Runs the script on B questions, all turn by turn together -> Trajectory with NumPy arrays.
 
     prompts: [B, P] int32, prompt_length: [B]; search: the rollout's own callback; shares: relative frequency of each of `KINDS` per decision (`PERFECT`
@@ -86,32 +103,48 @@ def run_script(questions: Sequence[Question], prompts: np.ndarray, prompt_length
     of a hop's first query. Raises ValueError on an unknown kind, or when an episode does not fit into the context.
     """
     if unknown := set(shares) - set(KINDS):
-        raise ValueError(f"config.imitation.shares names {sorted(unknown)}; known are {', '.join(KINDS)}")
+        raise ValueError(
+            f"config.imitation.shares names {sorted(unknown)}; known are {', '.join(KINDS)}"
+        )
     B, T, K = len(questions), settings.context, settings.turns
-    tokens, actions, turn_ids = np.zeros((B, T), np.int32), np.zeros((B, T), bool), np.full((B, T), -1, np.int32)
+    tokens, actions, turn_ids = (
+        np.zeros((B, T), np.int32),
+        np.zeros((B, T), bool),
+        np.full((B, T), -1, np.int32),
+    )
     tokens[:, : prompts.shape[1]] = prompts
     length = prompt_length.astype(np.int32).copy()
     search_end, statuses = np.full((B, K), -1, np.int32), np.zeros((B, K), np.int32)
     doc_ids, ok = np.full((B, K, settings.documents), -1, np.int32), np.zeros((B, K), bool)
-    searchers = [_Searcher(question, np.random.default_rng([seed, row]), skill) for row, question in enumerate(questions)]
+    searchers = [
+        _Searcher(question, np.random.default_rng([seed, row]), skill)
+        for row, question in enumerate(questions)
+    ]
     finished = np.zeros(B, bool)
 
     def append(row: int, ids: Sequence[int], turn: int, is_action: bool) -> None:
         end = length[row] + len(ids)
         if end > T:
-            raise ValueError(f"the scripted episode of question {questions[row].uid} needs more than config.rollout.context={T} tokens: raise it")
-        tokens[row, length[row]:end] = ids
-        actions[row, length[row]:end] = is_action
-        turn_ids[row, length[row]:end] = turn
+            raise ValueError(
+                f"the scripted episode of question {questions[row].uid} needs more than config.rollout.context={T} tokens: raise it"
+            )
+        tokens[row, length[row] : end] = ids
+        actions[row, length[row] : end] = is_action
+        turn_ids[row, length[row] : end] = turn
         length[row] = end
 
     for turn in range(K):
-        query_tokens, query_length = np.zeros((B, settings.max_turn_tokens), np.int32), np.zeros(B, np.int32)
+        query_tokens, query_length = (
+            np.zeros((B, settings.max_turn_tokens), np.int32),
+            np.zeros(B, np.int32),
+        )
         for row in np.flatnonzero(~finished):
             status, content = searchers[row].act(shares, last_turn=turn == K - 1)
             ids = tokenizer.encode(format_action(searchers[row].thought, status, content))
             if len(ids) > settings.max_turn_tokens:
-                raise ValueError(f"a scripted action of question {questions[row].uid} has {len(ids)} tokens, more than config.rollout.max_turn_tokens")
+                raise ValueError(
+                    f"a scripted action of question {questions[row].uid} has {len(ids)} tokens, more than config.rollout.max_turn_tokens"
+                )
             append(row, ids, turn, is_action=True)
             statuses[row, turn] = status
             finished[row] = status == TurnStatus.ANSWER
@@ -122,11 +155,29 @@ def run_script(questions: Sequence[Question], prompts: np.ndarray, prompt_length
         observed, observed_length, found, found_ok = search(query_tokens, query_length, wanted)
         for row in np.flatnonzero(wanted):
             observation = observed[row, : observed_length[row]]
-            append(row, np.concatenate([observation, last_turn_warning]) if turn == K - 2 else observation, turn, is_action=False)
+            append(
+                row,
+                np.concatenate([observation, last_turn_warning]) if turn == K - 2 else observation,
+                turn,
+                is_action=False,
+            )
             doc_ids[row, turn], ok[row, turn] = found[row], found_ok[row]
             searchers[row].read(found[row], documents)
     ids = np.arange(B, dtype=np.int32)
     return Trajectory(
-        tokens=tokens, token_mask=np.arange(T) < length[:, None], action_mask=actions, turn_ids=turn_ids, sampler_logprobs=np.zeros((B, T), np.float32),
-        search_end=search_end, turn_status=statuses, doc_ids=doc_ids, search_ok=ok, length=length, prompt_length=prompt_length.astype(np.int32),
-        finished=finished, truncated=np.zeros(B, bool), question_ids=ids, group_ids=ids)
+        tokens=tokens,
+        token_mask=np.arange(T) < length[:, None],
+        action_mask=actions,
+        turn_ids=turn_ids,
+        sampler_logprobs=np.zeros((B, T), np.float32),
+        search_end=search_end,
+        turn_status=statuses,
+        doc_ids=doc_ids,
+        search_ok=ok,
+        length=length,
+        prompt_length=prompt_length.astype(np.int32),
+        finished=finished,
+        truncated=np.zeros(B, bool),
+        question_ids=ids,
+        group_ids=ids,
+    )

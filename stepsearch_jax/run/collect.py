@@ -1,4 +1,5 @@
 """One rollout with its text and its scores."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -28,8 +29,17 @@ class Collected:
     searches: SearchCounts  # on all processes together
 
 
-def collect(system: System, sample_episodes, params, split: Split, question_rows: np.ndarray, key: jax.Array, temperature: float,
-            group_size: int = 1, answer_gain=None) -> Collected:
+def collect(
+    system: System,
+    sample_episodes,
+    params,
+    split: Split,
+    question_rows: np.ndarray,
+    key: jax.Array,
+    temperature: float,
+    group_size: int = 1,
+    answer_gain=None,
+) -> Collected:
     """Runs one episode (or `group_size`) for each of the global `question_rows` (-1: fills up the batch) and scores them.
 
     answer_gain: `run.start.bind_answer_gain`, for searches that are paid by what they do for the answer; None: by their documents.
@@ -40,10 +50,14 @@ def collect(system: System, sample_episodes, params, split: Split, question_rows
     every = np.repeat(question_rows, group_size)
     mine = process_rows(system.mesh, len(every))
     prompts, questions = split.take(every[mine], mine)
-    inputs = rows_to_mesh(system.mesh, (prompts, (mine // group_size).astype(np.int32), every[mine].astype(np.int32)))
+    inputs = rows_to_mesh(
+        system.mesh, (prompts, (mine // group_size).astype(np.int32), every[mine].astype(np.int32))
+    )
     trajectory, counters = sample_episodes(params, *inputs, key, jnp.float32(temperature))
     rows = rows_from_mesh(trajectory)
     searches = check_searches(system)
     episodes = to_episodes(rows, questions, system.tokenizer)
     gain = None if answer_gain is None else answer_gain(params, trajectory, split, every[mine])
-    return Collected(trajectory, rows, episodes, system.score(episodes, gain), rows_from_mesh(counters), searches)
+    return Collected(
+        trajectory, rows, episodes, system.score(episodes, gain), rows_from_mesh(counters), searches
+    )

@@ -1,4 +1,5 @@
 """The flag --config, and the user's Python files behind it: what is wrong with one is said in one line, with its place."""
+
 from __future__ import annotations
 
 import importlib.util
@@ -20,10 +21,18 @@ PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 Result = TypeVar("Result")
 
 
-def define_config(values: flags.FlagValues = flags.FLAGS, argv: Sequence[str] | None = None) -> flags.FlagHolder:
+def define_config(
+    values: flags.FlagValues = flags.FLAGS, argv: Sequence[str] | None = None
+) -> flags.FlagHolder:
     """Defines --config and --config.key. argv: where the keys that are set stand, if not in sys.argv."""
-    holder = config_flags.DEFINE_config_file("config", None, "configs/X.py, with an argument after a colon where the file takes one; --config.key=value "
-                                             "changes a key", flag_values=values, sys_argv=None if argv is None else list(argv))
+    holder = config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "configs/X.py, with an argument after a colon where the file takes one; --config.key=value "
+        "changes a key",
+        flag_values=values,
+        sys_argv=None if argv is None else list(argv),
+    )
     values["config"].parser = _ConfigFile()
     return holder
 
@@ -45,7 +54,11 @@ def find_configs() -> pathlib.Path:
 def find_file(name: str) -> pathlib.Path:
     """A file or folder by its path; "configs/…" also names what this package brings along, wherever the command is run."""
     path = pathlib.Path(name)
-    if not path.exists() and path.parts[:1] == ("configs",) and (own := find_configs().joinpath(*path.parts[1:])).exists():
+    if (
+        not path.exists()
+        and path.parts[:1] == ("configs",)
+        and (own := find_configs().joinpath(*path.parts[1:])).exists()
+    ):
         return own
     return path
 
@@ -58,25 +71,41 @@ def load_config(name: str) -> ml_collections.ConfigDict:
     """
     file, colon, argument = name.partition(":")
     path = find_file(file)
-    if not path.is_file() and file.isidentifier() and (own := find_configs() / f"{file}.py").is_file():
+    if (
+        not path.is_file()
+        and file.isidentifier()
+        and (own := find_configs() / f"{file}.py").is_file()
+    ):
         path = own
     if not path.is_file():
         known = ", ".join(sorted(path.stem for path in find_configs().glob("[!_]*.py")))
-        raise ValueError(f"there is no file {file or '(the name is empty)'}: name a config file, or one of this package's own ({known})")
+        raise ValueError(
+            f"there is no file {file or '(the name is empty)'}: name a config file, or one of this package's own ({known})"
+        )
     file = str(path)
 
     def get_config(module: ModuleType) -> ml_collections.ConfigDict:
         try:
             inspect.signature(module.get_config).bind(*[argument] * bool(colon))
         except TypeError:
-            remedy = f"leave :{argument} away" if colon else f"write {file}:ARGUMENT, and see the file for what it may be"
-            raise ValueError(f"{file} takes {'no' if colon else 'an'} argument after a colon: {remedy}") from None
+            remedy = (
+                f"leave :{argument} away"
+                if colon
+                else f"write {file}:ARGUMENT, and see the file for what it may be"
+            )
+            raise ValueError(
+                f"{file} takes {'no' if colon else 'an'} argument after a colon: {remedy}"
+            ) from None
         config = module.get_config(*[argument] * bool(colon))
         if not isinstance(config, ml_collections.ConfigDict):
             raise TypeError(f"get_config() returns {type(config).__name__}")
         return config
 
-    return call_file(file, get_config, "a config defines get_config(), which returns a ConfigDict (launch/sweep.py takes sweep files)")
+    return call_file(
+        file,
+        get_config,
+        "a config defines get_config(), which returns a ConfigDict (launch/sweep.py takes sweep files)",
+    )
 
 
 def call_file(file: str, call: Callable[[ModuleType], Result], form: str) -> Result:
@@ -90,20 +119,30 @@ def call_file(file: str, call: Callable[[ModuleType], Result], form: str) -> Res
     if spec is None:
         raise ValueError(f"{file} is no Python file (*.py); {form}")
     try:
-        sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)  # where dataclasses look for their module
+        sys.modules[spec.name] = module = importlib.util.module_from_spec(
+            spec
+        )  # where dataclasses look for their module
         spec.loader.exec_module(module)
         return call(module)
     except Exception as error:  # whatever a file of the user's raises
         if isinstance(error, ValueError) and str(error).startswith(file):
             raise
-        lines = [f", line {frame.lineno}" for frame in traceback.extract_tb(error.__traceback__) if pathlib.Path(frame.filename).resolve() == path.resolve()]
-        raise ValueError(f"{file}{lines[-1] if lines else ''}: {type(error).__name__}: {' '.join(str(error).split())}; {form}") from error
+        lines = [
+            f", line {frame.lineno}"
+            for frame in traceback.extract_tb(error.__traceback__)
+            if pathlib.Path(frame.filename).resolve() == path.resolve()
+        ]
+        raise ValueError(
+            f"{file}{lines[-1] if lines else ''}: {type(error).__name__}: {' '.join(str(error).split())}; {form}"
+        ) from error
 
 
 def _make_configs_importable() -> None:
     """Lets config files say `from configs import base`, whatever lies in the working directory."""
     folder = find_configs()
     if "configs" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("configs", folder / "__init__.py", submodule_search_locations=[str(folder)])
+        spec = importlib.util.spec_from_file_location(
+            "configs", folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
         sys.modules["configs"] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)

@@ -1,5 +1,6 @@
 """What the folder of a run remembers: its config (config.json), and what it began with (begun.json); which other configs and data may go on with it; and that
 one process at a time does."""
+
 from __future__ import annotations
 
 import contextlib
@@ -16,16 +17,53 @@ from stepsearch_jax.files import in_bucket, read_json, write_json
 
 CONFIG_FILE = "config.json"
 BEGUN_FILE = "begun.json"
-_BEGUN = ("imitation", "start", "checkpoints")  # one of these stands in WORKDIR as soon as there is something to lose
+_BEGUN = (
+    "imitation",
+    "start",
+    "checkpoints",
+)  # one of these stands in WORKDIR as soon as there is something to lose
 
 # What a resumed run may have otherwise than before: how long it goes on, what is measured and kept, and on which machines it computes the same.
-_RESUMABLE = ("iterations", "evaluation.", "checkpoint.", "distributed.", "mesh.", "data.cache_dir", "search.timeout_s", "search.max_failure_share",
-              "search.encode_batch", "search.url", "search.attempt", "search.backoff_s", "search.batch", "rollout.search",
-              "rollout.flush_share", "rollout.slots", "rollout.prefill_rows", "rollout.prefill_tokens", "rollout.attention_block",
-              "rl.micro_rows", "model.remat", "imitation.log_every")
+_RESUMABLE = (
+    "iterations",
+    "evaluation.",
+    "checkpoint.",
+    "distributed.",
+    "mesh.",
+    "data.cache_dir",
+    "search.timeout_s",
+    "search.max_failure_share",
+    "search.encode_batch",
+    "search.url",
+    "search.attempt",
+    "search.backoff_s",
+    "search.batch",
+    "rollout.search",
+    "rollout.flush_share",
+    "rollout.slots",
+    "rollout.prefill_rows",
+    "rollout.prefill_tokens",
+    "rollout.attention_block",
+    "rl.micro_rows",
+    "model.remat",
+    "imitation.log_every",
+)
 # What a checkpoint cannot be read without, and without which its policy would be another one.
-_STATE = ("model.num", "model.embed_dim", "model.head_dim", "model.ffn_dim", "model.rope", "model.norm_eps", "model.qkv_bias", "model.qk_norm",
-          "model.tie_embeddings", "prompt.tokenizer", "rl.advantage", "policy.optimizer", "value.optimizer")
+_STATE = (
+    "model.num",
+    "model.embed_dim",
+    "model.head_dim",
+    "model.ffn_dim",
+    "model.rope",
+    "model.norm_eps",
+    "model.qkv_bias",
+    "model.qk_norm",
+    "model.tie_embeddings",
+    "prompt.tokenizer",
+    "rl.advantage",
+    "policy.optimizer",
+    "value.optimizer",
+)
 
 
 @contextlib.contextmanager
@@ -42,7 +80,9 @@ def lock(workdir: pathlib.Path) -> Iterator[int | None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another process, or a run that it left, is at work in {workdir}: wait for it, end it, or choose another --workdir") from None
+            raise ValueError(
+                f"another process, or a run that it left, is at work in {workdir}: wait for it, end it, or choose another --workdir"
+            ) from None
         except OSError:  # no locks here
             pass
         yield file.fileno()
@@ -61,7 +101,9 @@ def remember_beginning(workdir: pathlib.Path, beginning: Mapping[str, Any]) -> N
     write_json(workdir / BEGUN_FILE, beginning)
 
 
-def check_resumable(workdir: pathlib.Path, config: ConfigDict, data: Mapping[str, str]) -> dict[str, Any]:
+def check_resumable(
+    workdir: pathlib.Path, config: ConfigDict, data: Mapping[str, str]
+) -> dict[str, Any]:
     """-> what the run in WORKDIR began with, or begins with now: {"iterations", the first, however long it goes on; "data": `data` of all splits so far}.
 
     data: `System.describe_data`. Raises ValueError if WORKDIR holds a run that was begun with other settings, or nobody knows which, or with other data: its
@@ -73,7 +115,9 @@ def check_resumable(workdir: pathlib.Path, config: ConfigDict, data: Mapping[str
         _check(workdir, config, lambda key: not key.startswith(_RESUMABLE), remedy)
         check_data(workdir, data, remedy)
         began = read_json(workdir / BEGUN_FILE) or began
-    if not any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*")):  # nothing is left of its iterations; others are half written
+    if not any(
+        path.name.isdigit() for path in (workdir / "checkpoints").glob("*")
+    ):  # nothing is left of its iterations; others are half written
         began["iterations"] = config.iterations
     return began | {"data": began["data"] | dict(data)}
 
@@ -82,21 +126,36 @@ def check_data(workdir: pathlib.Path, data: Mapping[str, str], remedy: str) -> N
     """Raises ValueError if the run in WORKDIR began with another corpus, or with other questions of the same split (`System.describe_data`)."""
     began = (read_json(workdir / BEGUN_FILE) or {"data": {}})["data"]
     if other := [name for name in data if began.get(name, data[name]) != data[name]]:
-        raise ValueError(f"{workdir} holds a run with other data ({', '.join(other)}): give it the files that it began with, {remedy}")
+        raise ValueError(
+            f"{workdir} holds a run with other data ({', '.join(other)}): give it the files that it began with, {remedy}"
+        )
 
 
 def check_readable(workdir: pathlib.Path, config: ConfigDict) -> None:
     """Raises ValueError if the run in WORKDIR has another kind of model, tokenizer or optimiser, or nobody knows which."""
-    _check(workdir, config, lambda key: key.startswith(_STATE), "give the flags that the run was trained with")
+    _check(
+        workdir,
+        config,
+        lambda key: key.startswith(_STATE),
+        "give the flags that the run was trained with",
+    )
 
 
-def _check(workdir: pathlib.Path, config: ConfigDict, matters: Callable[[str], bool], remedy: str) -> None:
+def _check(
+    workdir: pathlib.Path, config: ConfigDict, matters: Callable[[str], bool], remedy: str
+) -> None:
     trained = read_json(workdir / CONFIG_FILE)
     if trained is None:
-        raise ValueError(f"{workdir} holds a run without its {CONFIG_FILE}, the settings it was begun with: put that file back, or choose another --workdir")
+        raise ValueError(
+            f"{workdir} holds a run without its {CONFIG_FILE}, the settings it was begun with: put that file back, or choose another --workdir"
+        )
     old, new = flatten(trained), flatten(to_json(config))
-    common = [key for key in old.keys() & new.keys() if matters(key)]  # a key that one of them lacks was not there yet, or is gone: another version's
-    if told := describe_difference({key: old[key] for key in common}, {key: new[key] for key in common}):
+    common = [
+        key for key in old.keys() & new.keys() if matters(key)
+    ]  # a key that one of them lacks was not there yet, or is gone: another version's
+    if told := describe_difference(
+        {key: old[key] for key in common}, {key: new[key] for key in common}
+    ):
         raise ValueError(f"{workdir} holds a run with another config ({told}): {remedy}")
 
 
@@ -108,12 +167,20 @@ def to_json(config: ConfigDict) -> dict[str, Any]:
 def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """The first keys in which two configs differ, as "rl.gamma: 1.0, now 0.9"; "" if they are equal."""
     before, after = flatten(old), flatten(new)
-    differing = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
-    told = [f"{key}: {before.get(key, 'nothing')}, now {after.get(key, 'nothing')}" for key in differing[:3]]
+    differing = [
+        key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)
+    ]
+    told = [
+        f"{key}: {before.get(key, 'nothing')}, now {after.get(key, 'nothing')}"
+        for key in differing[:3]
+    ]
     return "; ".join(told + [f"and {len(differing) - 3} more"] * (len(differing) > 3))
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Dotted key -> value, of the leaves."""
-    pairs = (flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value} for key, value in config.items())
+    pairs = (
+        flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+        for key, value in config.items()
+    )
     return functools.reduce(dict.__or__, pairs, {})

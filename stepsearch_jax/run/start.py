@@ -1,4 +1,5 @@
 """How a run begins: its sampler, and its state, new or from the newest checkpoint."""
+
 from __future__ import annotations
 
 import logging
@@ -26,9 +27,15 @@ def make_sampler(system: System):
     sample_episodes(params, prompts, group_ids, question_ids, key, temperature) -> (Trajectory, counters), as `make_rollout` describes them.
     """
     config, mesh = system.config, system.mesh
-    boxed = jax.eval_shape(lambda: Policy(system.rollout_model).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32), method=Policy.init_all))
+    boxed = jax.eval_shape(
+        lambda: Policy(system.rollout_model).init(
+            jax.random.key(0), jnp.zeros((1, 2), jnp.int32), method=Policy.init_all
+        )
+    )
     specs = sharding.partition_specs(boxed, dict(config.mesh.rollout_rules))
-    rollout = make_rollout(system.rollout_model, system.settings, mesh, specs, system.search, config.rollout.search)
+    rollout = make_rollout(
+        system.rollout_model, system.settings, mesh, specs, system.search, config.rollout.search
+    )
     environment = jax.device_put(system.environment, sharding.replicated(mesh))
     to_rollout_layout = make_rollout_copy(system.rollout_model, sharding.shardings(mesh, specs))
     return lambda params, *arguments: rollout(params, environment, *arguments), to_rollout_layout
@@ -47,7 +54,15 @@ def bind_answer_gain(system: System):
 
     def answer_gain(params, trajectory, split, rows):
         rows = np.maximum(rows, 0)
-        return sharding.rows_from_mesh(gain(params, trajectory, *sharding.rows_to_mesh(system.mesh, (split.answers.tokens[rows], split.answers.length[rows]))))
+        return sharding.rows_from_mesh(
+            gain(
+                params,
+                trajectory,
+                *sharding.rows_to_mesh(
+                    system.mesh, (split.answers.tokens[rows], split.answers.length[rows])
+                ),
+            )
+        )
 
     return answer_gain
 
@@ -58,20 +73,35 @@ def begin_run(system: System, workdir: pathlib.Path):
     A new run starts from a random, a pretrained or a warm-started policy; the value model, where rl.advantage needs one, is born from its trunk, and the frozen
     reference is a copy of it.
     """
-    config, mesh, model, rules = system.config, system.mesh, system.learner_model, dict(system.config.mesh.train_rules)
+    config, mesh, model, rules = (
+        system.config,
+        system.mesh,
+        system.learner_model,
+        dict(system.config.mesh.train_rules),
+    )
     policy_key, value_key, rollout_key = jax.random.split(jax.random.key(config.seed), 3)
     like, specs = learner.describe_params(Policy(model), mesh, rules)
     reference_params = warm_start(system, like, specs, policy_key, workdir)
     policy_optimizer, value_optimizer = make_optimizers(config, config.iterations)
     value = None
     if value_optimizer is not None:
-        value_params, value_specs = learner.init_value_params(Value(model), mesh, rules, value_key, reference_params)
+        value_params, value_specs = learner.init_value_params(
+            Value(model), mesh, rules, value_key, reference_params
+        )
         value = learner.init_model_state(value_optimizer, mesh, value_params, value_specs)
-    scalars = dict(iteration=jnp.int32(0), position=jnp.int32(0), kl_coef=jnp.float32(config.rl.kl_coef), skipped=jnp.int32(0))
+    scalars = dict(
+        iteration=jnp.int32(0),
+        position=jnp.int32(0),
+        kl_coef=jnp.float32(config.rl.kl_coef),
+        skipped=jnp.int32(0),
+    )
     state = TrainState(
-        policy=learner.init_model_state(policy_optimizer, mesh, jax.tree.map(jnp.copy, reference_params), specs),
+        policy=learner.init_model_state(
+            policy_optimizer, mesh, jax.tree.map(jnp.copy, reference_params), specs
+        ),
         value=value,
-        **jax.device_put(scalars, sharding.replicated(mesh)))
+        **jax.device_put(scalars, sharding.replicated(mesh)),
+    )
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
     if checkpoints.latest() is not None:
         state = checkpoints.restore(checkpoints.latest(), state)

@@ -1,4 +1,5 @@
 """From a config to the parts that the commands put to work; everything that can be wrong with a config or its files is found here, before any compilation."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -35,14 +36,22 @@ from stepsearch_jax.run.checks import check_config, check_cuts
 from stepsearch_jax.run.settings import describe_models, rollout_settings, round_vocabulary
 from stepsearch_jax.search.bm25 import Bm25Index, build_index, check_settings
 from stepsearch_jax.search.cache import hash_documents, hash_texts, locate_corpus, lock_cache
-from stepsearch_jax.search.callback import MAX_QUERY_CHARACTERS, SearchCallback, SearchCounts, SomeFailedError, make_search_callback
+from stepsearch_jax.search.callback import (
+    MAX_QUERY_CHARACTERS,
+    SearchCallback,
+    SearchCounts,
+    SomeFailedError,
+    make_search_callback,
+)
 from stepsearch_jax.search.corpus_tokens import tokenize_corpus
 from stepsearch_jax.search.remote import RemoteIndex, open_remote
 from stepsearch_jax.search.watchdog import Watchdog
 
 logger = logging.getLogger("stepsearch_jax")
 
-WATCHED_QUERIES = 64  # searched at a time outside episodes, each time under the limit of config.search.timeout_s
+WATCHED_QUERIES = (
+    64  # searched at a time outside episodes, each time under the limit of config.search.timeout_s
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +66,9 @@ class Split:
     def take(self, rows: np.ndarray, episode_ids: np.ndarray) -> tuple[Prompts, list[Question]]:
         """Prompts and questions of `rows`; a row of -1 fills up the batch and runs nothing (its question is the first)."""
         safe = np.maximum(rows, 0)
-        prompts = Prompts(self.prompts[safe], self.prompt_length[safe], episode_ids.astype(np.int32), rows >= 0)
+        prompts = Prompts(
+            self.prompts[safe], self.prompt_length[safe], episode_ids.astype(np.int32), rows >= 0
+        )
         return prompts, [self.questions[int(row)] for row in safe]
 
 
@@ -81,24 +92,57 @@ class System:
 
     def measure_retrieval(self, split_name: str) -> float:
         """Share of sub-questions whose gold documents are among the k that a search for the sub-question itself returns; NaN without gold documents."""
-        subs = [sub for question in self.splits[split_name].questions for sub in question.sub_questions if sub.gold_ids]
+        subs = [
+            sub
+            for question in self.splits[split_name].questions
+            for sub in question.sub_questions
+            if sub.gold_ids
+        ]
         found = self.search_documents([sub.question for sub in subs]) if subs else []
-        return float(np.mean([bool(set(sub.gold_ids).intersection(ids.tolist())) for sub, ids in zip(subs, found)])) if subs else float("nan")
+        return (
+            float(
+                np.mean(
+                    [
+                        bool(set(sub.gold_ids).intersection(ids.tolist()))
+                        for sub, ids in zip(subs, found)
+                    ]
+                )
+            )
+            if subs
+            else float("nan")
+        )
 
     def describe_data(self) -> dict[str, str]:
         """What a run is trained and measured on, wherever its files lie: "corpus" and, for every split, "questions of NAME" -> a hash of all that they hold."""
-        splits = {f"questions of {name}": hash_texts(text for question in split.questions for text in encode_question(question).values())
-                  for name, split in self.splits.items()}
+        splits = {
+            f"questions of {name}": hash_texts(
+                text for question in split.questions for text in encode_question(question).values()
+            )
+            for name, split in self.splits.items()
+        }
         return {"corpus": self.retrieval["corpus"], **splits}
 
     def score(self, episodes: Sequence[Episode], gain: np.ndarray | None = None) -> StepScores:
         """Rewards of episodes, by the config's reward section. gain [B, K]: stands in for the information gain of the retrieved documents."""
         w = self.config.reward
         return score_episodes(
-            episodes, self._similarity, gain=gain, num_turns=self.settings.turns, answer_gate=w.answer_gate, format_failure=w.format_failure,
-            gamma_key=w.gamma_key, key_match=w.key_match, use_gain=w.use_gain, use_redundancy=w.use_redundancy, redundancy_scope=w.redundancy_scope,
-            step_scale=w.step_scale, search_cost=w.search_cost, retrieved_answer_credit=w.retrieved_answer_credit, rendered=self._rendered,
-            texts=self._texts)
+            episodes,
+            self._similarity,
+            gain=gain,
+            num_turns=self.settings.turns,
+            answer_gate=w.answer_gate,
+            format_failure=w.format_failure,
+            gamma_key=w.gamma_key,
+            key_match=w.key_match,
+            use_gain=w.use_gain,
+            use_redundancy=w.use_redundancy,
+            redundancy_scope=w.redundancy_scope,
+            step_scale=w.step_scale,
+            search_cost=w.search_cost,
+            retrieved_answer_credit=w.retrieved_answer_credit,
+            rendered=self._rendered,
+            texts=self._texts,
+        )
 
     _similarity: object = None
     _rendered: Sequence[tuple[str, str]] | None = None
@@ -114,7 +158,9 @@ def build_system(config: ml_collections.ConfigDict, splits: Sequence[str], searc
     mesh = sharding.make_mesh(g.data, g.fsdp, g.tensor, g.slices, config.model.num_kv_heads)
     check_config(config, mesh)
     watchdog = Watchdog(s.timeout_s, "config.search.timeout_s")
-    stored = open_checkpoint(pathlib.Path(config.model.checkpoint)) if config.model.checkpoint else None
+    stored = (
+        open_checkpoint(pathlib.Path(config.model.checkpoint)) if config.model.checkpoint else None
+    )
 
     # Texts: data set, corpus, index, tokenizer. All are kept under cache_dir and only made when they are not there yet: once a host.
     words = atlas_grammar.vocabulary() if p.tokenizer == "atlas" else []
@@ -122,36 +168,89 @@ def build_system(config: ml_collections.ConfigDict, splits: Sequence[str], searc
     with lock_cache(config.data.cache_dir):
         source = load_source(config.data, s.bm25_k1, s.bm25_b)
         folder = locate_corpus(config.data.cache_dir, source.manifest["hash"])
-        index = build_search_index(config, source.documents, folder, mesh.local_devices, watchdog.renew)
-        retrieval, shown, texts = index.describe(s.k), Mapped(render_document, source.documents), read_texts(source.documents)
-        document_tokens = tokenize_corpus(shown, folder / f"tokens-{tokenizer.fingerprint[:16]}", tokenizer.encode_batch, tokenizer.fingerprint)
+        index = build_search_index(
+            config, source.documents, folder, mesh.local_devices, watchdog.renew
+        )
+        retrieval, shown, texts = (
+            index.describe(s.k),
+            Mapped(render_document, source.documents),
+            read_texts(source.documents),
+        )
+        document_tokens = tokenize_corpus(
+            shown,
+            folder / f"tokens-{tokenizer.fingerprint[:16]}",
+            tokenizer.encode_batch,
+            tokenizer.fingerprint,
+        )
         tfidf_fit = config.reward.tfidf_fit
-        similarity = fit_similarity(texts if tfidf_fit == "corpus" else normalize_texts(source.documents), tfidf_fit=tfidf_fit,
-                                    folder=folder / f"terms-{tfidf_fit}", corpus=retrieval["corpus"])
+        similarity = fit_similarity(
+            texts if tfidf_fit == "corpus" else normalize_texts(source.documents),
+            tfidf_fit=tfidf_fit,
+            folder=folder / f"terms-{tfidf_fit}",
+            corpus=retrieval["corpus"],
+        )
 
     # The environment as arrays, and the search behind the fixed-shape callback.
     fixed = encode_environment(tokenizer.encode, s.k)
     automaton = make_tag_automaton(tokenizer.token_bytes, tokenizer.eos_ids)
-    vocabulary = round_vocabulary(max(tokenizer.vocab_size, config.model.vocab_size, stored.fields["vocab_size"] if stored else 0))
+    vocabulary = round_vocabulary(
+        max(
+            tokenizer.vocab_size,
+            config.model.vocab_size,
+            stored.fields["vocab_size"] if stored else 0,
+        )
+    )
     own = np.arange(len(automaton.next_state), dtype=automaton.next_state.dtype)
-    unused = np.broadcast_to(own[:, None], (len(own), vocabulary - tokenizer.vocab_size))  # ids without bytes leave the automaton where it is
-    environment = Environment(np.concatenate([automaton.next_state, unused], axis=1), automaton.event, np.int32(automaton.start),
-                              fixed.invalid_warning, fixed.last_turn_warning)
+    unused = np.broadcast_to(
+        own[:, None], (len(own), vocabulary - tokenizer.vocab_size)
+    )  # ids without bytes leave the automaton where it is
+    environment = Environment(
+        np.concatenate([automaton.next_state, unused], axis=1),
+        automaton.event,
+        np.int32(automaton.start),
+        fixed.invalid_warning,
+        fixed.last_turn_warning,
+    )
     search = search or (lambda queries: index.search(queries, s.k)[0])
-    token_bytes = [*tokenizer.token_bytes, *[b""] * (vocabulary - tokenizer.vocab_size)]  # a policy may sample the unused ids, too
-    callback = make_search_callback(search, partial(decode_query, token_bytes=token_bytes), document_tokens, fixed, s.max_observation_tokens, s.k, watchdog)
+    token_bytes = [
+        *tokenizer.token_bytes,
+        *[b""] * (vocabulary - tokenizer.vocab_size),
+    ]  # a policy may sample the unused ids, too
+    callback = make_search_callback(
+        search,
+        partial(decode_query, token_bytes=token_bytes),
+        document_tokens,
+        fixed,
+        s.max_observation_tokens,
+        s.k,
+        watchdog,
+    )
 
     def search_documents(queries: list[str]) -> np.ndarray:
         found = []
         for start in range(0, len(queries), WATCHED_QUERIES):
             with watchdog.watching("the search"):
                 try:
-                    found.append(search([query[:MAX_QUERY_CHARACTERS] for query in queries[start:start + WATCHED_QUERIES]]))
+                    found.append(
+                        search(
+                            [
+                                query[:MAX_QUERY_CHARACTERS]
+                                for query in queries[start : start + WATCHED_QUERIES]
+                            ]
+                        )
+                    )
                 except SomeFailedError as error:
-                    logger.warning("the search failed for %d of %d queries: %s", len(error.failures), len(error.found), error)
+                    logger.warning(
+                        "the search failed for %d of %d queries: %s",
+                        len(error.failures),
+                        len(error.found),
+                        error,
+                    )
                     found.append(error.found)
                 except Exception as error:
-                    raise ValueError(f"the search failed: {type(error).__name__}: {error}") from error
+                    raise ValueError(
+                        f"the search failed: {type(error).__name__}: {error}"
+                    ) from error
         return np.concatenate(found)
 
     learner_model, rollout_model = describe_models(config, vocabulary)
@@ -162,41 +261,96 @@ def build_system(config: ml_collections.ConfigDict, splits: Sequence[str], searc
     prepared = {}
     for name in splits:
         if name not in source.splits:
-            raise ValueError(f"the data set has no split {name!r}, only {', '.join(source.splits)}: change config.data, config.evaluation.split or "
-                             "config.evaluation.datasets")
+            raise ValueError(
+                f"the data set has no split {name!r}, only {', '.join(source.splits)}: change config.data, config.evaluation.split or "
+                "config.evaluation.datasets"
+            )
         questions = list(source.splits[name])
         rendered = [render_prompt(p.template, question.question) for question in questions]
-        answers = encode_answers(questions, tokenizer) if config.reward.step_reward == "answer_logprob" else None
-        prepared[name] = Split(questions, *encode_prompts(rendered, [question.uid for question in questions], tokenizer, p.max_prompt_tokens), answers)
+        answers = (
+            encode_answers(questions, tokenizer)
+            if config.reward.step_reward == "answer_logprob"
+            else None
+        )
+        prepared[name] = Split(
+            questions,
+            *encode_prompts(
+                rendered, [question.uid for question in questions], tokenizer, p.max_prompt_tokens
+            ),
+            answers,
+        )
     return System(
-        config, mesh, source, tokenizer, rollout_settings(config), environment, callback, search_documents, retrieval,
-        learner_model, rollout_model, prepared, stored, _similarity=similarity,
-        _rendered=Mapped(lambda document: (document.title, document.text), source.documents), _texts=texts)
+        config,
+        mesh,
+        source,
+        tokenizer,
+        rollout_settings(config),
+        environment,
+        callback,
+        search_documents,
+        retrieval,
+        learner_model,
+        rollout_model,
+        prepared,
+        stored,
+        _similarity=similarity,
+        _rendered=Mapped(lambda document: (document.title, document.text), source.documents),
+        _texts=texts,
+    )
 
 
-def build_search_index(config: ml_collections.ConfigDict, documents: Sequence[Document], folder: pathlib.Path, devices: Sequence[jax.Device],
-                       ended: Callable[[], None] = lambda: None) -> Bm25Index | DenseIndex | RemoteIndex:
+def build_search_index(
+    config: ml_collections.ConfigDict,
+    documents: Sequence[Document],
+    folder: pathlib.Path,
+    devices: Sequence[jax.Device],
+    ended: Callable[[], None] = lambda: None,
+) -> Bm25Index | DenseIndex | RemoteIndex:
     """The index that config.search asks for, kept in `folder`; a dense one lies on `devices`, of this process, a remote one at its server.
 
     ended: is called whenever a request to the server is answered or given up.
     """
     s = config.search
     if s.kind == "remote":
-        return open_remote(s.url, documents, hash_documents(documents), s.attempt_s, s.attempts, s.backoff_s, s.batch, ended)
+        return open_remote(
+            s.url,
+            documents,
+            hash_documents(documents),
+            s.attempt_s,
+            s.attempts,
+            s.backoff_s,
+            s.batch,
+            ended,
+        )
     if s.kind == "bm25":
         return build_index(documents, folder / f"bm25-{s.bm25_k1}-{s.bm25_b}", s.bm25_k1, s.bm25_b)
     encoder = load_text_encoder(s.encoder, s.encode_batch, devices)
-    return build_dense_index(documents, folder, encoder, query_prefix=s.query_prefix, passage_prefix=s.passage_prefix, dtype=s.embedding_dtype, devices=devices)
+    return build_dense_index(
+        documents,
+        folder,
+        encoder,
+        query_prefix=s.query_prefix,
+        passage_prefix=s.passage_prefix,
+        dtype=s.embedding_dtype,
+        devices=devices,
+    )
 
 
-def open_corpus(config: ml_collections.ConfigDict) -> tuple[Source, Bm25Index | DenseIndex | RemoteIndex]:
+def open_corpus(
+    config: ml_collections.ConfigDict,
+) -> tuple[Source, Bm25Index | DenseIndex | RemoteIndex]:
     """The data set and the index of a config, without a model or its mesh: a dense index takes all devices here, the others none."""
     s = config.search
     check_settings(s.bm25_k1, s.bm25_b)
     with lock_cache(config.data.cache_dir):
         source = open_source(config.data, s.bm25_k1, s.bm25_b)
         devices = jax.local_devices() if s.kind == "dense" else ()
-        return source, build_search_index(config, source.documents, locate_corpus(config.data.cache_dir, source.manifest["hash"]), devices)
+        return source, build_search_index(
+            config,
+            source.documents,
+            locate_corpus(config.data.cache_dir, source.manifest["hash"]),
+            devices,
+        )
 
 
 def read_texts(documents: Sequence[Document]) -> Sequence[str]:
@@ -225,14 +379,21 @@ def check_searches(system: System) -> SearchCounts:
     limit = system.config.search.max_failure_share
     if failed > limit * searches:
         others = f"process {', '.join(map(str, np.flatnonzero(of_each[:, 2])))}, whose log says why"
-        where = f"process {jax.process_index()}: {counts.first_error}" if counts.first_error else others
-        raise SystemExit(f"stepsearch_jax: the search failed for {failed} of {searches} queries ({where}); "
-                         f"config.search.max_failure_share={limit} allows no more")
+        where = (
+            f"process {jax.process_index()}: {counts.first_error}" if counts.first_error else others
+        )
+        raise SystemExit(
+            f"stepsearch_jax: the search failed for {failed} of {searches} queries ({where}); "
+            f"config.search.max_failure_share={limit} allows no more"
+        )
     return SearchCounts(calls, searches, failed, seconds, counts.first_error)
 
 
 def process_rows(mesh: Mesh, total: int) -> np.ndarray:
     """Which of `total` global rows this process holds, in the order in which it passes them to the mesh."""
     sharding_ = jax.sharding.NamedSharding(mesh, sharding.ROWS)
-    slices = {index[0].indices(total)[:2] for index in sharding_.addressable_devices_indices_map((total,)).values()}
+    slices = {
+        index[0].indices(total)[:2]
+        for index in sharding_.addressable_devices_indices_map((total,)).values()
+    }
     return np.concatenate([np.arange(*bounds) for bounds in sorted(slices)])

@@ -3,6 +3,7 @@
 Imitation runs in phases (`config.imitation.phases`). A policy from scratch first learns to read: single hops, then whole questions. The last phases spoil
 only the searching, so that RL has something to improve. For a real model one phase without any spoiling is a cold start that teaches the format.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -32,7 +33,9 @@ from stepsearch_jax.sharding import rows_to_mesh
 
 logger = logging.getLogger("stepsearch_jax")
 
-LENGTH_MULTIPLE = 64  # minibatches are cut to a length rounded up to this, so that few programs are compiled
+LENGTH_MULTIPLE = (
+    64  # minibatches are cut to a length rounded up to this, so that few programs are compiled
+)
 
 
 def warm_start(system: System, like, specs, key: jax.Array, workdir: pathlib.Path):
@@ -42,17 +45,27 @@ def warm_start(system: System, like, specs, key: jax.Array, workdir: pathlib.Pat
     """
     i, start, model = system.config.imitation, workdir / "start", system.learner_model
     if checkpoint.has_params(start):
-        return checkpoint.load_params(start, like, f"give the flags of the run, or remove {start}: the same command then makes it again")
+        return checkpoint.load_params(
+            start,
+            like,
+            f"give the flags of the run, or remove {start}: the same command then makes it again",
+        )
     if i.checkpoint:
         remedy = "must name parameters of this config's model, or be empty; configs/atlas_quickstart.py:anew makes those of the quickstart again"
-        params = checkpoint.load_params(find_checkpoint(i.checkpoint), like, f"imitation.checkpoint={i.checkpoint} {remedy}")
+        params = checkpoint.load_params(
+            find_checkpoint(i.checkpoint), like, f"imitation.checkpoint={i.checkpoint} {remedy}"
+        )
     elif system.stored is not None:
         logger.info("reading %s", system.stored.path)
         params = load_policy(system.stored, model, like)
     else:
-        params, _ = init_params(Policy(model), system.mesh, dict(system.config.mesh.train_rules), key)
+        params, _ = init_params(
+            Policy(model), system.mesh, dict(system.config.mesh.train_rules), key
+        )
         if system.config.model.previous_token_peak:
-            params = set_previous_token_heads(params, model, system.config.model.previous_token_peak)
+            params = set_previous_token_heads(
+                params, model, system.config.model.previous_token_peak
+            )
     if i.phases:
         params = imitate(system, params, specs, workdir)
     checkpoint.save_params(start, params)
@@ -77,8 +90,13 @@ class Demonstrations:
 
     def draw(self, rows: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """A minibatch of `rows` rows from one group of about equal length, cut to the group's longest."""
-        group = np.array_split(np.arange(len(self.length)), LENGTH_GROUPS)[rng.integers(LENGTH_GROUPS)]
-        width = min(self.tokens.shape[1], -(-int(self.length[group[-1]]) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
+        group = np.array_split(np.arange(len(self.length)), LENGTH_GROUPS)[
+            rng.integers(LENGTH_GROUPS)
+        ]
+        width = min(
+            self.tokens.shape[1],
+            -(-int(self.length[group[-1]]) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE,
+        )
         tokens, action_mask = self.take(rng.choice(group, rows), rng)
         return tokens[:, :width], action_mask[:, :width]
 
@@ -86,14 +104,19 @@ class Demonstrations:
         """Tokens and masks of `rows`, each row with its names exchanged at random within their groups."""
         tokens = self.tokens[rows]
         if self.groups:
-            new = np.tile(np.arange(tokens.max() + 1 + max(int(group.max()) for group in self.groups)), (len(rows), 1))
+            new = np.tile(
+                np.arange(tokens.max() + 1 + max(int(group.max()) for group in self.groups)),
+                (len(rows), 1),
+            )
             for group in self.groups:
                 new[:, group] = group[np.argsort(rng.random((len(rows), len(group))), axis=1)]
             tokens = np.take_along_axis(new, tokens, axis=1).astype(np.int32)
         return tokens, self.action_mask[rows]
 
 
-def demonstrate(system: System, split_name: str, count: int, *, single_hop: bool, spoilt: float, seed: int) -> Demonstrations:
+def demonstrate(
+    system: System, split_name: str, count: int, *, single_hop: bool, spoilt: float, seed: int
+) -> Demonstrations:
     """Runs the script on `count` questions drawn from a split.
 
     single_hop: on their sub-questions, each asked alone. spoilt: share of decisions taken by `config.imitation.shares`, the others are good ones; so are
@@ -102,21 +125,57 @@ def demonstrate(system: System, split_name: str, count: int, *, single_hop: bool
     config, rng = system.config, np.random.default_rng(seed)
     questions = list(system.splits[split_name].questions)
     if single_hop:
-        questions = [Question(f"{question.uid}/{number}", sub.question, sub.answer, sub.aliases, (sub,), "1hop")
-                     for question in questions for number, sub in enumerate(question.sub_questions)]
-    chosen = [questions[row] for row in (rng.permutation(len(questions))[:count] if count <= len(questions) else rng.integers(len(questions), size=count))]
-    prompts, lengths = encode_prompts([render_prompt(config.prompt.template, q.question) for q in chosen], [q.uid for q in chosen], system.tokenizer,
-                                      config.prompt.max_prompt_tokens)
+        questions = [
+            Question(
+                f"{question.uid}/{number}", sub.question, sub.answer, sub.aliases, (sub,), "1hop"
+            )
+            for question in questions
+            for number, sub in enumerate(question.sub_questions)
+        ]
+    chosen = [
+        questions[row]
+        for row in (
+            rng.permutation(len(questions))[:count]
+            if count <= len(questions)
+            else rng.integers(len(questions), size=count)
+        )
+    ]
+    prompts, lengths = encode_prompts(
+        [render_prompt(config.prompt.template, q.question) for q in chosen],
+        [q.uid for q in chosen],
+        system.tokenizer,
+        config.prompt.max_prompt_tokens,
+    )
     poor = dict(config.imitation.shares)
-    shares = {kind: spoilt * poor.get(kind, 0.0) / sum(poor.values()) + (1 - spoilt) * PERFECT.get(kind, 0.0) for kind in KINDS}
-    episodes = run_script(chosen, prompts, lengths, system.source.documents, system.search, system.tokenizer, system.settings,
-                          system.environment.last_turn_warning, shares, config.imitation.skill, seed)
+    shares = {
+        kind: spoilt * poor.get(kind, 0.0) / sum(poor.values())
+        + (1 - spoilt) * PERFECT.get(kind, 0.0)
+        for kind in KINDS
+    }
+    episodes = run_script(
+        chosen,
+        prompts,
+        lengths,
+        system.source.documents,
+        system.search,
+        system.tokenizer,
+        system.settings,
+        system.environment.last_turn_warning,
+        shares,
+        config.imitation.skill,
+        seed,
+    )
     check_searches(system)
     order = np.argsort(episodes.length, kind="stable")
     groups = ()
     if config.imitation.rename:
-        groups = tuple(np.array([system.tokenizer.encode(f" {word}")[0] for word in words]) for words in name_groups())
-    return Demonstrations(episodes.tokens[order], episodes.action_mask[order], episodes.length[order], groups)
+        groups = tuple(
+            np.array([system.tokenizer.encode(f" {word}")[0] for word in words])
+            for words in name_groups()
+        )
+    return Demonstrations(
+        episodes.tokens[order], episodes.action_mask[order], episodes.length[order], groups
+    )
 
 
 def imitate(system: System, params, specs, workdir: pathlib.Path):
@@ -126,12 +185,23 @@ def imitate(system: System, params, specs, workdir: pathlib.Path):
     """
     config, i, mesh = system.config, system.config.imitation, system.mesh
     for name in (config.data.train_split, i.held_out_split):
-        if any(phase[2] for phase in i.phases) and not any(question.sub_questions for question in system.splits[name].questions):
-            raise ValueError(f"imitation.phases={i.phases} ask sub-questions alone, but no question of {name} (data.kind={config.data.kind}) has any: set the "
-                             "third entry of each phase to False")
+        if any(phase[2] for phase in i.phases) and not any(
+            question.sub_questions for question in system.splits[name].questions
+        ):
+            raise ValueError(
+                f"imitation.phases={i.phases} ask sub-questions alone, but no question of {name} (data.kind={config.data.kind}) has any: set the "
+                "third entry of each phase to False"
+            )
     total = sum(phase[0] for phase in i.phases)
-    optimizer = make_imitation_optimizer(i.optimizer, [(phase[0], phase[-1]) for phase in i.phases], warmup_steps=i.warmup_steps, final_share=i.final_share,
-                                         b2=i.b2, weight_decay=i.weight_decay, max_grad_norm=i.max_grad_norm)
+    optimizer = make_imitation_optimizer(
+        i.optimizer,
+        [(phase[0], phase[-1]) for phase in i.phases],
+        warmup_steps=i.warmup_steps,
+        final_share=i.final_share,
+        b2=i.b2,
+        weight_decay=i.weight_decay,
+        max_grad_norm=i.max_grad_norm,
+    )
     run, held_out_loss = make_imitate(system.learner_model, optimizer)
     state = init_model_state(optimizer, mesh, params, specs)
     checkpoints = checkpoint.Checkpoints(workdir / "imitation", config.checkpoint.keep)
@@ -146,8 +216,22 @@ def imitate(system: System, params, specs, workdir: pathlib.Path):
         if done >= first + steps:
             first += steps
             continue
-        demonstrations = demonstrate(system, config.data.train_split, i.demonstrations, single_hop=single_hop, spoilt=spoilt, seed=config.seed + number)
-        held_out = demonstrate(system, i.held_out_split, i.held_out, single_hop=single_hop, spoilt=spoilt, seed=config.seed + 1000 + number)
+        demonstrations = demonstrate(
+            system,
+            config.data.train_split,
+            i.demonstrations,
+            single_hop=single_hop,
+            spoilt=spoilt,
+            seed=config.seed + number,
+        )
+        held_out = demonstrate(
+            system,
+            i.held_out_split,
+            i.held_out,
+            single_hop=single_hop,
+            spoilt=spoilt,
+            seed=config.seed + 1000 + number,
+        )
         mine = process_rows(mesh, rows)
         exam = rows_to_mesh(mesh, _every_row(held_out, process_rows(mesh, len(held_out.tokens))))
         for step in range(max(first, done), first + steps):
@@ -157,9 +241,18 @@ def imitate(system: System, params, specs, workdir: pathlib.Path):
             finished = step + 1
             if finished % i.log_every == 0 or finished == first + steps:
                 held_out_value, exact = held_out_loss(state.params, *exam, rows=rows)
-                metrics = {"loss": float(loss), "held_out_loss": float(held_out_value), "held_out_exact": float(exact.mean()), "phase": number}
+                metrics = {
+                    "loss": float(loss),
+                    "held_out_loss": float(held_out_value),
+                    "held_out_exact": float(exact.mean()),
+                    "phase": number,
+                }
                 bar.set_postfix({name: f"{value:.3f}" for name, value in metrics.items()})
-                logger.info("imitation step %d: %s", finished, ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+                logger.info(
+                    "imitation step %d: %s",
+                    finished,
+                    ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()),
+                )
                 if writer:
                     writer.write("imitation", finished - 1, metrics)
             if finished % config.checkpoint.imitation_every == 0 or finished == total:
@@ -174,4 +267,3 @@ def imitate(system: System, params, specs, workdir: pathlib.Path):
 
 def _every_row(demonstrations: Demonstrations, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return demonstrations.tokens[rows], demonstrations.action_mask[rows]
-

@@ -4,6 +4,7 @@
 It scores; selecting the best documents is done here, so that ties are broken by document id. It cannot build an index that does not fit into memory:
 `postings.py` does, and the files are those that bm25s would have written.
 """
+
 from __future__ import annotations
 
 import math
@@ -18,7 +19,15 @@ import numpy as np
 
 from stepsearch_jax.data.documents import CORPUS, OFFSETS, StoredDocuments
 from stepsearch_jax.records import Document
-from stepsearch_jax.search.cache import describe_search, hash_documents, link_file, one_at_a_time, prepare_folder, read_manifest, write_manifest
+from stepsearch_jax.search.cache import (
+    describe_search,
+    hash_documents,
+    link_file,
+    one_at_a_time,
+    prepare_folder,
+    read_manifest,
+    write_manifest,
+)
 from stepsearch_jax.search.postings import collect_shards, merge_shards, split_words
 
 if TYPE_CHECKING:
@@ -49,7 +58,13 @@ class Bm25Index:
 
     def describe(self, k: int) -> dict:
         """The manifest of results for k documents (`prepared.describe_search`)."""
-        return describe_search(self._manifest["corpus"], len(self), KIND, k, {name: self._manifest[name] for name in ("k1", "b")})
+        return describe_search(
+            self._manifest["corpus"],
+            len(self),
+            KIND,
+            k,
+            {name: self._manifest[name] for name in ("k1", "b")},
+        )
 
     def search(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k best documents for each of q queries, several at a time.
@@ -61,14 +76,22 @@ class Bm25Index:
         scores = np.zeros((len(queries), k), np.float32)
 
         def search_row(row: int) -> None:
-            words = [self._vocabulary[word] for word in split_words(queries[row]) if word in self._vocabulary]
+            words = [
+                self._vocabulary[word]
+                for word in split_words(queries[row])
+                if word in self._vocabulary
+            ]
             if words:
                 of_all = self._scorer.get_scores_from_ids(words)
                 best = select_best(of_all, k)
                 ids[row, : len(best)] = best
                 scores[row, : len(best)] = of_all[best]
 
-        list(self._threads.map(search_row, range(len(queries))) if len(queries) > 1 else map(search_row, range(len(queries))))
+        list(
+            self._threads.map(search_row, range(len(queries)))
+            if len(queries) > 1
+            else map(search_row, range(len(queries)))
+        )
         return ids, scores
 
 
@@ -83,11 +106,15 @@ def select_best(scores: np.ndarray, k: int) -> np.ndarray:
 def check_settings(k1: float, b: float) -> None:
     """Raises ValueError for what is no BM25."""
     if not 0 <= k1 < math.inf or not 0 <= b <= 1:
-        raise ValueError(f"BM25's k1 is {k1:g}, and must be finite and not negative; its b is {b:g}, and must lie in [0, 1]: change config.search.bm25_k1 and "
-                         "bm25_b, or --k1 and --b")
+        raise ValueError(
+            f"BM25's k1 is {k1:g}, and must be finite and not negative; its b is {b:g}, and must lie in [0, 1]: change config.search.bm25_k1 and "
+            "bm25_b, or --k1 and --b"
+        )
 
 
-def build_index(documents: Sequence[Document], folder: str | pathlib.Path, k1: float, b: float) -> Bm25Index:
+def build_index(
+    documents: Sequence[Document], folder: str | pathlib.Path, k1: float, b: float
+) -> Bm25Index:
     """Indexes title and text of each document into `folder` and loads the index; a folder that already holds this very index is only loaded.
 
     k1, b: term saturation and length normalisation, in Lucene's form of BM25 (idf = ln(1 + (N - n + 0.5) / (n + 0.5))).
@@ -97,13 +124,21 @@ def build_index(documents: Sequence[Document], folder: str | pathlib.Path, k1: f
     def read() -> Iterator[tuple[str, str]]:
         for row, document in enumerate(documents):
             if document.id != row:
-                raise ValueError(f"the document in row {row} of the corpus has the id {document.id}; ids must be rows")
+                raise ValueError(
+                    f"the document in row {row} of the corpus has the id {document.id}; ids must be rows"
+                )
             yield document.title, document.text
 
     return stream_index(read, {"texts": hash_documents(documents)}, folder, k1, b)
 
 
-def stream_index(read: Callable[[], Iterable[tuple[str, str]]], made_from: dict, folder: str | pathlib.Path, k1: float, b: float) -> Bm25Index:
+def stream_index(
+    read: Callable[[], Iterable[tuple[str, str]]],
+    made_from: dict,
+    folder: str | pathlib.Path,
+    k1: float,
+    b: float,
+) -> Bm25Index:
     """As `build_index`, from read() -> (title, text) of every document, in memory that does not grow with their number.
 
     made_from: identifies the documents without reading them, as JSON. What is not finished stands beside the folder, as FOLDER.unfinished, and is gone on
@@ -130,11 +165,16 @@ def stream_index(read: Callable[[], Iterable[tuple[str, str]]], made_from: dict,
     return load_index(folder)
 
 
-def _build(documents: Iterable[tuple[str, str]], begun: pathlib.Path, folder: pathlib.Path, wanted: dict) -> None:
+def _build(
+    documents: Iterable[tuple[str, str]], begun: pathlib.Path, folder: pathlib.Path, wanted: dict
+) -> None:
     import bm25s
 
     collected = collect_shards(documents, begun)
-    with open(begun / "scores", "wb") as scores_file, open(begun / "documents", "wb") as documents_file:
+    with (
+        open(begun / "scores", "wb") as scores_file,
+        open(begun / "documents", "wb") as documents_file,
+    ):
 
         def write(found: np.ndarray, scores: np.ndarray) -> None:
             found.tofile(documents_file)
@@ -144,22 +184,48 @@ def _build(documents: Iterable[tuple[str, str]], begun: pathlib.Path, folder: pa
 
     def finish(made: pathlib.Path) -> None:
         """bm25s writes everything but the two long arrays, which take the places of empty ones."""
-        scorer = bm25s.BM25(k1=wanted["k1"], b=wanted["b"], method="lucene", backend="numpy", csc_backend="numpy")
+        scorer = bm25s.BM25(
+            k1=wanted["k1"], b=wanted["b"], method="lucene", backend="numpy", csc_backend="numpy"
+        )
         scorer.vocab_dict, scorer.nonoccurrence_array = collected.vocabulary, None
-        scorer.scores = {"data": np.zeros(0, np.float32), "indices": np.zeros(0, np.int32), "indptr": begins, "num_docs": collected.documents}
+        scorer.scores = {
+            "data": np.zeros(0, np.float32),
+            "indices": np.zeros(0, np.int32),
+            "indptr": begins,
+            "num_docs": collected.documents,
+        }
         scorer.save(made, show_progress=False)
-        for name, part, dtype in (("data", "scores", np.float32), ("indices", "documents", np.int32)):
-            _save_raw(made / f"{name}.csc.index.npy", begun / part, np.dtype(dtype), int(begins[-1]))
+        for name, part, dtype in (
+            ("data", "scores", np.float32),
+            ("indices", "documents", np.int32),
+        ):
+            _save_raw(
+                made / f"{name}.csc.index.npy", begun / part, np.dtype(dtype), int(begins[-1])
+            )
         for name in (CORPUS, OFFSETS):
-            link_file(begun / name, made / name)  # the shards are nothing without them, until the index is whole
+            link_file(
+                begun / name, made / name
+            )  # the shards are nothing without them, until the index is whole
 
-    prepare_folder(folder, {**wanted, "corpus": collected.corpus, "documents": collected.documents}, finish, begun.parent)
+    prepare_folder(
+        folder,
+        {**wanted, "corpus": collected.corpus, "documents": collected.documents},
+        finish,
+        begun.parent,
+    )
 
 
 def _save_raw(path: pathlib.Path, raw: pathlib.Path, dtype: np.dtype, count: int) -> None:
     """Writes `count` numbers that lie in the file `raw` as np.save would."""
     with open(path, "wb") as out, open(raw, "rb") as numbers:
-        np.lib.format.write_array_header_1_0(out, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)})
+        np.lib.format.write_array_header_1_0(
+            out,
+            {
+                "descr": np.lib.format.dtype_to_descr(dtype),
+                "fortran_order": False,
+                "shape": (count,),
+            },
+        )
         shutil.copyfileobj(numbers, out, 1 << 20)
     raw.unlink()
 
@@ -174,10 +240,18 @@ def load_index(folder: str | pathlib.Path) -> Bm25Index:
     folder = pathlib.Path(folder)
     manifest = read_manifest(folder)
     if manifest is None or not holds_index(folder):
-        raise FileNotFoundError(f"{folder} holds no search index; python -m stepsearch_jax.prepare index makes one")
+        raise FileNotFoundError(
+            f"{folder} holds no search index; python -m stepsearch_jax.prepare index makes one"
+        )
     import bm25s
 
     try:
-        return Bm25Index(bm25s.BM25.load(folder, mmap=True, show_progress=False), StoredDocuments(folder), manifest)
+        return Bm25Index(
+            bm25s.BM25.load(folder, mmap=True, show_progress=False),
+            StoredDocuments(folder),
+            manifest,
+        )
     except (OSError, EOFError, ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"the index {folder} is damaged ({type(error).__name__}: {error}): remove this folder, and make it again") from error
+        raise ValueError(
+            f"the index {folder} is damaged ({type(error).__name__}: {error}): remove this folder, and make it again"
+        ) from error

@@ -1,4 +1,5 @@
 """Folders that are computed from a corpus once and reused: written whole or not at all, and made again when what they were made from has changed."""
+
 from __future__ import annotations
 
 import contextlib
@@ -37,7 +38,13 @@ def hash_documents(documents: Iterable[Document]) -> str:
 
 def describe_search(corpus: str, documents: int, retriever: str, k: int, settings: dict) -> dict:
     """The manifest that every result of a search carries: what was searched (hash and number of its documents), by what, for how many, and how it was set."""
-    return {"corpus": corpus, "documents": documents, "retriever": retriever, "k": k, "settings": settings}
+    return {
+        "corpus": corpus,
+        "documents": documents,
+        "retriever": retriever,
+        "k": k,
+        "settings": settings,
+    }
 
 
 def read_manifest(folder: pathlib.Path) -> dict | None:
@@ -64,7 +71,12 @@ def link_file(file: pathlib.Path, place: pathlib.Path) -> None:
         shutil.copyfile(file, place)
 
 
-def prepare_folder(folder: pathlib.Path, manifest: dict, write: Callable[[pathlib.Path], None], aside: pathlib.Path | None = None) -> bool:
+def prepare_folder(
+    folder: pathlib.Path,
+    manifest: dict,
+    write: Callable[[pathlib.Path], None],
+    aside: pathlib.Path | None = None,
+) -> bool:
     """Makes `folder` with `write`, unless it is there and its manifest says the same. Returns whether it was made.
 
     `write` gets an empty folder, which takes the final place by renaming when it is complete. It lies beside the final one, and several processes may prepare
@@ -73,7 +85,10 @@ def prepare_folder(folder: pathlib.Path, manifest: dict, write: Callable[[pathli
     """
     if read_manifest(folder) == manifest:
         return False
-    made, old = (aside / kind if aside else folder.with_name(f".{folder.name}.{kind}.{os.getpid()}") for kind in ("made", "old"))
+    made, old = (
+        aside / kind if aside else folder.with_name(f".{folder.name}.{kind}.{os.getpid()}")
+        for kind in ("made", "old")
+    )
     for leftover in (made, old):
         shutil.rmtree(leftover, ignore_errors=True)
     made.mkdir(parents=True)
@@ -119,7 +134,9 @@ def lock_cache(cache_dir: str) -> contextlib.AbstractContextManager:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"config.data.cache_dir={folder} cannot be made a folder ({error.strerror}): name another one") from error
+        raise ValueError(
+            f"config.data.cache_dir={folder} cannot be made a folder ({error.strerror}): name another one"
+        ) from error
     return one_at_a_time(folder)
 
 

@@ -3,6 +3,7 @@
 Called from inside device programs, by several device threads at once. An exception there can hang an accelerator, so a failure becomes a flag, a
 count and a remembered message; the caller decides afterwards whether to go on.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -73,9 +74,13 @@ class SearchCallback:
         self._lock = threading.Lock()
         self._counts = SearchCounts()
         self._nothing = build_observation(environment, [], max_observation_tokens)
-        self._failed = np.concatenate([environment.head, environment.search_failed, environment.tail])
+        self._failed = np.concatenate(
+            [environment.head, environment.search_failed, environment.tail]
+        )
 
-    def __call__(self, query_tokens: np.ndarray, query_length: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, ...]:
+    def __call__(
+        self, query_tokens: np.ndarray, query_length: np.ndarray, wanted: np.ndarray
+    ) -> tuple[np.ndarray, ...]:
         """Searches for the rows in `wanted`; returns the fields of `SearchResult` as a plain tuple.
 
         query_tokens [b, Q] int32: the last tokens of each row's action, up to its closing tag; query_length [b] int32: how many of them; wanted [b]
@@ -93,8 +98,13 @@ class SearchCallback:
         failures: dict[int, str] = {}
         with self._watchdog.watching("the search"):
             try:
-                self._fill(result, np.asarray(query_tokens), np.asarray(query_length), wanted, failures)
-            except (Exception, SystemExit) as error:  # SystemExit, too, would leave the device program waiting
+                self._fill(
+                    result, np.asarray(query_tokens), np.asarray(query_length), wanted, failures
+                )
+            except (
+                Exception,
+                SystemExit,
+            ) as error:  # SystemExit, too, would leave the device program waiting
                 failures = dict.fromkeys(np.flatnonzero(wanted).tolist(), _describe(error))
         for row in failures:
             _put(result, row, self._failed, ())
@@ -102,12 +112,21 @@ class SearchCallback:
         self._count(int(wanted.sum()), failures, time.perf_counter() - start)
         return tuple(result)
 
-    def _fill(self, result: SearchResult, tokens: np.ndarray, length: np.ndarray, wanted: np.ndarray, failures: dict[int, str]) -> None:
+    def _fill(
+        self,
+        result: SearchResult,
+        tokens: np.ndarray,
+        length: np.ndarray,
+        wanted: np.ndarray,
+        failures: dict[int, str],
+    ) -> None:
         """Writes the rows that want documents; those whose query cannot be read or fails alone go to `failures` (row -> message) and do not disturb others."""
         rows_of: dict[str, list[int]] = {}
         for row in np.flatnonzero(wanted).tolist():
             try:
-                rows_of.setdefault(self._decode_query(tokens[row, : length[row]])[:MAX_QUERY_CHARACTERS], []).append(row)
+                rows_of.setdefault(
+                    self._decode_query(tokens[row, : length[row]])[:MAX_QUERY_CHARACTERS], []
+                ).append(row)
             except Exception as error:
                 failures[row] = _describe(error)
         for row in rows_of.pop("", []):
@@ -119,13 +138,19 @@ class SearchCallback:
         except SomeFailedError as error:
             found, failed = error.found, error.failures
         if found.shape != (len(rows_of), self.k) or found.dtype.kind != "i":
-            raise ValueError(f"the search returned {found.dtype} {found.shape}; expected integer ids of shape {(len(rows_of), self.k)}")
+            raise ValueError(
+                f"the search returned {found.dtype} {found.shape}; expected integer ids of shape {(len(rows_of), self.k)}"
+            )
         for place, (ids, rows) in enumerate(zip(found, rows_of.values(), strict=True)):
             if place in failed:
                 failures.update(dict.fromkeys(rows, failed[place]))
                 continue
             ids = ids[ids >= 0]
-            observation = build_observation(self._environment, [self._document_tokens[int(i)] for i in ids], self.max_observation_tokens)
+            observation = build_observation(
+                self._environment,
+                [self._document_tokens[int(i)] for i in ids],
+                self.max_observation_tokens,
+            )
             for row in rows:
                 _put(result, row, observation, ids)
 
@@ -134,7 +159,11 @@ class SearchCallback:
         with self._lock:
             old = self._counts
             self._counts = SearchCounts(
-                old.calls + 1, old.searches + searches, old.failed + len(failures), old.seconds + seconds, old.first_error or first
+                old.calls + 1,
+                old.searches + searches,
+                old.failed + len(failures),
+                old.seconds + seconds,
+                old.first_error or first,
             )
 
     def take_counts(self) -> SearchCounts:
@@ -161,11 +190,17 @@ def make_search_callback(
     observation or have no prefix for each rank.
     """
     if len(environment.ranks) != k:
-        raise ValueError(f"the environment has texts for {len(environment.ranks)} ranks, but a search returns {k} documents")
-    return SearchCallback(search, decode_query, document_tokens, environment, max_observation_tokens, k, watchdog)
+        raise ValueError(
+            f"the environment has texts for {len(environment.ranks)} ranks, but a search returns {k} documents"
+        )
+    return SearchCallback(
+        search, decode_query, document_tokens, environment, max_observation_tokens, k, watchdog
+    )
 
 
-def _put(result: SearchResult, row: int, observation: np.ndarray, ids: Sequence[int] | np.ndarray) -> None:
+def _put(
+    result: SearchResult, row: int, observation: np.ndarray, ids: Sequence[int] | np.ndarray
+) -> None:
     result.observation_tokens[row] = 0
     result.observation_tokens[row, : len(observation)] = observation
     result.observation_length[row] = len(observation)

@@ -1,4 +1,5 @@
 """The corpus as token ids, made once and memory-mapped, so that a search only copies integers."""
+
 from __future__ import annotations
 
 import array
@@ -10,7 +11,9 @@ import tqdm
 
 from stepsearch_jax.search.cache import hash_texts, prepare_folder
 
-_CHUNK = 2048  # texts encoded at a time: enough to keep all cores busy, little enough to show progress
+_CHUNK = (
+    2048  # texts encoded at a time: enough to keep all cores busy, little enough to show progress
+)
 
 
 class DocumentTokens:
@@ -18,7 +21,9 @@ class DocumentTokens:
 
     def __init__(self, folder: pathlib.Path):
         self._offsets = np.load(folder / "offsets.npy", mmap_mode="r")
-        self._flat = np.memmap(folder / "tokens.bin", np.int32, mode="r", shape=(int(self._offsets[-1]),))
+        self._flat = np.memmap(
+            folder / "tokens.bin", np.int32, mode="r", shape=(int(self._offsets[-1]),)
+        )
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -30,7 +35,10 @@ class DocumentTokens:
 
 
 def tokenize_corpus(
-    texts: Sequence[str], folder: str | pathlib.Path, encode_batch: Callable[[list[str]], list[list[int]]], fingerprint: str
+    texts: Sequence[str],
+    folder: str | pathlib.Path,
+    encode_batch: Callable[[list[str]], list[list[int]]],
+    fingerprint: str,
 ) -> DocumentTokens:
     """Encodes the rendered text of each document into `folder` and opens the result; a folder made from the same texts and tokenizer is only opened.
 
@@ -40,16 +48,28 @@ def tokenize_corpus(
     folder = pathlib.Path(folder)
     if not texts:
         raise ValueError("the corpus is empty: there is nothing to encode")
-    manifest = {"kind": "document-tokens", "texts": hash_texts(texts), "count": len(texts), "tokenizer": fingerprint}
+    manifest = {
+        "kind": "document-tokens",
+        "texts": hash_texts(texts),
+        "count": len(texts),
+        "tokenizer": fingerprint,
+    }
 
     def write(path: pathlib.Path) -> None:
         lengths = array.array("i")
-        with open(path / "tokens.bin", "wb") as file, tqdm.tqdm(total=len(texts), desc="encoding the corpus", unit="doc", disable=None) as bar:
+        with (
+            open(path / "tokens.bin", "wb") as file,
+            tqdm.tqdm(
+                total=len(texts), desc="encoding the corpus", unit="doc", disable=None
+            ) as bar,
+        ):
             for start in range(0, len(texts), _CHUNK):
                 chunk = list(texts[start : start + _CHUNK])
                 for ids in encode_batch(chunk):
                     if not ids:
-                        raise ValueError(f"document {len(lengths)} has no tokens: its text is {texts[len(lengths)]!r}")
+                        raise ValueError(
+                            f"document {len(lengths)} has no tokens: its text is {texts[len(lengths)]!r}"
+                        )
                     np.array(ids, np.int32).tofile(file)
                     lengths.append(len(ids))
                 bar.update(len(chunk))

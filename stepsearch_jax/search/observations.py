@@ -1,4 +1,5 @@
 """What the environment writes, as token ids, and how an observation is put together from them: integer copies only."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -30,7 +31,9 @@ class EnvironmentTokens:
         return len(self.head) + middle + len(self.tail)
 
 
-def build_observation(environment: EnvironmentTokens, documents: Sequence[np.ndarray], budget: int) -> np.ndarray:
+def build_observation(
+    environment: EnvironmentTokens, documents: Sequence[np.ndarray], budget: int
+) -> np.ndarray:
     """The tokens of one observation: [n] int32, n <= budget.
 
     documents: token ids of at most k documents, best first; none gives the text for nothing found. Documents that exceed the budget together are cut
@@ -38,13 +41,17 @@ def build_observation(environment: EnvironmentTokens, documents: Sequence[np.nda
     exceed the budget.
     """
     if environment.minimum_budget > budget:
-        raise ValueError(f"the observation's fixed texts take {environment.minimum_budget} tokens, more than max_observation_tokens={budget}")
+        raise ValueError(
+            f"the observation's fixed texts take {environment.minimum_budget} tokens, more than max_observation_tokens={budget}"
+        )
     if not documents:
         return np.concatenate([environment.head, environment.nothing_found, environment.tail])
     prefixes = environment.ranks[: len(documents)]
     room = budget - len(environment.head) - len(environment.tail) - sum(map(len, prefixes))
     parts = [environment.head]
-    for prefix, document, share in zip(prefixes, documents, share_out([len(d) for d in documents], room), strict=True):
+    for prefix, document, share in zip(
+        prefixes, documents, share_out([len(d) for d in documents], room), strict=True
+    ):
         parts += [prefix, document[:share]]
     return np.concatenate([*parts, environment.tail])
 

@@ -4,6 +4,7 @@ First pass: documents are read into *shards*, whose postings (document, count) s
 a range of words at a time, the shards' postings are put one behind the other, with their scores. Shards follow one another as documents do, so the documents
 of a word stay in order. Only the vocabulary is held whole, as it is for searching.
 """
+
 from __future__ import annotations
 
 import array
@@ -21,7 +22,9 @@ import tqdm
 from stepsearch_jax.data.documents import CORPUS, encode_passage, write_offsets
 from stepsearch_jax.search.cache import add_text, write_manifest
 
-SHARD_WORDS = 1 << 23  # a shard ends with the document that reaches so many words: about half a GiB while it is sorted
+SHARD_WORDS = (
+    1 << 23
+)  # a shard ends with the document that reaches so many words: about half a GiB while it is sorted
 MERGE_POSTINGS = 1 << 23  # postings put together at a time; at least those of one word
 _WORD = re.compile(r"\w+")
 
@@ -52,7 +55,10 @@ def collect_shards(documents: Iterable[tuple[str, str]], folder: pathlib.Path) -
     Words are numbered as they first appear. Also writes the documents themselves (data/documents.py). Shards whose documents are not there are made anew.
     Raises ValueError if there are none, or no words.
     """
-    shards = [json.loads((folder / f"{n}.json").read_text()) for n in range(len(list(folder.glob("[0-9]*.json"))))]
+    shards = [
+        json.loads((folder / f"{n}.json").read_text())
+        for n in range(len(list(folder.glob("[0-9]*.json"))))
+    ]
     (folder / CORPUS).touch()
     if shards and (folder / CORPUS).stat().st_size < shards[-1]["bytes"]:
         for n in reversed(range(len(shards))):
@@ -62,7 +68,9 @@ def collect_shards(documents: Iterable[tuple[str, str]], folder: pathlib.Path) -
     for n in range(len(shards)):
         for word in (folder / f"{n}.words").read_text(encoding="utf-8").splitlines():
             vocabulary[word] = len(vocabulary)
-    done, total = (shards[-1]["documents"], sum(shard["words"] for shard in shards)) if shards else (0, 0)
+    done, total = (
+        (shards[-1]["documents"], sum(shard["words"] for shard in shards)) if shards else (0, 0)
+    )
     digest, row = hashlib.sha256(), 0
     words, lengths, sizes = array.array("i"), array.array("i"), array.array("i")
     with open(folder / CORPUS, "ab") as corpus:
@@ -72,12 +80,21 @@ def collect_shards(documents: Iterable[tuple[str, str]], folder: pathlib.Path) -
             nonlocal done, total
             corpus.flush()
             number = len(shards)
-            _write_shard(folder / str(number), np.array(words, np.int32), np.array(lengths, np.int32), np.array(sizes, np.int32))
+            _write_shard(
+                folder / str(number),
+                np.array(words, np.int32),
+                np.array(lengths, np.int32),
+                np.array(sizes, np.int32),
+            )
             known = sum(shard["new"] for shard in shards)
             new = list(vocabulary)[known:]
-            (folder / f"{number}.words").write_text("".join(f"{word}\n" for word in new), encoding="utf-8")
+            (folder / f"{number}.words").write_text(
+                "".join(f"{word}\n" for word in new), encoding="utf-8"
+            )
             done, total = done + len(lengths), total + len(words)
-            shards.append({"documents": done, "words": len(words), "bytes": corpus.tell(), "new": len(new)})
+            shards.append(
+                {"documents": done, "words": len(words), "bytes": corpus.tell(), "new": len(new)}
+            )
             write_manifest(folder, shards[-1], f"{number}.json")
             for values in (words, lengths, sizes):
                 del values[:]
@@ -100,47 +117,76 @@ def collect_shards(documents: Iterable[tuple[str, str]], folder: pathlib.Path) -
         raise ValueError("the corpus is empty: there is nothing to search")
     if not vocabulary:
         raise ValueError("no document of the corpus holds a word")
-    write_offsets(np.concatenate([np.fromfile(folder / f"{n}.sizes", np.int32) for n in range(len(shards))]), folder)
-    return Collected(digest.hexdigest(), vocabulary, [shard["documents"] for shard in shards], total)
+    write_offsets(
+        np.concatenate([np.fromfile(folder / f"{n}.sizes", np.int32) for n in range(len(shards))]),
+        folder,
+    )
+    return Collected(
+        digest.hexdigest(), vocabulary, [shard["documents"] for shard in shards], total
+    )
 
 
-def _write_shard(stem: pathlib.Path, words: np.ndarray, lengths: np.ndarray, sizes: np.ndarray) -> None:
+def _write_shard(
+    stem: pathlib.Path, words: np.ndarray, lengths: np.ndarray, sizes: np.ndarray
+) -> None:
     """STEM.numbers: its words, in order; .ends: where each one's postings end; .documents, .counts: the postings; .lengths, .sizes: words and bytes of each
     document."""
     key = words.astype(np.int64)  # word, then document
     key *= len(lengths)
     key += np.repeat(np.arange(len(lengths)), lengths)
     key.sort()
-    first = np.flatnonzero(np.concatenate([[True], key[1:] != key[:-1]])[:len(key)])
+    first = np.flatnonzero(np.concatenate([[True], key[1:] != key[:-1]])[: len(key)])
     counts = np.diff(first, append=len(key)).astype(np.int32)
     word, document = np.divmod(key[first], len(lengths))
-    begin = np.flatnonzero(np.concatenate([[True], word[1:] != word[:-1]])[:len(word)])
-    arrays = {"numbers": word[begin].astype(np.int32), "ends": np.append(begin[1:], len(word))[:len(begin)].astype(np.int64),
-              "documents": document.astype(np.int32), "counts": counts, "lengths": lengths, "sizes": sizes}
+    begin = np.flatnonzero(np.concatenate([[True], word[1:] != word[:-1]])[: len(word)])
+    arrays = {
+        "numbers": word[begin].astype(np.int32),
+        "ends": np.append(begin[1:], len(word))[: len(begin)].astype(np.int64),
+        "documents": document.astype(np.int32),
+        "counts": counts,
+        "lengths": lengths,
+        "sizes": sizes,
+    }
     for name, values in arrays.items():
         values.tofile(f"{stem}.{name}")
 
 
-def merge_shards(collected: Collected, folder: pathlib.Path, write: Callable[[np.ndarray, np.ndarray], None], k1: float, b: float) -> np.ndarray:
+def merge_shards(
+    collected: Collected,
+    folder: pathlib.Path,
+    write: Callable[[np.ndarray, np.ndarray], None],
+    k1: float,
+    b: float,
+) -> np.ndarray:
     """Calls write(documents [n] int32, scores [n] float32) with the postings of one range of words after the other -> where each word's begin, [V + 1] int64.
 
     A score is idf * n / (n + k1 * (1 - b + b * length / mean length)) with idf = ln(1 + (N - df + 0.5) / (df + 0.5)), in float64 but for the idf, which is
     rounded to float32 first, like the score itself: BM25S's arithmetic, to the bit.
     """
     shards, total = range(len(collected.ends)), collected.documents
-    parts = {name: [_map_array(folder / f"{n}.{name}", dtype) for n in shards] for name, dtype in (
-        ("numbers", np.int32), ("ends", np.int64), ("lengths", np.int32))}
+    parts = {
+        name: [_map_array(folder / f"{n}.{name}", dtype) for n in shards]
+        for name, dtype in (("numbers", np.int32), ("ends", np.int64), ("lengths", np.int32))
+    }
     mean_length = collected.words / total
     begins = np.zeros(len(collected.vocabulary) + 1, np.int64)
     for numbers, ends in zip(parts["numbers"], parts["ends"], strict=True):
         begins[1:][numbers] += np.diff(ends, prepend=0)
     np.cumsum(begins, out=begins)
     start = 0  # the first word of the range
-    with tqdm.tqdm(total=int(begins[-1]), desc="merging", unit=" postings", unit_scale=True, disable=None) as bar:
+    with tqdm.tqdm(
+        total=int(begins[-1]), desc="merging", unit=" postings", unit_scale=True, disable=None
+    ) as bar:
         while start < len(begins) - 1:
-            stop = max(start + 1, int(np.searchsorted(begins, begins[start] + MERGE_POSTINGS, side="right")) - 1)
-            local = begins[start:stop + 1] - begins[start]
-            idf = np.array([math.log(1 + (total - df + 0.5) / (df + 0.5)) for df in np.diff(local).tolist()], np.float32)
+            stop = max(
+                start + 1,
+                int(np.searchsorted(begins, begins[start] + MERGE_POSTINGS, side="right")) - 1,
+            )
+            local = begins[start : stop + 1] - begins[start]
+            idf = np.array(
+                [math.log(1 + (total - df + 0.5) / (df + 0.5)) for df in np.diff(local).tolist()],
+                np.float32,
+            )
             documents, scores = np.empty(local[-1], np.int32), np.empty(local[-1], np.float32)
             free = local[:-1].copy()  # the place of each word's next posting
             for shard, base in zip(shards, [0, *collected.ends], strict=False):
@@ -149,10 +195,21 @@ def merge_shards(collected: Collected, folder: pathlib.Path, write: Callable[[np
                 if low == high:
                     continue
                 bounds = np.concatenate([[int(ends[low - 1]) if low else 0], ends[low:high]])
-                counts, words, rows = np.diff(bounds), numbers[low:high] - start, int(bounds[-1] - bounds[0])
-                places = np.repeat(free[words] - (bounds[:-1] - bounds[0]), counts) + np.arange(rows)
+                counts, words, rows = (
+                    np.diff(bounds),
+                    numbers[low:high] - start,
+                    int(bounds[-1] - bounds[0]),
+                )
+                places = np.repeat(free[words] - (bounds[:-1] - bounds[0]), counts) + np.arange(
+                    rows
+                )
                 free[words] += counts
-                document, n = (np.fromfile(folder / f"{shard}.{name}", np.int32, rows, offset=4 * int(bounds[0])) for name in ("documents", "counts"))
+                document, n = (
+                    np.fromfile(
+                        folder / f"{shard}.{name}", np.int32, rows, offset=4 * int(bounds[0])
+                    )
+                    for name in ("documents", "counts")
+                )
                 n = n.astype(np.float32)
                 saturation = k1 * ((1 - b) + b * parts["lengths"][shard][document] / mean_length)
                 documents[places] = document + np.int32(base)

@@ -2,6 +2,7 @@
 
 The server must hold the same corpus, so that its ids are this program's: a document that it sends is compared with the one that has the same id here.
 """
+
 from __future__ import annotations
 
 import json
@@ -47,7 +48,9 @@ def read_address(url: str) -> str:
     except urllib3.exceptions.LocationParseError:
         parsed = urllib3.util.Url()
     if parsed.scheme not in ("http", "https") or not parsed.host or parsed.query or parsed.fragment:
-        raise ValueError(f"{url!r} is not the address of a search server, such as http://localhost:8000 (config.search.url, or an engine remote:URL)")
+        raise ValueError(
+            f"{url!r} is not the address of a search server, such as http://localhost:8000 (config.search.url, or an engine remote:URL)"
+        )
     return parsed.url.rstrip("/")
 
 
@@ -59,16 +62,34 @@ class RemoteIndex:
     given up. Raises ValueError for an address that is none, and for numbers that are too small.
     """
 
-    def __init__(self, url: str, documents: Sequence[Document], corpus: str, attempt_s: float, attempts: int, backoff_s: float, batch: int,
-                 ended: Callable[[], None] = lambda: None):
+    def __init__(
+        self,
+        url: str,
+        documents: Sequence[Document],
+        corpus: str,
+        attempt_s: float,
+        attempts: int,
+        backoff_s: float,
+        batch: int,
+        ended: Callable[[], None] = lambda: None,
+    ):
         if not (attempt_s > 0 and attempts >= 1 and backoff_s >= 0 and batch >= 1):
-            raise ValueError(f"config.search.attempt_s={attempt_s} must be more than 0, attempts={attempts} and batch={batch} at least 1, and "
-                             f"backoff_s={backoff_s} at least 0")
+            raise ValueError(
+                f"config.search.attempt_s={attempt_s} must be more than 0, attempts={attempts} and batch={batch} at least 1, and "
+                f"backoff_s={backoff_s} at least 0"
+            )
         self._url, self._documents, self._ended = read_address(url), documents, ended
-        self._attempt_s, self._attempts, self._backoff_s, self._batch = attempt_s, attempts, backoff_s, batch
+        self._attempt_s, self._attempts, self._backoff_s, self._batch = (
+            attempt_s,
+            attempts,
+            backoff_s,
+            batch,
+        )
         self._http = limit_connections(urllib3.PoolManager(maxsize=_AT_ONCE, retries=False))
         self._threads = ThreadPoolExecutor(_AT_ONCE, "remote search")
-        self._about = {"corpus": corpus}  # and retriever and settings, once the server has said them
+        self._about = {
+            "corpus": corpus
+        }  # and retriever and settings, once the server has said them
 
     def __len__(self) -> int:
         return len(self._documents)
@@ -78,7 +99,9 @@ class RemoteIndex:
         try:
             told = self._repeat("GET", "/health", None)
         except urllib3.exceptions.HTTPError as error:
-            raise ValueError(f"the search server at {self._url} does not answer: {type(error).__name__}: {error}") from error
+            raise ValueError(
+                f"the search server at {self._url} does not answer: {type(error).__name__}: {error}"
+            ) from error
         except ValueError:
             told = None
         self._about |= self._read_manifest(told)
@@ -88,20 +111,32 @@ class RemoteIndex:
 
         Raises ValueError if that is another corpus than here, or a retriever or settings other than at first: another index may have taken the server's place.
         """
-        said = {name: told[name] for name, kind in _SAID.items() if isinstance(told.get(name), kind)} if isinstance(told, dict) else {}
+        said = (
+            {name: told[name] for name, kind in _SAID.items() if isinstance(told.get(name), kind)}
+            if isinstance(told, dict)
+            else {}
+        )
         for name, value in said.items():
             first = self._about.get(name, value)
             if value != first and name == "corpus":
-                raise ValueError(f"the search server at {self._url} holds the corpus {value}, but this run needs {first}: serve an index of the same "
-                                 "documents in the same order")
+                raise ValueError(
+                    f"the search server at {self._url} holds the corpus {value}, but this run needs {first}: serve an index of the same "
+                    "documents in the same order"
+                )
             if value != first:
-                raise ValueError(f"the search server at {self._url} has changed: its {name}, at first {first}, is now {value}: serve the first index again, or "
-                                 "start this run anew")
+                raise ValueError(
+                    f"the search server at {self._url} has changed: its {name}, at first {first}, is now {value}: serve the first index again, or "
+                    "start this run anew"
+                )
         return said
 
     def describe(self, k: int) -> dict:
         """The manifest of results for k documents (`prepared.describe_search`), with what the server says of its retriever."""
-        settings = {"url": self._url, "retriever": self._about.get("retriever"), **self._about.get("settings", {})}
+        settings = {
+            "url": self._url,
+            "retriever": self._about.get("retriever"),
+            **self._about.get("settings", {}),
+        }
         return describe_search(self._about["corpus"], len(self), "remote", k, settings)
 
     def search(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -110,16 +145,27 @@ class RemoteIndex:
         Raises urllib3's HTTPError when all attempts have failed, ValueError for an answer that makes no sense, or whose manifest is of another index, and
         SomeFailedError (with the ids) where the server refuses some of the queries even alone.
         """
-        ids, scores, refused = np.full((len(queries), k), -1, np.int32), np.zeros((len(queries), k), np.float32), {}
-        batches = [range(start, min(start + self._batch, len(queries))) for start in range(0, len(queries), self._batch)]
+        ids, scores, refused = (
+            np.full((len(queries), k), -1, np.int32),
+            np.zeros((len(queries), k), np.float32),
+            {},
+        )
+        batches = [
+            range(start, min(start + self._batch, len(queries)))
+            for start in range(0, len(queries), self._batch)
+        ]
         while batches:
-            answers = list(self._threads.map(lambda rows: self._search_batch(queries[rows.start:rows.stop], k), batches))
+            answers = list(
+                self._threads.map(
+                    lambda rows: self._search_batch(queries[rows.start : rows.stop], k), batches
+                )
+            )
             halves = []
             for rows, answer in zip(batches, answers):
                 if not isinstance(answer, str):
-                    ids[rows.start:rows.stop], scores[rows.start:rows.stop] = answer
+                    ids[rows.start : rows.stop], scores[rows.start : rows.stop] = answer
                 elif len(rows) > 1:  # perhaps for one of them alone
-                    halves += [rows[:len(rows) // 2], rows[len(rows) // 2:]]
+                    halves += [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
                 else:
                     refused[rows.start] = answer
             batches = halves
@@ -139,22 +185,45 @@ class RemoteIndex:
         finally:
             self._ended()
         self._read_manifest(answer.get("manifest") if isinstance(answer, dict) else None)
-        ids, scores = np.full((len(queries), k), -1, np.int32), np.zeros((len(queries), k), np.float32)
+        ids, scores = (
+            np.full((len(queries), k), -1, np.int32),
+            np.zeros((len(queries), k), np.float32),
+        )
         try:
             for row, found in enumerate(zip(answer["result"], queries, strict=True)):
                 for place, entry in enumerate(found[0]):
-                    ids[row, place], scores[row, place] = self._read_id(entry["document"]), entry["score"]
-        except (TypeError, KeyError, IndexError, AttributeError, ValueError, OverflowError) as error:
-            raise ValueError(f"the answer of {self._url} has not the form of /retrieve ({type(error).__name__}: {error})") from None
+                    ids[row, place], scores[row, place] = (
+                        self._read_id(entry["document"]),
+                        entry["score"],
+                    )
+        except (
+            TypeError,
+            KeyError,
+            IndexError,
+            AttributeError,
+            ValueError,
+            OverflowError,
+        ) as error:
+            raise ValueError(
+                f"the answer of {self._url} has not the form of /retrieve ({type(error).__name__}: {error})"
+            ) from None
         return ids, scores
 
     def _read_id(self, shown: dict) -> int:
         number = int(shown["id"])
         if not 0 <= number < len(self._documents):
-            raise ValueError(f"document {number} is none of the {len(self._documents)} of the corpus")
-        sent = shown["contents"] if "contents" in shown else render_contents(Document(number, shown["title"], shown["text"]))
+            raise ValueError(
+                f"document {number} is none of the {len(self._documents)} of the corpus"
+            )
+        sent = (
+            shown["contents"]
+            if "contents" in shown
+            else render_contents(Document(number, shown["title"], shown["text"]))
+        )
         if _spell(sent) != _spell(render_contents(self._documents[number])):
-            raise ValueError(f"document {number} of the server is another one than here: it holds another corpus")
+            raise ValueError(
+                f"document {number} of the server is another one than here: it holds another corpus"
+            )
         return number
 
     def _repeat(self, method: str, path: str, body: str | None):
@@ -170,14 +239,22 @@ class RemoteIndex:
     def _ask(self, method: str, path: str, body: str | None):
         """The answer to one attempt, which takes 2 * attempt_s at most."""
         with limit_time(2 * self._attempt_s):
-            answer = self._http.request(method, self._url + path, body=body, preload_content=False,
-                                        headers={"Content-Type": "application/json"}, timeout=urllib3.Timeout(self._attempt_s))
+            answer = self._http.request(
+                method,
+                self._url + path,
+                body=body,
+                preload_content=False,
+                headers={"Content-Type": "application/json"},
+                timeout=urllib3.Timeout(self._attempt_s),
+            )
             try:
                 raw = bytearray()
                 while part := answer.read1(1 << 16):
                     raw += part
                     if len(raw) > MAX_ANSWER_BYTES:
-                        raise ValueError(f"the answer of {self._url} is longer than {MAX_ANSWER_BYTES} bytes")
+                        raise ValueError(
+                            f"the answer of {self._url} is longer than {MAX_ANSWER_BYTES} bytes"
+                        )
             except BaseException:
                 answer.close()
                 raise
@@ -190,11 +267,21 @@ class RemoteIndex:
         try:
             return json.loads(raw)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"the answer of {self._url} is not JSON ({error}): {raw[:200].decode(errors='replace')!r}") from None
+            raise ValueError(
+                f"the answer of {self._url} is not JSON ({error}): {raw[:200].decode(errors='replace')!r}"
+            ) from None
 
 
-def open_remote(url: str, documents: Sequence[Document], corpus: str, attempt_s: float, attempts: int, backoff_s: float, batch: int,
-                ended: Callable[[], None] = lambda: None) -> RemoteIndex:
+def open_remote(
+    url: str,
+    documents: Sequence[Document],
+    corpus: str,
+    attempt_s: float,
+    attempts: int,
+    backoff_s: float,
+    batch: int,
+    ended: Callable[[], None] = lambda: None,
+) -> RemoteIndex:
     """A `RemoteIndex` whose server has been asked what it holds. Raises ValueError as that does."""
     index = RemoteIndex(url, documents, corpus, attempt_s, attempts, backoff_s, batch, ended)
     index.check()

@@ -1,4 +1,5 @@
 """A time limit for a whole HTTP request. urllib3 and requests only limit each wait for the other side, which may send a byte now and then for ever."""
+
 from __future__ import annotations
 
 import contextlib
@@ -52,9 +53,19 @@ def limit_connections(manager: urllib3.PoolManager) -> urllib3.PoolManager:
     def limit(pool: type) -> type:
         if issubclass(pool.ConnectionCls, _Limited):
             return pool
-        return type(pool.__name__, (pool,), {"ConnectionCls": type(pool.ConnectionCls.__name__, (_Limited, pool.ConnectionCls), {})})
+        return type(
+            pool.__name__,
+            (pool,),
+            {
+                "ConnectionCls": type(
+                    pool.ConnectionCls.__name__, (_Limited, pool.ConnectionCls), {}
+                )
+            },
+        )
 
-    manager.pool_classes_by_scheme = {scheme: limit(pool) for scheme, pool in manager.pool_classes_by_scheme.items()}
+    manager.pool_classes_by_scheme = {
+        scheme: limit(pool) for scheme, pool in manager.pool_classes_by_scheme.items()
+    }
     return manager
 
 
@@ -78,5 +89,9 @@ def limit_time(seconds: float) -> Iterator[None]:
     finally:
         timer.cancel()
         del _of_thread.limit
-    if limit.over:  # also without an error: an answer of no given length ends where its socket is shut
-        raise urllib3.exceptions.TimeoutError(f"the answer took longer than {seconds:g} s") from error
+    if (
+        limit.over
+    ):  # also without an error: an answer of no given length ends where its socket is shut
+        raise urllib3.exceptions.TimeoutError(
+            f"the answer took longer than {seconds:g} s"
+        ) from error

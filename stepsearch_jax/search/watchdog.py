@@ -5,6 +5,7 @@ wait with it. Ending it hard is the only way out: its peers notice, and the run 
 
 A process that is killed cannot say anything any more, so a witness does: a small process that is told when watched calls begin and end.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -42,7 +43,9 @@ if calls:
 def _start_witness() -> subprocess.Popen:
     """The witness of this process. The end of this process, whatever its cause, closes the pipe between them."""
     command = [sys.executable, "-I", "-S", "-c", _WITNESS, str(os.getpid())]
-    witness = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
+    witness = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
+    )
     os.set_blocking(witness.stdin.fileno(), False)
     return witness
 
@@ -100,5 +103,8 @@ class Watchdog:
                 if waited > self._timeout_s:
                     limit = f"limit: {self._name} = {self._timeout_s:g}"
                     _tell_witness("end")
-                    os.write(2, f"stepsearch_jax: {what} has not returned for {waited:.1f} s ({limit}); ending this process\n".encode())
+                    os.write(
+                        2,
+                        f"stepsearch_jax: {what} has not returned for {waited:.1f} s ({limit}); ending this process\n".encode(),
+                    )
                     os._exit(EXIT_CODE)

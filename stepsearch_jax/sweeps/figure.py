@@ -1,4 +1,5 @@
 """The figure of a sweep: how F1 rose during training, and what was reached, one row of panels for every table."""
+
 from __future__ import annotations
 
 import os
@@ -16,7 +17,14 @@ from stepsearch_jax.sweeps.results import mean_interval
 from stepsearch_jax.sweeps.running import POINTS
 
 FIGURE_FILES = ("figure.png", "figure.svg")
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito, told apart by colour-blind readers as well
+_COLORS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+)  # Okabe and Ito, told apart by colour-blind readers as well
 _REFERENCE, _INK, _SOFT, _LINES = "#9a9a9a", "#222222", "#666666", "#dddddd"
 _SMOOTHING = 5  # iterations in the moving average of each run's curve
 _COLUMNS = 4  # of small panels, where there are more methods than colours
@@ -30,14 +38,31 @@ def draw_figure(results: dict[str, Any], workdir: pathlib.Path) -> Figure | None
     panel, or, where they are more than the colours, each in its own, in front of the table's first method in grey. Right, greedy F1 after RL: mean,
     interval, every seed as a ring, and F1 before RL as a broken line. Methods that share their runs are drawn once, under both names.
     """
-    tables = [(table, methods) for table in results["sweeps"] if (methods := _list_methods(table, workdir))]
+    tables = [
+        (table, methods)
+        for table in results["sweeps"]
+        if (methods := _list_methods(table, workdir))
+    ]
     if not tables:
         return None
-    heights = [_panel_rows(methods) * 1.6 + 0.9 if _is_crowded(methods) else 3.6 for _, methods in tables]
-    with matplotlib.rc_context({"font.size": 9, "axes.edgecolor": _LINES, "text.color": _INK, "axes.labelcolor": _SOFT, "xtick.color": _SOFT,
-                                "ytick.color": _SOFT, "axes.unicode_minus": True}):
+    heights = [
+        _panel_rows(methods) * 1.6 + 0.9 if _is_crowded(methods) else 3.6 for _, methods in tables
+    ]
+    with matplotlib.rc_context(
+        {
+            "font.size": 9,
+            "axes.edgecolor": _LINES,
+            "text.color": _INK,
+            "axes.labelcolor": _SOFT,
+            "xtick.color": _SOFT,
+            "ytick.color": _SOFT,
+            "axes.unicode_minus": True,
+        }
+    ):
         figure = Figure(figsize=(11.5, sum(heights)), layout="constrained")
-        for part, (table, methods) in zip(np.atleast_1d(figure.subfigures(len(tables), 1, height_ratios=heights)), tables):
+        for part, (table, methods) in zip(
+            np.atleast_1d(figure.subfigures(len(tables), 1, height_ratios=heights)), tables
+        ):
             part.suptitle(table["name"], x=0.01, ha="left", fontweight="bold")
             left, right = part.subfigures(1, 2, width_ratios=(3, 2))
             (_draw_small_panels if _is_crowded(methods) else _draw_one_panel)(left, methods)
@@ -50,7 +75,9 @@ def write_figure(figure: Figure, workdir: pathlib.Path) -> None:
     for name in FIGURE_FILES:
         temporary = workdir / f".{os.getpid()}.{name}"
         with matplotlib.rc_context({"svg.hashsalt": "sweep", "svg.fonttype": "none"}):
-            figure.savefig(temporary, dpi=160, metadata={"Date": None} if name.endswith(".svg") else None)
+            figure.savefig(
+                temporary, dpi=160, metadata={"Date": None} if name.endswith(".svg") else None
+            )
         temporary.replace(workdir / name)
 
 
@@ -63,7 +90,12 @@ def _list_methods(table: dict[str, Any], workdir: pathlib.Path) -> list[dict[str
             methods[row["same_as"]]["label"] += f" = {row['method']}"
         elif finished:
             curves = [_read_curve(workdir / POINTS / run["name"]) for run in finished]
-            methods[row["method"]] = {"label": row["method"], "f1": row["f1"], "seeds": [run["after"]["f1"] for run in finished], "curve": _average(curves)}
+            methods[row["method"]] = {
+                "label": row["method"],
+                "f1": row["f1"],
+                "seeds": [run["after"]["f1"] for run in finished],
+                "curve": _average(curves),
+            }
     for n, method in enumerate(methods.values()):
         method["color"] = _COLORS[n % len(_COLORS)] if len(methods) <= len(_COLORS) else _COLORS[0]
     return list(methods.values())
@@ -73,14 +105,23 @@ def _read_curve(folder: pathlib.Path) -> dict[int, float]:
     """Iteration (from 1) -> F1 of its training episodes, smoothed."""
     rows = [row for row in read_metrics(folder) if row["stage"] == "rl" and "f1" in row]
     y = np.array([row["f1"] for row in rows], dtype=float)
-    return dict(zip((row["iteration"] + 1 for row in rows), moving_average(y, _SMOOTHING) if len(y) >= _SMOOTHING else y))
+    return dict(
+        zip(
+            (row["iteration"] + 1 for row in rows),
+            moving_average(y, _SMOOTHING) if len(y) >= _SMOOTHING else y,
+        )
+    )
 
 
 def _average(curves: list[dict[int, float]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Iterations, mean and half of the interval [n] of several curves, where all of them have a point; no interval is 0."""
     x = sorted(set.intersection(*(set(curve) for curve in curves)))
     means = [mean_interval([curve[iteration] for curve in curves]) for iteration in x]
-    return np.array(x), np.array([mean["mean"] for mean in means]), np.array([mean["interval"] or 0.0 for mean in means])
+    return (
+        np.array(x),
+        np.array([mean["mean"] for mean in means]),
+        np.array([mean["interval"] or 0.0 for mean in means]),
+    )
 
 
 def _is_crowded(methods: list[dict[str, Any]]) -> bool:
@@ -99,7 +140,10 @@ def _draw_curve(axes: Axes, method: dict[str, Any], color: str) -> None:
 
 def _finish(axes: Axes, methods: list[dict[str, Any]]) -> None:
     """The scale that all curves of a table share, and a plain look."""
-    top = max(float(np.max(np.append(y + half, 0.0))) for _, y, half in (method["curve"] for method in methods))
+    top = max(
+        float(np.max(np.append(y + half, 0.0)))
+        for _, y, half in (method["curve"] for method in methods)
+    )
     axes.set_ylim(0, min(1.0, top * 1.08) or 1.0)
     axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, integer=True))
     axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
@@ -123,36 +167,90 @@ def _draw_one_panel(part, methods: list[dict[str, Any]]) -> None:
     drawn = [method for method in methods if len(method["curve"][0])]
     places = _spread([(method["curve"][1][-1] - bottom) / (top - bottom) for method in drawn])
     for method, place in zip(drawn, places):
-        axes.annotate(method["label"], (1.01, place), xycoords="axes fraction", color=method["color"], va="center", fontweight="bold", annotation_clip=False)
+        axes.annotate(
+            method["label"],
+            (1.01, place),
+            xycoords="axes fraction",
+            color=method["color"],
+            va="center",
+            fontweight="bold",
+            annotation_clip=False,
+        )
 
 
 def _draw_small_panels(part, methods: list[dict[str, Any]]) -> None:
     grid = part.subplots(_panel_rows(methods), _COLUMNS, sharex=True, sharey=True, squeeze=False)
     part.supxlabel("F1 of training episodes, by iteration", fontsize=9, color=_SOFT)
-    for axes in grid.flat[len(methods):]:
+    for axes in grid.flat[len(methods) :]:
         axes.set_visible(False)
     for axes, method in zip(grid.flat, methods):
         axes.plot(*methods[0]["curve"][:2], color=_REFERENCE, linewidth=1.2)
         _draw_curve(axes, method, _REFERENCE if method is methods[0] else method["color"])
         _finish(axes, methods)
-        axes.set_title(method["label"].replace(" = ", "\n= "), loc="left", fontsize=8, color=_SOFT if method is methods[0] else method["color"])
+        axes.set_title(
+            method["label"].replace(" = ", "\n= "),
+            loc="left",
+            fontsize=8,
+            color=_SOFT if method is methods[0] else method["color"],
+        )
 
 
 def _draw_final(axes: Axes, methods: list[dict[str, Any]], before: float) -> None:
     axes.axvline(before, color=_SOFT, linewidth=1, linestyle=(0, (4, 3)))
-    axes.annotate("before RL", (before, 1.0), xycoords=("data", "axes fraction"), xytext=(3, -2), textcoords="offset points", color=_SOFT, va="top", fontsize=8)
+    axes.annotate(
+        "before RL",
+        (before, 1.0),
+        xycoords=("data", "axes fraction"),
+        xytext=(3, -2),
+        textcoords="offset points",
+        color=_SOFT,
+        va="top",
+        fontsize=8,
+    )
     for n, method in enumerate(methods):
         mean, half = method["f1"]["mean"], method["f1"]["interval"]
         if half is not None:
-            axes.plot([mean - half, mean + half], [n, n], color=method["color"], linewidth=2, solid_capstyle="round")
+            axes.plot(
+                [mean - half, mean + half],
+                [n, n],
+                color=method["color"],
+                linewidth=2,
+                solid_capstyle="round",
+            )
         if len(method["seeds"]) > 1:
-            axes.plot(method["seeds"], [n + 0.2] * len(method["seeds"]), "o", markersize=4, markerfacecolor="none", markeredgecolor=method["color"])
+            axes.plot(
+                method["seeds"],
+                [n + 0.2] * len(method["seeds"]),
+                "o",
+                markersize=4,
+                markerfacecolor="none",
+                markeredgecolor=method["color"],
+            )
         axes.plot(mean, n, "o", color=method["color"], markersize=7)
-        axes.annotate(f"{mean:.3f}", (mean, n), xytext=(0, 7), textcoords="offset points", ha="center", color=method["color"], fontsize=8)
-    axes.set_yticks(range(len(methods)), [method["label"].replace(" = ", "\n= ") for method in methods], color=_INK)
+        axes.annotate(
+            f"{mean:.3f}",
+            (mean, n),
+            xytext=(0, 7),
+            textcoords="offset points",
+            ha="center",
+            color=method["color"],
+            fontsize=8,
+        )
+    axes.set_yticks(
+        range(len(methods)),
+        [method["label"].replace(" = ", "\n= ") for method in methods],
+        color=_INK,
+    )
     axes.set_ylim(len(methods) - 0.5, -1.0)
-    ends = [before, *(x for method in methods for x in method["seeds"]),
-            *(method["f1"]["mean"] + side * (method["f1"]["interval"] or 0.0) for method in methods for side in (-1, 1))]
+    ends = [
+        before,
+        *(x for method in methods for x in method["seeds"]),
+        *(
+            method["f1"]["mean"] + side * (method["f1"]["interval"] or 0.0)
+            for method in methods
+            for side in (-1, 1)
+        ),
+    ]
     axes.set_xlim(max(min(ends) - 0.03, 0.0), min(max(ends) + 0.03, 1.0))
     axes.set_title("F1 after RL, greedy", loc="left", fontsize=9, color=_SOFT)
     _plain(axes, "x")

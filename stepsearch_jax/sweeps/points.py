@@ -3,6 +3,7 @@
 A sweep file defines `sweep(add)` and calls `add(method, overrides, seeds)` for every row of its table: what the row is called, the keys of the config
 that it changes, and the seeds of its runs.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -60,15 +61,23 @@ def load_sweeps(files: Sequence[str], config_file: str, common: Sequence[str]) -
 
     def make_point(method: str, overrides: Mapping[str, Any], seed: int, where: str) -> Point:
         name = f"{re.sub('[^a-z0-9]+', '-', method.lower()).strip('-')}-{seed}"
-        point_flags = (*common, *(f"--config.{key}={value}" for key, value in overrides.items()), f"--config.seed={seed}")
+        point_flags = (
+            *common,
+            *(f"--config.{key}={value}" for key, value in overrides.items()),
+            f"--config.seed={seed}",
+        )
         try:
             config = to_json(_parse_config(config_file, point_flags))
         except flags.Error as error:
             raise ValueError(f"{where}: {' '.join(str(error).split())}") from error
-        point = by_config.setdefault(json.dumps(config, sort_keys=True), Point(name, point_flags, config))
+        point = by_config.setdefault(
+            json.dumps(config, sort_keys=True), Point(name, point_flags, config)
+        )
         if by_name.setdefault(name, point) is not point:
             difference = describe_difference(by_name[name].config, config)
-            raise ValueError(f"{where}: another point is called {name} and has another config ({difference}): rename one")
+            raise ValueError(
+                f"{where}: another point is called {name} and has another config ({difference}): rename one"
+            )
         return point
 
     def load(file: str) -> Sweep:
@@ -76,17 +85,37 @@ def load_sweeps(files: Sequence[str], config_file: str, common: Sequence[str]) -
 
         def add(method: str, overrides: Mapping[str, Any], seeds: Iterable[int]) -> None:
             where = f"{file}, {method!r}"
-            if not isinstance(method, str) or not re.search("[a-zA-Z0-9]", method) or re.search(r"[|\n]", method):
-                raise ValueError(f"{where}: a method's name is one line of text, with letters or digits and without |")
+            if (
+                not isinstance(method, str)
+                or not re.search("[a-zA-Z0-9]", method)
+                or re.search(r"[|\n]", method)
+            ):
+                raise ValueError(
+                    f"{where}: a method's name is one line of text, with letters or digits and without |"
+                )
             seeds = list(seeds)
-            if not seeds or any(type(seed) is not int for seed in seeds) or len(set(seeds)) < len(seeds):
-                raise ValueError(f"{where}: seeds are different whole numbers, at least one, not {seeds}")
+            if (
+                not seeds
+                or any(type(seed) is not int for seed in seeds)
+                or len(set(seeds)) < len(seeds)
+            ):
+                raise ValueError(
+                    f"{where}: seeds are different whole numbers, at least one, not {seeds}"
+                )
             if method in [known.name for known in methods]:
                 raise ValueError(f"{where}: added twice; name all its seeds at once")
             _check_keys(overrides, keys, where, config_file)
             if twice := {*common_keys, "seed"} & set(overrides) | {"seed"} & set(common_keys):
-                raise ValueError(f"{where}: {sorted(twice)[0]} is set twice: seeds are an argument of add(), and a key of the command line cannot be swept")
-            methods.append(Method(method, dict(overrides), {seed: make_point(method, overrides, seed, where) for seed in seeds}))
+                raise ValueError(
+                    f"{where}: {sorted(twice)[0]} is set twice: seeds are an argument of add(), and a key of the command line cannot be swept"
+                )
+            methods.append(
+                Method(
+                    method,
+                    dict(overrides),
+                    {seed: make_point(method, overrides, seed, where) for seed in seeds},
+                )
+            )
 
         _call_sweep(file, add)
         if not methods:
@@ -95,7 +124,9 @@ def load_sweeps(files: Sequence[str], config_file: str, common: Sequence[str]) -
 
     sweeps = [load(file) for file in files]
     if len({sweep.name for sweep in sweeps}) < len(sweeps):
-        raise ValueError(f"two sweep files have one name ({', '.join(files)}): rename one, or name it once")
+        raise ValueError(
+            f"two sweep files have one name ({', '.join(files)}): rename one, or name it once"
+        )
     return sweeps
 
 
@@ -112,7 +143,11 @@ def list_points(sweeps: Sequence[Sweep]) -> list[Point]:
 def _call_sweep(file: str, add) -> None:
     if not pathlib.Path(file).is_file():
         raise FileNotFoundError(f"there is no sweep file {file}")
-    call_file(file, lambda module: module.sweep(add), "a sweep file defines sweep(add) and calls add(method, overrides, seeds)")
+    call_file(
+        file,
+        lambda module: module.sweep(add),
+        "a sweep file defines sweep(add) and calls add(method, overrides, seeds)",
+    )
 
 
 def _parse_config(config_file: str, point_flags: Sequence[str]) -> ConfigDict:
@@ -132,7 +167,9 @@ def _parse_config(config_file: str, point_flags: Sequence[str]) -> ConfigDict:
 def _check_keys(wanted: Iterable[str], keys: set[str], where: str, config_file: str) -> None:
     for key in wanted:
         if key not in keys:
-            raise ValueError(f"{where}: the config {config_file} has no key {key!r}; configs/base.py lists all of them")
+            raise ValueError(
+                f"{where}: the config {config_file} has no key {key!r}; configs/base.py lists all of them"
+            )
 
 
 def _list_keys(config: ConfigDict) -> set[str]:

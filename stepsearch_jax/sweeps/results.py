@@ -1,4 +1,5 @@
 """What a sweep shows: for every method its means over seeds with intervals, as table.json and, laid out like the paper's Tables 2 and 3, as table.md."""
+
 from __future__ import annotations
 
 import math
@@ -25,10 +26,17 @@ def mean_interval(values: Sequence[float]) -> dict[str, float | None] | None:
     n = len(values)
     if not n:
         return None
-    return {"mean": statistics.fmean(values), "interval": float(stdtrit(n - 1, 0.975)) * statistics.stdev(values) / math.sqrt(n) if n > 1 else None}
+    return {
+        "mean": statistics.fmean(values),
+        "interval": float(stdtrit(n - 1, 0.975)) * statistics.stdev(values) / math.sqrt(n)
+        if n > 1
+        else None,
+    }
 
 
-def read_results(sweeps: Sequence[Sweep], workdir: pathlib.Path, config_file: str) -> dict[str, Any]:
+def read_results(
+    sweeps: Sequence[Sweep], workdir: pathlib.Path, config_file: str
+) -> dict[str, Any]:
     """The contents of table.json.
 
     {"config", "wall_s": how long sweeps were at work in `workdir`, "sweeps": [{"name", "before": measure -> mean before RL or None, "methods": […]}]}; of
@@ -43,51 +51,107 @@ def read_results(sweeps: Sequence[Sweep], workdir: pathlib.Path, config_file: st
         for method in sweep.methods:
             rows.append(_read_method(method, workdir, times["points"]))
             names = {point.name for point in method.points.values()}
-            same = [above.name for above in sweep.methods[:len(rows) - 1] if {point.name for point in above.points.values()} == names]
+            same = [
+                above.name
+                for above in sweep.methods[: len(rows) - 1]
+                if {point.name for point in above.points.values()} == names
+            ]
             rows[-1]["same_as"] = same[0] if same else None
         finished = [run for row in rows for run in row["runs"] if run["finished"]]
-        before = {key: statistics.fmean(run["before"][key] for run in finished) for key, _ in MEASURES} if finished else None
+        before = (
+            {key: statistics.fmean(run["before"][key] for run in finished) for key, _ in MEASURES}
+            if finished
+            else None
+        )
         tables.append({"name": sweep.name, "before": before, "methods": rows})
     return {"config": config_file, "wall_s": times["sweep"], "sweeps": tables}
 
 
-def _read_method(method: Method, workdir: pathlib.Path, seconds: dict[str, float]) -> dict[str, Any]:
+def _read_method(
+    method: Method, workdir: pathlib.Path, seconds: dict[str, float]
+) -> dict[str, Any]:
     runs = []
     for seed, point in method.points.items():
-        run = {"seed": seed, "name": point.name, "finished": is_finished(point, workdir), "wall_s": seconds.get(point.name)}
+        run = {
+            "seed": seed,
+            "name": point.name,
+            "finished": is_finished(point, workdir),
+            "wall_s": seconds.get(point.name),
+        }
         if run["finished"]:
             evaluation = read_json(workdir / POINTS / point.name / "evaluation.json")
-            run["questions"] = f"{evaluation['questions']} questions of {point.config['evaluation']['split']}"
-            run |= {when: {key: evaluation[when][key] for key, _ in MEASURES} for when in ("before", "after")}
+            run["questions"] = (
+                f"{evaluation['questions']} questions of {point.config['evaluation']['split']}"
+            )
+            run |= {
+                when: {key: evaluation[when][key] for key, _ in MEASURES}
+                for when in ("before", "after")
+            }
         runs.append(run)
     finished = [run for run in runs if run["finished"]]
     config = next(iter(method.points.values())).config
     episodes = config["rollout"]["questions"] * config["rollout"]["group_size"]
-    budget = {"iterations": config["iterations"], "episodes": config["iterations"] * episodes,
-              "optimiser steps": config["iterations"] * config["rl"]["minibatches"] * config["rl"]["epochs"]}
+    budget = {
+        "iterations": config["iterations"],
+        "episodes": config["iterations"] * episodes,
+        "optimiser steps": config["iterations"]
+        * config["rl"]["minibatches"]
+        * config["rl"]["epochs"],
+    }
     measures = {key: mean_interval([run["after"][key] for run in finished]) for key, _ in MEASURES}
     gain = mean_interval([run["after"]["f1"] - run["before"]["f1"] for run in finished])
-    return {"method": method.name, "overrides": dict(method.overrides), "same_as": None, "budget": budget, **measures, "f1_gain": gain, "runs": runs}
+    return {
+        "method": method.name,
+        "overrides": dict(method.overrides),
+        "same_as": None,
+        "budget": budget,
+        **measures,
+        "f1_gain": gain,
+        "runs": runs,
+    }
 
 
 def format_table(results: dict[str, Any]) -> str:
     """table.md from the contents of table.json."""
-    lines = [f"Config: `{results['config']}`. Answers are greedy. Mean over seeds ± half of its 95 % interval (Student's t); one seed has no interval."]
+    lines = [
+        f"Config: `{results['config']}`. Answers are greedy. Mean over seeds ± half of its 95 % interval (Student's t); one seed has no interval."
+    ]
     if results["wall_s"]:
         lines[0] += f" Wall time of the sweep: {format_duration(results['wall_s'])}."
     for table in results["sweeps"]:
         rows = table["methods"]
-        budget = ", ".join(f"{_join_values(row['budget'][key] for row in rows)} {key}" for key in rows[0]["budget"])
-        questions = _join_values(run["questions"] for row in rows for run in row["runs"] if run["finished"])
+        budget = ", ".join(
+            f"{_join_values(row['budget'][key] for row in rows)} {key}" for key in rows[0]["budget"]
+        )
+        questions = _join_values(
+            run["questions"] for row in rows for run in row["runs"] if run["finished"]
+        )
         titles = ["method", "seeds", *(title for _, title in MEASURES), "F1 gain"]
-        lines += ["", f"## {table['name']}", "", f"Each run: {budget}{questions and f'; measured on {questions}'}.", "",
-                  "| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+        lines += [
+            "",
+            f"## {table['name']}",
+            "",
+            f"Each run: {budget}{questions and f'; measured on {questions}'}.",
+            "",
+            "| " + " | ".join(titles) + " |",
+            "|" + "---|" * len(titles),
+        ]
         if table["before"]:
-            lines.append("| before RL | | " + " | ".join(format_number(table["before"][key]) for key, _ in MEASURES) + " | |")
+            lines.append(
+                "| before RL | | "
+                + " | ".join(format_number(table["before"][key]) for key, _ in MEASURES)
+                + " | |"
+            )
         for row in rows:
             done, planned = sum(run["finished"] for run in row["runs"]), len(row["runs"])
-            cells = [row["method"], str(done) if done == planned else f"{done} of {planned}", *(_format_mean(row[key]) for key, _ in MEASURES)]
-            lines.append("| " + " | ".join([*cells, _format_mean(row["f1_gain"], format_signed)]) + " |")
+            cells = [
+                row["method"],
+                str(done) if done == planned else f"{done} of {planned}",
+                *(_format_mean(row[key]) for key, _ in MEASURES),
+            ]
+            lines.append(
+                "| " + " | ".join([*cells, _format_mean(row["f1_gain"], format_signed)]) + " |"
+            )
         shared = [f"*{row['method']}* and *{row['same_as']}*" for row in rows if row["same_as"]]
         if shared:
             lines += ["", f"Equal settings, and so the same runs: {'; '.join(shared)}."]
@@ -103,15 +167,25 @@ def write_tables(results: dict[str, Any], workdir: pathlib.Path) -> None:
 def format_duration(seconds: float) -> str:
     """3725 -> "1 h 2 min"; below a minute in seconds."""
     hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{round(seconds)} s" if seconds < 60 else f"{hours} h {minutes} min" if hours else f"{minutes} min"
+    return (
+        f"{round(seconds)} s"
+        if seconds < 60
+        else f"{hours} h {minutes} min"
+        if hours
+        else f"{minutes} min"
+    )
 
 
 def _format_mean(value: dict[str, float | None] | None, format_one=format_number) -> str:
     if value is None:
         return "–"
-    return format_one(value["mean"]) + ("" if value["interval"] is None else f" ± {format_number(value['interval'])}")
+    return format_one(value["mean"]) + (
+        "" if value["interval"] is None else f" ± {format_number(value['interval'])}"
+    )
 
 
 def _join_values(values: Iterable[Any]) -> str:
     """The different values, in the order in which they come."""
-    return " or ".join(f"{value:,}" if isinstance(value, int) else str(value) for value in dict.fromkeys(values))
+    return " or ".join(
+        f"{value:,}" if isinstance(value, int) else str(value) for value in dict.fromkeys(values)
+    )

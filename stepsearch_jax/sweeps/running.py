@@ -1,4 +1,5 @@
 """Running the points of a sweep: which are finished already, and the others as processes of the training command, some at a time."""
+
 from __future__ import annotations
 
 import contextlib
@@ -14,7 +15,9 @@ from stepsearch_jax.metrics import progress
 from stepsearch_jax.run.folder import CONFIG_FILE, describe_difference, lock
 from stepsearch_jax.sweeps.points import Point
 
-POINTS = "points"  # WORKDIR/points/NAME is the folder of a run, WORKDIR/points/NAME.log what it said
+POINTS = (
+    "points"  # WORKDIR/points/NAME is the folder of a run, WORKDIR/points/NAME.log what it said
+)
 TIMES_FILE = "times.json"
 _GRACE_SECONDS = 10.0  # a process that is told to end is killed after so long; its checkpoints are whole at any time
 _POLL_SECONDS = 0.2
@@ -28,14 +31,23 @@ def is_finished(point: Point, workdir: pathlib.Path) -> bool:
     folder = workdir / POINTS / point.name
     config = read_json(folder / CONFIG_FILE)
     if config is not None and config != point.config:
-        raise ValueError(f"{folder} holds a run with another config ({describe_difference(config, point.config)}): "
-                         f"remove {folder} to run it anew, or choose another --workdir")
+        raise ValueError(
+            f"{folder} holds a run with another config ({describe_difference(config, point.config)}): "
+            f"remove {folder} to run it anew, or choose another --workdir"
+        )
     return config is not None and read_json(folder / "evaluation.json") is not None
 
 
-def make_command(train: Sequence[str], config_file: str, point: Point, workdir: pathlib.Path) -> list[str]:
+def make_command(
+    train: Sequence[str], config_file: str, point: Point, workdir: pathlib.Path
+) -> list[str]:
     """The arguments of the process that runs, or resumes, a point. `train`: the training command, without flags."""
-    return [*train, f"--config={config_file}", f"--workdir={workdir / POINTS / point.name}", *point.flags]
+    return [
+        *train,
+        f"--config={config_file}",
+        f"--workdir={workdir / POINTS / point.name}",
+        *point.flags,
+    ]
 
 
 @dataclasses.dataclass
@@ -46,7 +58,14 @@ class _Run:
     started: float
 
 
-def run_points(points: Sequence[Point], workdir: pathlib.Path, *, train: Sequence[str], config_file: str, jobs: int) -> dict[str, str]:
+def run_points(
+    points: Sequence[Point],
+    workdir: pathlib.Path,
+    *,
+    train: Sequence[str],
+    config_file: str,
+    jobs: int,
+) -> dict[str, str]:
     """Runs the points, `jobs` at a time -> name of each that failed -> why: its exit status and the last line of its log.
 
     Their times are added to WORKDIR/times.json. Where the platform can pin processes, several jobs share out the cores evenly. However this ends, by
@@ -59,17 +78,29 @@ def run_points(points: Sequence[Point], workdir: pathlib.Path, *, train: Sequenc
     with lock(workdir) as held, progress(len(points), "sweep") as bar:
         try:
             while waiting or running:
-                for slot in [slot for slot in range(jobs) if slot not in running][:len(waiting)]:
+                for slot in [slot for slot in range(jobs) if slot not in running][: len(waiting)]:
                     point = waiting.pop(0)
-                    running[slot] = _start(point, workdir, make_command(train, config_file, point, workdir), shares[slot], held)
+                    running[slot] = _start(
+                        point,
+                        workdir,
+                        make_command(train, config_file, point, workdir),
+                        shares[slot],
+                        held,
+                    )
                 time.sleep(_POLL_SECONDS)
-                for slot, run in [(slot, run) for slot, run in running.items() if run.process.poll() is not None]:
+                for slot, run in [
+                    (slot, run) for slot, run in running.items() if run.process.poll() is not None
+                ]:
                     del running[slot]
                     times.add(run.point.name, time.monotonic() - run.started)
                     if reason := _find_failure(run, workdir):
                         failed[run.point.name] = reason
                     left = len(waiting) + len(running)
-                    bar.set_postfix(dict(finished=len(points) - left - len(failed), failed=len(failed), left=left))
+                    bar.set_postfix(
+                        dict(
+                            finished=len(points) - left - len(failed), failed=len(failed), left=left
+                        )
+                    )
                     bar.update(1)
         finally:
             _end([run.process for run in running.values()])
@@ -101,12 +132,21 @@ def _share_cores(jobs: int) -> list[set[int] | None]:
     return [set(cores[job::jobs]) if 1 < jobs <= len(cores) else None for job in range(jobs)]
 
 
-def _start(point: Point, workdir: pathlib.Path, command: list[str], cores: set[int] | None, held: int) -> _Run:
+def _start(
+    point: Point, workdir: pathlib.Path, command: list[str], cores: set[int] | None, held: int
+) -> _Run:
     log = workdir / POINTS / f"{point.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as file:
         # A session of its own: Ctrl-C reaches this process alone, which then ends the others in order.
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, pass_fds=(held,))
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            pass_fds=(held,),
+        )
     if cores:
         with contextlib.suppress(ProcessLookupError):  # it may have ended already
             os.sched_setaffinity(process.pid, cores)
@@ -134,5 +174,7 @@ def _find_failure(run: _Run, workdir: pathlib.Path) -> str | None:
             return None
     except ValueError as error:
         return str(error)
-    lines = [line.strip() for line in run.log.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [
+        line.strip() for line in run.log.read_text(errors="replace").splitlines() if line.strip()
+    ]
     return f"exit status {run.process.returncode}: {lines[-1] if lines else 'its log is empty'}"

@@ -4,6 +4,7 @@ The benchmark (`Peer`) writes a job into a folder, starts `python -m stepsearch_
 process (`serve`) prepares, answers with what the benchmark compares before it times anything, and then with the seconds of each run. Between runs it sleeps.
 This file imports nothing beyond NumPy: it must load in the peer's environment.
 """
+
 from __future__ import annotations
 
 import json
@@ -37,14 +38,27 @@ class Peer:
         (folder / "job.json").write_text(json.dumps(job))
         np.savez(folder / "arrays.npz", **arrays)
         self._log = folder / "log.txt"
-        environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environment = os.environ | {
+            "PYTHONPATH": str(REPOSITORY),
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
         command = [python, "-m", f"stepsearch_jax.benchmark.peers.{name}", str(folder)]
         try:
             with self._log.open("w") as log:
-                self._process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+                self._process = subprocess.Popen(
+                    command,
+                    env=environment,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    text=True,
+                )
         except OSError as error:
             self._folder.cleanup()
-            raise FileNotFoundError(f"--peer-python={python} cannot be started: {error.strerror}") from error
+            raise FileNotFoundError(
+                f"--peer-python={python} cannot be started: {error.strerror}"
+            ) from error
         try:
             self.versions = self._answer()["versions"]
             with np.load(folder / "checks.npz") as checks:
@@ -68,7 +82,9 @@ class Peer:
         else:
             answer = json.loads(line)
         if "missing" in answer:
-            raise ImportError(f"the peer {self._name} needs packages that are not installed ({answer['missing']}): {INSTALL}")
+            raise ImportError(
+                f"the peer {self._name} needs packages that are not installed ({answer['missing']}): {INSTALL}"
+            )
         if "failed" in answer:
             raise ChildProcessError(f"the peer {self._name} failed: {answer['failed']}")
         return answer
@@ -84,7 +100,12 @@ class Peer:
         self._folder.cleanup()
 
 
-def serve(make: Callable[[dict, dict[str, np.ndarray]], tuple[dict, dict[str, np.ndarray], dict[str, Callable[[], object]]]]) -> None:
+def serve(
+    make: Callable[
+        [dict, dict[str, np.ndarray]],
+        tuple[dict, dict[str, np.ndarray], dict[str, Callable[[], object]]],
+    ],
+) -> None:
     """The peer's end: make(job, arrays) -> (versions of its packages, arrays to compare, runs by name). What is printed meanwhile goes to the log."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -2,6 +2,7 @@
 
 torch on all cores, inference mode, scaled-dot-product attention; rows have equal lengths, so nothing is padded; no end token, so nothing is checked for it.
 """
+
 from __future__ import annotations
 
 import os
@@ -14,13 +15,21 @@ from stepsearch_jax.benchmark.peers.process import serve
 def name_weights(weights: dict[str, np.ndarray], layers: int, tied: bool) -> dict[str, np.ndarray]:
     """Our parameters (names joined by "/", layers stacked) by the names and shapes of a Hugging Face Qwen2 checkpoint, whose kernels are [out, in]."""
     trunk = "params/trunk/"
-    found = {"model.embed_tokens.weight": weights[trunk + "embedding"], "model.norm.weight": weights[trunk + "final_norm/scale"]}
+    found = {
+        "model.embed_tokens.weight": weights[trunk + "embedding"],
+        "model.norm.weight": weights[trunk + "final_norm/scale"],
+    }
     found["lm_head.weight"] = weights[trunk + "embedding"] if tied else weights["params/lm_head"].T
     for layer in range(layers):
-        own, prefix = {name: weights[f"{trunk}layers/{name}"][layer] for name in _LAYER}, f"model.layers.{layer}."
+        own, prefix = (
+            {name: weights[f"{trunk}layers/{name}"][layer] for name in _LAYER},
+            f"model.layers.{layer}.",
+        )
         embed = own["q/kernel"].shape[0]
         for name in "qkv":
-            found[f"{prefix}self_attn.{name}_proj.weight"] = own[f"{name}/kernel"].reshape(embed, -1).T
+            found[f"{prefix}self_attn.{name}_proj.weight"] = (
+                own[f"{name}/kernel"].reshape(embed, -1).T
+            )
             found[f"{prefix}self_attn.{name}_proj.bias"] = own[f"{name}/bias"].reshape(-1)
         found[f"{prefix}self_attn.o_proj.weight"] = own["o/kernel"].reshape(-1, embed).T
         for name in ("gate", "up", "down"):
@@ -30,8 +39,20 @@ def name_weights(weights: dict[str, np.ndarray], layers: int, tied: bool) -> dic
     return found
 
 
-_LAYER = ("q/kernel", "q/bias", "k/kernel", "k/bias", "v/kernel", "v/bias", "o/kernel", "gate/kernel", "up/kernel", "down/kernel", "attention_norm/scale",
-          "ffn_norm/scale")
+_LAYER = (
+    "q/kernel",
+    "q/bias",
+    "k/kernel",
+    "k/bias",
+    "v/kernel",
+    "v/bias",
+    "o/kernel",
+    "gate/kernel",
+    "up/kernel",
+    "down/kernel",
+    "attention_norm/scale",
+    "ffn_norm/scale",
+)
 
 
 def make(job: dict, arrays: dict[str, np.ndarray]):
@@ -43,20 +64,44 @@ def make(job: dict, arrays: dict[str, np.ndarray]):
     torch.manual_seed(job["seed"])
     m = job["model"]
     config = transformers.Qwen2Config(
-        vocab_size=m["vocab_size"], hidden_size=m["embed_dim"], intermediate_size=m["ffn_dim"], num_hidden_layers=m["num_layers"],
-        num_attention_heads=m["num_heads"], num_key_value_heads=m["num_kv_heads"], head_dim=m["head_dim"], rms_norm_eps=m["norm_eps"],
-        rope_parameters={"rope_type": "default", "rope_theta": m["rope_theta"]}, tie_word_embeddings=m["tie_embeddings"], max_position_embeddings=1 << 15,
-        bos_token_id=None, eos_token_id=None, attn_implementation="sdpa", dtype="float32")
+        vocab_size=m["vocab_size"],
+        hidden_size=m["embed_dim"],
+        intermediate_size=m["ffn_dim"],
+        num_hidden_layers=m["num_layers"],
+        num_attention_heads=m["num_heads"],
+        num_key_value_heads=m["num_kv_heads"],
+        head_dim=m["head_dim"],
+        rms_norm_eps=m["norm_eps"],
+        rope_parameters={"rope_type": "default", "rope_theta": m["rope_theta"]},
+        tie_word_embeddings=m["tie_embeddings"],
+        max_position_embeddings=1 << 15,
+        bos_token_id=None,
+        eos_token_id=None,
+        attn_implementation="sdpa",
+        dtype="float32",
+    )
     model = transformers.Qwen2ForCausalLM(config).eval()
     weights = name_weights(arrays, m["num_layers"], m["tie_embeddings"])
-    model.load_state_dict({name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in weights.items()})
+    model.load_state_dict(
+        {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in weights.items()}
+    )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
-    prompts, observation = (torch.from_numpy(arrays[name]).long().to(device) for name in ("prompts", "observation"))
+    prompts, observation = (
+        torch.from_numpy(arrays[name]).long().to(device) for name in ("prompts", "observation")
+    )
     observations = observation.expand(len(prompts), -1)
     tokens = job["turn_tokens"]
-    rules = transformers.GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, min_new_tokens=tokens, max_new_tokens=tokens,
-                                          eos_token_id=None, pad_token_id=0)
+    rules = transformers.GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        min_new_tokens=tokens,
+        max_new_tokens=tokens,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
 
     @torch.inference_mode()
     def run():
@@ -64,16 +109,28 @@ def make(job: dict, arrays: dict[str, np.ndarray]):
         for turn in range(job["turns"]):
             if turn:
                 context = torch.cat([context, observations], dim=1)
-            context = model.generate(context, attention_mask=torch.ones_like(context), generation_config=rules)
+            context = model.generate(
+                context, attention_mask=torch.ones_like(context), generation_config=rules
+            )
         context = context.cpu().numpy()
         if context.shape[1] != job["length"]:
-            raise ValueError(f"its episodes have {context.shape[1]} tokens instead of {job['length']}")
+            raise ValueError(
+                f"its episodes have {context.shape[1]} tokens instead of {job['length']}"
+            )
         return context
 
     with torch.inference_mode():
         logits = model(prompts, logits_to_keep=1).logits[:, -1].cpu().numpy()
     model.to(getattr(torch, m["dtype"]))
-    return {"torch": torch.__version__, "transformers": transformers.__version__, "device": str(device)}, {"logits": logits}, {"rollout": run}
+    return (
+        {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "device": str(device),
+        },
+        {"logits": logits},
+        {"rollout": run},
+    )
 
 
 if __name__ == "__main__":

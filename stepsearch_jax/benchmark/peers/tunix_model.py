@@ -1,4 +1,5 @@
 """Our parameters in tunix's Qwen2, and what its sampler and cluster ask for in the place of a tokenizer."""
+
 from __future__ import annotations
 
 import importlib.metadata
@@ -32,14 +33,30 @@ def load_model(job: dict, weights: dict[str, np.ndarray]):
     from tunix.models.qwen2 import model as qwen2
 
     m = job["model"]
-    model = qwen2.Qwen2(qwen2.ModelConfig(
-        num_layers=m["num_layers"], vocab_size=m["vocab_size"], embed_dim=m["embed_dim"], hidden_dim=m["ffn_dim"], num_heads=m["num_heads"],
-        head_dim=m["head_dim"], num_kv_heads=m["num_kv_heads"], rope_theta=m["rope_theta"], norm_eps=m["norm_eps"], use_tied_embedding=m["tie_embeddings"],
-        remat_config=qwen2.RematConfig.NONE, dtype=jnp.float32, param_dtype=jnp.float32), rngs=nnx.Rngs(0))
+    model = qwen2.Qwen2(
+        qwen2.ModelConfig(
+            num_layers=m["num_layers"],
+            vocab_size=m["vocab_size"],
+            embed_dim=m["embed_dim"],
+            hidden_dim=m["ffn_dim"],
+            num_heads=m["num_heads"],
+            head_dim=m["head_dim"],
+            num_kv_heads=m["num_kv_heads"],
+            rope_theta=m["rope_theta"],
+            norm_eps=m["norm_eps"],
+            use_tied_embedding=m["tie_embeddings"],
+            remat_config=qwen2.RematConfig.NONE,
+            dtype=jnp.float32,
+            param_dtype=jnp.float32,
+        ),
+        rngs=nnx.Rngs(0),
+    )
 
     def put(variable, value):
         if variable.value.shape != value.shape:
-            raise ValueError(f"a parameter of tunix's Qwen2 has shape {variable.value.shape}, ours {value.shape}")
+            raise ValueError(
+                f"a parameter of tunix's Qwen2 has shape {variable.value.shape}, ours {value.shape}"
+            )
         variable.value = jnp.asarray(value)
 
     trunk = "params/trunk/"

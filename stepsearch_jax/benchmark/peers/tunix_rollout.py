@@ -3,12 +3,18 @@
 Its best use: a sampler for each turn, whose cache has exactly that turn's length and whose programs are compiled once; prompts as arrays rather than texts; no
 padding, no end token, top_p = 1, which spares it all sorting.
 """
+
 from __future__ import annotations
 
 import numpy as np
 
 from stepsearch_jax.benchmark.peers.process import serve
-from stepsearch_jax.benchmark.peers.tunix_model import Tokenizer, find_logits, find_versions, load_model
+from stepsearch_jax.benchmark.peers.tunix_model import (
+    Tokenizer,
+    find_logits,
+    find_versions,
+    load_model,
+)
 
 
 def make(job: dict, arrays: dict[str, np.ndarray]):
@@ -24,19 +30,37 @@ def make(job: dict, arrays: dict[str, np.ndarray]):
     model, m = load_model(job, arrays), job["model"]
     prompts, observation, tokens = arrays["prompts"], arrays["observation"], job["turn_tokens"]
     observations = np.broadcast_to(observation, (len(prompts), len(observation)))
-    lengths = [prompts.shape[1] + turn * (tokens + len(observation)) for turn in range(job["turns"])]
-    samplers = [ArraySampler(model, Tokenizer(), sampler.CacheConfig(length + tokens, m["num_layers"], m["num_kv_heads"], m["head_dim"])) for length in lengths]
+    lengths = [
+        prompts.shape[1] + turn * (tokens + len(observation)) for turn in range(job["turns"])
+    ]
+    samplers = [
+        ArraySampler(
+            model,
+            Tokenizer(),
+            sampler.CacheConfig(length + tokens, m["num_layers"], m["num_kv_heads"], m["head_dim"]),
+        )
+        for length in lengths
+    ]
 
     def run():
         context = prompts
         for turn, sample in enumerate(samplers):
             if turn:
                 context = np.concatenate([context, observations], axis=1)
-            found = sample(list(context), max_generation_steps=tokens, max_prompt_length=lengths[turn], temperature=1.0, top_p=1.0, seed=job["seed"],
-                           eos_tokens=[Tokenizer().eos_id()])
+            found = sample(
+                list(context),
+                max_generation_steps=tokens,
+                max_prompt_length=lengths[turn],
+                temperature=1.0,
+                top_p=1.0,
+                seed=job["seed"],
+                eos_tokens=[Tokenizer().eos_id()],
+            )
             context = np.concatenate([context, np.stack(found.tokens)], axis=1)
         if context.shape[1] != job["length"]:
-            raise ValueError(f"its episodes have {context.shape[1]} tokens instead of {job['length']}")
+            raise ValueError(
+                f"its episodes have {context.shape[1]} tokens instead of {job['length']}"
+            )
         return context
 
     return find_versions(), {"logits": find_logits(model, prompts)}, {"rollout": run}
