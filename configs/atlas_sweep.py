@@ -14,14 +14,14 @@ from configs import atlas_quickstart
 
 
 def get_config() -> ml_collections.ConfigDict:
-    c = atlas_quickstart.get_config()
-    c.iterations = 16
-    c.data.atlas.shapes = ("3hop_chain", "4hop_chain")
-    c.rollout.max_turns = 6
-    c.rollout.context = 576
-    c.data.atlas.validation_questions = (
+    config = atlas_quickstart.get_config()
+    config.iterations = 16
+    config.data.atlas.shapes = ("3hop_chain", "4hop_chain")
+    config.rollout.max_turns = 6
+    config.rollout.context = 576
+    config.data.atlas.validation_questions = (
         256  # learning rates are chosen on these, methods compared on as many of test
     )
-    c.evaluation.controls = False
-    c.checkpoint.keep = 1
-    return c
+    config.evaluation.controls = False
+    config.checkpoint.keep = 1
+    return config

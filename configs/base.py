@@ -3,7 +3,7 @@
 As it stands it is the paper's setting: Qwen2.5-3B, in float32, which takes some 200 GB of memory. On a laptop begin with another config, such as
 atlas_quickstart.py.
 
-Sections follow the way of one question: data, prompt, search, model, rollout, reward, rl, optimiser, imitation, evaluation, housekeeping.
+Sections follow the way of one question: data, prompt, search, model, rollout, reward, rl, optimiser, supervised fine-tuning, evaluation, housekeeping.
 Names in brackets: [P] the paper's appendix B, [C] the released code, [O] our choice.
 
 Two presets, by the word after the colon (--config=configs/base.py:reference): "paper", which are the defaults, and "reference", which computes what the
@@ -14,7 +14,7 @@ import ml_collections
 
 VARIANTS = ("paper", "reference")
 REFERENCE = {  # where the released code departs from the defaults; bugs that no one can want (positions that drift, tags in documents) are not in it
-    "reward.answer_gate": "ends_with_answer",
+    "reward.format_gate": "ends_with_answer",
     "reward.format_failure": "minus_one",
     "reward.key_match": "overwrite",
     "reward.redundancy_scope": "rendered",  # no gold documents: no penalty
@@ -26,7 +26,7 @@ REFERENCE = {  # where the released code departs from the defaults; bugs that no
     "rollout.top_p": 0.95,
     # The released script's numbers.
     "iterations": 1120,  # at most
-    "rollout.questions": 128,
+    "rollout.prompts": 128,
     "policy.learning_rate": 5e-7,
     "value.learning_rate": 5e-7,
     "value.warmup": 0.05,
@@ -38,26 +38,26 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
         raise ValueError(
             f"configs/base.py:{preset} is not known; presets are {', '.join(VARIANTS)}"
         )
-    c = ml_collections.ConfigDict()
-    c.seed = 0  # every random choice of a run follows from it
-    c.iterations = 500  # one iteration = one rollout and its optimiser steps [P]
+    config = ml_collections.ConfigDict()
+    config.seed = 0  # every random choice of a run follows from it
+    config.iterations = 500  # one iteration = one rollout and its optimiser steps [P]
 
-    c.data = d = ml_collections.ConfigDict()
-    d.kind = "musique"  # atlas | musique | hotpotqa | 2wikimultihopqa | bamboogle | phantomwiki | stepsearch | search_r1 (the form of their rows: data/)
-    d.path = ""  # folder with the official files; unused by atlas, which is made from its seed
+    config.data = data = ml_collections.ConfigDict()
+    data.kind = "musique"  # atlas | musique | hotpotqa | 2wikimultihopqa | bamboogle | phantomwiki | stepsearch | search_r1 (the form of their rows: data/)
+    data.path = ""  # folder with the official files; unused by atlas, which is made from its seed
     # Files of passages to search, with commas between them; of the second and later ones only what is not in those before. "" = the file `corpus` in data.path,
     # or, without one, the passages that the rows bring along.
-    d.corpus = ""
-    d.cache_dir = "data_cache"  # prepared data sets, corpora and indexes are kept here
-    d.train_split = "train"  # the split that training questions come from
-    d.train_questions = 0  # use only the first so many training questions; 0 = all
+    data.corpus = ""
+    data.cache_dir = "data_cache"  # prepared data sets, corpora and indexes are kept here
+    data.train_split = "train"  # the split that training questions come from
+    data.train_questions = 0  # use only the first so many training questions; 0 = all
 
-    d.atlas = a = ml_collections.ConfigDict()
-    a.seed = 0  # worlds and questions follow from it
-    a.entities = (
+    data.atlas = atlas = ml_collections.ConfigDict()
+    atlas.seed = 0  # worlds and questions follow from it
+    atlas.entities = (
         400  # entities in the train world; validation and test worlds have a quarter of it each
     )
-    a.shapes = (
+    atlas.shapes = (
         "2hop",
         "3hop_chain",
         "3hop_join",
@@ -65,45 +65,45 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
         "4hop_branch",
         "4hop_after",
     )  # graph shapes of the questions
-    a.train_questions = 2000  # questions about the train world; 0 leaves a split out
-    a.validation_questions = 200  # questions about the validation world
-    a.test_questions = 300  # questions about the test world
-    a.extra_facts = 1  # unrelated sentences mixed into each article
+    atlas.train_questions = 2000  # questions about the train world; 0 leaves a split out
+    atlas.validation_questions = 200  # questions about the validation world
+    atlas.test_questions = 300  # questions about the test world
 
-    c.prompt = p = ml_collections.ConfigDict()
-    p.template = "paper"  # paper | reference | short (templates in prompting/)
-    p.tokenizer = "atlas"  # "atlas", a folder with tokenizer.json (a gzipped tokenizer.json.gz does as well), or a .gguf file
-    p.max_prompt_tokens = 2048  # a longer prompt is refused before work starts [C]
+    config.prompt = prompt = ml_collections.ConfigDict()
+    prompt.template = "paper"  # paper | reference | short (templates in prompting/)
+    prompt.tokenizer = "atlas"  # "atlas", a folder with tokenizer.json (a gzipped tokenizer.json.gz does as well), or a .gguf file
+    prompt.max_prompt_tokens = 2048  # a longer prompt is refused before work starts [C]
 
-    c.search = s = ml_collections.ConfigDict()
-    s.kind = "bm25"  # bm25 | dense: nearest by an encoder's vectors, as the paper has it; needs rollout.search="host" | remote: a search server
-    s.url = ""  # remote: its address (python -m stepsearch_jax.serve, or any with Search-R1's /retrieve); it must hold the corpus of data
-    s.attempt_s = 4.0  # remote: time for a request to connect, and again for its answer
-    s.attempts = 3  # remote: requests before a search has failed; with their pauses they must fit into timeout_s
-    s.backoff_s = 0.5  # remote: longest pause after the first failed request, doubled after each; half of it or more is slept, at random
-    s.batch = 64  # remote: queries in one request
-    s.k = 3  # documents a search [P]
-    s.bm25_k1 = 0.9  # term saturation of BM25 [O]
-    s.bm25_b = 0.4  # length normalisation of BM25 [O]
-    s.encoder = ""  # dense: Hugging Face folder of a BERT-type encoder (MiniLM, E5) with config.json, *.safetensors and tokenizer.json
-    s.query_prefix = ""  # dense: put before each query; "query: " for E5
-    s.passage_prefix = ""  # dense: put before each document; "passage: " for E5
-    s.embedding_dtype = "bfloat16"  # dense: of the documents' vectors and of the products with them: float32 | bfloat16
-    s.encode_batch = 64  # dense: texts embedded at a time on each device
-    s.max_observation_tokens = (
+    config.search = search = ml_collections.ConfigDict()
+    search.kind = "bm25"  # bm25 | dense: nearest by an encoder's vectors, as the paper has it; needs rollout.search="host" | remote: a search server
+    search.url = ""  # remote: its address (python -m stepsearch_jax.serve, or any with Search-R1's /retrieve); it must hold the corpus of data
+    search.attempt_s = 4.0  # remote: time for a request to connect, and again for its answer
+    search.attempts = 3  # remote: requests before a search has failed; with their pauses they must fit into timeout_s
+    search.backoff_s = 0.5  # remote: longest pause after the first failed request, doubled after each; half of it or more is slept, at random
+    search.batch = 64  # remote: queries in one request
+    search.k = 3  # documents a search [P]
+    search.bm25_k1 = 0.9  # term saturation of BM25 [O]
+    search.bm25_b = 0.4  # length normalisation of BM25 [O]
+    search.encoder = ""  # dense: Hugging Face folder of a BERT-type encoder (MiniLM, E5) with config.json, *.safetensors and tokenizer.json
+    search.query_prefix = ""  # dense: put before each query; "query: " for E5
+    search.passage_prefix = ""  # dense: put before each document; "passage: " for E5
+    search.embedding_dtype = "bfloat16"  # dense: of the documents' vectors and of the products with them: float32 | bfloat16
+    search.encode_batch = 64  # dense: texts embedded at a time on each device
+    search.max_observation_tokens = (
         800  # an observation, header and documents together; documents are cut to share it [C]
     )
-    s.timeout_s = 30.0  # a search that takes longer ends the run with a message; remote: time in which a request must be answered or given up
-    s.max_failure_share = 0.0  # share of failed searches in an iteration above which the run stops
+    search.timeout_s = 30.0  # a search that takes longer ends the run with a message; remote: time in which a request must be answered or given up
+    search.max_failure_fraction = (
+        0.0  # share of failed searches in an iteration above which the run stops
+    )
 
-    c.mesh = g = ml_collections.ConfigDict()
-    g.data = -1  # copies of the model; -1 = all devices that the other axes leave
-    g.fsdp = 1  # copies that share out parameters and optimiser state
-    g.tensor = 1  # pieces of heads, ffn and vocabulary; must divide the kv heads, and all pieces of one copy lie within one host
-    g.slices = 1  # TPU slices that the data-centre network joins; must divide data, the only axis that crosses them
-    # Logical axes of the parameters -> mesh axes (None: not cut). The learner cuts over fsdp and tensor; the rollout's copy over tensor only,
-    # because every sampled token reads every parameter.
-    g.train_rules = ml_collections.ConfigDict(
+    config.mesh = mesh = ml_collections.ConfigDict()
+    mesh.data = -1  # copies of the model; -1 = all devices that the other axes leave
+    mesh.fsdp = 1  # copies that share out parameters and optimiser state
+    mesh.tensor = 1  # pieces of heads, ffn and vocabulary; must divide the kv heads, and all pieces of one copy lie within one host
+    mesh.slices = 1  # TPU slices that the data-centre network joins; must divide data, the only axis that crosses them
+    # Logical axes of the learner's parameters -> mesh axes (None: not cut). The rollout's copy is cut over tensor only (sharding.ROLLOUT_RULES).
+    mesh.train_rules = ml_collections.ConfigDict(
         dict(
             vocab="tensor",
             embed="fsdp",
@@ -115,35 +115,22 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
             layers=None,
         )
     )
-    # The same table for the rollout's copy.
-    g.rollout_rules = ml_collections.ConfigDict(
-        dict(
-            vocab="tensor",
-            embed=None,
-            heads="tensor",
-            kv_heads="tensor",
-            head_dim=None,
-            ffn="tensor",
-            norm=None,
-            layers=None,
-        )
-    )
 
-    c.model = m = ml_collections.ConfigDict()
+    config.model = model = ml_collections.ConfigDict()
     # Pretrained weights with which the policy begins: a Hugging Face folder of the Qwen2, Qwen3 or Llama family (config.json, *.safetensors) or a .gguf file.
-    # The sizes below must be theirs. "" = random parameters, or those of imitation.checkpoint.
-    m.checkpoint = ""
-    m.vocab_size = 0  # least rows of the embedding; 0 = the tokenizer's tokens or the checkpoint's rows, whichever are more. Rounded up to 64
-    m.num_layers = 36  # Qwen2.5-3B
-    m.embed_dim = 2048  # model width
-    m.num_heads = 16  # query heads
-    m.num_kv_heads = 2  # key and value heads; each serves num_heads / num_kv_heads query heads
-    m.head_dim = 128  # width of a head
-    m.ffn_dim = 11008  # hidden width of the SwiGLU layers
-    m.rope_theta = 1e6  # base of the rotary positions' wavelengths
+    # The sizes below must be theirs. "" = random parameters, or those of sft.checkpoint.
+    model.checkpoint = ""
+    model.vocab_size = 0  # least rows of the embedding; 0 = the tokenizer's tokens or the checkpoint's rows, whichever are more. Rounded up to 64
+    model.num_layers = 36  # Qwen2.5-3B
+    model.embed_dim = 2048  # model width
+    model.num_heads = 16  # query heads
+    model.num_kv_heads = 2  # key and value heads; each serves num_heads / num_kv_heads query heads
+    model.head_dim = 128  # width of a head
+    model.ffn_dim = 11008  # hidden width of the SwiGLU layers
+    model.rope_theta = 1e6  # base of the rotary positions' wavelengths
     # Lower frequencies for longer contexts (models/architecture.py:RopeScaling). kind: none | linear | llama3 | yarn; slow, fast: its low_freq_factor and
     # high_freq_factor (llama3), or beta_slow and beta_fast (yarn).
-    m.rope_scaling = ml_collections.ConfigDict(
+    model.rope_scaling = ml_collections.ConfigDict(
         dict(
             kind="none",
             factor=1.0,
@@ -153,152 +140,151 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
             attention_factor=1.0,
         )
     )
-    m.norm_eps = 1e-6  # added to the mean square in RMSNorm
-    m.qkv_bias = True  # biases on queries, keys and values
-    m.qk_norm = False  # RMSNorm over each head of queries and keys (Qwen3)
-    m.tie_embeddings = True  # one table for embedding and output
-    m.previous_token_peak = 0.0  # > 0: random policies start with heads that look at the tokens just before, with this peak logit (needs qkv_bias)
+    model.norm_eps = 1e-6  # added to the mean square in RMSNorm
+    model.qkv_bias = True  # biases on queries, keys and values
+    model.qk_norm = False  # RMSNorm over each head of queries and keys (Qwen3)
+    model.tie_embeddings = True  # one table for embedding and output
+    model.previous_token_peak = 0.0  # > 0: random policies start with heads that look at the tokens just before, with this peak logit (needs qkv_bias)
     # Dtype of the learner's computation: float32 | bfloat16; master weights are float32. TPUs and GPUs multiply float32 in lower precision unless
     # JAX_DEFAULT_MATMUL_PRECISION=highest is set.
-    m.dtype = "float32"
-    m.remat = "layers"  # computed again in the backward pass: none | dots: all but matrix products | layers: everything within a layer; the least memory
+    model.dtype = "float32"
+    model.remat = "layers"  # computed again in the backward pass: none | dots: all but matrix products | layers: everything within a layer; the least memory
 
-    c.rollout = r = ml_collections.ConfigDict()
-    r.search = "callback"  # callback: one program with the search inside | host: Python alternates decoding and searching
-    r.questions = 256  # questions an iteration [P]
-    r.group_size = 1  # episodes a question (more than 1 for group baselines)
-    r.max_turns = 5  # turns that may search; one more follows that may only answer [P]
-    r.max_turn_tokens = 800  # tokens of one turn; a longer one is invalid [C]
-    r.context = (
+    config.rollout = rollout = ml_collections.ConfigDict()
+    rollout.search = "callback"  # callback: one program with the search inside | host: Python alternates decoding and searching
+    rollout.prompts = 256  # questions an iteration [P]
+    rollout.group_size = 1  # episodes a question (more than 1 for group baselines)
+    rollout.max_turns = 5  # turns that may search; one more follows that may only answer [P]
+    rollout.max_turn_tokens = 800  # tokens of one turn; a longer one is invalid [C]
+    rollout.context = (
         4096  # prompt, actions and observations together; beyond it an episode ends truncated [C]
     )
     # So training samples; evaluation is greedy. Log-probabilities are of temperature 1 over the whole vocabulary: ratios and KL are exact only at 1, 0, 1.
-    r.temperature = 1.0  # above 0 [P]
-    r.top_k = 0  # keep only the k likeliest tokens; 0 = all
-    r.top_p = 1.0  # keep the likeliest tokens up to this probability
-    r.slots = 0  # episodes that run at a time, each with its rows of the KV cache; one that ends makes room for the next; 0 = all of an iteration
-    r.flush_share = 0.5  # search, and fill free slots, when this share of a shard's busy slots waits, or nobody can decode
-    r.prefill_rows = 16  # waiting slots prefilled at a time
-    r.prefill_tokens = 128  # tokens prefilled of each at a time, filled up: least is wasted if a usual observation is a whole multiple
-    r.attention_block = (
+    rollout.temperature = 1.0  # above 0 [P]
+    rollout.top_k = 0  # keep only the k likeliest tokens; 0 = all
+    rollout.top_p = 1.0  # keep the likeliest tokens up to this probability
+    rollout.slots = 0  # episodes that run at a time, each with its rows of the KV cache; one that ends makes room for the next; 0 = all of an iteration
+    rollout.flush_fraction = 0.5  # search, and fill free slots, when this share of a shard's busy slots waits, or nobody can decode
+    rollout.prefill_rows = 16  # waiting slots prefilled at a time
+    rollout.prefill_tokens = 128  # tokens prefilled of each at a time, filled up: least is wasted if a usual observation is a whole multiple
+    rollout.attention_block = (
         256  # cache positions read at a time; only blocks below the live length are read
     )
-    r.dtype = "float32"  # dtype of the rollout's copy of the policy; bfloat16 on accelerators
+    rollout.dtype = "float32"  # dtype of the rollout's copy of the policy; bfloat16 on accelerators
 
-    c.reward = w = ml_collections.ConfigDict()
-    w.answer_gate = (
+    config.reward = reward = ml_collections.ConfigDict()
+    reward.format_gate = (
         "strict"  # strict: the paper's format gate | ends_with_answer: the released code's
     )
-    w.format_failure = "zero_answer"  # zero_answer: r_answer = 0 [P] | minus_one: the whole reward is -1, no step or key reward [C]
-    w.gamma_key = 0.618  # weight of the search-key reward [C]
-    w.key_match = "max"  # max [P] | overwrite: a later, worse query lowers it [C]
+    reward.format_failure = "zero_answer"  # zero_answer: r_answer = 0 [P] | minus_one: the whole reward is -1, no step or key reward [C]
+    reward.gamma_key = 0.618  # weight of the search-key reward [C]
+    reward.key_match = "max"  # max [P] | overwrite: a later, worse query lowers it [C]
     # What a search gained. gain: how much closer its documents are to the gold ones, G [P] | answer_logprob: the rise, by its turn, of the policy's own mean
     # log-probability per token of "answer</answer>" behind "<answer>"; needs no gold documents (arXiv 2510.14967).
-    w.step_reward = "gain"
-    w.use_gain = True  # what a search gained, in the step reward
-    w.use_redundancy = True  # redundancy P in the step reward
-    w.redundancy_scope = "earlier_turns"  # earlier_turns: by corpus id [P] | rendered: by rendered text, within the round too, none without gold [C]
-    w.step_scale = 1.0  # weight of the step reward [P]; 1.6 is the released code's effective one
-    w.tfidf_fit = "corpus"  # corpus: one idf for the corpus [O] | pair: refitted on document and gold, normalised texts without titles [C]
-    w.search_cost = 0.0  # taken off at the token that closes each search, failed searches excepted; step_scale does not touch it [O]
-    w.retrieved_answer_credit = 0.0  # r_answer where the F1 is 0 but a retrieved document holds an accepted answer; the gate applies as ever [O]
-    w.placement = "step"  # step: each reward at its turn's end | merged: the same total on the last action token
-    w.outcome_overwrites = False  # True: the global reward replaces a step reward on the last action token instead of adding to it [C]
-    w.shuffle = False  # control: give every episode the rewards of another one (a step reward whose turn did not search is added to the outcome reward)
+    reward.step_reward = "gain"
+    reward.use_gain = True  # what a search gained, in the step reward
+    reward.use_redundancy = True  # redundancy P in the step reward
+    reward.redundancy_scope = "earlier_turns"  # earlier_turns: by corpus id [P] | rendered: by rendered text, within the round too, none without gold [C]
+    reward.step_scale = (
+        1.0  # weight of the step reward [P]; 1.6 is the released code's effective one
+    )
+    reward.tfidf_fit = "corpus"  # corpus: one idf for the corpus [O] | pair: refitted on document and gold, normalised texts without titles [C]
+    reward.search_cost = 0.0  # taken off at the token that closes each search, failed searches excepted; step_scale does not touch it [O]
+    reward.retrieved_answer_credit = 0.0  # r_answer where the F1 is 0 but a retrieved document holds an accepted answer; the gate applies as ever [O]
+    reward.placement = "step"  # step: each reward at its turn's end | merged: the same total on the last action token
+    reward.outcome_overwrites = False  # True: the global reward replaces a step reward on the last action token instead of adding to it [C]
+    reward.shuffle = False  # control: give every episode the rewards of another one (a step reward whose turn did not search is added to the outcome reward)
 
-    c.rl = l = ml_collections.ConfigDict()
+    config.rl = rl = ml_collections.ConfigDict()
     # gae: token GAE [P] | turn_gae: GAE with one state a turn | grpo, rloo: an episode against its group | turn_return: turns against their group's.
     # The last three train no value model and need rollout.group_size > 1.
-    l.advantage = "gae"
-    l.gamma = 1.0  # discount, once an action token (gae) or once a turn (turn_gae, turn_return); grpo and rloo have none [C]
-    l.gae_lambda = 1.0  # of gae and turn_gae, as often as gamma [C]
-    l.over_observations = False  # True: gae, whitening and value loss over every token after the prompt, not over action tokens alone [C]
-    l.whiten_advantages = True  # of gae and turn_gae, over action tokens
-    l.clip_low = 0.2  # a ratio below 1 - clip_low is clipped [P]
-    l.clip_high = 0.2  # a ratio above 1 + clip_high is clipped [P]
+    rl.advantage = "gae"
+    rl.gamma = 1.0  # discount, once an action token (gae) or once a turn (turn_gae, turn_return); grpo and rloo have none [C]
+    rl.gae_lambda = 1.0  # of gae and turn_gae, as often as gamma [C]
+    rl.over_observations = False  # True: gae, whitening and value loss over every token after the prompt, not over action tokens alone [C]
+    rl.whiten_advantages = True  # of gae and turn_gae, over action tokens
+    rl.clip_low = 0.2  # a ratio below 1 - clip_low is clipped [P]
+    rl.clip_high = 0.2  # a ratio above 1 + clip_high is clipped [P]
     # What ratios compare with. learner: the learner's own log-probabilities before the updates, by a forward pass more [C] | sampler: those recorded while
     # sampling, without it, which needs rollout.temperature=1, top_k=0, top_p=1; where rollout.dtype is not model.dtype they differ a little, and ratios are not
     # 1 before the first update (docs/losses.md) [O]
-    l.old_logprobs = "learner"
-    l.max_ratio = 2.0  # of old_logprobs="sampler": ratios above it weigh as much as it (truncated importance weights) [O]
-    l.aggregation = "token_mean"  # token_mean: every action token of a minibatch counts the same [P] | sequence_mean: every episode does
-    l.value_clip = 0.5  # [C]
-    l.entropy_coef = 0.0  # 1e-3 in the released code [C]
-    l.kl_coef = 1e-3  # beta, charged on action tokens [P]
-    l.kl_placement = "reward"  # reward: of the sampling policy, a constant [P] | loss: of the current policy, differentiated, as GRPO has it
-    l.kl_estimator = "k1"  # k1 | k2 | k3 | abs; in the loss k1 has no gradient in expectation, and is refused: take k2 or k3 there
-    l.kl_target = (
+    rl.old_logprobs = "learner"
+    rl.max_ratio = 2.0  # of old_logprobs="sampler": ratios above it weigh as much as it (truncated importance weights) [O]
+    rl.aggregation = "token_mean"  # token_mean: every action token of a minibatch counts the same [P] | sequence_mean: every episode does
+    rl.value_clip = 0.5  # [C]
+    rl.entropy_coef = 0.0  # 1e-3 in the released code [C]
+    rl.kl_coef = 1e-3  # beta, charged on action tokens [P]
+    rl.kl_placement = "reward"  # reward: of the sampling policy, a constant [P] | loss: of the current policy, differentiated, as GRPO has it
+    rl.kl_estimator = "k1"  # k1 | k2 | k3; in the loss k1 has no gradient in expectation, and is refused: take k2 or k3 there
+    rl.kl_target = (
         0.0  # adapt beta, which must not be 0, towards this mean KL per token; 0 = beta is fixed
     )
-    l.kl_horizon = 10000.0  # episodes over which the adaptive controller reacts: it moves beta by at most a fifth in so many [C]
-    l.minibatches = 4  # optimiser steps per epoch over a rollout [P]
-    l.epochs = 1  # passes over a rollout, in the same order each
-    l.length_multiple = 128  # a rollout is cut to its longest episode, rounded up to this; one compiled program per length
-    l.micro_rows = (
+    rl.kl_horizon = 10000.0  # episodes over which the adaptive controller reacts: it moves beta by at most a fifth in so many [C]
+    rl.minibatches = 4  # optimiser steps per epoch over a rollout [P]
+    rl.ppo_epochs = 1  # passes over a rollout, in the same order each
+    rl.pad_to_multiple_of = 128  # a rollout is cut to its longest episode, rounded up to this; one compiled program per length
+    rl.microbatch_size = (
         0  # rows per forward and backward pass, gradients are accumulated; 0 = the whole minibatch
     )
 
     for name, learning_rate, warmup in (("policy", 7e-7, 0.285), ("value", 7e-6, 0.015)):  # [P]
-        c[name] = o = ml_collections.ConfigDict()
-        o.optimizer = "adamw"  # adamw | sgd
-        o.learning_rate = learning_rate  # after the warm-up
-        o.warmup = warmup  # share of the iterations with which the run began; then constant
-        o.b1 = 0.9  # AdamW: decay of the mean gradient
-        o.b2 = 0.999  # AdamW: decay of the mean squared gradient
-        o.weight_decay = 0.01  # AdamW
-        o.max_grad_norm = 1.0  # gradients are clipped to this global norm; inf = never
+        config[name] = optimizer = ml_collections.ConfigDict()
+        optimizer.optimizer = "adamw"  # adamw | sgd
+        optimizer.learning_rate = learning_rate  # after the warm-up
+        optimizer.warmup = warmup  # share of the iterations with which the run began; then constant
+        optimizer.b1 = 0.9  # AdamW: decay of the mean gradient
+        optimizer.b2 = 0.999  # AdamW: decay of the mean squared gradient
+        optimizer.weight_decay = 0.01  # AdamW
+        optimizer.max_grad_norm = 1.0  # gradients are clipped to this global norm; inf = never
 
-    c.imitation = i = ml_collections.ConfigDict()
+    config.sft = sft = ml_collections.ConfigDict()
     # Begin with these parameters: a folder that `train` wrote as WORKDIR/start, also relative to the repository; "" = random ones. Phases, if any, come on top.
-    i.checkpoint = ""
-    i.optimizer = "muon"  # muon | adamw
-    i.warmup_steps = 20  # at the beginning of each phase the rate rises so long
-    i.final_share = 0.05  # then it decays linearly, to this share of itself at the phase's end
-    i.b2 = 0.98  # decay of the mean squared gradient
-    i.weight_decay = 0.01  # as in the policy's optimiser
-    i.max_grad_norm = 1.0  # gradients are clipped to this global norm; inf = never
-    i.demonstrations = (
+    sft.checkpoint = ""
+    sft.optimizer = "muon"  # muon | adamw
+    sft.demonstrations = (
         4000  # scripted episodes made for each phase, from the training questions; at least 6
     )
-    i.held_out_split = "validation"  # scripted episodes on questions of this split are never trained on; their loss is the logged one
-    i.held_out = 128  # how many
-    i.log_every = 50  # steps between two looks at the held-out episodes
-    i.rename = False  # give names new words in every minibatch, so that facts cannot be learned by heart; needs prompt.tokenizer="atlas"
+    sft.held_out_split = "validation"  # scripted episodes on questions of this split are never trained on; their loss is the logged one
+    sft.held_out = 128  # how many
+    sft.log_every = 50  # steps between two looks at the held-out episodes
+    sft.rename = False  # give names new words in every minibatch, so that facts cannot be learned by heart; needs prompt.tokenizer="atlas"
     # Phases run one after the other: (optimiser steps, rows a step, whether each sub-question is asked alone, share of the script's decisions that
     # are taken poorly, learning rate: 0.05 to 0.01 suits muon from scratch, 1e-3 adamw).
-    i.phases = ()
+    sft.phases = ()
     # Poor decisions are taken about the relations that the script does not know. It knows this share of them, by a hash of their names (the last word of a
     # query): so a policy that answers greedily has, like the script, questions that it can search for and others that it cannot.
-    i.skill = 0.0
+    sft.known_fraction = 0.0
     # A poor decision: relative frequency of each kind (rollout/scripted.py).
-    i.shares = ml_collections.ConfigDict(
+    sft.decision_weights = ml_collections.ConfigDict(
         dict(good=0.35, vague=0.4, repeat=0.05, wrong=0.08, early=0.12)
     )
 
-    c.evaluation = e = ml_collections.ConfigDict()
-    e.split = "validation"  # greedy, every question once
-    e.questions = 0  # only the first so many; 0 = all
-    e.every = 0  # also every so many iterations; 0 = only before and after
-    e.controls = False  # also the scripted searchers
+    config.evaluation = evaluation = ml_collections.ConfigDict()
+    evaluation.split = "validation"  # greedy, every question once
+    evaluation.questions = 0  # only the first so many; 0 = all
+    evaluation.every = 0  # also every so many iterations; 0 = only before and after
+    evaluation.controls = False  # also the scripted searchers
     # `evaluate` alone: measure these data sets instead of config.data, each KIND:FOLDER or KIND:FOLDER:SPLIT (otherwise evaluation.split), with commas between;
     # beside a run's policies, or those of model.checkpoint where WORKDIR holds no run, stand direct answers, answers from one search, and from gold documents.
-    e.datasets = ""
-    e.resamples = 1000  # bootstrap draws of questions behind each interval of evaluation.datasets
+    evaluation.datasets = ""
+    evaluation.resamples = (
+        1000  # bootstrap draws of questions behind each interval of evaluation.datasets
+    )
 
-    c.checkpoint = k = ml_collections.ConfigDict()
-    k.every = 10  # iterations of RL between checkpoints
-    k.minutes = 0.0  # also after the first iteration that ends so long after the last checkpoint; 0 = only every so many iterations
-    k.imitation_every = 100  # steps of imitation between checkpoints
-    k.keep = 2  # newest checkpoints that stay
+    config.checkpoint = checkpoint = ml_collections.ConfigDict()
+    checkpoint.every = 10  # iterations of RL between checkpoints
+    checkpoint.minutes = 0.0  # also after the first iteration that ends so long after the last checkpoint; 0 = only every so many iterations
+    checkpoint.sft_every = 100  # steps of supervised fine-tuning between checkpoints
+    checkpoint.keep = 2  # newest checkpoints that stay
 
-    c.distributed = n = ml_collections.ConfigDict()
-    n.coordinator = (
+    config.distributed = distributed = ml_collections.ConfigDict()
+    distributed.coordinator = (
         ""  # host:port of process 0; "" = one process, or what the platform announces (TPU pods)
     )
-    n.processes = 1  # number of processes; 0 = as the platform announces
-    n.process_id = 0  # number of this process, from 0
-    n.heartbeat_s = 20  # a process silent for so long is given up, and the run ends; where a search hangs, after search.timeout_s
+    distributed.processes = 1  # number of processes; 0 = as the platform announces
+    distributed.process_id = 0  # number of this process, from 0
+    distributed.heartbeat_s = 20  # a process silent for so long is given up, and the run ends; where a search hangs, after search.timeout_s
 
     if preset == "reference":
-        c.update_from_flattened_dict(REFERENCE)
-    return c
+        config.update_from_flattened_dict(REFERENCE)
+    return config

@@ -55,32 +55,32 @@ def get_config(argument: str = "3b") -> ml_collections.ConfigDict:
                 f"configs/musique_qwen2_5.py:{argument}: {word} is no slice ({', '.join(SLICES)}) and no preset ({', '.join(base.VARIANTS)})"
             )
 
-    c = base.get_config(preset)
-    c.data.kind = "musique"
-    c.data.path = "data/musique"
+    config = base.get_config(preset)
+    config.data.kind = "musique"
+    config.data.path = "data/musique"
 
-    m = c.model
+    model = config.model
     (
-        m.num_layers,
-        m.embed_dim,
-        m.num_heads,
-        m.num_kv_heads,
-        m.head_dim,
-        m.ffn_dim,
-        m.tie_embeddings,
-        m.vocab_size,
+        model.num_layers,
+        model.embed_dim,
+        model.num_heads,
+        model.num_kv_heads,
+        model.head_dim,
+        model.ffn_dim,
+        model.tie_embeddings,
+        model.vocab_size,
     ) = SIZES[size]
-    m.rope_theta, m.norm_eps = 1e6, 1e-6
-    m.dtype = "bfloat16"
-    m.remat = "layers"
-    m.checkpoint = f"checkpoints/Qwen2.5-{size.upper()}"
-    c.prompt.tokenizer = m.checkpoint
+    model.rope_theta, model.norm_eps = 1e6, 1e-6
+    model.dtype = "bfloat16"
+    model.remat = "layers"
+    model.checkpoint = f"checkpoints/Qwen2.5-{size.upper()}"
+    config.prompt.tokenizer = model.checkpoint
 
-    g = c.mesh
-    g.tensor = max(TENSOR[size], SLICES[place] * c.rl.minibatches // c.rollout.questions)
-    g.data, g.fsdp = 1, SLICES[place] // g.tensor
+    mesh = config.mesh
+    mesh.tensor = max(TENSOR[size], SLICES[place] * config.rl.minibatches // config.rollout.prompts)
+    mesh.data, mesh.fsdp = 1, SLICES[place] // mesh.tensor
 
-    c.rollout.dtype = "bfloat16"
-    c.rollout.slots = 0  # all 256 episodes at a time: reading the parameters for a token costs the same for 64 of them
-    c.rl.micro_rows = g.fsdp  # a row on each group of chips
-    return c
+    config.rollout.dtype = "bfloat16"
+    config.rollout.slots = 0  # all 256 episodes at a time: reading the parameters for a token costs the same for 64 of them
+    config.rl.microbatch_size = mesh.fsdp  # a row on each group of chips
+    return config

@@ -6,9 +6,9 @@ r"""A real language model on real questions: SmolLM2-135M-Instruct, cold-started
 The file comes as README's "Pretrained models" says; the Hugging Face folder does as well. data.path: a folder with the official MuSiQue files, as in
 configs/musique_tiny.py. Written for one GPU or TPU chip with 16 GB or more. On two CPU cores it runs as well, slowly: an hour for
 
-    --config.model.dtype=float32 --config.rollout.dtype=float32 --config.iterations=2 --config.rollout.questions=4 --config.rl.minibatches=1 \
-    --config.rl.micro_rows=4 --config.evaluation.questions=8 --config.imitation.demonstrations=64 --config.imitation.held_out=4 \
-    "--config.imitation.phases=((6,4,False,0.0,1e-4),)"
+    --config.model.dtype=float32 --config.rollout.dtype=float32 --config.iterations=2 --config.rollout.prompts=4 --config.rl.minibatches=1 \
+    --config.rl.microbatch_size=4 --config.evaluation.questions=8 --config.sft.demonstrations=64 --config.sft.held_out=4 \
+    "--config.sft.phases=((6,4,False,0.0,1e-4),)"
 
 The cold start imitates a searcher that asks the gold sub-questions one after another, which teaches the form; what the policy searches for is left to RL.
 """
@@ -21,18 +21,25 @@ from configs import base
 
 
 def get_config() -> ml_collections.ConfigDict:
-    c = base.get_config()
-    c.iterations = 100
+    config = base.get_config()
+    config.iterations = 100
 
-    c.data.path = f"{os.environ.get('STEPSEARCH_DATA', '../shared/data')}/musique"
-    c.prompt.tokenizer = c.model.checkpoint = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    c.prompt.template = "short"
-    c.prompt.max_prompt_tokens = 128
+    config.data.path = f"{os.environ.get('STEPSEARCH_DATA', '../shared/data')}/musique"
+    config.prompt.tokenizer = config.model.checkpoint = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    config.prompt.template = "short"
+    config.prompt.max_prompt_tokens = 128
 
-    c.search.max_observation_tokens = 384
+    config.search.max_observation_tokens = 384
 
-    m = c.model
-    m.num_layers, m.embed_dim, m.num_heads, m.num_kv_heads, m.head_dim, m.ffn_dim = (
+    model = config.model
+    (
+        model.num_layers,
+        model.embed_dim,
+        model.num_heads,
+        model.num_kv_heads,
+        model.head_dim,
+        model.ffn_dim,
+    ) = (
         30,
         576,
         9,
@@ -40,23 +47,23 @@ def get_config() -> ml_collections.ConfigDict:
         64,
         1536,
     )
-    m.rope_theta, m.norm_eps, m.qkv_bias = 1e5, 1e-5, False
-    m.dtype = c.rollout.dtype = "bfloat16"
+    model.rope_theta, model.norm_eps, model.qkv_bias = 1e5, 1e-5, False
+    model.dtype = config.rollout.dtype = "bfloat16"
 
-    r = c.rollout
-    r.questions = 64
-    r.max_turns = 4
-    r.max_turn_tokens = 96
-    r.context = 2048
+    rollout = config.rollout
+    rollout.prompts = 64
+    rollout.max_turns = 4
+    rollout.max_turn_tokens = 96
+    rollout.context = 2048
 
-    c.rl.micro_rows = 8
-    c.policy.learning_rate, c.value.learning_rate = 3e-6, 1e-5
+    config.rl.microbatch_size = 8
+    config.policy.learning_rate, config.value.learning_rate = 3e-6, 1e-5
 
-    i = c.imitation
-    i.optimizer = "adamw"
-    i.demonstrations, i.held_out = 1000, 32
-    i.phases = ((250, 16, False, 0.0, 1e-4),)
+    sft = config.sft
+    sft.optimizer = "adamw"
+    sft.demonstrations, sft.held_out = 1000, 32
+    sft.phases = ((250, 16, False, 0.0, 1e-4),)
 
-    c.evaluation.split = "validation"
-    c.evaluation.every = 20
-    return c
+    config.evaluation.split = "validation"
+    config.evaluation.every = 20
+    return config

@@ -62,15 +62,17 @@ class Checkpoints:
             )
         )
 
-    def restore(self, number: int, like):
-        """The checkpoint, each leaf with shape, type and sharding of `like` (arrays or ShapeDtypeStructs). Raises ValueError as `load_params` does."""
+    def restore(self, number: int, abstract_state):
+        """The checkpoint, each leaf with shape, type and sharding of `abstract_state` (arrays or ShapeDtypeStructs). Raises ValueError as `load_params` does."""
         with _checked(
             self._folder / str(number) / "default",
-            like,
+            abstract_state,
             f"give the flags of the run, or remove {self._folder / str(number)}: the same command "
             "then goes on from the checkpoint before",
         ):
-            state = self._manager.restore(number, args=ocp.args.StandardRestore(_abstract(like)))
+            state = self._manager.restore(
+                number, args=ocp.args.StandardRestore(_abstract(abstract_state))
+            )
         self._manager.reached_preemption(number)  # from where `keep_pace` counts on
         return state
 
@@ -92,21 +94,25 @@ def has_params(folder: os.PathLike) -> bool:
     return path.is_dir() and ocp.utils.is_checkpoint_finalized(path)
 
 
-def load_params(folder: os.PathLike, like, remedy: str):
-    """Parameters saved by `save_params`, with shape, type and sharding of `like`. Raises FileNotFoundError where there are none, and ValueError for those of
+def load_params(folder: os.PathLike, abstract_state, remedy: str):
+    """Parameters saved by `save_params`, with shape, type and sharding of `abstract_state`. Raises FileNotFoundError where there are none, and ValueError for those of
     another model and for damaged ones. remedy: what the user can do then, for the message."""
     if not has_params(folder):
         raise FileNotFoundError(f"there is no checkpoint at {folder}: {remedy}")
-    with _checked(_absolute(folder), like, remedy), ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(_absolute(folder), _abstract(like))
+    with (
+        _checked(_absolute(folder), abstract_state, remedy),
+        ocp.StandardCheckpointer() as checkpointer,
+    ):
+        return checkpointer.restore(_absolute(folder), _abstract(abstract_state))
 
 
 @contextlib.contextmanager
-def _checked(folder: epath.Path, like, remedy: str) -> Iterator[None]:
-    """Around reading `folder`: compares what it says to hold with `like` before, and tells of damage in one line (ValueError); orbax would fill pages."""
+def _checked(folder: epath.Path, abstract_state, remedy: str) -> Iterator[None]:
+    """Around reading `folder`: compares what it says to hold with `abstract_state` before, and tells of damage in one line (ValueError); orbax would fill pages."""
     try:
         there, here = (
-            _shapes(tree) for tree in (ocp.StandardCheckpointHandler().metadata(folder).tree, like)
+            _shapes(tree)
+            for tree in (ocp.StandardCheckpointHandler().metadata(folder).tree, abstract_state)
         )
         differing = [name for name in (*here, *there) if here.get(name) != there.get(name)]
         if not differing:

@@ -207,7 +207,7 @@ def run_guarded(
     from stepsearch_jax.runtime import start_jax
 
     try:
-        check_buckets(str(workdir), config.imitation.checkpoint)
+        check_buckets(str(workdir), config.sft.checkpoint)
         start_jax(config)
         command(config, epath.Path(workdir))
         multihost_utils.sync_global_devices(

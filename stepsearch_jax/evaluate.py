@@ -27,7 +27,7 @@ import jax
 from stepsearch_jax.evaluation.greedy import evaluate_policy, write_results
 from stepsearch_jax.evaluation.tables import evaluate_datasets
 from stepsearch_jax.files import check_workdir
-from stepsearch_jax.run.folder import check_data, check_readable, remember_config
+from stepsearch_jax.run.folder import check_data, check_readable, write_config
 from stepsearch_jax.run.start import begin_run, bind_answer_gain, make_sampler
 from stepsearch_jax.run.system import build_system
 
@@ -62,7 +62,7 @@ def evaluate_command(config, workdir: pathlib.Path) -> None:
     after, after_dumps = measure(to_rollout_layout(state.policy.params), description="after RL:")
     folder = workdir / "evaluation" / split
     if jax.process_index() == 0:
-        remember_config(folder, config)
+        write_config(folder, config)
     write_results(system, folder, before, after, {"before": dumps, "after": after_dumps})
 
 

@@ -24,27 +24,27 @@ def start_jax(config) -> None:
         add_xla_flag("--xla_backend_extra_options=-unroll-full-max-count=8")
         keep_freed_memory()
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    d = config.distributed
-    if d.processes != 1:
+    distributed_config = config.distributed
+    if distributed_config.processes != 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         named = (
             dict(
-                coordinator_address=d.coordinator,
-                num_processes=d.processes,
-                process_id=d.process_id,
+                coordinator_address=distributed_config.coordinator,
+                num_processes=distributed_config.processes,
+                process_id=distributed_config.process_id,
             )
-            if d.coordinator
+            if distributed_config.coordinator
             else {}
         )
         try:
             jax.distributed.initialize(
                 **named,
-                heartbeat_timeout_seconds=d.heartbeat_s,
-                shutdown_timeout_seconds=d.heartbeat_s,
+                heartbeat_timeout_seconds=distributed_config.heartbeat_s,
+                shutdown_timeout_seconds=distributed_config.heartbeat_s,
             )
         except ValueError as error:
             raise ValueError(
-                f"config.distributed.processes={d.processes} cannot be joined ({error}): set config.distributed.coordinator to HOST:PORT of "
+                f"config.distributed.processes={distributed_config.processes} cannot be joined ({error}): set config.distributed.coordinator to HOST:PORT of "
                 "the first and process_id to its number in each, or processes to 1"
             ) from error
     elif "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):

@@ -19,7 +19,18 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = PartitionSpec(("data", "fsdp"))
-TOLD = 6  # shapes that a refusal names
+SHAPES_NAMED = 6  # in a refusal
+# Logical axes of the rollout's copy of the parameters -> mesh axes: cut over tensor alone, because every sampled token reads every parameter.
+ROLLOUT_RULES = {
+    "vocab": "tensor",
+    "embed": None,
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "ffn": "tensor",
+    "norm": None,
+    "layers": None,
+}
 
 
 def make_mesh(
@@ -51,11 +62,11 @@ def make_mesh(
         fitting.sort(
             key=lambda shape: -sum(map(operator.eq, shape, asked))
         )  # the most like what was asked first
-        told = ", ".join(
-            _name(shape) for shape in fitting[:TOLD]
-        ) + f" and {len(fitting) - TOLD} more" * (len(fitting) > TOLD)
+        possible = ", ".join(
+            _name(shape) for shape in fitting[:SHAPES_NAMED]
+        ) + f" and {len(fitting) - SHAPES_NAMED} more" * (len(fitting) > SHAPES_NAMED)
         raise ValueError(
-            f"mesh data x fsdp x tensor = {_name(asked)} {fault}: set config.mesh to one that works here: {told}"
+            f"mesh data x fsdp x tensor = {_name(asked)} {fault}: set config.mesh to one that works here: {possible}"
         )
     return Mesh(_lay_out(sizes, slices, devices), AXES, axis_types=(AxisType.Auto,) * 3)
 

@@ -2,7 +2,7 @@
 
     python -m stepsearch_jax.train --config=configs/X.py[:arg] --workdir=DIR [--config.key=value …]
 
-DIR receives config.json, begun.json, metrics.jsonl, tensorboard/, checkpoints/, start/ (the policy before RL), evaluation.json, transcripts.jsonl and
+DIR receives config.json, run.json, metrics.jsonl, tensorboard/, checkpoints/, start/ (the policy before RL), evaluation.json, transcripts.jsonl and
 report.html.
 A DIR with a checkpoint is resumed: the result is the same, bit for bit, as without the interruption.
 """
@@ -32,7 +32,7 @@ from stepsearch_jax.metrics import MetricsWriter, progress
 from stepsearch_jax.rl import learner
 from stepsearch_jax.run.checks import check_sampling
 from stepsearch_jax.run.collect import Collected, collect
-from stepsearch_jax.run.folder import check_resumable, lock, remember_beginning, remember_config
+from stepsearch_jax.run.folder import check_resumable, lock, write_beginning, write_config
 from stepsearch_jax.run.settings import learner_settings, make_optimizers
 from stepsearch_jax.run.start import begin_run, bind_answer_gain, make_sampler
 from stepsearch_jax.run.system import System, build_system
@@ -46,7 +46,7 @@ def train(config, workdir: pathlib.Path, search=None) -> dict:
     """Runs (or resumes) the whole of a training run -> the contents of evaluation.json. `search`: see `build_system`."""
     check_workdir(workdir)
     check_sampling(config)
-    held_out = [config.imitation.held_out_split] if config.imitation.phases else []
+    held_out = [config.sft.held_out_split] if config.sft.phases else []
     system = build_system(
         config,
         list(dict.fromkeys((config.data.train_split, config.evaluation.split, *held_out))),
@@ -60,7 +60,7 @@ def run_iterations(system: System, workdir: pathlib.Path, first_iterations: int)
     """What `train` does once everything that can be wrong with the input has been looked for. first_iterations: with which the run began."""
     # ---- The parts. ------------------------------------------------------------------------------------------------------------------------------
     config, mesh = system.config, system.mesh
-    split, r, l, k = (
+    split, rollout_config, rl_config, checkpoint_config = (
         system.splits[config.data.train_split],
         config.rollout,
         config.rl,
@@ -97,33 +97,35 @@ def run_iterations(system: System, workdir: pathlib.Path, first_iterations: int)
             clock = Clock()
             # Questions, in an order that follows from the seed: the position alone says where a resumed run goes on.
             position = int(state.position)
-            rows = question_rows(position, r.questions, len(split.questions), config.seed)
+            rows = question_rows(
+                position, rollout_config.prompts, len(split.questions), config.seed
+            )
             # Rollout: episodes on the device, with searches on the host; then their text, and what each search and each answer earned.
             # The rollout's copy of the policy is gone when they are done.
             sampling_key = jax.random.fold_in(rollout_key, iteration)
-            got = roll_out(
+            rollout = roll_out(
                 to_rollout_layout(state.policy.params),
                 split,
                 rows,
                 sampling_key,
-                r.temperature,
-                r.group_size,
+                rollout_config.temperature,
+                rollout_config.group_size,
             )
-            trajectory = cut_padding(got, l.length_multiple)
+            trajectory = cut_padding(rollout, rl_config.pad_to_multiple_of)
             clock.lap("rollout")
             # Rewards to their tokens, less the KL; advantages and returns. All this stays fixed during the optimiser steps.
-            rewards = rows_to_mesh(mesh, choose_rewards(config, got, iteration))
+            rewards = rows_to_mesh(mesh, choose_rewards(config, rollout, iteration))
             batch, batch_metrics = build_batch(state, reference_params, trajectory, *rewards)
             clock.lap("score")
             # Optimiser steps, a minibatch each, on the policy's clipped loss and the value model's.
             skipped = int(state.skipped)
             state, update_metrics = update(state, batch, batch_metrics["kl"])
-            state = state.replace(position=state.position + r.questions)
+            state = state.replace(position=state.position + rollout_config.prompts)
             if int(state.skipped) > skipped:
                 dump_batch(workdir, iteration, batch)
             clock.lap("update")
 
-            metrics = rollout_metrics(got) | {
+            metrics = rollout_metrics(rollout) | {
                 name: float(x) for name, x in (batch_metrics | update_metrics).items()
             }
             metrics |= (
@@ -149,8 +151,8 @@ def run_iterations(system: System, workdir: pathlib.Path, first_iterations: int)
             if checkpoints.keep_pace(
                 iteration + 1,
                 state,
-                every=k.every,
-                minutes=k.minutes,
+                every=checkpoint_config.every,
+                minutes=checkpoint_config.minutes,
                 last=iteration + 1 == config.iterations,
             ):
                 checkpoints.close()
@@ -164,23 +166,23 @@ def run_iterations(system: System, workdir: pathlib.Path, first_iterations: int)
     return write_results(system, workdir, before, after, {"before": dumps, "after": after_dumps})
 
 
-def cut_padding(got: Collected, multiple: int) -> Trajectory:
+def cut_padding(rollout: Collected, multiple: int) -> Trajectory:
     """The trajectories up to the longest of all processes, rounded up: short rollouts do not pay for the whole context. One program per rounded length."""
-    longest = int(np.max(multihost_utils.process_allgather(got.rows.length.max())))
+    longest = int(np.max(multihost_utils.process_allgather(rollout.rows.length.max())))
     width = -(-longest // multiple) * multiple
     per_token = ("tokens", "token_mask", "action_mask", "turn_ids", "sampler_logprobs")
-    return got.trajectory.replace(
-        **{name: getattr(got.trajectory, name)[:, :width] for name in per_token}
+    return rollout.trajectory.replace(
+        **{name: getattr(rollout.trajectory, name)[:, :width] for name in per_token}
     )
 
 
-def choose_rewards(config, got: Collected, iteration: int) -> tuple[np.ndarray, np.ndarray]:
+def choose_rewards(config, rollout: Collected, iteration: int) -> tuple[np.ndarray, np.ndarray]:
     """This process's step rewards [b, K] and outcome rewards [b]; the shuffled control gives every episode those of another one, of any process.
 
     On turns without a search, or with a failed one, the control adds the other's step reward to the outcome reward: were it lost, an episode could raise its
     return by its number of searches alone, and poor searches, which come late, would still be punished.
     """
-    mine = got.scores.step_rewards, got.scores.outcome_rewards
+    mine = rollout.scores.step_rewards, rollout.scores.outcome_rewards
     if not config.reward.shuffle:
         return mine
     steps, outcomes = (
@@ -191,15 +193,15 @@ def choose_rewards(config, got: Collected, iteration: int) -> tuple[np.ndarray, 
     other = np.empty_like(order)
     other[order] = np.roll(order, 1)  # one cycle through all episodes: nobody keeps its own
     other = other.reshape(jax.process_count(), -1)[jax.process_index()]
-    searched = (got.rows.search_end >= 0) & got.rows.search_ok
+    searched = (rollout.rows.search_end >= 0) & rollout.rows.search_ok
     return np.where(searched, steps[other], 0), outcomes[other] + np.where(
         searched, 0, steps[other]
     ).sum(1)
 
 
-def rollout_metrics(got: Collected) -> dict[str, float]:
+def rollout_metrics(rollout: Collected) -> dict[str, float]:
     """Means over the episodes of all processes; the gold recall over those whose gold documents are known."""
-    s, m = got.scores, got.scores.measures
+    s, m = rollout.scores, rollout.scores.measures
     columns = {
         "f1": m.f1,
         "em": m.em,
@@ -211,9 +213,9 @@ def rollout_metrics(got: Collected) -> dict[str, float]:
         "redundancy": s.redundancy.sum(1),
         "key_reward": s.key_rewards,
         "format_ok": s.gate_passed,
-        "finished": got.rows.finished,
-        "truncated": got.rows.truncated,
-        "length": got.rows.length,
+        "finished": rollout.rows.finished,
+        "truncated": rollout.rows.truncated,
+        "length": rollout.rows.length,
         "gold_known": m.gold_known,
     }
     means = (
@@ -226,14 +228,14 @@ def rollout_metrics(got: Collected) -> dict[str, float]:
     means = dict(zip(columns, means.tolist()))
     means["gold_recall"] /= means.pop("gold_known") or 1
     decode_steps, flushes, prefilled = (
-        multihost_utils.process_allgather(got.counters.sum(0)).reshape(-1, 3).sum(0)
+        multihost_utils.process_allgather(rollout.counters.sum(0)).reshape(-1, 3).sum(0)
     )
     counts = {
         "decode_steps": int(decode_steps),
         "flushes": int(flushes),
         "prefilled_tokens": int(prefilled),
-        "failed_searches": got.searches.failed,
-        "seconds/search": got.searches.seconds,
+        "failed_searches": rollout.searches.failed,
+        "seconds/search": rollout.searches.seconds,
     }
     return means | counts
 
@@ -288,12 +290,12 @@ class _NoWriter:
 
 
 def prepare_workdir(system: System, workdir: pathlib.Path) -> int:
-    """Writes config.json and begun.json, unless another config or other data have begun a run here (ValueError), and logs what the data holds -> the iterations
+    """Writes config.json and run.json, unless another config or other data have begun a run here (ValueError), and logs what the data holds -> the iterations
     with which the run began."""
     beginning = check_resumable(workdir, system.config, system.describe_data())
     if jax.process_index() == 0:
-        remember_config(workdir, system.config)
-        remember_beginning(workdir, beginning)
+        write_config(workdir, system.config)
+        write_beginning(workdir, beginning)
     for name, split in system.splits.items():
         recall = system.measure_retrieval(name)
         logger.info(

@@ -71,8 +71,8 @@ FAULTS = (
     Fault(
         "half an answer ends a text",
         SCORING,
-        'return "<answer>" in text',
-        'return text or "<answer>" in text',
+        '"<answer>" in text[text',
+        'bool(text) or "<answer>" in text[text',
         "test_scoring.py",
     ),
     Fault(
@@ -99,8 +99,8 @@ FAULTS = (
     Fault(
         "GAE steps through observations",
         ADVANTAGES,
-        "jnp.where(keep, value, next_value), jnp.where(keep, advantage, next_advantage)",
-        "value, advantage",
+        "jnp.where(keep, value, next_value),\n            jnp.where(keep, advantage, next_advantage),",
+        "value, advantage,",
         "test_advantages.py",
     ),
     Fault(
@@ -274,8 +274,8 @@ FAULTS = (
     Fault(
         "groups are not passed on",
         LEARNER,
-        "trajectory.turn_ids, trajectory.group_ids",
-        "trajectory.turn_ids, jnp.arange(len(mask))",
+        "trajectory.group_ids,",
+        "jnp.arange(len(mask)),",
         "test_learner.py -k batch_of_a_rollout",
     ),
 )

@@ -24,8 +24,8 @@ ONE = (1, 1, 1)  # data, fsdp, tensor
 EXPORT = dict(shard_bytes=1 << 30, context=64, end_ids=[0], pad_id=0, tokenizer_files={})
 
 
-def configure(stored, vocab_size: int = 46):
-    return stored.model_config(
+def configure(weights, vocab_size: int = 46):
+    return weights.model_config(
         vocab_size=vocab_size, dtype=jnp.float32, remat="none", attention_block=4
     )
 
@@ -45,6 +45,6 @@ def make_like(config, mesh_shape=ONE):
 
 
 def load(path: pathlib.Path, mesh_shape=ONE):
-    stored = open_checkpoint(path)
-    config = configure(stored)
-    return config, load_policy(stored, config, make_like(config, mesh_shape))
+    weights = open_checkpoint(path)
+    config = configure(weights)
+    return config, load_policy(weights, config, make_like(config, mesh_shape))

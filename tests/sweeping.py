@@ -15,7 +15,7 @@ CONFIG = """
 import ml_collections
 def get_config():
     return ml_collections.ConfigDict(dict(
-        seed=0, iterations=6, rollout=dict(questions=8, group_size=1), rl=dict(minibatches=2, epochs=1), policy=dict(learning_rate=0.001),
+        seed=0, iterations=6, rollout=dict(prompts=8, group_size=1), rl=dict(minibatches=2, ppo_epochs=1), policy=dict(learning_rate=0.001),
         reward=dict(gamma_key=0.618, use_gain=True, placement="step"), evaluation=dict(split="test"), data=dict(shapes=("2hop",))))
 """
 SWEEP = """
@@ -45,7 +45,7 @@ if plan.get("fail"):
     sys.exit(plan.get("status", 3))
 f1, n = plan["f1"], plan["config"]["iterations"]
 with (folder / "metrics.jsonl").open("w") as file:
-    file.write(json.dumps(dict(stage="imitation", iteration=0, f1=9.0)) + "\\n")
+    file.write(json.dumps(dict(stage="sft", iteration=0, f1=9.0)) + "\\n")
     for iteration in range(n):
         file.write(json.dumps(dict(stage="rl", iteration=iteration, f1=f1 * (iteration + 1) / n)) + "\\n")
 means = lambda f1: dict(f1=f1, em=f1 / 2, gold_recall=0.9, searches=2.5, invalid=0.0)

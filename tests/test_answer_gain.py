@@ -141,8 +141,8 @@ def test_a_whole_run(tmp_path, tmp_path_factory):
     """On two devices: the command trains by it, and what it says of the gains is neither nothing nor the documents' share."""
     cache, start = running.shared_cache(tmp_path_factory), running.searching_start(tmp_path_factory)
     options = (
-        f"--config.imitation.checkpoint={start}",
-        "--config.imitation.phases=()",
+        f"--config.sft.checkpoint={start}",
+        "--config.sft.phases=()",
         "--config.iterations=1",
     )
     gains = {}

@@ -172,19 +172,15 @@ CASES = {
         lambda f: {"mesh.train_rules.ffn": "model"},
         "config.mesh.train_rules.ffn is 'model'; it must be data or fsdp or tensor or None",
     ),
-    "rollout cut otherwise": (
-        lambda f: {"mesh.rollout_rules.embed": "fsdp"},
-        "config.mesh.rollout_rules.embed is 'fsdp'; it must be None",
-    ),
     "uneven cut": (
         lambda f: {"mesh.data": 1, "mesh.fsdp": 4, "model.embed_dim": 30},
         "mesh.fsdp=4 does not divide the model.s embed axis of 30",
     ),
     "mesh and batch": (
-        lambda f: {"rollout.questions": 10},
+        lambda f: {"rollout.prompts": 10},
         r"10 episodes .* cannot be cut into 4 mesh shards",
     ),
-    "micro-batch": (lambda f: {"rl.micro_rows": 3}, "rl.micro_rows=3 must be a multiple"),
+    "micro-batch": (lambda f: {"rl.microbatch_size": 3}, "rl.microbatch_size=3 must be a multiple"),
     "slots and mesh": (
         lambda f: {"rollout.slots": 6},
         r"rollout.slots=6 must be 0 \(all\), or a multiple of the 4 mesh shards",
@@ -193,8 +189,8 @@ CASES = {
         lambda f: {"rollout.slots": 400},
         "rollout.slots=400 must be .* up to the [0-9]+ episodes of an iteration",
     ),
-    "imitation rows": (
-        lambda f: {"imitation.phases": ((10, 6, False, 0.0, 0.02),)},
+    "fine-tuning rows": (
+        lambda f: {"sft.phases": ((10, 6, False, 0.0, 0.02),)},
         "6 rows .* cannot be cut into 4 mesh shards",
     ),
     "short context": (lambda f: {"rollout.context": 100}, "rollout.context=100 has no room"),

@@ -33,7 +33,7 @@ SPREAD = cases.Case(
     turn_tokens=(2, 5, 9),
     observation=1,
     slots=2,
-    flush_share=0.5,
+    flush_fraction=0.5,
     prefill_rows=1,
     prefill_tokens=16,
 )

@@ -93,7 +93,7 @@ def test_the_figures(monkeypatch):
     assert found["reached_flops_s"] == pytest.approx(
         found["model_flops"] / found["updates"]["ours_s"]
     )
-    assert found["matmul_share"] == pytest.approx(found["reached_flops_s"] / 1e9)
+    assert found["matmul_fraction"] == pytest.approx(found["reached_flops_s"] / 1e9)
     assert (
         found["roofline"]["flops"] == found["model_flops"]
         and found["roofline"]["bytes"] == 11 * found["memory"]["gradient_bytes"]

@@ -17,7 +17,7 @@ from stepsearch_jax import checkpoint
 REPO = pathlib.Path(__file__).resolve().parents[1]
 
 
-def like(state):
+def abstract_state(state):
     return jax.tree.map(jnp.zeros_like, state)
 
 
@@ -110,7 +110,9 @@ def test_latest_and_restore(tmp_path):
     checkpoints.close()
     again = checkpoint.Checkpoints(tmp_path / "a", keep=2)
     assert again.latest() == 3
-    np.testing.assert_array_equal(again.restore(3, like(make_state(0)))["a"], make_state(3)["a"])
+    np.testing.assert_array_equal(
+        again.restore(3, abstract_state(make_state(0)))["a"], make_state(3)["a"]
+    )
     again.close()
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["2", "3"]
 
@@ -169,11 +171,12 @@ def test_params(tmp_path, monkeypatch):
     checkpoint.save_params(tmp_path / "start", params)
     assert checkpoint.has_params(tmp_path / "start")
     np.testing.assert_array_equal(
-        checkpoint.load_params(tmp_path / "start", like(params), "none")["a"], params["a"]
+        checkpoint.load_params(tmp_path / "start", abstract_state(params), "none")["a"], params["a"]
     )
     monkeypatch.chdir(tmp_path)
     np.testing.assert_array_equal(
-        checkpoint.load_params(pathlib.Path("start"), like(params), "none")["a"], params["a"]
+        checkpoint.load_params(pathlib.Path("start"), abstract_state(params), "none")["a"],
+        params["a"],
     )
 
 

@@ -103,7 +103,7 @@ def command(config, workdir):
     finally:
         print("tidied up")
 
-config = ConfigDict({"distributed": {"processes": 1}, "imitation": {"checkpoint": ""}})
+config = ConfigDict({"distributed": {"processes": 1}, "sft": {"checkpoint": ""}})
 cli.run_guarded(command, config, pathlib.Path("run"), "the same command goes on")
 """
 

@@ -130,7 +130,6 @@ def test_its_config_is_accepted(command):
         make_worlds(
             seed=a.seed,
             entities=a.entities,
-            extra_facts=a.extra_facts,
             k1=config.search.bm25_k1,
             b=config.search.bm25_b,
             shapes=tuple(a.shapes),

@@ -280,7 +280,6 @@ def make_config(tmp_path, **changes):
         train_questions=12,
         validation_questions=0,
         test_questions=6,
-        extra_facts=1,
     )
     config = dict(
         kind="atlas",
@@ -299,7 +298,6 @@ def test_atlas_comes_back_from_disk_as_it_was_made(tmp_path):
     documents, splits = make_worlds(
         seed=1,
         entities=80,
-        extra_facts=1,
         k1=0.9,
         b=0.4,
         shapes=("2hop", "3hop_join"),

@@ -100,7 +100,7 @@ def test_a_server_votes_as_its_index_does_and_may_die(folder, monkeypatch):
     assert of_engines[ONE]["found"] != of_engines[OTHER]["found"] and "corpus.jsonl" in {
         path.name for path in (folder / "local").iterdir()
     }
-    assert 0 < figures["all"]["kept_share"] < 1
+    assert 0 < figures["all"]["kept_fraction"] < 1
     index_files([folder / "local/corpus.jsonl"], folder / "index", 3.0, 1.0)
     port = running.free_port()
     remote = f"remote:http://localhost:{port}"

@@ -20,9 +20,9 @@ from stepsearch_jax.train import train
 cache, start, workdir, mode = sys.argv[1:5]
 faulty, healthy_calls, process, processes, port = map(int, sys.argv[5:])
 config = tiny_config.get_config(cache)
-config.imitation.checkpoint = start
+config.sft.checkpoint = start
 config.search.timeout_s, config.distributed.heartbeat_s = 3.0, 10
-config.search.max_failure_share = float(mode == "tolerated")
+config.search.max_failure_fraction = float(mode == "tolerated")
 if processes > 1:
     d = config.distributed
     d.coordinator, d.processes, d.process_id = f"localhost:{port}", processes, process
@@ -118,7 +118,7 @@ def test_one_process(mode, tmp_path, tmp_path_factory):
     if mode == "raises":
         assert (
             "RuntimeError: the retriever is down" in output
-            and "config.search.max_failure_share=0.0" in output
+            and "config.search.max_failure_fraction=0.0" in output
         )
 
 

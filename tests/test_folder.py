@@ -9,14 +9,18 @@ import running
 import tiny_config
 from etils import epath
 
+from configs import base
 from stepsearch_jax import evaluate, train
+from stepsearch_jax.run import folder
 from stepsearch_jax.run.folder import (
+    FORMAT,
     check_readable,
     check_resumable,
     describe_difference,
+    flatten,
     lock,
-    remember_beginning,
-    remember_config,
+    write_beginning,
+    write_config,
 )
 from stepsearch_jax.run.system import build_system
 
@@ -28,14 +32,14 @@ def run(tmp_path):
     """-> (folder of a run that has begun, a config like its own)."""
     config = tiny_config.get_config("cache")
     beginning = check_resumable(tmp_path, config, DATA)
-    remember_config(tmp_path, config)
-    remember_beginning(tmp_path, beginning)
+    write_config(tmp_path, config)
+    write_beginning(tmp_path, beginning)
     (tmp_path / "start").mkdir()
     return tmp_path, tiny_config.get_config("cache")
 
 
 def test_the_same_config_goes_on(run):
-    assert check_resumable(*run, DATA) == {"iterations": 2, "data": DATA}
+    assert check_resumable(*run, DATA) == {"format": FORMAT, "iterations": 2, "data": DATA}
     check_readable(*run)
 
 
@@ -62,7 +66,7 @@ def test_what_may_change(run, key, value):
         ("reward.placement", "merged"),
         ("rl.advantage", "grpo"),
         ("model.num_layers", 3),
-        ("imitation.phases", ((1, 8, True, 0, 0.1),)),
+        ("sft.phases", ((1, 8, True, 0, 0.1),)),
     ],
 )
 def test_what_may_not(run, key, value):
@@ -178,10 +182,10 @@ def test_results_under_another_config_go(run):
     """They would make a run that goes on with more iterations look finished."""
     folder, config = run
     (folder / "evaluation.json").write_text("{}")
-    remember_config(folder, config)
+    write_config(folder, config)
     assert (folder / "evaluation.json").exists()
     config.iterations = 9
-    remember_config(folder, config)
+    write_config(folder, config)
     assert not (folder / "evaluation.json").exists()
 
 
@@ -228,13 +232,36 @@ def test_where_there_are_no_locks_nobody_is_kept_out(tmp_path, monkeypatch):
         pass
 
 
-def test_keys_of_another_version_do_not_count(run):
+def test_keys_of_another_version_are_refused(run):
     folder, config = run
     old = json.loads((folder / "config.json").read_text())
     old["rl"]["gone"] = old["rl"].pop("gamma")
     (folder / "config.json").write_text(json.dumps(old))
-    (folder / "begun.json").unlink()
-    assert check_resumable(folder, config, DATA) == {"iterations": 2, "data": DATA}
+    with pytest.raises(ValueError, match="rl.gamma.*rl.gone"):
+        check_resumable(folder, config, DATA)
+
+
+@pytest.mark.parametrize("written", [None, {"iterations": 2, "data": DATA}, {"format": FORMAT + 1}])
+def test_run_of_another_format_is_refused_in_one_line(run, written):
+    folder, config = run
+    (folder / "run.json").unlink()
+    if written:
+        (folder / "run.json").write_text(json.dumps(written))
+    found = (written or {}).get("format", 1)
+    for check in (
+        lambda: check_resumable(folder, config, DATA),
+        lambda: check_readable(folder, config),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"^{folder}.*format {found}\b.*format {FORMAT}\b"
+        ) as error:
+            check()
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("prefix", [*folder._RESUMABLE, *folder._STATE])
+def test_every_prefix_that_resuming_compares_is_of_a_key(prefix):
+    assert any(key.startswith(prefix) for key in flatten(base.get_config().to_dict()))
 
 
 def test_difference_in_words():

@@ -83,8 +83,8 @@ def decode_greedily(config, params, prompts: list[list[int]], count: int) -> np.
 @pytest.mark.slow
 def test_smollm2_answers_as_in_transformers(tmp_path):
     """64 tokens on 5 prompts: from the GGUF file, and from the folder that is written of it and read on eight devices."""
-    stored = open_checkpoint(find_smollm2())
-    config = stored.model_config(49152, dtype=jnp.float32, remat="none", attention_block=64)
+    weights = open_checkpoint(find_smollm2())
+    config = weights.model_config(49152, dtype=jnp.float32, remat="none", attention_block=64)
     assert (
         config.num_layers,
         config.embed_dim,
@@ -94,7 +94,7 @@ def test_smollm2_answers_as_in_transformers(tmp_path):
     ) == (30, 576, 9, 3, True)
     records = json.loads((GOLDEN / "smollm2.json").read_text())
     prompts, answers = ([record[key] for record in records] for key in ("prompt", "answer"))
-    params = load_policy(stored, config, make_like(config))
+    params = load_policy(weights, config, make_like(config))
     np.testing.assert_array_equal(decode_greedily(config, params, prompts, 64), answers)
     export_policy(
         tmp_path / "model", params, config, dtype="float32", **EXPORT | dict(shard_bytes=1 << 28)
@@ -110,14 +110,14 @@ def test_rows_of_interleaved_heads():
 
 def write_gguf(path: pathlib.Path, family: str, folder: pathlib.Path, **changes) -> None:
     """A golden model as a GGUF file, as the converter of llama.cpp lays it out; changes: of its metadata."""
-    stored, writer = open_checkpoint(folder), gguf.GGUFWriter(path, family)
+    weights, writer = open_checkpoint(folder), gguf.GGUFWriter(path, family)
     facts = {
         "block_count": 2,
         "embedding_length": 24,
         "feed_forward_length": 32,
         "attention.head_count": 4,
         "attention.head_count_kv": 2,
-        "attention.key_length": stored.fields["head_dim"],
+        "attention.key_length": weights.fields["head_dim"],
         "rope.freq_base": 100.0,
         "attention.layer_norm_rms_epsilon": 1e-6,
     } | changes
@@ -126,7 +126,7 @@ def write_gguf(path: pathlib.Path, family: str, folder: pathlib.Path, **changes)
             f"{family}.{name}", value
         )
     theirs = {hugging: short for short, hugging in NAMES.items()}
-    for name, tensor in stored.tensors.items():
+    for name, tensor in weights.tensors.items():
         stem, kind = name.rsplit(".", 1)
         layer = stem.split(".")[2] if ".layers." in stem else None
         short = theirs[stem.split(f".{layer}.", 1)[1] if layer else stem]

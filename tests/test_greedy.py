@@ -17,7 +17,7 @@ from stepsearch_jax.metrics import MetricsWriter
 from stepsearch_jax.report.page import write_report
 from stepsearch_jax.rollout.scripted import PERFECT, run_script
 from stepsearch_jax.run import collect
-from stepsearch_jax.run.folder import remember_config
+from stepsearch_jax.run.folder import write_config
 from stepsearch_jax.run.system import System, build_system
 from stepsearch_jax.sharding import rows_from_mesh, rows_to_mesh
 
@@ -52,7 +52,7 @@ class Scripted:
             s.settings,
             s.environment.last_turn_warning,
             self.shares,
-            skill=0.0,
+            known_fraction=0.0,
             seed=len(self.asked),
         )
         trajectory = trajectory.replace(question_ids=question_ids, group_ids=group_ids)
@@ -177,7 +177,7 @@ def test_evaluate_leaves_what_training_wrote(system, tmp_path, monkeypatch):
     monkeypatch.setattr(
         evaluate, "make_sampler", lambda _: (Scripted(system, PERFECT), lambda params: params)
     )
-    remember_config(tmp_path, system.config)
+    write_config(tmp_path, system.config)
     (tmp_path / "start").mkdir()
     evaluate.evaluate_command(system.config, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "start", "evaluation"}

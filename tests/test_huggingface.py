@@ -111,11 +111,13 @@ def test_leaves_arrive_in_their_slices(case):
     """On eight devices: the shardings that were asked for, and the values of one device, bit for bit."""
     config, alone = load(GOLDEN / case)
     _, params = load(GOLDEN / case, EIGHT)
-    like = make_like(config, EIGHT)
+    abstract_params = make_like(config, EIGHT)
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y), params, alone)
     assert jax.tree.leaves(
-        jax.tree.map(lambda x, y: x.sharding == y.sharding and x.dtype == y.dtype, params, like)
-    ) == [True] * len(jax.tree.leaves(like))
+        jax.tree.map(
+            lambda x, y: x.sharding == y.sharding and x.dtype == y.dtype, params, abstract_params
+        )
+    ) == [True] * len(jax.tree.leaves(abstract_params))
     assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(params))
 
 
@@ -215,7 +217,7 @@ def test_export_with_its_tokenizer(tmp_path, shared_data):
 def test_an_export_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
     config, params = load(GOLDEN / "qwen2")
     export_policy(tmp_path / "model", params, config, dtype="float32", **EXPORT)
-    monkeypatch.setattr(huggingface, "list_stored", lambda *_: 1 / 0)
+    monkeypatch.setattr(huggingface, "list_file_tensors", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         export_policy(tmp_path / "model", params, config, dtype="bfloat16", **EXPORT)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -226,9 +228,9 @@ def test_an_export_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("case", ["qwen2", "qwen2_yarn"])  # one table, and two
 def test_a_larger_vocabulary_is_filled_with_the_mean(case):
-    stored = open_checkpoint(GOLDEN / case)
-    config = configure(stored, vocab_size=64)
-    params = load_policy(stored, config, make_like(config, EIGHT))
+    weights = open_checkpoint(GOLDEN / case)
+    config = configure(weights, vocab_size=64)
+    params = load_policy(weights, config, make_like(config, EIGHT))
     tokens = np.arange(1, 13, dtype=np.int32)[None]
     wide, narrow = whole_logits(config, params, tokens), whole_logits(*load(GOLDEN / case), tokens)
     np.testing.assert_allclose(
@@ -245,7 +247,7 @@ def test_a_larger_vocabulary_is_filled_with_the_mean(case):
 @pytest.mark.slow
 def test_tensors_are_read_one_at_a_time():
     """While a model is read, no tensor is alive together with more than one other, and each is read once."""
-    stored, alive, most, read = open_checkpoint(GOLDEN / "qwen2_yarn"), [], [], []
+    weights, alive, most, read = open_checkpoint(GOLDEN / "qwen2_yarn"), [], [], []
 
     def watch(name, tensor):
         def read_watched():
@@ -259,11 +261,11 @@ def test_tensors_are_read_one_at_a_time():
         return dataclasses.replace(tensor, read=read_watched)
 
     watched = dataclasses.replace(
-        stored, tensors={name: watch(name, tensor) for name, tensor in stored.tensors.items()}
+        weights, tensors={name: watch(name, tensor) for name, tensor in weights.tensors.items()}
     )
-    config = configure(stored)
+    config = configure(weights)
     load_policy(watched, config, make_like(config))
-    assert sorted(read) == sorted(stored.tensors) and max(most) <= 2
+    assert sorted(read) == sorted(weights.tensors) and max(most) <= 2
 
 
 def test_a_table_stored_twice(tmp_path):
@@ -477,10 +479,10 @@ def test_many_faults_are_counted(tmp_path):
     ],
 )
 def test_another_architecture_is_refused(change, complaint):
-    stored = open_checkpoint(GOLDEN / "qwen2")
-    config = dataclasses.replace(configure(stored), **change)
+    weights = open_checkpoint(GOLDEN / "qwen2")
+    config = dataclasses.replace(configure(weights), **change)
     with pytest.raises(ValueError, match=f"qwen2 has another architecture: .*{complaint}"):
-        load_policy(stored, config, make_like(config))
+        load_policy(weights, config, make_like(config))
 
 
 def test_export_needs_a_family(tmp_path):

@@ -198,7 +198,7 @@ def test_figures_by_hand():
         "with_key": 1,
         "written": 4,
         "kept": 2,
-        "kept_share": 0.5,
+        "kept_fraction": 0.5,
         "engines": {
             "e1": {"found": 0.5, "kept_recall": 1.0, "reached": 0.5},
             "e2": {"found": 0.25, "kept_recall": 0.5, "reached": 0.5},

@@ -10,6 +10,7 @@ import pytest
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "stepsearch_jax"
 # From the bottom up: a file imports from its own layer and from layers before it. The commands, last, import everything.
 LAYERS = (
+    "choices",
     "records",
     "types",
     "masking",

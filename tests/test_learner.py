@@ -38,8 +38,8 @@ SETTINGS = learner.LearnerSettings(
     kl_target=0.0,
     kl_horizon=1000.0,
     minibatches=1,
-    epochs=1,
-    micro_rows=0,
+    ppo_epochs=1,
+    microbatch_size=0,
     placement="step",
     outcome_overwrites=False,
 )
@@ -169,25 +169,29 @@ def one_step(**change):
 
 
 @functools.cache
-def four_steps(micro_rows=0, critic=True):
+def four_steps(microbatch_size=0, critic=True):
     """Two epochs of two minibatches on a batch of 16, with the adaptive KL coefficient."""
     change = dict(
-        minibatches=2, epochs=2, kl_target=0.02, kl_horizon=1000.0, micro_rows=micro_rows
+        minibatches=2,
+        ppo_epochs=2,
+        kl_target=0.02,
+        kl_horizon=1000.0,
+        microbatch_size=microbatch_size,
     ) | ({} if critic else CRITIC_FREE)
     return one_step(**change)
 
 
 @functools.cache
-def run_four_steps(shape, micro_rows=0, critic=True):
+def run_four_steps(shape, microbatch_size=0, critic=True):
     """-> (state, metrics) as NumPy."""
     batch = sharding.rows_to_mesh(tiny.mesh_of(shape), make_batch())
     return to_host(
-        four_steps(micro_rows, critic)(make_state(shape, critic), batch, jnp.float32(0.02))
+        four_steps(microbatch_size, critic)(make_state(shape, critic), batch, jnp.float32(0.02))
     )
 
 
 @pytest.mark.parametrize(
-    "shape,micro_rows,critic",
+    "shape,microbatch_size,critic",
     [
         ((8, 1, 1), 0, True),
         ((2, 2, 2), 0, True),
@@ -206,11 +210,11 @@ def run_four_steps(shape, micro_rows=0, critic=True):
     ],
     ids=str,
 )
-def test_every_mesh_and_micro_batch_makes_the_same_update(shape, micro_rows, critic):
+def test_every_mesh_and_micro_batch_makes_the_same_update(shape, microbatch_size, critic):
     """The gradients of the first of four steps, and the parameters after the last."""
     (expected, expected_metrics), (got, metrics) = (
         run_four_steps(ONE, critic=critic),
-        run_four_steps(shape, micro_rows, critic),
+        run_four_steps(shape, microbatch_size, critic),
     )
     close_to_leaf_maximum(first_gradients(got), first_gradients(expected), 1e-5)
     close_to_leaf_maximum(latest_params(got), latest_params(expected), 1e-5)
@@ -608,7 +612,7 @@ def test_batch_of_a_rollout(change):
         rng.normal(size=trajectory.search_end.shape).astype(np.float32),
         rng.normal(size=16).astype(np.float32),
     )
-    settings = dataclasses.replace(SETTINGS, gamma=0.9, gae_lambda=0.8, micro_rows=4, **change)
+    settings = dataclasses.replace(SETTINGS, gamma=0.9, gae_lambda=0.8, microbatch_size=4, **change)
     batch, metrics = to_host(
         learner.make_build_batch(tiny.CONFIG, settings)(
             state, reference_params, trajectory, *rewards

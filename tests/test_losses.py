@@ -70,7 +70,7 @@ CASES = {
     "merged": dict(placement="merged", kl_estimator="k2"),
     "observations": dict(over_observations=True, outcome_overwrites=True, kl_estimator="k3"),
     "sequences": dict(aggregation="sequence_mean", kl_placement="loss", kl_estimator="k3"),
-    "turn_gae": dict(advantage="turn_gae", aggregation="sequence_mean", kl_estimator="abs"),
+    "turn_gae": dict(advantage="turn_gae", aggregation="sequence_mean", kl_estimator="k2"),
     "grpo": dict(
         advantage="grpo", aggregation="sequence_mean", kl_placement="loss", kl_estimator="k3"
     ),
@@ -103,7 +103,7 @@ def gradients_of(batch, **change):
 
 
 def penalty(x: float, estimator: str) -> float:
-    return {"k1": x, "k2": x * x / 2, "k3": math.exp(-x) - 1 + x, "abs": abs(x)}[estimator]
+    return {"k1": x, "k2": x * x / 2, "k3": math.exp(-x) - 1 + x}[estimator]
 
 
 def loop_loss(

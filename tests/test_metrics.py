@@ -40,14 +40,12 @@ def read_events(folder):
 
 def test_lines_are_plain_json_in_order(tmp_path):
     with MetricsWriter(tmp_path / "new" / "folder", 0) as writer:
-        writer.write("imitation", 0, {"loss/policy": np.float32(0.5)})
+        writer.write("sft", 0, {"loss/policy": np.float32(0.5)})
         text = (tmp_path / "new" / "folder" / METRICS_FILE).read_text()
-        assert (
-            text == '{"stage": "imitation", "iteration": 0, "loss/policy": 0.5}\n'
-        )  # flushed at once
+        assert text == '{"stage": "sft", "iteration": 0, "loss/policy": 0.5}\n'  # flushed at once
         writer.write("rl", np.int64(0), {"f1": 1, "kl": np.array(0.25)})
     assert read_metrics(tmp_path / "new" / "folder") == [
-        {"stage": "imitation", "iteration": 0, "loss/policy": 0.5},
+        {"stage": "sft", "iteration": 0, "loss/policy": 0.5},
         {"stage": "rl", "iteration": 0, "f1": 1.0, "kl": 0.25},
     ]
 
@@ -96,7 +94,7 @@ def test_a_resumed_log_equals_an_uninterrupted_one(tmp_path_factory, killed, los
     resumed = max(killed - lost, 0)
     whole, broken = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("broken")
     for workdir in (whole, broken):
-        write_run(workdir, 0, 3, stage="imitation")
+        write_run(workdir, 0, 3, stage="sft")
     write_run(whole, 0, 8)
     write_run(broken, 0, killed)
     next_line = (whole / METRICS_FILE).read_bytes().splitlines()[3 + killed]
@@ -108,22 +106,22 @@ def test_a_resumed_log_equals_an_uninterrupted_one(tmp_path_factory, killed, los
 
 
 def test_only_the_stage_being_written_is_cut(tmp_path):
-    write_run(tmp_path, 0, 5, stage="imitation")
+    write_run(tmp_path, 0, 5, stage="sft")
     write_run(tmp_path, 0, 5, stage="rl")
     write_run(tmp_path, 2, 4, stage="rl")
-    expected = [("imitation", i) for i in range(5)] + [("rl", i) for i in range(4)]
+    expected = [("sft", i) for i in range(5)] + [("rl", i) for i in range(4)]
     assert [(row["stage"], row["iteration"]) for row in read_metrics(tmp_path)] == expected
 
 
 def test_a_later_stage_of_a_resumed_process_starts_afresh(tmp_path):
     write_run(
         tmp_path, 0, 3, stage="rl"
-    )  # left by a process whose imitation is now done again from iteration 8
+    )  # left by a process whose supervised fine-tuning is now done again from iteration 8
     with MetricsWriter(tmp_path, 8) as writer:
-        writer.write("imitation", 8, {"loss/policy": 1.0})
+        writer.write("sft", 8, {"loss/policy": 1.0})
         writer.write("rl", 0, {"f1": 0.5})
     assert [(row["stage"], row["iteration"]) for row in read_metrics(tmp_path)] == [
-        ("imitation", 8),
+        ("sft", 8),
         ("rl", 0),
     ]
 

@@ -150,7 +150,7 @@ def test_real_training_survives_a_preemption_bit_for_bit(tmp_path, tmp_path_fact
     whole, preempted = tmp_path / "disk/whole", tmp_path / "disk/preempted"
     flags = [
         f"--config=tests/tiny_config.py:{running.shared_cache(tmp_path_factory)}",
-        f"--config.imitation.checkpoint={running.searching_start(tmp_path_factory)}",
+        f"--config.sft.checkpoint={running.searching_start(tmp_path_factory)}",
         "--config.iterations=4",
         "--config.evaluation.questions=8",
     ]

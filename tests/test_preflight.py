@@ -36,7 +36,7 @@ SETTINGS = RolloutSettings(
     top_k=0,
     top_p=1.0,
     slots=0,
-    flush_share=0.5,
+    flush_fraction=0.5,
     prefill_rows=2,
     prefill_tokens=4,
 )
@@ -46,7 +46,7 @@ def make_config(**changes):
     config = tiny_config.get_config("unused")
     config.model.vocab_size = 512
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 1, 2, 2
-    config.rollout.slots, config.rl.micro_rows = 4, 2
+    config.rollout.slots, config.rl.microbatch_size = 4, 2
     config.update_from_flattened_dict(changes)
     return config
 
@@ -92,7 +92,10 @@ def test_loops_are_known_by_their_functions():
         plan.trips(("attend_cached", "extend", "decode_until_wait", *around)) == plan.decode_blocks
     )
     assert plan.trips(("_prefill", "start_episodes", "_start", "run_shard")) == plan.start_chunks
-    assert plan.trips(("attend_cached", "_prefill", "absorb", *around)) == plan.prefill_blocks
+    assert (
+        plan.trips(("attend_cached", "_prefill", "read_observations", *around))
+        == plan.prefill_blocks
+    )
     assert plan.trips(("run_shard", "rollout")) == plan.outer_steps
     for unknown in ((), ("attend_cached",), ("spin", "turn", "run_shard")):
         with pytest.raises(ValueError, match="no trip count is known"):
@@ -184,7 +187,7 @@ def test_levers_are_sorted_by_what_they_save():
         for phase in programs.PHASES
     }
     levers = verdict.find_levers(
-        make_config(**{"rl.micro_rows": 4}), parts, verdict.judge(sizes, learning, GIB)
+        make_config(**{"rl.microbatch_size": 4}), parts, verdict.judge(sizes, learning, GIB)
     )
     assert (
         levers[0].name == "remat"
@@ -347,7 +350,7 @@ def test_a_missing_libtpu_is_told_with_what_brings_it(monkeypatch):
         ({"mesh.fsdp": 3}, "mesh data x fsdp x tensor = 1 x 3 x 2 .* devices"),
         ({"mesh.fsdp": 1, "mesh.tensor": 4}, "kv head"),
         ({"rollout.slots": 3}, "rollout.slots=3"),
-        ({"rl.micro_rows": 3}, "rl.micro_rows=3"),
+        ({"rl.microbatch_size": 3}, "rl.microbatch_size=3"),
     ],
 )
 def test_configs_that_cannot_be_are_refused_in_one_line(monkeypatch, change, complaint):
@@ -392,19 +395,19 @@ def test_the_command_for_a_slice_that_is_not_there(tmp_path):
         figures["phases"]["rollout"]["collectives"]["all-reduce"]["count"] > 100
     )  # in every layer of every step
 
-    full = run("--config.rollout.context=2097152", "--config.rollout.questions=64")
+    full = run("--config.rollout.context=2097152", "--config.rollout.prompts=64")
     assert full.returncode == 1, full.stderr[-2000:]
     assert (
         "refused by the compiler" in full.stdout
         and "does not fit: the update" in full.stdout
-        and "micro-batch: rl.micro_rows=" in full.stdout
+        and "micro-batch: rl.microbatch_size=" in full.stdout
     )
     # The rollout alone: on a chip 256 slots of 65536 positions, in each of two layers 128 numbers of 2 bytes in k and in v, are 16 GiB of cache.
     wide = run(
         "--config.model.head_dim=128",
         "--config.rollout.context=65536",
-        "--config.rollout.questions=512",
-        "--config.rl.micro_rows=2",
+        "--config.rollout.prompts=512",
+        "--config.rl.microbatch_size=2",
         f"--json={tmp_path / 'wide.json'}",
     )
     assert wide.returncode == 1, wide.stderr[-2000:]

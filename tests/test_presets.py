@@ -20,7 +20,7 @@ from stepsearch_jax.run.system import build_system
 
 # The closed list in which the released code differs from the paper, with the released script's numbers.
 REFERENCE = {
-    "reward.answer_gate": "ends_with_answer",
+    "reward.format_gate": "ends_with_answer",
     "reward.format_failure": "minus_one",
     "reward.key_match": "overwrite",
     "reward.redundancy_scope": "rendered",
@@ -31,12 +31,12 @@ REFERENCE = {
     "rl.entropy_coef": 1e-3,
     "rollout.top_p": 0.95,
     "iterations": 1120,
-    "rollout.questions": 128,
+    "rollout.prompts": 128,
     "policy.learning_rate": 5e-7,
     "value.learning_rate": 5e-7,
     "value.warmup": 0.05,
 }
-GROUPS = {"rollout.questions": 4, "rollout.group_size": 2}
+GROUPS = {"rollout.prompts": 4, "rollout.group_size": 2}
 
 
 def flatten(config, prefix: str = "") -> dict:
@@ -162,7 +162,7 @@ def test_a_run_and_its_continuation(tmp_path, tmp_path_factory, change):
                 **change,
                 **{
                     "iterations": iterations,
-                    "imitation.checkpoint": start,
+                    "sft.checkpoint": start,
                     "policy.warmup": 0.0,
                     "value.warmup": 0.0,
                     "policy.learning_rate": 1e-3,

@@ -29,7 +29,7 @@ from stepsearch_jax.train import train
 cache, start, workdir = sys.argv[1:4]
 process, processes, port = map(int, sys.argv[4:7])
 config = tiny_config.get_config(cache)
-config.imitation.checkpoint = start
+config.sft.checkpoint = start
 config.mesh.data, config.mesh.fsdp, config.mesh.tensor = map(int, sys.argv[7].split("x"))
 config.iterations, config.checkpoint.keep, config.evaluation.questions = int(sys.argv[8]), 3, 8
 for optimizer, rate in ((config.policy, 0.1), (config.value, 1.0)):  # the value model's head begins at 0, so that its trunk moves little at first

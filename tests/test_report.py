@@ -76,7 +76,7 @@ def episode(when="after", uid="q1", f1=1.0, turns=(SEARCH, ANSWER), **changes):
 def make_run(workdir, *, episodes=None, evaluation=None, config=None, names=RL, iterations=3):
     with MetricsWriter(workdir, 0) as writer:
         for i in range(iterations):
-            writer.write("imitation", i, {"loss/policy": 1.0 / (i + 1)})
+            writer.write("sft", i, {"loss/policy": 1.0 / (i + 1)})
         for i in range(iterations):
             writer.write("rl", i, {name: 0.1 * i for name in names})
     if episodes is not None:

@@ -103,8 +103,8 @@ LAYOUTS = {  # settings and meshes that must change no token
     "one slot": ("callback", (1, 1, 1), dict(slots=1)),
     "fewer slots, host": ("host", (1, 1, 1), dict(slots=4)),
     "fewer slots on a mesh": ("callback", (2, 1, 2), dict(slots=4)),
-    "flush at once": ("callback", (1, 1, 1), dict(flush_share=0.01)),
-    "flush when all wait": ("callback", (1, 1, 1), dict(flush_share=1.0, slots=8)),
+    "flush at once": ("callback", (1, 1, 1), dict(flush_fraction=0.01)),
+    "flush when all wait": ("callback", (1, 1, 1), dict(flush_fraction=1.0, slots=8)),
     "one row, one token at a time": ("callback", (1, 1, 1), dict(prefill_rows=1, prefill_tokens=1)),
     "everything at once": ("callback", (1, 1, 1), dict(prefill_rows=64, prefill_tokens=64)),
 }

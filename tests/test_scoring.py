@@ -99,7 +99,7 @@ def test_turns_without_documents_have_no_step_reward():
 def test_search_cost_by_hand():
     """A search that was answered costs, with documents or without; a failed one, an invalid turn and the answer do not. The outcome is not touched."""
     turns = invalid("hm"), search("a", 2, ok=False), search("b"), search("c", 3), answer("Paris")
-    cost = PAPER | dict(search_cost=0.25, num_turns=5, answer_gate="ends_with_answer")
+    cost = PAPER | dict(search_cost=0.25, num_turns=5, format_gate="ends_with_answer")
     scores = score_episodes(
         [make_episode(*turns), make_episode(answer("Paris")), make_episode()],
         NOTHING_SIMILAR,
@@ -327,7 +327,7 @@ def test_gates(name):
     assert passes_strict_gate(episode) is strict and passes_ending_gate(episode) is ending
     for gate, passed in (("strict", strict), ("ends_with_answer", ending)):
         assert score_episodes(
-            [episode], NOTHING_SIMILAR, **PAPER | dict(answer_gate=gate)
+            [episode], NOTHING_SIMILAR, **PAPER | dict(format_gate=gate)
         ).gate_passed.tolist() == [passed]
 
 
@@ -343,7 +343,7 @@ def test_truncated_episode_scores_nothing_for_its_answer():
 
 def test_wrong_choices_and_too_many_turns_are_refused():
     episode = make_episode(search("a"), answer("b"))
-    for key in ("answer_gate", "format_failure", "key_match", "redundancy_scope"):
+    for key in ("format_gate", "format_failure", "key_match", "redundancy_scope"):
         with pytest.raises(ValueError, match=f"reward.{key} is 'else'"):
             score_episodes([episode], NOTHING_SIMILAR, **PAPER | {key: "else"})
     score_episodes(
@@ -389,7 +389,7 @@ def test_measures_by_hand():
 
 
 KEYS = {  # another value than the default's, under which the episode below earns something else
-    "answer_gate": "ends_with_answer",
+    "format_gate": "ends_with_answer",
     "format_failure": "minus_one",
     "gamma_key": 0.5,
     "key_match": "overwrite",

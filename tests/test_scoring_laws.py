@@ -53,7 +53,7 @@ episodes = st.builds(
 )
 choices = st.fixed_dictionaries(
     dict(
-        answer_gate=st.sampled_from(["strict", "ends_with_answer"]),
+        format_gate=st.sampled_from(["strict", "ends_with_answer"]),
         format_failure=st.sampled_from(["zero_answer", "minus_one"]),
         key_match=st.sampled_from(["max", "overwrite"]),
         redundancy_scope=st.sampled_from(["earlier_turns", "rendered"]),
@@ -218,7 +218,7 @@ def test_whatever_is_missing_rewards_are_finite_and_defined(gold, fit):
         for gate, failure in (("strict", "zero_answer"), ("ends_with_answer", "minus_one")):
             for scope in ("earlier_turns", "rendered"):
                 change = (
-                    dict(answer_gate=gate, format_failure=failure, redundancy_scope=scope) | needed
+                    dict(format_gate=gate, format_failure=failure, redundancy_scope=scope) | needed
                 )
                 for batch in (bare, [full, *bare], [*bare, full], *([episode] for episode in bare)):
                     scores = score_episodes(batch, similarity, **PAPER | change)

@@ -449,12 +449,12 @@ def test_a_run_outlives_its_engine(tmp_path, tmp_path_factory):
         flags = [
             f"--config.search.url=http://localhost:{port}",
             "--config.search.kind=remote",
-            "--config.search.max_failure_share=1.0",
+            "--config.search.max_failure_fraction=1.0",
             "--config.search.attempt_s=0.5",
             "--config.search.attempts=2",
             "--config.search.backoff_s=0.1",
             "--config.iterations=400",
-            f"--config.imitation.checkpoint={start}",
+            f"--config.sft.checkpoint={start}",
             "--config.checkpoint.every=1000",
             "--config.evaluation.questions=8",
         ]

@@ -19,7 +19,6 @@ INFINITE = {
     "rl.max_ratio",
     "policy.max_grad_norm",
     "value.max_grad_norm",
-    "imitation.max_grad_norm",
 }
 PHASE = (10, 8, False, 0.0, 0.02)
 SAMPLER = {"rl.old_logprobs": "sampler"}
@@ -55,7 +54,7 @@ def test_no_number_is_nan_and_few_are_infinite(key):
 OUTSIDE = {  # key -> values that are refused
     "seed": (-1,),
     "data.atlas.seed": (-1,),
-    "search.max_failure_share": (-0.1, 1.5),
+    "search.max_failure_fraction": (-0.1, 1.5),
     "search.timeout_s": (0.0, -1.0),
     "search.max_observation_tokens": (0,),
     "prompt.max_prompt_tokens": (0,),
@@ -65,7 +64,7 @@ OUTSIDE = {  # key -> values that are refused
     "model.rope_scaling.factor": (0.0, -2.0),
     "rollout.temperature": (-1.0,),
     "rollout.prefill_rows": (0,),
-    "rollout.flush_share": (0.0, 1.5),
+    "rollout.flush_fraction": (0.0, 1.5),
     "rollout.top_p": (0.0, 1.5),
     "rollout.top_k": (-1,),
     "reward.gamma_key": (-0.618,),
@@ -77,16 +76,11 @@ OUTSIDE = {  # key -> values that are refused
     "rl.entropy_coef": (-1e-3,),
     "rl.kl_coef": (-1e-3,),
     "rl.minibatches": (0,),
-    "rl.epochs": (0,),
+    "rl.ppo_epochs": (0,),
     "rl.max_ratio": (-1.0,),
-    "imitation.b2": (-0.1, 1.0),
-    "imitation.weight_decay": (-0.01,),
-    "imitation.max_grad_norm": (0.0, -1.0),
-    "imitation.skill": (-0.1, 1.1),
-    "imitation.warmup_steps": (-1,),
-    "imitation.final_share": (-0.1, 1.1),
-    "imitation.shares.good": (-0.1,),
-    "imitation.shares.early": (-0.1,),
+    "sft.known_fraction": (-0.1, 1.1),
+    "sft.decision_weights.good": (-0.1,),
+    "sft.decision_weights.early": (-0.1,),
     "checkpoint.every": (0,),
     **{
         f"{name}.{key}": values
@@ -121,11 +115,9 @@ def test_bounds_that_are_allowed():
             "policy.b1": 0.0,
             "value.warmup": 1.0,
             "rollout.top_p": 1.0,
-            "search.max_failure_share": 1.0,
+            "search.max_failure_fraction": 1.0,
             "iterations": 0,
-            "imitation.skill": 1.0,
-            "imitation.final_share": 0.0,
-            "imitation.warmup_steps": 0,
+            "sft.known_fraction": 1.0,
             "model.norm_eps": 0.0,
             "reward.gamma_key": 0.0,
         }
@@ -166,34 +158,37 @@ TOGETHER = {  # what does not fit together -> (the keys to set, what the message
         {"model.qkv_bias": True},
     ),
     "few demonstrations": (
-        {"imitation.phases": (PHASE,), "imitation.demonstrations": 5},
+        {"sft.phases": (PHASE,), "sft.demonstrations": 5},
         "demonstrations=5 cannot be cut into the 6 groups",
-        {"imitation.demonstrations": 6},
+        {"sft.demonstrations": 6},
     ),
     "few but unused": (
-        {"imitation.phases": (PHASE,), "imitation.demonstrations": 5},
+        {"sft.phases": (PHASE,), "sft.demonstrations": 5},
         "demonstrations=5",
-        {"imitation.phases": ()},
+        {"sft.phases": ()},
     ),
     "renamed pieces": (
-        {"imitation.phases": (PHASE,), "prompt.tokenizer": "folder"},
-        "imitation.rename=True exchanges .*; it is folder",
-        {"imitation.rename": False},
+        {"sft.phases": (PHASE,), "prompt.tokenizer": "folder"},
+        "sft.rename=True exchanges .*; it is folder",
+        {"sft.rename": False},
     ),
     "no decision": (
-        {f"imitation.shares.{kind}": 0.0 for kind in ("good", "vague", "repeat", "wrong", "early")},
-        "imitation.shares are all 0",
-        {"imitation.shares.wrong": 0.1},
+        {
+            f"sft.decision_weights.{kind}": 0.0
+            for kind in ("good", "vague", "repeat", "wrong", "early")
+        },
+        "sft.decision_weights are all 0",
+        {"sft.decision_weights.wrong": 0.1},
     ),
     "short phase": (
-        {"imitation.phases": (PHASE[:4],)},
+        {"sft.phases": (PHASE[:4],)},
         "a phase is .steps, rows",
-        {"imitation.phases": (PHASE,)},
+        {"sft.phases": (PHASE,)},
     ),
     "infinite rate": (
-        {"imitation.phases": ((*PHASE[:4], math.inf),)},
+        {"sft.phases": ((*PHASE[:4], math.inf),)},
         "a phase is .steps, rows",
-        {"imitation.phases": (PHASE,)},
+        {"sft.phases": (PHASE,)},
     ),
 }
 

@@ -1,4 +1,4 @@
-"""The imitation of demonstrations: it learns, from action tokens alone, at the rates of its phases."""
+"""Fine-tuning on demonstrations: it learns, from action tokens alone, at the rates of its phases."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from test_learner import CONFIG, ONE, POLICY, make_model_state, sgd
 from stepsearch_jax import sharding
 from stepsearch_jax.models import scoring
 from stepsearch_jax.models.transformer import Policy
-from stepsearch_jax.rl.sft import make_imitate, make_imitation_optimizer
+from stepsearch_jax.rl.sft import make_sft, make_sft_optimizer
 
 
 def copy_task(count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -25,12 +25,12 @@ def copy_task(count: int) -> tuple[np.ndarray, np.ndarray]:
     return tokens, np.tile(np.arange(9) > 4, (count, 1))
 
 
-def imitation_optimizer(name: str, phases, max_grad_norm=1.0):
-    return make_imitation_optimizer(
+def sft_optimizer(name: str, phases, max_grad_norm=1.0):
+    return make_sft_optimizer(
         name,
         phases,
         warmup_steps=5,
-        final_share=0.1,
+        final_fraction=0.1,
         b2=0.98,
         weight_decay=0.01,
         max_grad_norm=max_grad_norm,
@@ -45,15 +45,15 @@ def imitation_optimizer(name: str, phases, max_grad_norm=1.0):
         pytest.param("adamw", 2e-2, (2, 2, 2), 40, marks=pytest.mark.slow),
     ],
 )
-def test_imitation_learns(name, rate, shape, steps):
-    mesh, optimizer = tiny.mesh_of(shape), imitation_optimizer(name, [(steps, rate)])
-    imitate, _ = make_imitate(CONFIG, optimizer)
+def test_sft_learns(name, rate, shape, steps):
+    mesh, optimizer = tiny.mesh_of(shape), sft_optimizer(name, [(steps, rate)])
+    fine_tune, _ = make_sft(CONFIG, optimizer)
     state = make_model_state(POLICY, optimizer, shape)
     tokens, action_mask = copy_task(64)
     losses = []
     for step in range(steps):
         rows = np.random.default_rng(step).permutation(64)[:32]
-        state, loss = imitate(
+        state, loss = fine_tune(
             state, *sharding.rows_to_mesh(mesh, (tokens[rows], action_mask[rows]))
         )
         losses.append(float(loss))
@@ -63,13 +63,13 @@ def test_imitation_learns(name, rate, shape, steps):
 @pytest.mark.parametrize(
     "rows,chunk,shape", [(6, 3 * CONFIG.vocab_size, ONE), (4, 1 << 20, (2, 2, 2))]
 )
-def test_imitation_counts_action_tokens_alone(rows, chunk, shape, monkeypatch):
+def test_sft_counts_action_tokens_alone(rows, chunk, shape, monkeypatch):
     """Against all logits at once, in NumPy: by 2 rows and one position at a time, and by 4 whole rows on a mesh."""
     monkeypatch.setattr(scoring, "LOGITS_PER_CHUNK", chunk)
     tokens, action_mask = copy_task(8)
     action_mask[2] = False
     action_mask[0, 6] = False
-    _, held_out_loss = make_imitate(CONFIG, sgd())
+    _, held_out_loss = make_sft(CONFIG, sgd())
     params, all_logits = (
         tiny.draw_params(POLICY, 1),
         jax.jit(functools.partial(POLICY.apply, method=Policy.init_all)),
@@ -97,7 +97,7 @@ def test_held_out_logits_are_never_all_there(monkeypatch):
     """8 rows of 40 tokens in parts of 4 rows, 5 positions at a time: no array over the vocabulary is larger than the logits of these."""
     config = dataclasses.replace(CONFIG, vocab_size=211)  # like no other size of the program
     monkeypatch.setattr(scoring, "LOGITS_PER_CHUNK", 5 * 4 * 211)
-    _, held_out_loss = make_imitate(config, sgd())
+    _, held_out_loss = make_sft(config, sgd())
     arguments = (
         tiny.draw_params(Policy(config), 1),
         np.zeros((8, 40), np.int32),
@@ -108,14 +108,14 @@ def test_held_out_logits_are_never_all_there(monkeypatch):
     assert max(math.prod(shape) for shape in shapes if 211 in shape) == 5 * 4 * 211
 
 
-def test_imitation_rates_by_phase():
+def test_sft_rates_by_phase():
     """Two phases of 10 and 8 steps at rates 1 and 0.5: each warms up over 5 steps and falls linearly to a tenth. Adam's first steps are the rate."""
     params = {"x": jnp.ones(2)}
-    optimizer = make_imitation_optimizer(
+    optimizer = make_sft_optimizer(
         "adamw",
         [(10, 1.0), (8, 0.5)],
         warmup_steps=5,
-        final_share=0.1,
+        final_fraction=0.1,
         b2=0.999,
         weight_decay=0.0,
         max_grad_norm=9.0,
@@ -132,11 +132,11 @@ def test_imitation_rates_by_phase():
 def test_muon_orthogonalises_matrices_alone():
     """Every layer's matrix, inputs by outputs, is moved by one with nearly equal singular values; the rest by Adam, whose first step is a sign
     times 0.3 of the rate (times 1.47, by Nesterov's look ahead)."""
-    optimizer = make_imitation_optimizer(
+    optimizer = make_sft_optimizer(
         "muon",
         [(10, 1.0)],
         warmup_steps=0,
-        final_share=1.0,
+        final_fraction=1.0,
         b2=0.98,
         weight_decay=0.0,
         max_grad_norm=1e9,
@@ -163,6 +163,6 @@ def test_muon_orthogonalises_matrices_alone():
         assert 0.3 < size.mean() < 0.6 and size.std() < 1e-3
 
 
-def test_unknown_imitation_optimizer():
+def test_unknown_sft_optimizer():
     with pytest.raises(ValueError, match="'sgd'.*adamw or muon"):
-        imitation_optimizer("sgd", [(1, 1.0)])
+        sft_optimizer("sgd", [(1, 1.0)])

@@ -322,13 +322,13 @@ def test_checkpoint_restores_every_bit_on_any_mesh(tmp_path, shape):
     )  # as an update that receives the state by donation would
     checkpoints.close()
 
-    like = make_state(sharding.make_mesh(*shape), 5)
+    abstract_params = make_state(sharding.make_mesh(*shape), 5)
     checkpoints = checkpoint.Checkpoints(tmp_path / "checkpoints", keep=1)
     assert checkpoints.latest() == 4
-    restored = checkpoints.restore(4, like)
+    restored = checkpoints.restore(4, abstract_params)
     checkpoints.close()
-    assert jax.tree.structure(restored) == jax.tree.structure(like)
-    for got, expected, place in zip(*map(jax.tree.leaves, (restored, saved, like))):
+    assert jax.tree.structure(restored) == jax.tree.structure(abstract_params)
+    for got, expected, place in zip(*map(jax.tree.leaves, (restored, saved, abstract_params))):
         assert got.dtype == expected.dtype and got.sharding == place.sharding
         assert np.asarray(got).tobytes() == expected.tobytes()
 

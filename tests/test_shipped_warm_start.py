@@ -14,7 +14,7 @@ from configs import atlas_quickstart
 from stepsearch_jax import checkpoint
 from stepsearch_jax.models.transformer import Policy
 from stepsearch_jax.rl import learner
-from stepsearch_jax.rl.sft import make_imitate, make_imitation_optimizer
+from stepsearch_jax.rl.sft import make_sft, make_sft_optimizer
 from stepsearch_jax.run import warm_start
 from stepsearch_jax.run.system import build_system
 from stepsearch_jax.run.warm_start import find_checkpoint
@@ -28,36 +28,39 @@ def held_out(tmp_path_factory):
     """-> (folder of a policy -> its loss and exactness on the last phase's held-out demonstrations)."""
     config = atlas_quickstart.get_config("anew")
     config.data.cache_dir = str(tmp_path_factory.mktemp("cache"))
-    i = config.imitation
+    i = config.sft
     system = build_system(config, [i.held_out_split])
     last = len(i.phases) - 1
-    _, rows, single_hop, spoilt, _ = i.phases[last]
+    _, rows, single_hop, poor_fraction, _ = i.phases[last]
     exam = warm_start.demonstrate(
         system,
         i.held_out_split,
         i.held_out,
         single_hop=single_hop,
-        spoilt=spoilt,
+        poor_fraction=poor_fraction,
         seed=config.seed + 1000 + last,
     )
-    optimizer = make_imitation_optimizer(
+    optimizer = make_sft_optimizer(
         "adamw",
         [(1, 0.0)],
         warmup_steps=0,
-        final_share=1.0,
+        final_fraction=1.0,
         b2=0.9,
         weight_decay=0.0,
         max_grad_norm=1.0,
     )
-    _, held_out_loss = make_imitate(system.learner_model, optimizer)
+    _, held_out_loss = make_sft(system.learner_model, optimizer)
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    like, _ = learner.init_params(
+    abstract_params, _ = learner.init_params(
         Policy(system.learner_model), mesh, dict(config.mesh.train_rules), jax.random.key(0)
     )
 
     def measure(folder):
         loss, exact = held_out_loss(
-            checkpoint.load_params(folder, like, "none"), exam.tokens, exam.action_mask, rows=rows
+            checkpoint.load_params(folder, abstract_params, "none"),
+            exam.tokens,
+            exam.action_mask,
+            rows=rows,
         )
         return float(loss), float(np.mean(exact))
 

@@ -392,7 +392,7 @@ def test_two_real_points(tmp_path, tmp_path_factory, monkeypatch):
         f"--workdir={tmp_path / 'sweep'}",
         "--jobs=2",
         "--config.iterations=1",
-        f"--config.imitation.checkpoint={start}",
+        f"--config.sft.checkpoint={start}",
     ]
     for expected in (
         "2 points, 0 of them finished",

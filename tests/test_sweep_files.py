@@ -177,16 +177,16 @@ def test_shipped_sweeps_give_all_methods_one_budget(name):
     keys = (
         "iterations",
         "rl.minibatches",
-        "rl.epochs",
+        "rl.ppo_epochs",
         "evaluation.split",
         "evaluation.questions",
-        "imitation.checkpoint",
+        "sft.checkpoint",
         "rollout.max_turns",
     )
     for overrides, _ in collect(name).values():
         questions, group = (
             overrides.get(f"rollout.{key}", config.rollout[key])
-            for key in ("questions", "group_size")
+            for key in ("prompts", "group_size")
         )
         budgets.add((questions * group, *(overrides.get(key, read(config, key)) for key in keys)))
     assert len(budgets) == 1 and next(iter(budgets))[0] == 64
@@ -220,7 +220,7 @@ def test_baselines_have_their_seeds_and_their_one_difference():
         "rl.advantage",
         "rl.kl_placement",
         "rl.kl_estimator",
-        "rollout.questions",
+        "rollout.prompts",
         "rollout.group_size",
     }
 

@@ -107,7 +107,7 @@ def test_curves_by_hand(bench):
     bench.run()
     curve = figure._read_curve(
         bench.workdir / "points/full-2"
-    )  # reaches 0.6: 0.1, 0.2, ... 0.6; the lines of imitation are not read
+    )  # reaches 0.6: 0.1, 0.2, ... 0.6; the lines of the fine-tuning are not read
     assert list(curve) == [1, 2, 3, 4, 5, 6]
     np.testing.assert_allclose(list(curve.values()), [0.2, 0.25, 0.3, 0.4, 0.45, 0.5])
     x, mean, half = figure._average([{1: 0.0, 2: 0.3, 3: 1.0}, {1: 1.0, 2: 0.3}])

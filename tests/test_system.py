@@ -213,7 +213,7 @@ def test_failed_searches_stop_the_run_above_their_limit(limit, failed, stops):
     counts = SearchCounts(
         calls=3, searches=20, failed=failed, first_error="TimeoutError: slow" if failed else ""
     )
-    config = types.SimpleNamespace(search=types.SimpleNamespace(max_failure_share=limit))
+    config = types.SimpleNamespace(search=types.SimpleNamespace(max_failure_fraction=limit))
     system = types.SimpleNamespace(
         search=types.SimpleNamespace(take_counts=lambda: counts), config=config
     )
@@ -222,6 +222,6 @@ def test_failed_searches_stop_the_run_above_their_limit(limit, failed, stops):
         return
     with pytest.raises(
         SystemExit,
-        match=rf"the search failed for {failed} of 20 queries \(process 0: TimeoutError: slow\).*max_failure_share={limit}",
+        match=rf"the search failed for {failed} of 20 queries \(process 0: TimeoutError: slow\).*max_failure_fraction={limit}",
     ):
         check_searches(system)

@@ -18,8 +18,8 @@ from stepsearch_jax.types import TrainState
 
 # Imitation with a checkpoint in its middle; the KL coefficient adapts, so that it is part of what must be resumed.
 LONG = (
-    "--config.imitation.phases=((30,8,True,0.0,0.02),(40,8,False,0.5,0.01))",
-    "--config.checkpoint.imitation_every=20",
+    "--config.sft.phases=((30,8,True,0.0,0.02),(40,8,False,0.5,0.01))",
+    "--config.checkpoint.sft_every=20",
     "--config.iterations=5",
     "--config.rl.kl_target=0.001",
     "--config.rl.kl_horizon=100.0",
@@ -117,8 +117,8 @@ def test_a_run_and_its_continuation(tmp_path, tmp_path_factory):
         tmp_path / "run",
     )
     options = (
-        f"--config.imitation.checkpoint={start}",
-        "--config.imitation.phases=((10,8,False,0.5,0.02),)",
+        f"--config.sft.checkpoint={start}",
+        "--config.sft.phases=((10,8,False,0.5,0.02),)",
         "--config.evaluation.every=1",
     )
     log = running.run_command("train", cache, workdir, *options)
@@ -126,7 +126,7 @@ def test_a_run_and_its_continuation(tmp_path, tmp_path_factory):
     check_results(workdir, 2)
     rows = read_metrics(workdir)
     assert [(row["stage"], row["iteration"]) for row in rows] == [
-        ("imitation", 9),
+        ("sft", 9),
         ("rl", 0),
         ("evaluation", 0),
         ("rl", 1),
@@ -153,20 +153,20 @@ def test_a_run_and_its_continuation(tmp_path, tmp_path_factory):
 
     # More iterations go on from where the run stopped; the start and the figures before RL stay.
     log = running.run_command("train", cache, workdir, *options, "--config.iterations=3")
-    assert "resumed from iteration 2" in log and "imitat" not in log
+    assert "resumed from iteration 2" in log and "fine-tun" not in log
     check_results(workdir, 3)
     assert json.loads((workdir / "evaluation.json").read_text())["before"] == first["before"]
 
 
 @pytest.mark.slow
 def test_kills_change_nothing(tmp_path, tmp_path_factory):
-    """kill -9 during imitation and during RL: afterwards, the same command gives every parameter, both optimisers and all figures bit for bit."""
+    """kill -9 during supervised fine-tuning and during RL: afterwards, the same command gives every parameter, both optimisers and all figures bit for bit."""
     cache, start = running.shared_cache(tmp_path_factory), running.searching_start(tmp_path_factory)
-    options = (*LONG, f"--config.imitation.checkpoint={start}")
+    options = (*LONG, f"--config.sft.checkpoint={start}")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     running.run_command("train", cache, whole, *options)
 
-    kill_when(lambda: (killed / "imitation" / "20").is_dir(), "train", cache, killed, *options)
+    kill_when(lambda: (killed / "sft" / "20").is_dir(), "train", cache, killed, *options)
     assert not (killed / "start").exists()
     # The second kill comes in the middle of an iteration after the second: the line of the second is there, the last is far.
     kill_when(
@@ -223,16 +223,16 @@ def kill_when(reached, *arguments) -> None:
 
 @pytest.mark.slow
 def test_musique_runs_the_whole_way(shared_data, tmp_path):
-    """The command of configs/musique_tiny.py, shortened: one step of imitation, one iteration, eight questions."""
+    """The command of configs/musique_tiny.py, shortened: one step of supervised fine-tuning, one iteration, eight questions."""
     workdir = tmp_path / "run"
     options = (
         f"--config.data.path={shared_data / 'musique'}",
         f"--config.prompt.tokenizer={shared_data / 'tokenizer_qwen2_5'}",
         "--config.iterations=1",
         f"--config.data.cache_dir={tmp_path / 'cache'}",
-        "--config.imitation.phases=((1,8,False,0.0,0.001),)",
+        "--config.sft.phases=((1,8,False,0.0,0.001),)",
         "--config.evaluation.questions=8",
-        "--config.imitation.demonstrations=16",
+        "--config.sft.demonstrations=16",
     )
     process = running.start(
         [

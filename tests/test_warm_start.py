@@ -21,10 +21,10 @@ from stepsearch_jax.run import start
 from stepsearch_jax.run.system import System, build_system
 from stepsearch_jax.run.warm_start import (
     LENGTH_GROUPS,
-    LENGTH_MULTIPLE,
+    PAD_TO_MULTIPLE_OF,
     Demonstrations,
     demonstrate,
-    imitate,
+    fine_tune,
     warm_start,
 )
 
@@ -58,7 +58,7 @@ def system(config) -> System:
     return build_system(config, ["train", "validation"], search)
 
 
-def script(system: System, shares, seed=0, settings=None, skill=0.0):
+def script(system: System, shares, seed=0, settings=None, known_fraction=0.0):
     split = system.splits["validation"]
     trajectory = run_script(
         split.questions,
@@ -70,7 +70,7 @@ def script(system: System, shares, seed=0, settings=None, skill=0.0):
         settings or system.settings,
         system.environment.last_turn_warning,
         shares,
-        skill,
+        known_fraction,
         seed,
     )
     return trajectory, to_episodes(trajectory, split.questions, system.tokenizer)
@@ -165,9 +165,9 @@ def test_kinds_of_poor_searching(system):
 
 
 def test_a_script_searches_well_for_the_relations_that_it_knows(system):
-    def ask(skill):
+    def ask(known_fraction):
         found = {}
-        for episode in script(system, {"vague": 1.0}, skill=skill)[1]:
+        for episode in script(system, {"vague": 1.0}, known_fraction=known_fraction)[1]:
             relation = episode.question.sub_questions[0].queries[0].split()[-1]
             found.setdefault(relation, set()).add(
                 episode.queries[0] == episode.question.sub_questions[0].queries[0]
@@ -193,7 +193,7 @@ def test_the_seed_makes_the_script(system):
         (
             {"good": 0.5, "lazy": 0.5},
             {},
-            r"config.imitation.shares names \['lazy'\]; known are good, vague, repeat, wrong, early",
+            r"config.sft.decision_weights names \['lazy'\]; known are good, vague, repeat, wrong, early",
         ),
         (
             PERFECT,
@@ -216,8 +216,8 @@ def test_what_the_script_refuses(system, shares, change, message):
 
 
 def test_demonstrations_of_single_hops_and_of_whole_questions(system):
-    whole = demonstrate(system, "train", 24, single_hop=False, spoilt=0.0, seed=0)
-    single = demonstrate(system, "train", 48, single_hop=True, spoilt=0.0, seed=0)
+    whole = demonstrate(system, "train", 24, single_hop=False, poor_fraction=0.0, seed=0)
+    single = demonstrate(system, "train", 48, single_hop=True, poor_fraction=0.0, seed=0)
     texts = [[system.tokenizer.decode(row) for row in made.tokens] for made in (whole, single)]
     assert {text.count("<search>") for text in texts[0]} == {2} and {
         text.count("<search>") for text in texts[1]
@@ -240,7 +240,7 @@ def test_demonstrations_of_single_hops_and_of_whole_questions(system):
 
 
 def test_spoiling_is_a_share(system):
-    """At 1 every decision is taken by config.imitation.shares (a quarter of them good), at 0 none."""
+    """At 1 every decision is taken by config.sft.decision_weights (a quarter of them good), at 0 none."""
     good = {
         query
         for question in system.splits["train"].questions
@@ -248,8 +248,10 @@ def test_spoiling_is_a_share(system):
         for query in sub.queries[:1]
     }
 
-    def share_of_good(spoilt):
-        made = demonstrate(system, "train", 24, single_hop=False, spoilt=spoilt, seed=3)
+    def share_of_good(poor_fraction):
+        made = demonstrate(
+            system, "train", 24, single_hop=False, poor_fraction=poor_fraction, seed=3
+        )
         queries = [
             part.split("</search>")[0].strip()
             for row in made.tokens
@@ -273,7 +275,7 @@ def test_a_minibatch_comes_from_one_group_of_lengths():
         (group,) = [group for group in groups if drawn[0, 0] in group]
         assert set(drawn[:, 0]) <= set(group) and drawn.shape == mask.shape == (
             5,
-            min(320, -(-group[-1] // LENGTH_MULTIPLE) * LENGTH_MULTIPLE),
+            min(320, -(-group[-1] // PAD_TO_MULTIPLE_OF) * PAD_TO_MULTIPLE_OF),
         )
         widths.add(drawn.shape[1])
     assert widths == {64, 128, 256, 320}
@@ -282,7 +284,7 @@ def test_a_minibatch_comes_from_one_group_of_lengths():
 def test_single_hops_of_questions_without_any(system, tmp_path):
     """Known before any step, though a later phase is the first that asks them, and though it is only the held-out questions that have none."""
     config = system.config.copy_and_resolve_references()
-    config.imitation.phases = ((10, 8, False, 0.0, 0.02), (10, 8, True, 0.0, 0.02))
+    config.sft.phases = ((10, 8, False, 0.0, 0.02), (10, 8, True, 0.0, 0.02))
     for name in ("train", "validation"):
         bare = [
             dataclasses.replace(question, sub_questions=())
@@ -297,7 +299,7 @@ def test_single_hops_of_questions_without_any(system, tmp_path):
             ValueError,
             match=f"ask sub-questions alone, but no question of {name} .data.kind=atlas. has any",
         ):
-            imitate(lacking, None, None, tmp_path / "run")
+            fine_tune(lacking, None, None, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -305,7 +307,7 @@ def test_single_hops_of_questions_without_any(system, tmp_path):
 
 
 def test_names_are_exchanged_consistently_and_nothing_else(system):
-    made = demonstrate(system, "train", 24, single_hop=False, spoilt=0.3, seed=0)
+    made = demonstrate(system, "train", 24, single_hop=False, poor_fraction=0.3, seed=0)
     group_of = {int(token): n for n, group in enumerate(made.groups) for token in group}
     rows = np.array([5, 5, 9, 13])
     new, mask = made.take(rows, np.random.default_rng(0))
@@ -355,15 +357,15 @@ def test_the_start_is_given_kept_and_read_again(system, tmp_path):
         jax.random.key(2),
         dict(system.config.mesh.train_rules),
     )
-    like, specs = learner.describe_params(policy, system.mesh, rules)
+    abstract_params, specs = learner.describe_params(policy, system.mesh, rules)
 
     def start(checkpoint_folder):
         with system.config.unlocked():
-            system.config.imitation.checkpoint = str(checkpoint_folder)
+            system.config.sft.checkpoint = str(checkpoint_folder)
         try:
-            return warm_start(system, like, specs, key, tmp_path / "run")
+            return warm_start(system, abstract_params, specs, key, tmp_path / "run")
         finally:
-            system.config.imitation.checkpoint = ""
+            system.config.sft.checkpoint = ""
 
     with pytest.raises(FileNotFoundError, match="there is no checkpoint at .*nothing"):
         start(tmp_path / "nothing")
@@ -379,7 +381,7 @@ def test_the_start_is_given_kept_and_read_again(system, tmp_path):
     fresh, _ = learner.init_params(policy, system.mesh, rules, key)
     jax.tree.map(
         np.testing.assert_array_equal,
-        warm_start(system, like, specs, key, tmp_path / "other"),
+        warm_start(system, abstract_params, specs, key, tmp_path / "other"),
         fresh,
     )
 

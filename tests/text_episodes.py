@@ -9,7 +9,7 @@ from stepsearch_jax.records import Episode, Question, SubQuestion, Turn, TurnSta
 PAPER = dict(
     gain=None,
     num_turns=4,
-    answer_gate="strict",
+    format_gate="strict",
     format_failure="zero_answer",
     gamma_key=0.618,
     key_match="max",

@@ -74,7 +74,7 @@ SETTINGS = RolloutSettings(
     top_k=0,
     top_p=1.0,
     slots=0,
-    flush_share=0.5,
+    flush_fraction=0.5,
     prefill_rows=3,
     prefill_tokens=8,
 )

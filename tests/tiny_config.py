@@ -9,27 +9,34 @@ from configs import base
 
 
 def get_config(cache_dir: str) -> ml_collections.ConfigDict:
-    c = base.get_config()
-    c.iterations = 2
+    config = base.get_config()
+    config.iterations = 2
 
-    c.data.kind = "atlas"
-    c.data.cache_dir = cache_dir
-    a = c.data.atlas
-    a.entities, a.shapes = 60, ("2hop",)
-    a.train_questions, a.validation_questions, a.test_questions = (
+    config.data.kind = "atlas"
+    config.data.cache_dir = cache_dir
+    atlas = config.data.atlas
+    atlas.entities, atlas.shapes = 60, ("2hop",)
+    atlas.train_questions, atlas.validation_questions, atlas.test_questions = (
         24,
         20,
         20,
     )  # 20: the last batch of eight is not full
 
-    c.prompt.template = "short"
-    c.prompt.max_prompt_tokens = 40
-    c.search.k = 1
-    c.search.max_observation_tokens = 60
-    c.search.timeout_s = 20.0
+    config.prompt.template = "short"
+    config.prompt.max_prompt_tokens = 40
+    config.search.k = 1
+    config.search.max_observation_tokens = 60
+    config.search.timeout_s = 20.0
 
-    m = c.model
-    m.num_layers, m.embed_dim, m.num_heads, m.num_kv_heads, m.head_dim, m.ffn_dim = (
+    model = config.model
+    (
+        model.num_layers,
+        model.embed_dim,
+        model.num_heads,
+        model.num_kv_heads,
+        model.head_dim,
+        model.ffn_dim,
+    ) = (
         2,
         32,
         4,
@@ -37,17 +44,23 @@ def get_config(cache_dir: str) -> ml_collections.ConfigDict:
         8,
         64,
     )
-    m.tie_embeddings, m.remat = False, "none"
+    model.tie_embeddings, model.remat = False, "none"
 
-    r = c.rollout
-    r.questions, r.max_turns, r.max_turn_tokens, r.context, r.attention_block = 8, 2, 24, 256, 64
+    rollout = config.rollout
+    (
+        rollout.prompts,
+        rollout.max_turns,
+        rollout.max_turn_tokens,
+        rollout.context,
+        rollout.attention_block,
+    ) = 8, 2, 24, 256, 64
 
-    c.rl.minibatches = 2
-    c.rl.length_multiple = 256
-    c.policy.learning_rate = c.value.learning_rate = 1e-4
+    config.rl.minibatches = 2
+    config.rl.pad_to_multiple_of = 256
+    config.policy.learning_rate = config.value.learning_rate = 1e-4
 
-    i = c.imitation
-    i.rename = True
-    i.demonstrations, i.held_out, i.log_every = 24, 16, 10
-    c.checkpoint.every = 1
-    return c
+    sft = config.sft
+    sft.rename = True
+    sft.demonstrations, sft.held_out, sft.log_every = 24, 16, 10
+    config.checkpoint.every = 1
+    return config

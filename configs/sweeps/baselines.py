@@ -30,7 +30,7 @@ METHODS = {
         "rl.advantage": "grpo",
         "rl.kl_placement": "loss",
         "rl.kl_estimator": "k3",
-        "rollout.questions": 8,
+        "rollout.prompts": 8,
         "rollout.group_size": 8,
     },
     # The same total at the end: separates what the rewards say from where they stand.

@@ -18,7 +18,7 @@ class Case:
     turn_tokens: tuple[int, ...]
     observation: int
     slots: int  # episodes that run at a time; 0 = all
-    flush_share: float  # this and the rest: config.rollout's keys of the same names
+    flush_fraction: float  # this and the rest: config.rollout's keys of the same names
     prefill_rows: int
     prefill_tokens: int
 
@@ -44,7 +44,7 @@ class Case:
 
 
 CONFIGURED = dict(
-    flush_share=0.5, prefill_rows=16, prefill_tokens=200
+    flush_fraction=0.5, prefill_rows=16, prefill_tokens=200
 )  # as configs/base.py, but tokens for one observation of short, a third of long's
 SHORT = Case(
     episodes=16, prompt=128, turns=4, turn_tokens=(64,), observation=192, slots=0, **CONFIGURED
@@ -82,7 +82,7 @@ CASES = {
             turn_tokens=(64, 128, 256, 512),
             observation=1,
             slots=16,
-            flush_share=0.05,
+            flush_fraction=0.05,
             prefill_rows=2,
             prefill_tokens=128,
         ),

@@ -44,15 +44,15 @@ def measure(*, repeats: int, seed: int, model: pathlib.Path) -> dict:
             "this benchmark needs torch and transformers: pip install -r requirements-bench.txt"
         ) from error
 
-    open_s, stored = time_call(open_checkpoint, model)
-    config = stored.model_config(
-        stored.fields["vocab_size"], dtype=jnp.float32, remat="none", attention_block=256
+    open_s, weights = time_call(open_checkpoint, model)
+    config = weights.model_config(
+        weights.fields["vocab_size"], dtype=jnp.float32, remat="none", attention_block=256
     )
     policy, mesh = (
         Policy(config),
         sharding.make_mesh(1, 1, 1, 1, config.num_kv_heads, devices=jax.devices()[:1]),
     )
-    like, _ = describe_params(
+    abstract_params, _ = describe_params(
         policy,
         mesh,
         {
@@ -60,13 +60,13 @@ def measure(*, repeats: int, seed: int, model: pathlib.Path) -> dict:
             for name in ("vocab", "embed", "heads", "kv_heads", "head_dim", "ffn", "norm", "layers")
         },
     )
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract_params))
     seconds, beyond = [], []
     for _ in range(repeats):
         params = None  # the last ones make room
         with HostMemory() as memory:
             spent, params = time_call(
-                lambda: jax.block_until_ready(load_policy(stored, config, like))
+                lambda: jax.block_until_ready(load_policy(weights, config, abstract_params))
             )
         seconds.append(spent)
         beyond.append(memory.risen - (size if jax.default_backend() == "cpu" else 0))
@@ -99,7 +99,7 @@ def measure(*, repeats: int, seed: int, model: pathlib.Path) -> dict:
         runs_s=seconds,
         parameters_mib=size / MIB,
         beyond_mib=max(beyond) / MIB,
-        tensor_mib=max(np.prod(tensor.shape) for tensor in stored.tensors.values()) * 4 / MIB,
+        tensor_mib=max(np.prod(tensor.shape) for tensor in weights.tensors.values()) * 4 / MIB,
         largest_difference=difference,
         logit_spread=float(ours[real].std()),
         repeats=repeats,

@@ -62,14 +62,14 @@ def measure(
 
 def measure_index(folder: pathlib.Path, count: int, seed: int, repeats: int) -> dict:
     """Of one size: documents, minutes, peak_bytes, bytes, vocabulary, and queries per second by batch (the best of `repeats`)."""
-    corpus, out, told = (
+    corpus, out, figures_file = (
         folder / f"corpus-{count}-{seed}.jsonl",
         folder / f"index-{count}",
         folder / f"index-{count}.json",
     )
     if not corpus.exists():
         write_corpus(corpus, count, seed)
-    if not told.exists():
+    if not figures_file.exists():
         command = [
             sys.executable,
             "-m",
@@ -77,10 +77,14 @@ def measure_index(folder: pathlib.Path, count: int, seed: int, repeats: int) -> 
             "index",
             f"--corpus={corpus}",
             f"--out={out}",
-            f"--json={told}",
+            f"--json={figures_file}",
         ]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    built, index, queries = json.loads(told.read_text()), load_index(out), draw_queries(64, seed)
+    built, index, queries = (
+        json.loads(figures_file.read_text()),
+        load_index(out),
+        draw_queries(64, seed),
+    )
     index.search(queries, K)
     rates = {}
     for batch, asked in ((1, queries[:16]), (64, queries)):
@@ -129,7 +133,7 @@ def run_server(index: pathlib.Path, log: pathlib.Path, *flags: str) -> Iterator[
     with socket.socket() as found:
         found.bind(("localhost", 0))
         port = found.getsockname()[1]
-    with open(log, "w") as told:
+    with open(log, "w") as log_file:
         command = [
             sys.executable,
             "-m",
@@ -138,7 +142,7 @@ def run_server(index: pathlib.Path, log: pathlib.Path, *flags: str) -> Iterator[
             f"--port={port}",
             *flags,
         ]
-        server = subprocess.Popen(command, stdout=told, stderr=told)
+        server = subprocess.Popen(command, stdout=log_file, stderr=log_file)
     try:
         url, deadline = f"http://localhost:{port}", time.monotonic() + SERVER_START_S
         while True:

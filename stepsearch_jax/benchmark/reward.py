@@ -216,7 +216,7 @@ def score(episodes: list[Episode], similarity: Similarity, turns: int) -> StepSc
         similarity,
         gain=None,
         num_turns=turns,
-        answer_gate="strict",
+        format_gate="strict",
         format_failure="zero_answer",
         gamma_key=0.618,
         key_match="max",

@@ -274,7 +274,7 @@ def make_run(
         top_k=0,
         top_p=1.0,
         slots=case.slots,
-        flush_share=case.flush_share,
+        flush_fraction=case.flush_fraction,
         prefill_rows=case.prefill_rows,
         prefill_tokens=case.prefill_tokens,
     )

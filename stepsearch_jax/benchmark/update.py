@@ -74,8 +74,8 @@ SETTINGS = learner.LearnerSettings(
     kl_target=0.0,
     kl_horizon=1e4,
     minibatches=1,
-    epochs=1,
-    micro_rows=0,
+    ppo_epochs=1,
+    microbatch_size=0,
     placement="step",
     outcome_overwrites=False,
 )
@@ -171,7 +171,7 @@ def measure(
         | {
             "model_flops": flops,
             "reached_flops_s": reached,
-            "matmul_share": reached / rates.matmul_flops_s,
+            "matmul_fraction": reached / rates.matmul_flops_s,
             "roofline": least,
             "memory": measure_memory(memory),
             "peer": peer,
@@ -336,7 +336,7 @@ def render(figures: dict) -> str:
         [
             f"medians of {figures['repeats']} alternating runs",
             *("".join(f"{cell:>20}" for cell in row) for row in rows),
-            f"the updates reach {figures['reached_flops_s'] / 1e9:.1f} GFLOP/s, {figures['matmul_share']:.0%} of the model's own matmuls'",
+            f"the updates reach {figures['reached_flops_s'] / 1e9:.1f} GFLOP/s, {figures['matmul_fraction']:.0%} of the model's own matmuls'",
             roofline.render("both updates", figures["roofline"]),
             f"temporaries beyond gradients at vocabulary {memory['vocab_size']} and {memory['rows']} x {memory['length']} tokens: "
             f"{memory['beyond_bytes'] / 2**20:.0f} MiB, {memory['share_of_logits']:.1%} of [B, T, V] float32",

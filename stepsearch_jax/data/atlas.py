@@ -18,7 +18,6 @@ class AtlasConfig(tfds.core.BuilderConfig):
 
     seed: int
     entities: int
-    extra_facts: int
     k1: float
     b: float
     shapes: tuple[str, ...]
@@ -30,19 +29,18 @@ class Atlas(RecordsBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
 
-    def make_records(self, stored: pathlib.Path) -> Records:
+    def make_records(self, folder: pathlib.Path) -> Records:
         c = self.builder_config
         documents, splits = make_worlds(
             seed=c.seed,
             entities=c.entities,
-            extra_facts=c.extra_facts,
             k1=c.k1,
             b=c.b,
             shapes=c.shapes,
             questions=c.questions,
         )
         return Records(
-            write_documents(((document.title, document.text) for document in documents), stored),
+            write_documents(((document.title, document.text) for document in documents), folder),
             splits,
             {},
         )

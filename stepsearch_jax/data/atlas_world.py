@@ -109,11 +109,11 @@ def make_worlds(
     *,
     seed: int,
     entities: int,
-    extra_facts: int,
     k1: float,
     b: float,
     shapes: tuple[str, ...],
     questions: dict[str, int],
+    extra_facts: int = 1,
 ) -> tuple[list[Document], dict[str, list[Question]]]:
     """One corpus with the articles of all three worlds, and the questions of each split.
 

@@ -29,8 +29,8 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Base of the builders: a subclass makes the records, this class stores them, with counts in `info.metadata`."""
 
     @abc.abstractmethod
-    def make_records(self, stored: pathlib.Path) -> Records:
-        """All of the data set; the documents are written into the folder `stored` (data/documents.py)."""
+    def make_records(self, folder: pathlib.Path) -> Records:
+        """All of the data set; the documents are written into the folder `folder` (data/documents.py)."""
 
     def _info(self) -> tfds.core.DatasetInfo:
         return self.dataset_info_from_configs(

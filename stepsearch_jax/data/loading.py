@@ -194,22 +194,21 @@ def question_rows(position: int, count: int, num_questions: int, seed: int) -> n
 
 def _make_builder(config, k1: float, b: float) -> tuple[builder.RecordsBuilder, str]:
     if config.kind == "atlas":
-        a = config.atlas
+        atlas_config = config.atlas
         questions = {
-            "train": a.train_questions,
-            "validation": a.validation_questions,
-            "test": a.test_questions,
+            "train": atlas_config.train_questions,
+            "validation": atlas_config.validation_questions,
+            "test": atlas_config.test_questions,
         }
         questions = {
             split: count for split, count in questions.items() if count
         }  # a split of no questions is left out
         made = dict(
-            seed=a.seed,
-            entities=a.entities,
-            extra_facts=a.extra_facts,
+            seed=atlas_config.seed,
+            entities=atlas_config.entities,
             k1=k1,
             b=b,
-            shapes=tuple(a.shapes),
+            shapes=tuple(atlas_config.shapes),
             questions=questions,
         )
         digest = _digest(made, atlas_grammar, atlas_world)

@@ -48,9 +48,12 @@ class OfficialBuilder(RecordsBuilder, skip_registration=True):
 
     FORMAT: Format
 
-    def make_records(self, stored: pathlib.Path) -> Records:
+    def make_records(self, written_to: pathlib.Path) -> Records:
         return read_files(
-            self.FORMAT, pathlib.Path(self.builder_config.path), stored, self.builder_config.corpus
+            self.FORMAT,
+            pathlib.Path(self.builder_config.path),
+            written_to,
+            self.builder_config.corpus,
         )
 
 
@@ -89,11 +92,11 @@ def find_inputs(
 
 
 def read_files(
-    form: Format, folder: pathlib.Path, stored: pathlib.Path, corpus: str = ""
+    form: Format, folder: pathlib.Path, written_to: pathlib.Path, corpus: str = ""
 ) -> Records:
     """Documents (id = row of the corpus) and the questions of each split that has a file; without a corpus the documents are the rows' own passages, each once.
 
-    The documents are written into the folder `stored`. Raises FileNotFoundError as `find_inputs` does, and ValueError that names file and line for a
+    The documents are written into the folder `written_to`. Raises FileNotFoundError as `find_inputs` does, and ValueError that names file and line for a
     malformed row or an empty file.
     """
     splits, corpora = find_inputs(form, folder, corpus)
@@ -102,7 +105,7 @@ def read_files(
         with contextlib.closing(read_rows(path)) as rows:
             questions[split] = [form.read_question(row, split) for row in rows]
     documents = write_documents(
-        read_corpus(corpora) if corpora else _read_own_passages(form, splits.values()), stored
+        read_corpus(corpora) if corpora else _read_own_passages(form, splits.values()), written_to
     )
     named = {**splits, **{f"corpus {n}" if n else "corpus": path for n, path in enumerate(corpora)}}
     return Records(

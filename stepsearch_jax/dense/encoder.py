@@ -190,13 +190,13 @@ def load_encoder(folder: pathlib.Path, config: EncoderConfig) -> dict:
 
     def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
         """A tensor, with zeros in its place if it does not fit; a matrix of a linear map comes back inputs first."""
-        stored = tensors.get(prefix + name)
-        if stored is None or stored.shape != shape:
+        tensor = tensors.get(prefix + name)
+        if tensor is None or tensor.shape != shape:
             faults.append(
-                f"{prefix}{name} {list(shape)} is {'missing' if stored is None else list(stored.shape)}"
+                f"{prefix}{name} {list(shape)} is {'missing' if tensor is None else list(tensor.shape)}"
             )
             return np.zeros(shape, np.float32)
-        return np.asarray(stored.read(), np.float32)
+        return np.asarray(tensor.read(), np.float32)
 
     D, F = config.embed_dim, config.ffn_dim
     dense = lambda name, inputs, outputs: {

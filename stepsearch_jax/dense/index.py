@@ -25,7 +25,7 @@ from stepsearch_jax.search.cache import describe_search, hash_documents
 from stepsearch_jax.search.embeddings import embed_corpus
 
 AXIS = "documents"  # over which the corpus, or a batch of texts, is cut
-LENGTH_MULTIPLE = 16  # texts are padded to multiples of it, so that few programs are compiled
+PAD_TO_MULTIPLE_OF = 16  # texts are padded to multiples of it, so that few programs are compiled
 SHARD_BATCHES = 8  # batches that are embedded, sorted by length, between two writes to disk
 QUERY_ROWS = 64  # queries whose scores are computed at a time
 BLOCK_ROWS = 1 << 16  # documents of a device whose scores are held at once
@@ -67,7 +67,7 @@ class TextEncoder:
         tokens = np.zeros(
             (
                 min(count, self._batch),
-                min(-(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, self.config.positions),
+                min(-(-longest // PAD_TO_MULTIPLE_OF) * PAD_TO_MULTIPLE_OF, self.config.positions),
             ),
             np.int32,
         )

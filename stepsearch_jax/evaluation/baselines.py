@@ -68,15 +68,15 @@ def _encode_prompt(
     system: System, question: str, documents: Sequence[int] | None, searches: int
 ) -> tuple[list[int], tuple[int, ...]]:
     """The question's prompt, behind it the documents that the room of so many searches holds, cut to share it -> its tokens, and which documents these are."""
-    encode, s = system.tokenizer.encode, system.config.search
+    encode, search_config = system.tokenizer.encode, system.config.search
     prompt = encode(render_baseline(system.config.prompt.template, question, documents is not None))
     if documents is None:
         return prompt, ()
     room = min(
-        s.max_observation_tokens * searches,
+        search_config.max_observation_tokens * searches,
         system.settings.context - _turn_room(system) - len(prompt),
     )
-    shown = documents[: -(-room * s.k // s.max_observation_tokens)]
+    shown = documents[: -(-room * search_config.k // search_config.max_observation_tokens)]
     texts = [np.array(encode(render_document(system.source.documents[i])), np.int32) for i in shown]
     return [
         *prompt,

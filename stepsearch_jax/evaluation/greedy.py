@@ -41,7 +41,7 @@ def collect_greedily(
 ) -> Iterator[tuple[np.ndarray, Collected]]:
     """One greedy episode for every question of the split, a rollout at a time -> (row of each of this process's episodes, -1: fills up; the rollout)."""
     total = count_questions(system, split_name)
-    size = system.config.rollout.questions * system.config.rollout.group_size
+    size = system.config.rollout.prompts * system.config.rollout.group_size
     mine = process_rows(system.mesh, size)
     for start in progress(range(0, total, size), description):
         rows = np.arange(start, start + size)
@@ -71,12 +71,12 @@ def evaluate_policy(
     """
     total = count_questions(system, split_name)
     sums, dumps = np.zeros(len(MEANS) + 2), {}
-    for rows, got in collect_greedily(
+    for rows, rollout in collect_greedily(
         system, sample_episodes, params, split_name, description, answer_gain
     ):
-        sums += _sum_measures(got.episodes, got.scores, rows >= 0)
+        sums += _sum_measures(rollout.episodes, rollout.scores, rows >= 0)
         dumps |= {
-            int(rows[b]): dump_episode(system, got.episodes[b], got.scores, b)
+            int(rows[b]): dump_episode(system, rollout.episodes[b], rollout.scores, b)
             for b in np.flatnonzero(rows >= 0)
         }
     sums = multihost_utils.process_allgather(sums).reshape(-1, len(sums)).sum(0)
@@ -108,7 +108,9 @@ def gather_dumps(dumps: dict[int, dict]) -> list[dict]:
     return [dump for _, dump in sorted(pairs, key=operator.itemgetter(0))]
 
 
-def evaluate_script(system: System, split_name: str, shares: dict[str, float]) -> dict[str, float]:
+def evaluate_script(
+    system: System, split_name: str, decision_weights: dict[str, float]
+) -> dict[str, float]:
     """The same means for the scripted searcher."""
     split, total = system.splits[split_name], count_questions(system, split_name)
     questions = list(split.questions[:total])
@@ -121,8 +123,8 @@ def evaluate_script(system: System, split_name: str, shares: dict[str, float]) -
         system.tokenizer,
         system.settings,
         system.environment.last_turn_warning,
-        shares,
-        system.config.imitation.skill,
+        decision_weights,
+        system.config.sft.known_fraction,
         system.config.seed,
     )
     check_searches(system)
@@ -215,7 +217,7 @@ def evaluate_controls(system: System, split_name: str) -> dict[str, dict[str, fl
     """What scripts reach on the split: the searcher that demonstrations come from, and a perfect one."""
     return {
         "scripted searcher": evaluate_script(
-            system, split_name, dict(system.config.imitation.shares)
+            system, split_name, dict(system.config.sft.decision_weights)
         ),
         "perfect searcher": evaluate_script(system, split_name, PERFECT),
     }
@@ -225,16 +227,16 @@ def write_results(
     system: System, folder: pathlib.Path, before: dict, after: dict, dumps: dict[str, list[dict]]
 ) -> dict:
     """Writes evaluation.json, transcripts.jsonl and report.html into `folder` (process 0) and prints the table -> the contents of evaluation.json."""
-    e = system.config.evaluation
+    evaluation_config = system.config.evaluation
     result = {
-        "questions": count_questions(system, e.split),
+        "questions": count_questions(system, evaluation_config.split),
         "before": before,
         "after": after,
         "retrieval": system.retrieval,
     }
-    if e.controls:
+    if evaluation_config.controls:
         try:
-            result["controls"] = evaluate_controls(system, e.split)
+            result["controls"] = evaluate_controls(system, evaluation_config.split)
         except ValueError as error:  # a script's episode may not fit, where the policy's do
             logger.warning("the controls are left out: %s", error)
     if jax.process_index() == 0:
@@ -242,7 +244,7 @@ def write_results(
         write_json(folder / "evaluation.json", result)
         rows = {"before RL": before, "after RL": after} | result.get("controls", {})
         print(
-            f"{result['questions']} questions of {e.split}".ljust(36)
+            f"{result['questions']} questions of {evaluation_config.split}".ljust(36)
             + "".join(name.rjust(12) for name in MEANS)
         )
         for name, means in rows.items():

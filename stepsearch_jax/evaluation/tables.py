@@ -118,15 +118,15 @@ def load_policies(system: System, workdir: pathlib.Path) -> dict[str, object]:
         check_readable(workdir, system.config)
         state, reference_params, _, _ = begin_run(system, workdir)
         return {BEFORE: reference_params, AFTER: state.policy.params}
-    if system.stored is None:
+    if system.weights is None:
         raise FileNotFoundError(
             f"{workdir} holds no run (no start/), and config.model.checkpoint names no pretrained policy: give one of them"
         )
-    logger.info("reading %s", system.stored.path)
-    like, _ = describe_params(
+    logger.info("reading %s", system.weights.path)
+    abstract_params, _ = describe_params(
         Policy(system.learner_model), system.mesh, dict(system.config.mesh.train_rules)
     )
-    return {ZERO_SHOT: load_policy(system.stored, system.learner_model, like)}
+    return {ZERO_SHOT: load_policy(system.weights, system.learner_model, abstract_params)}
 
 
 def measure_dataset(
@@ -210,20 +210,22 @@ def measure_method(
     """Greedy, every one of the `count` questions once -> (every measure; of every question a dump with the measures in it, in their order)."""
     names, texts = list_measures(hops), read_texts(system.source.documents)
     pairs, seen, dumps = np.zeros((count, len(names), 2)), np.zeros(count, int), {}
-    for rows, got in collect_greedily(system, sample, params, split_name, description):
+    for rows, rollout in collect_greedily(system, sample, params, split_name, description):
         for b in np.flatnonzero(rows >= 0):
             row = int(rows[b])
             seen[row] += 1
             pairs[row] = measure_episode(
-                got.episodes[b], None if given is None else given[row], texts, hops
+                rollout.episodes[b], None if given is None else given[row], texts, hops
             )
-            told = {
+            measures = {
                 name: amount / weight if weight else None
                 for name, (amount, weight) in zip(names, pairs[row].tolist())
             }
             shown = {} if given is None else {"given": list(given[row])}
             dumps[row] = (
-                dump_episode(system, got.episodes[b], got.scores, b) | shown | {"measures": told}
+                dump_episode(system, rollout.episodes[b], rollout.scores, b)
+                | shown
+                | {"measures": measures}
             )
     seen, pairs = (
         multihost_utils.process_allgather(x).reshape(-1, *x.shape).sum(0) for x in (seen, pairs)

@@ -9,7 +9,7 @@ import re
 import numpy as np
 
 from stepsearch_jax.models.architecture import RopeScaling
-from stepsearch_jax.models.weights import StoredModel, StoredTensor
+from stepsearch_jax.models.weights import Weights, WeightTensor
 
 NAMES = {  # GGUF -> Hugging Face, of the whole model and of a layer
     "token_embd": "model.embed_tokens",
@@ -29,7 +29,7 @@ NAMES = {  # GGUF -> Hugging Face, of the whole model and of a layer
 }
 
 
-def open_gguf(path: pathlib.Path) -> StoredModel:
+def open_gguf(path: pathlib.Path) -> Weights:
     """A GGUF file's architecture and the list of its tensors, none of which is read; read, they are float32.
 
     Raises FileNotFoundError for a missing file, and ValueError without the package, for a file that cannot be read, and for what is not supported.
@@ -51,11 +51,11 @@ def open_gguf(path: pathlib.Path) -> StoredModel:
         for name, field in reader.fields.items()
         if not name.startswith("tokenizer.")
     }
-    stored = {_rename(tensor.name): tensor for tensor in reader.tensors}
+    weights = {_rename(tensor.name): tensor for tensor in reader.tensors}
     try:
         fields = _read_fields(
             facts,
-            {name: tuple(map(int, reversed(tensor.shape))) for name, tensor in stored.items()},
+            {name: tuple(map(int, reversed(tensor.shape))) for name, tensor in weights.items()},
         )
     except KeyError as error:
         raise ValueError(f"{path} lacks {error}") from error
@@ -67,17 +67,17 @@ def open_gguf(path: pathlib.Path) -> StoredModel:
         else {}
     )
 
-    def list_tensor(name: str, tensor) -> StoredTensor:
+    def list_tensor(name: str, tensor) -> WeightTensor:
         interleaved = heads.get(name.split(".")[-2], 0)
 
         def read() -> np.ndarray:
             array = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
             return separate_halves(array, interleaved) if interleaved else array
 
-        return StoredTensor(path, tuple(map(int, reversed(tensor.shape))), read)
+        return WeightTensor(path, tuple(map(int, reversed(tensor.shape))), read)
 
-    return StoredModel(
-        path, fields, {name: list_tensor(name, tensor) for name, tensor in stored.items()}
+    return Weights(
+        path, fields, {name: list_tensor(name, tensor) for name, tensor in weights.items()}
     )
 
 

@@ -19,7 +19,13 @@ import safetensors.numpy
 from jax.experimental import multihost_utils
 
 from stepsearch_jax.models.architecture import ModelConfig, RopeScaling
-from stepsearch_jax.models.weights import Place, StoredModel, StoredTensor, list_places, list_stored
+from stepsearch_jax.models.weights import (
+    Place,
+    Weights,
+    WeightTensor,
+    list_file_tensors,
+    list_places,
+)
 
 ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
@@ -35,7 +41,7 @@ CONSTANTS = (
 )  # endings of tensors that old files carry along and no model needs
 
 
-def open_checkpoint(path: pathlib.Path) -> StoredModel:
+def open_checkpoint(path: pathlib.Path) -> Weights:
     """A checkpoint's architecture and the list of its tensors, none of which is read: a folder in Hugging Face form, or a .gguf file.
 
     Raises FileNotFoundError for a missing folder or file, and ValueError for an architecture, rotary scaling or number type that is not supported.
@@ -59,7 +65,7 @@ def open_checkpoint(path: pathlib.Path) -> StoredModel:
         raise ValueError(f"{file}: {error}") from error
     except KeyError as error:
         raise ValueError(f"{file} lacks the key {error}") from error
-    return StoredModel(path, fields, list_tensors(path))
+    return Weights(path, fields, list_tensors(path))
 
 
 def _read_fields(raw: dict) -> dict[str, object]:
@@ -148,7 +154,7 @@ def _read_rope(raw: dict) -> tuple[float, RopeScaling | None]:
     return theta, scaling
 
 
-def list_tensors(folder: pathlib.Path) -> dict[str, StoredTensor]:
+def list_tensors(folder: pathlib.Path) -> dict[str, WeightTensor]:
     """The tensors of a folder's safetensors files: those that the index names, or model.safetensors, or all there are; none is read.
 
     Raises FileNotFoundError for missing files, ValueError for one that cannot be read and for a number type that is not supported.
@@ -174,16 +180,16 @@ def list_tensors(folder: pathlib.Path) -> dict[str, StoredTensor]:
         if not file.is_file():
             raise FileNotFoundError(f"there is no {file}, which {index.name} names")
         try:
-            with safetensors.safe_open(file, framework="np") as stored:
-                for name in stored.keys():
+            with safetensors.safe_open(file, framework="np") as weights:
+                for name in weights.keys():
                     if name.endswith(CONSTANTS):
                         continue
-                    part = stored.get_slice(name)
+                    part = weights.get_slice(name)
                     if part.get_dtype() not in STORED_TYPES:
                         raise ValueError(
                             f"{file}: {name} is stored as {part.get_dtype()}; supported are {', '.join(sorted(STORED_TYPES))}"
                         )
-                    tensors[name] = StoredTensor(
+                    tensors[name] = WeightTensor(
                         file,
                         tuple(part.get_shape()),
                         lambda file=file, name=name: _read_tensor(file, name),
@@ -196,8 +202,8 @@ def list_tensors(folder: pathlib.Path) -> dict[str, StoredTensor]:
 def _read_tensor(file: pathlib.Path, name: str) -> np.ndarray:
     with safetensors.safe_open(
         file, framework="np"
-    ) as stored:  # opened for each tensor, so that pages of the others do not stay mapped
-        return stored.get_tensor(name)
+    ) as weights:  # opened for each tensor, so that pages of the others do not stay mapped
+        return weights.get_tensor(name)
 
 
 # ---- Export --------------------------------------------------------------------------------------------------------------------------------------
@@ -315,7 +321,7 @@ def _cut_into_files(
     files, room = [[]], shard_bytes
     for place in list_places(config):
         leaf = leaves[place.path]
-        for number, (name, shape) in enumerate(list_stored(place, leaf.shape)):
+        for number, (name, shape) in enumerate(list_file_tensors(place, leaf.shape)):
             size = math.prod(shape) * jnp.dtype(dtype).itemsize
             if files[-1] and size > room:
                 files.append([])
@@ -337,4 +343,4 @@ def _fetch(place: Place, leaf, number: int | None, dtype: str) -> np.ndarray:
         if array.is_fully_addressable
         else multihost_utils.process_allgather(array, tiled=True)
     )
-    return place.to_stored(np.asarray(array))
+    return place.to_file(np.asarray(array))

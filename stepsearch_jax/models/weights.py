@@ -26,7 +26,7 @@ FAULTS_TOLD = 8  # of a checkpoint that does not fit; the rest are counted
 
 
 @dataclasses.dataclass(frozen=True)
-class StoredTensor:
+class WeightTensor:
     """A tensor in a file, read when it is asked for."""
 
     file: pathlib.Path
@@ -35,12 +35,12 @@ class StoredTensor:
 
 
 @dataclasses.dataclass(frozen=True)
-class StoredModel:
+class Weights:
     """A checkpoint: what it says about its architecture (fields of ModelConfig), and its tensors by their Hugging Face names."""
 
     path: pathlib.Path
     fields: dict[str, object]
-    tensors: dict[str, StoredTensor]
+    tensors: dict[str, WeightTensor]
 
     def model_config(self, vocab_size: int, **choices) -> ModelConfig:
         """The architecture, with at least `vocab_size` rows in the embedding (the tokenizer's, rounded up). choices: the other fields, which are the run's."""
@@ -61,21 +61,23 @@ class Place:
     inputs: int | None
     vocabulary: bool = False
 
-    def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def file_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape in the files of a leaf (of one layer) with `shape` here."""
         if self.inputs is None:
             return shape
         sizes = (math.prod(shape[self.inputs :]), math.prod(shape[: self.inputs]))
         return sizes if self.inputs else sizes[:1]
 
-    def from_stored(self, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    def from_file(self, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """A view of a stored array with our axes."""
         return array if self.inputs is None else array.T.reshape(shape)
 
-    def to_stored(self, array: np.ndarray) -> np.ndarray:
-        """The inverse of `from_stored`."""
-        stored = self.stored_shape(array.shape)
-        return array if self.inputs is None else np.ascontiguousarray(array.reshape(stored[::-1]).T)
+    def to_file(self, array: np.ndarray) -> np.ndarray:
+        """The inverse of `from_file`."""
+        weights = self.file_shape(array.shape)
+        return (
+            array if self.inputs is None else np.ascontiguousarray(array.reshape(weights[::-1]).T)
+        )
 
 
 def list_places(config: ModelConfig) -> list[Place]:
@@ -113,35 +115,37 @@ def list_places(config: ModelConfig) -> list[Place]:
     )
 
 
-def list_stored(place: Place, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
+def list_file_tensors(
+    place: Place, shape: tuple[int, ...]
+) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes in the files of a leaf with `shape`."""
     if "layers" not in place.path:
-        yield place.name, place.stored_shape(shape)
+        yield place.name, place.file_shape(shape)
         return
     for number in range(shape[0]):
-        yield place.name.format(number), place.stored_shape(shape[1:])
+        yield place.name.format(number), place.file_shape(shape[1:])
 
 
-def load_policy(stored: StoredModel, config: ModelConfig, like):
-    """A policy's parameters from a checkpoint, each leaf with shape, type and sharding of `like` (arrays or ShapeDtypeStructs).
+def load_policy(weights: Weights, config: ModelConfig, abstract_params):
+    """A policy's parameters from a checkpoint, each leaf with shape, type and sharding of `abstract_params` (arrays or ShapeDtypeStructs).
 
     Tensors are read one at a time and put where they belong, so the host holds one of them (of each process, all of it). Rows of the vocabulary that the
     checkpoint lacks are the mean of its rows: their logit is the mean logit, never the greatest. Raises ValueError, before anything is read, where the
     architecture differs from `config`, and naming each tensor that is missing, unexpected or misshapen.
     """
-    check_architecture(stored, config)
-    leaves, places = flax.traverse_util.flatten_dict(like["params"]), list_places(config)
-    _check_tensors(stored, config, places, leaves)
+    check_architecture(weights, config)
+    leaves, places = flax.traverse_util.flatten_dict(abstract_params["params"]), list_places(config)
+    _check_tensors(weights, config, places, leaves)
     return {
         "params": flax.traverse_util.unflatten_dict(
-            {place.path: _load_leaf(stored, config, place, leaves[place.path]) for place in places}
+            {place.path: _load_leaf(weights, config, place, leaves[place.path]) for place in places}
         )
     }
 
 
-def check_architecture(stored: StoredModel, config: ModelConfig) -> None:
+def check_architecture(weights: Weights, config: ModelConfig) -> None:
     """Raises ValueError, naming every key of config.model that differs, where a checkpoint has another architecture than `config`."""
-    found = dataclasses.replace(config, **stored.fields)
+    found = dataclasses.replace(config, **weights.fields)
     faults = []
     for key in (
         "num_layers",
@@ -178,45 +182,45 @@ def check_architecture(stored: StoredModel, config: ModelConfig) -> None:
         )
     if faults:
         raise ValueError(
-            f"the checkpoint {stored.path} has another architecture: {'; '.join(faults)}"
+            f"the checkpoint {weights.path} has another architecture: {'; '.join(faults)}"
         )
 
 
 def _check_tensors(
-    stored: StoredModel, config: ModelConfig, places: Sequence[Place], leaves: dict
+    weights: Weights, config: ModelConfig, places: Sequence[Place], leaves: dict
 ) -> None:
     faults, known = [], {"lm_head.weight"}
     for place in places:
-        for name, shape in list_stored(place, leaves[place.path].shape):
+        for name, shape in list_file_tensors(place, leaves[place.path].shape):
             known.add(name)
-            found = stored.tensors.get(name)
+            found = weights.tensors.get(name)
             if found is None:
                 faults.append(f"{name} {list(shape)} is missing")
             elif found.shape != shape and not (
-                place.vocabulary and found.shape == (stored.fields["vocab_size"], *shape[1:])
+                place.vocabulary and found.shape == (weights.fields["vocab_size"], *shape[1:])
             ):
                 rows = "at most " if place.vocabulary else ""
                 faults.append(
                     f"{name} in {found.file.name} should be {rows}{list(shape)} and is {list(found.shape)}"
                 )
-    for name in sorted(stored.tensors.keys() - known):
+    for name in sorted(weights.tensors.keys() - known):
         faults.append(
-            f"{name} {list(stored.tensors[name].shape)} in {stored.tensors[name].file.name} is unexpected"
+            f"{name} {list(weights.tensors[name].shape)} in {weights.tensors[name].file.name} is unexpected"
         )
     if faults:
         more = f"; and {len(faults) - FAULTS_TOLD} more" if len(faults) > FAULTS_TOLD else ""
         raise ValueError(
-            f"the checkpoint {stored.path} does not fit: {'; '.join(faults[:FAULTS_TOLD])}{more}"
+            f"the checkpoint {weights.path} does not fit: {'; '.join(faults[:FAULTS_TOLD])}{more}"
         )
 
 
-def _load_leaf(stored: StoredModel, config: ModelConfig, place: Place, leaf) -> jax.Array:
+def _load_leaf(weights: Weights, config: ModelConfig, place: Place, leaf) -> jax.Array:
     if place.vocabulary:
-        table = _read_table(stored, config, place, place.stored_shape(leaf.shape)[0])
-        return _put(place.from_stored(table, leaf.shape), leaf.sharding, leaf.dtype)
+        table = _read_table(weights, config, place, place.file_shape(leaf.shape)[0])
+        return _put(place.from_file(table, leaf.shape), leaf.sharding, leaf.dtype)
     if "layers" not in place.path:
         return _put(
-            place.from_stored(stored.tensors[place.name].read(), leaf.shape),
+            place.from_file(weights.tensors[place.name].read(), leaf.shape),
             leaf.sharding,
             leaf.dtype,
         )
@@ -228,7 +232,7 @@ def _load_leaf(stored: StoredModel, config: ModelConfig, place: Place, leaf) -> 
         _make_write(leaf.sharding),
     )
     for number in range(leaf.shape[0]):
-        layer = place.from_stored(stored.tensors[place.name.format(number)].read(), leaf.shape[1:])
+        layer = place.from_file(weights.tensors[place.name.format(number)].read(), leaf.shape[1:])
         stack = write(stack, _put(layer, sharding, leaf.dtype), number)
     return stack
 
@@ -243,19 +247,19 @@ def _make_write(sharding):
     )
 
 
-def _read_table(stored: StoredModel, config: ModelConfig, place: Place, rows: int) -> np.ndarray:
+def _read_table(weights: Weights, config: ModelConfig, place: Place, rows: int) -> np.ndarray:
     """A table over the vocabulary, filled up to `rows`."""
-    table = stored.tensors[place.name].read()
+    table = weights.tensors[place.name].read()
     if (
-        config.tie_embeddings and "lm_head.weight" in stored.tensors
+        config.tie_embeddings and "lm_head.weight" in weights.tensors
     ):  # stored twice, perhaps rounded differently
-        output = stored.tensors["lm_head.weight"].read()
+        output = weights.tensors["lm_head.weight"].read()
         distance = np.linalg.norm((output - table).astype(np.float32)) / np.linalg.norm(
             output.astype(np.float32)
         )
         if not distance <= TIED_DISTANCE:
             raise ValueError(
-                f"{stored.path} holds an lm_head.weight that is not its embedding (relative distance {distance:.2g}), but config.model."
+                f"{weights.path} holds an lm_head.weight that is not its embedding (relative distance {distance:.2g}), but config.model."
                 "tie_embeddings is True: set it to False"
             )
         table = output

@@ -49,13 +49,13 @@ def measure(
     )
     found = verdict.judge(parts.bytes_per_chip(), compiled, chip.hbm)
 
-    r, shards = config.rollout, sharding.row_shards(mesh)
-    episodes = r.questions * r.group_size
+    rollout_config, shards = config.rollout, sharding.row_shards(mesh)
+    episodes = rollout_config.prompts * rollout_config.group_size
     plan = lengths.plan_rollout(
         rollout_settings(config),
-        r.attention_block,
+        rollout_config.attention_block,
         episodes // shards,
-        (r.slots or episodes) // shards,
+        (rollout_config.slots or episodes) // shards,
     )
     model = programs.count_model_flops(config, parts, plan)
     phases = {}

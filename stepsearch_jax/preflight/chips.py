@@ -60,8 +60,8 @@ def describe_slice(name: str) -> tuple[Chip, list[jax.Device]]:
     try:
         return chip, list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
     except (RuntimeError, ValueError) as error:  # what libtpu refuses, or a missing one
-        told = str(error).strip().splitlines()[0]
+        message = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"--topology={name} cannot be described: {told} (compiling for TPUs needs libtpu, best in an environment of its own: "
+            f"--topology={name} cannot be described: {message} (compiling for TPUs needs libtpu, best in an environment of its own: "
             "pip install -r requirements.txt -r requirements-tpu.txt)"
         ) from error

@@ -47,7 +47,7 @@ class Rollout:
             else "start"
             if "start_episodes" in functions
             else "prefill"
-            if "absorb" in functions
+            if "read_observations" in functions
             else ""
         )
         if innermost == "attend_cached" and within:

@@ -91,17 +91,24 @@ def count_bytes(tree) -> float:
 
 def make_mesh(config: ml_collections.ConfigDict, devices) -> Mesh:
     """The config's mesh over these devices, checked against the rest of the config. Raises ValueError as `train.py` would."""
-    g, m = config.mesh, config.model
+    mesh_config, model_config = config.mesh, config.model
     if config.rollout.search != "callback":
         raise ValueError(
             f'config.rollout.search is {config.rollout.search!r}; the budget is made for the one program of "callback"'
         )
-    if not m.vocab_size:
+    if not model_config.vocab_size:
         raise ValueError(
             "config.model.vocab_size is 0, which means the tokenizer's size, but no file is read here: set it to the rows of the model's "
             "embedding (151936 for Qwen2.5 up to 3B)"
         )
-    mesh = sharding.make_mesh(g.data, g.fsdp, g.tensor, g.slices, m.num_kv_heads, devices=devices)
+    mesh = sharding.make_mesh(
+        mesh_config.data,
+        mesh_config.fsdp,
+        mesh_config.tensor,
+        mesh_config.slices,
+        model_config.num_kv_heads,
+        devices=devices,
+    )
     check_config(config, mesh)
     check_sampling(config)
     return mesh
@@ -119,15 +126,13 @@ def describe_parts(config: ml_collections.ConfigDict, mesh: Mesh) -> Parts:
         value = learner.describe_model_state(
             value_optimizer, mesh, *learner.describe_params(Value(model), mesh, rules)
         )
-    rollout_params, _ = learner.describe_params(
-        Policy(rollout_model), mesh, dict(config.mesh.rollout_rules)
-    )
+    rollout_params, _ = learner.describe_params(Policy(rollout_model), mesh, sharding.ROLLOUT_RULES)
     rollout_copy = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, rollout_model.dtype, sharding=x.sharding),
         rollout_params,
     )
     slots = (
-        config.rollout.slots or config.rollout.questions * config.rollout.group_size
+        config.rollout.slots or config.rollout.prompts * config.rollout.group_size
     ) // sharding.row_shards(mesh)
     cache = jax.eval_shape(
         lambda: make_cache(rollout_model.place_on(mesh), slots, config.rollout.context)
@@ -174,7 +179,7 @@ def compile_programs(
     config: ml_collections.ConfigDict, parts: Parts, tell: Callable[[str], None]
 ) -> dict[str, Compiled]:
     """Phase -> its program, compiled for the mesh of `parts`. tell: hears of each before it begins, compiling takes minutes."""
-    mesh, r = parts.mesh, config.rollout
+    mesh, rollout_config = parts.mesh, config.rollout
     model, rollout_model = describe_models(config, round_vocabulary(config.model.vocab_size))
     settings, optimizers = learner_settings(config), make_optimizers(config, config.iterations)
     compiled = {}
@@ -204,7 +209,7 @@ def compile_programs(
     compile_one("copy", make_rollout_copy(rollout_model, places), parts.policy)
 
     # Episodes. The search is never called.
-    episodes = r.questions * r.group_size
+    episodes = rollout_config.prompts * rollout_config.group_size
     specs = jax.tree.map(lambda place: place.spec, places)
     rollout = make_rollout(
         rollout_model, rollout_settings(config), mesh, specs, lambda *question: question, "callback"
@@ -279,7 +284,7 @@ def count_model_flops(
     looked_up = round_vocabulary(config.model.vocab_size) * config.model.embed_dim
     policy = count_parameters(parts.policy) - (0 if config.model.tie_embeddings else looked_up)
     value = count_parameters(parts.value) - looked_up if parts.value is not None else 0
-    episodes = config.rollout.questions * config.rollout.group_size
+    episodes = config.rollout.prompts * config.rollout.group_size
     tokens = episodes * config.rollout.context
     each = 8 if config.model.remat == "layers" else 6
     passes = policy * (2 if config.rl.old_logprobs == "learner" else 1) + value
@@ -287,6 +292,6 @@ def count_model_flops(
         "copy": 0,
         "rollout": 2 * policy * episodes * plan.episode_tokens,
         "score": 2 * tokens * passes,
-        "update": each * tokens * config.rl.epochs * (policy + value),
+        "update": each * tokens * config.rl.ppo_epochs * (policy + value),
         "rule": f"{each}·N·D (update), 2·N·D (each pass, rollout)",
     }

@@ -77,11 +77,11 @@ def render(figures: dict) -> str:
     for name, p in f["phases"].items():
         if p["refused"]:
             continue
-        told = ", ".join(
+        shown = ", ".join(
             f"{kind} {c['count']:,.0f} ({c['bytes'] / 1e9:.2f})"
             for kind, c in p["collectives"].items()
         )
-        lines.append(f"  {PHASE_TITLES[name]:<24}{told or 'none'}")
+        lines.append(f"  {PHASE_TITLES[name]:<24}{shown or 'none'}")
     worst = PHASE_TITLES[f["worst"]]
     need = f["phases"][f["worst"]]["need"]["total"] / GIB
     lines += [

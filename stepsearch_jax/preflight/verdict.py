@@ -82,12 +82,14 @@ def find_levers(config: ml_collections.ConfigDict, parts, verdict: Verdict) -> l
     """What would lower the need of the worst program, the most helpful first. Estimates, nothing is compiled for them: arrays of known size are counted under
     the changed config, of a program's other temporaries those of the learner are taken to grow with the rows of a micro-batch."""
     mesh, now, phase = parts.mesh, parts.bytes_per_chip(), verdict.worst
-    r, l, m = config.rollout, config.rl, config.model
+    rollout_config, rl_config, model_config = config.rollout, config.rl, config.model
     shards, chips = sharding.row_shards(mesh), mesh.devices.size
     rollout, learning = phase == "rollout", phase in ("score", "update")
     counted = (*KEPT[phase], *(("cache",) if rollout else ()))
     gradients = (
-        (now["policy"] + now["value"]) * (2 if l.micro_rows else 1) if phase == "update" else 0.0
+        (now["policy"] + now["value"]) * (2 if rl_config.microbatch_size else 1)
+        if phase == "update"
+        else 0.0
     )
     activations = max(0.0, verdict.needs[phase].temporaries - gradients)
     levers = []
@@ -128,18 +130,24 @@ def find_levers(config: ml_collections.ConfigDict, parts, verdict: Verdict) -> l
         sum(now[name] for name in LEARNER) + gradients + (now["cache"] if rollout else 0.0)
     )  # more groups of chips have fewer slots each
     add("mesh", f"{2 * chips} chips instead of {chips}, the new ones along mesh.fsdp", cut / 2)
-    slots = r.slots or r.questions * r.group_size
+    slots = rollout_config.slots or rollout_config.prompts * rollout_config.group_size
     if rollout and slots > shards:
         add(
             "slots",
             f"rollout.slots={max(shards, slots // 2 // shards * shards)}",
             now["cache"] * (1 - max(shards, slots // 2 // shards * shards) / slots),
         )
-    if r.dtype == "float32" and phase in ("copy", "rollout"):
+    if rollout_config.dtype == "float32" and phase in ("copy", "rollout"):
         add("cache type", "rollout.dtype=bfloat16", resized(changed(rollout__dtype="bfloat16")))
-    rows = l.micro_rows or r.questions * r.group_size // (l.minibatches if phase == "update" else 1)
+    rows = rl_config.microbatch_size or rollout_config.prompts * rollout_config.group_size // (
+        rl_config.minibatches if phase == "update" else 1
+    )
     if learning and rows > shards:
-        add("micro-batch", f"rl.micro_rows={shards}", activations * (1 - shards / rows))
-    if phase == "update" and m.remat != "layers":
-        add("remat", "model.remat=layers", activations * (1 - 1 / (8 if m.remat == "none" else 5)))
+        add("micro-batch", f"rl.microbatch_size={shards}", activations * (1 - shards / rows))
+    if phase == "update" and model_config.remat != "layers":
+        add(
+            "remat",
+            "model.remat=layers",
+            activations * (1 - 1 / (8 if model_config.remat == "none" else 5)),
+        )
     return sorted(levers, key=lambda lever: -lever.saved)

@@ -128,7 +128,7 @@ def measure_recall(
                 share(choose(question), k, question.gold_ids, question.missing_gold)
                 for question in asked
             ]
-            hop_shares = [
+            hop_fractions = [
                 share(
                     [sub.question] if name == "its sub-questions" else (sub.question, *sub.queries),
                     k,
@@ -142,7 +142,7 @@ def measure_recall(
                 sub_questions=len(hops),
                 recall=_mean(shares),
                 complete=_mean([share == 1 for share in shares]),
-                hop_recall=_mean(hop_shares),
+                hop_recall=_mean(hop_fractions),
             )
     return figures
 
@@ -193,14 +193,14 @@ def audit(
     config: ml_collections.ConfigDict, corpora: Sequence[pathlib.Path], ks: Sequence[int]
 ) -> dict:
     """All figures of a config's data set; `corpora` are files whose passages are added to its corpus, each passage once."""
-    s = config.search
-    check_settings(s.bm25_k1, s.bm25_b)
+    search_config = config.search
+    check_settings(search_config.bm25_k1, search_config.bm25_b)
     with lock_cache(config.data.cache_dir):
-        source = open_source(config.data, s.bm25_k1, s.bm25_b)
+        source = open_source(config.data, search_config.bm25_k1, search_config.bm25_b)
         splits = {name: list(rows) for name, rows in source.splits.items()}
         folder, part = (
             locate_corpus(config.data.cache_dir, source.manifest["hash"]),
-            f"bm25-{s.bm25_k1}-{s.bm25_b}",
+            f"bm25-{search_config.bm25_k1}-{search_config.bm25_b}",
         )
         if corpora:
             named = hashlib.sha256(
@@ -211,12 +211,14 @@ def audit(
                 lambda: extend_corpus(source.documents, corpora),
                 made_from,
                 folder.with_name(f"{folder.name}-{named}") / part,
-                s.bm25_k1,
-                s.bm25_b,
+                search_config.bm25_k1,
+                search_config.bm25_b,
             )
             splits = locate_gold(splits, index.documents)
         else:
-            index = build_index(source.documents, folder / part, s.bm25_k1, s.bm25_b)
+            index = build_index(
+                source.documents, folder / part, search_config.bm25_k1, search_config.bm25_b
+            )
     documents = index.documents
     figures = dict(
         data={
@@ -226,7 +228,7 @@ def audit(
         passages=len(documents),
         added_passages=len(documents) - len(source.documents),
         corpora=[str(path) for path in corpora],
-        retriever=dict(kind="bm25", k1=s.bm25_k1, b=s.bm25_b),
+        retriever=dict(kind="bm25", k1=search_config.bm25_k1, b=search_config.bm25_b),
         ks=list(ks),
         splits={},
         overlap={},

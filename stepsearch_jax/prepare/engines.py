@@ -80,29 +80,31 @@ def build_engine(
 
     Raises ValueError for a server that does not answer, or holds another corpus.
     """
-    s, (kind, *settings) = search_config, _read_engine(name)
+    search_config, (kind, *settings) = search_config, _read_engine(name)
     if kind == "remote":
-        return _open_remote(name, settings[0], documents, s)
+        return _open_remote(name, settings[0], documents, search_config)
     if kind == "dense":
         import jax  # the other engines do without
 
         from stepsearch_jax.dense import index as dense
 
-        encoder = dense.load_text_encoder(s.encoder, s.encode_batch, jax.local_devices())
+        encoder = dense.load_text_encoder(
+            search_config.encoder, search_config.encode_batch, jax.local_devices()
+        )
         index = dense.build_dense_index(
             documents,
             folder,
             encoder,
-            query_prefix=s.query_prefix,
-            passage_prefix=s.passage_prefix,
-            dtype=s.embedding_dtype,
+            query_prefix=search_config.query_prefix,
+            passage_prefix=search_config.passage_prefix,
+            dtype=search_config.embedding_dtype,
             devices=jax.local_devices(),
         )
         made = [
             encoder.fingerprint,
-            s.query_prefix,
-            s.passage_prefix,
-            s.embedding_dtype,
+            search_config.query_prefix,
+            search_config.passage_prefix,
+            search_config.embedding_dtype,
             inspect.getsource(dense),
         ]
     else:
@@ -113,11 +115,17 @@ def build_engine(
 
 
 def _open_remote(
-    name: str, url: str, documents: Sequence[Document], s: ml_collections.ConfigDict
+    name: str, url: str, documents: Sequence[Document], search_config: ml_collections.ConfigDict
 ) -> Engine:
     """A server as an engine; it is known by its address and by what it says of itself. A search raises OSError when all attempts have failed."""
     index = open_remote(
-        url, documents, hash_documents(documents), s.attempt_s, s.attempts, s.backoff_s, s.batch
+        url,
+        documents,
+        hash_documents(documents),
+        search_config.attempt_s,
+        search_config.attempts,
+        search_config.backoff_s,
+        search_config.batch,
     )
 
     def search(queries: Sequence[str], k: int) -> np.ndarray:
@@ -127,11 +135,11 @@ def _open_remote(
             return refused.found
         except urllib3.exceptions.HTTPError as error:
             raise OSError(
-                f"the engine {name} failed {s.attempts} times for one request, at last with {type(error).__name__}: {error}. What was found is kept: "
+                f"the engine {name} failed {search_config.attempts} times for one request, at last with {type(error).__name__}: {error}. What was found is kept: "
                 "run again to go on"
             ) from error
 
-    return Engine(name, _hash_json(index.describe(s.k)["settings"]), search)
+    return Engine(name, _hash_json(index.describe(search_config.k)["settings"]), search)
 
 
 def _hash_json(value) -> str:

@@ -69,7 +69,7 @@ def measure_votes(
     """What the vote kept, over all hops and hop by hop. refused: the sub-questions, of those in `written`, for which the writer's endpoint would not write.
 
     -> of each: sub_questions; asked, those with a gold document in the corpus; unwritten, of these the ones without any query; refused, of these again those
-    that the endpoint refused; with_key, those with a kept query; written and kept queries, and kept_share; and for each engine `found`, the share of the
+    that the endpoint refused; with_key, those with a kept query; written and kept queries, and kept_fraction; and for each engine `found`, the share of the
     written queries for which it returns the gold document; `kept_recall`, the same of the kept queries; `reached`, the share of the asked sub-questions that
     one of its kept queries finds there. None where there is nothing to measure.
     """
@@ -94,7 +94,7 @@ def measure_votes(
             with_key=sum(any(map(is_kept, group)) for group in of_sub),
             written=len(of_query),
             kept=len(kept),
-            kept_share=_share(map(is_kept, of_query)),
+            kept_fraction=_share(map(is_kept, of_query)),
             engines={
                 engine: dict(
                     found=_share(of_one[e] for of_one in of_query),
@@ -368,7 +368,7 @@ def render(figures: dict) -> str:
         for hop, of_hop in of_split.items():
             lines.append(
                 f"| {hop} | {of_hop['sub_questions']} | {of_hop['asked']} | {of_hop['with_key']} | {of_hop['written']} | {of_hop['kept']} | "
-                f"{show(of_hop['kept_share'])} | "
+                f"{show(of_hop['kept_fraction'])} | "
                 + " | ".join(show(of_hop["engines"][engine]["found"]) for engine in engines)
                 + " |"
             )

@@ -128,7 +128,7 @@ CURVES = (
     ),
     Curve(
         "Imitation loss",
-        "imitation",
+        "sft",
         ("loss", "loss/*"),
         from_zero=True,
         explanation=(

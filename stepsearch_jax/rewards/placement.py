@@ -7,6 +7,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from stepsearch_jax.choices import check_choice
+
 
 @functools.partial(jax.jit, static_argnames=("placement", "outcome_overwrites"))
 def place_rewards(
@@ -15,8 +17,8 @@ def place_rewards(
     search_end: jax.Array,
     action_mask: jax.Array,
     *,
-    placement: str,
-    outcome_overwrites: bool,
+    placement: str = "step",
+    outcome_overwrites: bool = False,
 ) -> jax.Array:
     """step_rewards [B, K], outcome_rewards [B], search_end [B, K], action_mask [B, T] -> token rewards [B, T] (arXiv 2505.15107).
 
@@ -31,8 +33,7 @@ def place_rewards(
       action token is lost (from the merged total as well).
     Raises ValueError on an unknown placement.
     """
-    if placement not in ("step", "merged"):
-        raise ValueError(f"reward.placement is {placement!r}; it must be 'step' or 'merged'")
+    check_choice("reward.placement", placement)
     position = jnp.arange(action_mask.shape[1])
     last = jnp.where(action_mask, position, -1).max(
         axis=1, keepdims=True

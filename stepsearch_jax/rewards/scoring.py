@@ -15,6 +15,7 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
+from stepsearch_jax.choices import check_choice
 from stepsearch_jax.records import Episode, Question, Turn, TurnStatus
 from stepsearch_jax.rewards import text_metrics
 from stepsearch_jax.rewards.tfidf import Similarity
@@ -60,7 +61,7 @@ def score_episodes(
     *,
     gain: np.ndarray | None,
     num_turns: int,
-    answer_gate: str,
+    format_gate: str,
     format_failure: str,
     gamma_key: float,
     key_match: str,
@@ -80,7 +81,7 @@ def score_episodes(
     title and text of document i, or whatever else is equal for documents that render alike, needed by redundancy_scope="rendered" only, else None;
     `texts[i]` is document i, title and text in one, needed by a retrieved_answer_credit other than 0 only, else None.
 
-    answer_gate     strict: the paper's format gate (`passes_strict_gate`); ends_with_answer.
+    format_gate     strict: the paper's format gate (`passes_strict_gate`); ends_with_answer.
     format_failure  zero_answer: r_answer = 0, the key reward and the step rewards stay; minus_one.
     Reference: the paper gates as the first of each. The released code asks only that the text ends with an answer, and a failure makes the whole
       reward -1: no key reward, no step rewards.
@@ -94,10 +95,10 @@ def score_episodes(
 
     Raises ValueError if an unknown choice is asked for, if what a choice needs is missing, or if an episode searches in a turn beyond K.
     """
-    _check_choice("answer_gate", answer_gate, _GATES)
-    _check_choice("format_failure", format_failure, ("zero_answer", "minus_one"))
-    _check_choice("key_match", key_match, ("max", "overwrite"))
-    _check_choice("redundancy_scope", redundancy_scope, ("earlier_turns", "rendered"))
+    check_choice("reward.format_gate", format_gate)
+    check_choice("reward.format_failure", format_failure)
+    check_choice("reward.key_match", key_match)
+    check_choice("reward.redundancy_scope", redundancy_scope)
     if redundancy_scope == "rendered" and rendered is None:
         raise ValueError(
             "reward.redundancy_scope is 'rendered', which needs rendered: title and text of each document"
@@ -129,7 +130,7 @@ def score_episodes(
             turn.status == TurnStatus.SEARCH and turn.search_ok for turn in turns
         ]
         key_rewards[b] = key_reward(episode.queries, episode.question, key_match=key_match)
-        gate_passed[b] = _GATES[answer_gate](episode)
+        gate_passed[b] = _GATES[format_gate](episode)
         held[b] = (
             retrieved_answer_credit and measures.f1[b] == 0 and retrieved_answer(episode, texts)
         )
@@ -318,8 +319,3 @@ def _is_flat(tags: Sequence[tuple[str, str]]) -> bool:
 def _retrieved(turn: Turn) -> bool:
     """The turn searched, and documents came back."""
     return turn.status == TurnStatus.SEARCH and turn.search_ok and bool(turn.doc_ids)
-
-
-def _check_choice(name: str, value: str, choices) -> None:
-    if value not in choices:
-        raise ValueError(f"reward.{name} is {value!r}; it must be one of {', '.join(choices)}")

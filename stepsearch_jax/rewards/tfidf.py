@@ -28,6 +28,7 @@ from typing import BinaryIO, Protocol
 import numpy as np
 import tqdm
 
+from stepsearch_jax.choices import check_choice
 from stepsearch_jax.search.cache import hash_texts, prepare_folder
 
 _COUNTED_AT_ONCE = 1 << 20  # entries in memory before they are written
@@ -55,8 +56,7 @@ def fit_similarity(
     folder: keeps the words of the documents, counted once and memory-mapped; None: they are counted in memory. corpus: identifies the texts in the folder.
     Raises ValueError on another fit, or if there are no texts.
     """
-    if tfidf_fit not in _FITS:
-        raise ValueError(f"reward.tfidf_fit is {tfidf_fit!r}; it must be 'corpus' or 'pair'")
+    check_choice("reward.tfidf_fit", tfidf_fit)
     if not len(texts):
         raise ValueError("the corpus holds no documents; tf-idf needs at least one")
     if folder is None:

@@ -16,6 +16,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stepsearch_jax import sharding
+from stepsearch_jax.choices import check_choice
 from stepsearch_jax.masking import masked_mean, masked_var
 from stepsearch_jax.models.architecture import ModelConfig
 from stepsearch_jax.models.scoring import score_answers, score_tokens, score_values
@@ -52,8 +53,8 @@ class LearnerSettings:
     kl_target: float
     kl_horizon: float
     minibatches: int
-    epochs: int
-    micro_rows: int
+    ppo_epochs: int
+    microbatch_size: int
     placement: str
     outcome_overwrites: bool
 
@@ -82,8 +83,7 @@ def make_optimizer(
             1.0, (step // steps_per_iteration + 1) / max(1.0, warmup * iterations)
         )
 
-    if name not in ("adamw", "sgd"):
-        raise ValueError(f"optimizer {name!r} is not known; it must be adamw or sgd")
+    check_choice("policy.optimizer", name)
     step = (
         optax.sgd(schedule)
         if name == "sgd"
@@ -122,10 +122,10 @@ def describe_params(model, mesh: Mesh, rules: dict):
 
 def init_params(model, mesh: Mesh, rules: dict, key: jax.Array):
     """-> (params, specs): fresh parameters, made in their place on the mesh, and their PartitionSpecs."""
-    like, specs = describe_params(model, mesh, rules)
+    abstract_params, specs = describe_params(model, mesh, rules)
     return jax.jit(
         lambda key: nn.unbox(_init(model, key)),
-        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, like),
+        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract_params),
     )(key), specs
 
 
@@ -165,21 +165,21 @@ def init_model_state(
     optimizer: optax.GradientTransformation, mesh: Mesh, params, specs
 ) -> ModelState:
     """Optimiser state beside parameters, made in its place (`describe_model_state`)."""
-    like = describe_model_state(optimizer, mesh, params, specs).opt_state
+    abstract_params = describe_model_state(optimizer, mesh, params, specs).opt_state
     return ModelState(
         params,
-        jax.jit(optimizer.init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, like))(
-            params
-        ),
+        jax.jit(
+            optimizer.init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract_params)
+        )(params),
     )
 
 
 def init_value_params(model: Value, mesh: Mesh, rules: dict, key: jax.Array, policy_params):
     """-> (params, specs): the value model at its start, a copy of the policy's trunk under a fresh head. No other trunk is made on the way."""
-    like, specs = describe_params(model, mesh, rules)
+    abstract_params, specs = describe_params(model, mesh, rules)
     head = jax.jit(
         lambda key: nn.unbox(_init(model, key))["params"]["head"],
-        out_shardings=like["params"]["head"].sharding,
+        out_shardings=abstract_params["params"]["head"].sharding,
     )(key)
     return {
         "params": {"head": head, "trunk": jax.tree.map(jnp.copy, policy_params["params"]["trunk"])}
@@ -217,7 +217,7 @@ def make_build_batch(model: ModelConfig, settings: LearnerSettings):
             )
 
         rows = trajectory.tokens.shape[0]
-        parts = 1 if not settings.micro_rows else max(1, rows // settings.micro_rows)
+        parts = 1 if not settings.microbatch_size else max(1, rows // settings.microbatch_size)
         *old, ref_logprobs, old_values = join_rows(
             jax.lax.map(score, split_rows(trajectory.tokens, parts))
         )
@@ -278,12 +278,12 @@ def explained_variance(values: jax.Array, returns: jax.Array, mask: jax.Array) -
     )
 
 
-def make_answer_gain(model: ModelConfig, opening: int, micro_rows: int):
+def make_answer_gain(model: ModelConfig, opening: int, microbatch_size: int):
     """-> answer_gain(policy_params, trajectory, answers [B, A], answer_length [B]) -> [B, K]: what each search did for the answer's log-probability.
 
     answers: right-padded tokens of which `opening` are given (`models.scoring.score_answers`). With L_0 the mean log-probability per scored token behind the
     prompt, and L_k behind everything up to the end of turn k's observation, turn k gains L_k - L_{k-1}. 0 on turns without a successful search, whose
-    share goes to no one. micro_rows: rows of one forward pass; 0 = all.
+    share goes to no one. microbatch_size: rows of one forward pass; 0 = all.
     Source: IGPO, arXiv 2510.14967, section 3, which takes the difference of probabilities; of log-probabilities the sum over turns telescopes as well, and
       early searches, when the answer is still unlikely, are not lost beside later ones.
     """
@@ -300,7 +300,7 @@ def make_answer_gain(model: ModelConfig, opening: int, micro_rows: int):
         score = lambda part: score_answers(
             policy, policy_params, *part[:3], jnp.int32(opening), part[3]
         )
-        parts = max(1, B // micro_rows) if micro_rows else 1
+        parts = max(1, B // microbatch_size) if microbatch_size else 1
         found = join_rows(
             jax.lax.map(
                 score, split_rows((trajectory.tokens, until.sum(-1), answers, answer_length), parts)
@@ -363,7 +363,7 @@ def make_gradients(model: ModelConfig, settings: LearnerSettings):
 
     def gradients(params: dict, minibatch: Batch, kl_coef):
         rows = minibatch.tokens.shape[0]
-        parts = 1 if not settings.micro_rows else max(1, rows // settings.micro_rows)
+        parts = 1 if not settings.microbatch_size else max(1, rows // settings.microbatch_size)
         terms = {
             "policy": (policy_objective, minibatch.action_mask),
             "value": (value_objective, minibatch.value_mask),
@@ -431,9 +431,9 @@ def make_update(
     @partial(jax.jit, donate_argnums=0)
     def update(state: TrainState, batch: Batch, mean_kl: jax.Array):
         minibatches = split_rows(batch, settings.minibatches)
-        if settings.epochs > 1:
+        if settings.ppo_epochs > 1:
             minibatches = jax.tree.map(
-                lambda x: jnp.tile(x, (settings.epochs,) + (1,) * (x.ndim - 1)), minibatches
+                lambda x: jnp.tile(x, (settings.ppo_epochs,) + (1,) * (x.ndim - 1)), minibatches
             )
         state, metrics = jax.lax.scan(step, state, minibatches)
         if settings.kl_target > 0:

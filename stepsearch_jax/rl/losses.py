@@ -13,6 +13,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from stepsearch_jax.choices import check_choice
 from stepsearch_jax.masking import masked_mean, masked_sum
 from stepsearch_jax.rl.advantages import (
     bounded_log_ratio,
@@ -26,18 +27,24 @@ Metrics = dict[str, jax.Array]
 
 @functools.partial(jax.jit, static_argnames=("aggregation",))
 def aggregate(
-    x: jax.Array, mask: jax.Array, *, aggregation: str, normalizer: jax.Array
+    x: jax.Array,
+    mask: jax.Array,
+    *,
+    aggregation: str = "token_mean",
+    normalizer: jax.Array | None = None,
 ) -> jax.Array:
     """x, mask [B, T] -> [], the mean of x where mask.
 
         token_mean      Σ_bt x_bt / normalizer             every token counts the same, a long episode more
         sequence_mean   Σ_b mean_t(x_bt) / normalizer      every episode counts the same, its tokens less the more they are
 
-    normalizer []: `loss_normalizer` of the whole minibatch, of which x may be a part.
+    normalizer []: `loss_normalizer` of the whole minibatch, of which x may be a part; None: of this mask.
     Reference: the paper and its code take token means; GRPO (arXiv 2402.03300, eq. 3) takes sequence means.
     Raises ValueError on an unknown aggregation.
     """
-    _check_aggregation(aggregation)
+    check_choice("rl.aggregation", aggregation)
+    if normalizer is None:
+        normalizer = loss_normalizer(mask, aggregation=aggregation)
     total = (
         masked_sum(x, mask) if aggregation == "token_mean" else masked_mean(x, mask, axis=1).sum()
     )
@@ -45,17 +52,10 @@ def aggregate(
 
 
 @functools.partial(jax.jit, static_argnames=("aggregation",))
-def loss_normalizer(mask: jax.Array, *, aggregation: str) -> jax.Array:
+def loss_normalizer(mask: jax.Array, *, aggregation: str = "token_mean") -> jax.Array:
     """mask [B, T] -> []: its number of tokens (token_mean), or of rows that have any (sequence_mean). Raises ValueError on an unknown aggregation."""
-    _check_aggregation(aggregation)
+    check_choice("rl.aggregation", aggregation)
     return mask.sum() if aggregation == "token_mean" else mask.any(axis=1).sum()
-
-
-def _check_aggregation(aggregation: str) -> None:
-    if aggregation not in ("token_mean", "sequence_mean"):
-        raise ValueError(
-            f"rl.aggregation is {aggregation!r}; it must be 'token_mean' or 'sequence_mean'"
-        )
 
 
 @functools.partial(jax.jit, static_argnames=("aggregation",))
@@ -65,11 +65,11 @@ def policy_loss(
     advantages: jax.Array,
     action_mask: jax.Array,
     *,
-    clip_low: float,
-    clip_high: float,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
     max_ratio: float = math.inf,
-    aggregation: str,
-    normalizer: jax.Array,
+    aggregation: str = "token_mean",
+    normalizer: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """logprobs, old_logprobs, advantages, action_mask [B, T] -> (loss [], metrics) (Schulman et al. 2017, eq. 7; minimised, hence the sign).
 
@@ -116,9 +116,9 @@ def value_loss(
     returns: jax.Array,
     value_mask: jax.Array,
     *,
-    value_clip: float,
-    aggregation: str,
-    normalizer: jax.Array,
+    value_clip: float = 0.5,
+    aggregation: str = "token_mean",
+    normalizer: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """values, old_values, returns, value_mask [B, T] -> (loss [], metrics).
 
@@ -150,7 +150,11 @@ def value_loss(
 
 @functools.partial(jax.jit, static_argnames=("aggregation",))
 def entropy_bonus(
-    entropy: jax.Array, action_mask: jax.Array, *, aggregation: str, normalizer: jax.Array
+    entropy: jax.Array,
+    action_mask: jax.Array,
+    *,
+    aggregation: str = "token_mean",
+    normalizer: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """entropy, action_mask [B, T] -> (bonus [], metrics): the mean of the policy's entropy, to be subtracted from a loss with its weight.
 
@@ -166,9 +170,9 @@ def kl_loss(
     ref_logprobs: jax.Array,
     action_mask: jax.Array,
     *,
-    estimator: str,
-    aggregation: str,
-    normalizer: jax.Array,
+    estimator: str = "k3",
+    aggregation: str = "token_mean",
+    normalizer: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """logprobs, ref_logprobs, action_mask [B, T] -> (loss [], metrics): the mean of `kl_penalty`, to be added to a loss with its weight.
 
@@ -177,7 +181,6 @@ def kl_loss(
         k1    E[∇ log p] = 0: pure noise. Use it in the reward, not here.
         k2    E[x ∇ log p] = ∇ KL(policy || reference)
         k3    E[(1 - exp(-x)) ∇ log p] = ∇ KL(reference || policy), what GRPO charges (arXiv 2402.03300, eq. 4)
-        abs   E[sign(x) ∇ log p]
     Reference: the paper and its code charge the KL in the reward; a loss term is GRPO's way.
     """
     # As in policy_loss: nothing outside the mask may reach the gradient.
@@ -222,23 +225,23 @@ def stepwise_ppo_loss(
     step_rewards: jax.Array,
     outcome_rewards: jax.Array,
     *,
-    advantage: str,
-    gamma: float,
-    gae_lambda: float,
-    whiten_advantages: bool,
-    clip_low: float,
-    clip_high: float,
+    advantage: str = "gae",
+    gamma: float = 1.0,
+    gae_lambda: float = 1.0,
+    whiten_advantages: bool = True,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
     max_ratio: float = math.inf,
-    aggregation: str,
-    value_clip: float,
-    value_coef: float,
-    entropy_coef: float,
-    kl_coef: float | jax.Array,
-    kl_placement: str,
-    kl_estimator: str,
-    placement: str,
-    outcome_overwrites: bool,
-    over_observations: bool,
+    aggregation: str = "token_mean",
+    value_clip: float = 0.5,
+    value_coef: float = 1.0,
+    entropy_coef: float = 0.0,
+    kl_coef: float | jax.Array = 1e-3,
+    kl_placement: str = "reward",
+    kl_estimator: str = "k1",
+    placement: str = "step",
+    outcome_overwrites: bool = False,
+    over_observations: bool = False,
 ) -> tuple[jax.Array, Metrics]:
     """StePPO's whole objective on one batch, with its baselines and variants -> (loss [], metrics) (arXiv 2505.15107).
 

@@ -1,4 +1,4 @@
-"""Supervised imitation: the optimiser and the jitted steps of a warm start."""
+"""Supervised fine-tuning: the optimiser and the jitted steps of a warm start."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
+from stepsearch_jax.choices import check_choice
 from stepsearch_jax.masking import masked_mean
 from stepsearch_jax.models.architecture import ModelConfig
 from stepsearch_jax.models.scoring import examine_tokens, score_tokens
@@ -29,33 +30,34 @@ _MATRICES = {
 }
 
 
-def make_imitation_optimizer(
+def make_sft_optimizer(
     name: str,
     phases: Sequence[tuple[int, float]],
     *,
-    warmup_steps: int,
-    final_share: float,
-    b2: float,
-    weight_decay: float,
-    max_grad_norm: float,
+    warmup_steps: int = 20,
+    final_fraction: float = 0.05,
+    b2: float = 0.98,
+    weight_decay: float = 0.01,
+    max_grad_norm: float = 1.0,
 ) -> optax.GradientTransformation:
-    """AdamW or Muon (Jordan et al. 2024). In each of the phases (steps, rate): linear warm-up, then linear decay to `final_share` of the rate.
+    """AdamW or Muon (Jordan et al. 2024). In each of the phases (steps, rate): linear warm-up, then linear decay to `final_fraction` of the rate.
 
     Muon orthogonalises the updates of the layers' matrices; embeddings, norms and biases take Adam at 0.3 of the rate. For small policies from scratch it
     reaches in 100 steps what AdamW does not in 1,000: the plateau before copying is learned is the whole cost of a warm start.
     """
+    check_choice("sft.optimizer", name)
     parts, boundaries, first = [], [], 0
     for steps, rate in phases:
         parts += [
             optax.linear_schedule(0.0, rate, warmup_steps),
-            optax.linear_schedule(rate, rate * final_share, max(1, steps - warmup_steps)),
+            optax.linear_schedule(rate, rate * final_fraction, max(1, steps - warmup_steps)),
         ]
         boundaries += [first + warmup_steps, first + steps]
         first += steps
     schedule = optax.join_schedules(parts, boundaries[:-1])
     if name == "adamw":
         step = optax.adamw(schedule, b2=b2, weight_decay=weight_decay)
-    elif name == "muon":
+    else:
         step = muon(
             schedule,
             weight_decay=weight_decay,
@@ -63,8 +65,6 @@ def make_imitation_optimizer(
             adam_learning_rate=lambda count: 0.3 * schedule(count),
             muon_weight_dimension_numbers=_find_matrices,
         )
-    else:
-        raise ValueError(f"config.imitation.optimizer is {name!r}; it must be adamw or muon")
     return optax.chain(optax.clip_by_global_norm(max_grad_norm), step)
 
 
@@ -76,10 +76,10 @@ def _find_matrices(params):
     return jax.tree_util.tree_map_with_path(dimensions, params)
 
 
-def make_imitate(model: ModelConfig, optimizer: optax.GradientTransformation):
-    """-> (imitate, held_out_loss), both jitted.
+def make_sft(model: ModelConfig, optimizer: optax.GradientTransformation):
+    """-> (fine_tune, held_out_loss), both jitted.
 
-    imitate(state, tokens [B, T], action_mask [B, T]) -> (state, loss []): one optimiser step; the state is donated.
+    fine_tune(state, tokens [B, T], action_mask [B, T]) -> (state, loss []): one optimiser step; the state is donated.
     held_out_loss(params, tokens [B, T], action_mask [B, T], rows=) -> (loss [], exact [B] bool): the loss, and whether the likeliest token is the demonstrated
     one on every action token of the row. rows: of a minibatch; no more go through the model at a time, in equal parts. The loss is the mean of -log p over
     action tokens.
@@ -90,7 +90,7 @@ def make_imitate(model: ModelConfig, optimizer: optax.GradientTransformation):
         return -masked_mean(score_tokens(policy, params, tokens)[0], action_mask)
 
     @partial(jax.jit, donate_argnums=0)
-    def imitate(state: ModelState, tokens, action_mask):
+    def fine_tune(state: ModelState, tokens, action_mask):
         loss, gradient = jax.value_and_grad(objective)(state.params, tokens, action_mask)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         return ModelState(optax.apply_updates(state.params, updates), opt_state), loss
@@ -103,4 +103,4 @@ def make_imitate(model: ModelConfig, optimizer: optax.GradientTransformation):
         )
         return -masked_mean(logprobs, action_mask), (likeliest | ~action_mask)[:, 1:].all(axis=1)
 
-    return imitate, held_out_loss
+    return fine_tune, held_out_loss

@@ -1,4 +1,4 @@
-"""The two pure functions of an episode: `decode_until_wait` samples until documents are needed, `absorb` reads them into the same cache.
+"""The two pure functions of an episode: `decode_until_wait` samples until documents are needed, `read_observations` reads them into the same cache.
 
 Everything happens on one device's shard of the rows. Its episodes are many, its slots may be fewer: a slot is a row of the KV cache, and when its episode
 ends it takes the next prompt. A slot is in one of three phases: DECODING, WAITING for an observation, FREE. Slots are independent: each has its own length,
@@ -39,7 +39,7 @@ class RolloutSettings:
     top_k: int
     top_p: float
     slots: int
-    flush_share: float
+    flush_fraction: float
     prefill_rows: int
     prefill_tokens: int
 
@@ -253,7 +253,7 @@ def decode_until_wait(
 ) -> EpisodeState:
     """Samples one token per decoding slot at a time, until a flush is due or nobody decodes any more.
 
-    A flush is due when at least `flush_share` of the slots that have work wait: for an observation, or for the next prompt.
+    A flush is due when at least `flush_fraction` of the slots that have work wait: for an observation, or for the next prompt.
     """
     B, last_turn = prompts.tokens.shape[0], settings.turns - 1
 
@@ -262,7 +262,7 @@ def decode_until_wait(
         waiting = (s.phase == WAITING).sum() + jnp.minimum(
             (s.phase == FREE).sum(), count_left(prompts, s)
         )
-        return (decoding > 0) & (waiting < settings.flush_share * (decoding + waiting))
+        return (decoding > 0) & (waiting < settings.flush_fraction * (decoding + waiting))
 
     def decode(s: EpisodeState) -> EpisodeState:
         active = s.phase == DECODING
@@ -342,7 +342,7 @@ def read_queries(
     )
 
 
-def absorb(
+def read_observations(
     policy: Policy,
     settings: RolloutSettings,
     params,

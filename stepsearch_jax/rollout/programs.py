@@ -1,7 +1,7 @@
 """Whole episodes from the two functions of `episode.py`, composed in two ways that give the same tokens.
 
 `search="callback"`: one jitted program. Each shard of the rows loops on its own (`shard_map` over every mesh axis): decode until a flush is due, call the
-host's search, absorb. No collective crosses shards, so a slow search delays only its shard.
+host's search, read_observations. No collective crosses shards, so a slow search delays only its shard.
 
 `search="host"`: Python alternates the jitted halves, with the state donated from one to the next. For platforms whose callbacks misbehave, and for searches
 that need the device themselves.
@@ -18,6 +18,7 @@ import numpy as np
 from jax.experimental import io_callback
 from jax.sharding import Mesh, PartitionSpec
 
+from stepsearch_jax.choices import check_choice
 from stepsearch_jax.models.architecture import ModelConfig
 from stepsearch_jax.models.attention import KVCache
 from stepsearch_jax.models.transformer import Policy
@@ -67,9 +68,8 @@ def make_rollout(
             f"config.rollout.slots={settings.slots} cannot be shared out among {row_shards(mesh)} mesh shards (mesh.data x mesh.fsdp)"
         )
     policy = Policy(config.place_on(mesh))
+    check_choice("rollout.search", mode)
     make = {"callback": _make_callback_rollout, "host": _make_host_rollout}
-    if mode not in make:
-        raise ValueError(f"config.rollout.search is {mode!r}; it must be one of {', '.join(make)}")
     return make[mode](policy, settings, mesh, param_specs, search)
 
 
@@ -134,7 +134,7 @@ def _make_callback_rollout(
             )
             # After the last flush nobody waits: one empty call per shard, which the host answers at once.
             observations = search_on_host(*episode.read_queries(settings, state))
-            return episode.absorb(
+            return episode.read_observations(
                 policy, settings, params, environment, prompts, observations, state
             )
 
@@ -170,7 +170,7 @@ def _make_host_rollout(
     )
     absorb_shards = _shard(
         mesh,
-        partial(episode.absorb, policy, settings),
+        partial(episode.read_observations, policy, settings),
         (param_specs, none, ROWS, ROWS, states),
         states,
     )
@@ -182,7 +182,7 @@ def _make_host_rollout(
         ROWS,
     )
     start = jax.jit(start_shards)
-    absorb = jax.jit(absorb_shards, donate_argnums=4)
+    read_observations = jax.jit(absorb_shards, donate_argnums=4)
 
     @partial(jax.jit, donate_argnums=5)
     def decode(params, environment, prompts, key, temperature, state):
@@ -202,7 +202,7 @@ def _make_host_rollout(
             if not bool(unfinished):
                 return finish(state, prompts, group_ids, question_ids)
             found = search(*rows_from_mesh(queries))
-            state = absorb(
+            state = read_observations(
                 params, environment, prompts, rows_to_mesh(mesh, Observations(*found)), state
             )
 

@@ -27,14 +27,14 @@ class _Searcher:
 
     question: Question
     rng: np.random.Generator
-    skill: float
+    known_fraction: float
     resolved: int = 0
     tried: int = 0  # good queries for the current hop so far
     thought: str = ""
     last_query: str = ""
     seen_titles: list[str] = dataclasses.field(default_factory=list)
 
-    def act(self, shares: Mapping[str, float], last_turn: bool) -> tuple[TurnStatus, str]:
+    def act(self, decision_weights: Mapping[str, float], last_turn: bool) -> tuple[TurnStatus, str]:
         """The next action: (SEARCH, query) or (ANSWER, answer); `thought` is what the last search told, "" for nothing."""
         hops = self.question.sub_questions
         if self.resolved == len(hops):
@@ -42,10 +42,13 @@ class _Searcher:
         queries = hops[self.resolved].queries or (hops[self.resolved].question,)
         words = queries[0].split()
         kind = str(
-            self.rng.choice(list(shares), p=np.array(list(shares.values())) / sum(shares.values()))
+            self.rng.choice(
+                list(decision_weights),
+                p=np.array(list(decision_weights.values())) / sum(decision_weights.values()),
+            )
         )
         if (
-            zlib.crc32(words[-1].encode()) < self.skill * 2**32
+            zlib.crc32(words[-1].encode()) < self.known_fraction * 2**32
         ):  # the last word says what is asked of the entity
             kind = "good"
         if last_turn or (kind == "early" and self.resolved):
@@ -92,19 +95,19 @@ def run_script(
     tokenizer: Tokenizer,
     settings: RolloutSettings,
     last_turn_warning: np.ndarray,
-    shares: Mapping[str, float],
-    skill: float,
+    decision_weights: Mapping[str, float],
+    known_fraction: float,
     seed: int,
 ) -> Trajectory:
     """Runs the script on B questions, all turn by turn together -> Trajectory with NumPy arrays.
 
-    prompts: [B, P] int32, prompt_length: [B]; search: the rollout's own callback; shares: relative frequency of each of `KINDS` per decision (`PERFECT`
-    for a searcher without fault), but for the relations that it knows: `skill` is their share, drawn by a hash of the last word
+    prompts: [B, P] int32, prompt_length: [B]; search: the rollout's own callback; decision_weights: relative frequency of each of `KINDS` per decision (`PERFECT`
+    for a searcher without fault), but for the relations that it knows: `known_fraction` is their share, drawn by a hash of the last word
     of a hop's first query. Raises ValueError on an unknown kind, or when an episode does not fit into the context.
     """
-    if unknown := set(shares) - set(KINDS):
+    if unknown := set(decision_weights) - set(KINDS):
         raise ValueError(
-            f"config.imitation.shares names {sorted(unknown)}; known are {', '.join(KINDS)}"
+            f"config.sft.decision_weights names {sorted(unknown)}; known are {', '.join(KINDS)}"
         )
     B, T, K = len(questions), settings.context, settings.turns
     tokens, actions, turn_ids = (
@@ -117,7 +120,7 @@ def run_script(
     search_end, statuses = np.full((B, K), -1, np.int32), np.zeros((B, K), np.int32)
     doc_ids, ok = np.full((B, K, settings.documents), -1, np.int32), np.zeros((B, K), bool)
     searchers = [
-        _Searcher(question, np.random.default_rng([seed, row]), skill)
+        _Searcher(question, np.random.default_rng([seed, row]), known_fraction)
         for row, question in enumerate(questions)
     ]
     finished = np.zeros(B, bool)
@@ -139,7 +142,7 @@ def run_script(
             np.zeros(B, np.int32),
         )
         for row in np.flatnonzero(~finished):
-            status, content = searchers[row].act(shares, last_turn=turn == K - 1)
+            status, content = searchers[row].act(decision_weights, last_turn=turn == K - 1)
             ids = tokenizer.encode(format_action(searchers[row].thought, status, content))
             if len(ids) > settings.max_turn_tokens:
                 raise ValueError(

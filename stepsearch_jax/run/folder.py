@@ -1,4 +1,4 @@
-"""What the folder of a run remembers: its config (config.json), and what it began with (begun.json); which other configs and data may go on with it; and that
+"""What the folder of a run remembers: its config (config.json), and what it began with (run.json); which other configs and data may go on with it; and that
 one process at a time does."""
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from ml_collections import ConfigDict
 from stepsearch_jax.files import in_bucket, read_json, write_json
 
 CONFIG_FILE = "config.json"
-BEGUN_FILE = "begun.json"
+RUN_FILE = "run.json"
+FORMAT = 2  # of run folders: raised whenever a config key, a file or a metric gets another name or meaning
 _BEGUN = (
-    "imitation",
+    "sft",
     "start",
     "checkpoints",
 )  # one of these stands in WORKDIR as soon as there is something to lose
@@ -32,21 +33,21 @@ _RESUMABLE = (
     "mesh.",
     "data.cache_dir",
     "search.timeout_s",
-    "search.max_failure_share",
+    "search.max_failure_fraction",
     "search.encode_batch",
     "search.url",
     "search.attempt",
     "search.backoff_s",
     "search.batch",
     "rollout.search",
-    "rollout.flush_share",
+    "rollout.flush_fraction",
     "rollout.slots",
     "rollout.prefill_rows",
     "rollout.prefill_tokens",
     "rollout.attention_block",
-    "rl.micro_rows",
+    "rl.microbatch_size",
     "model.remat",
-    "imitation.log_every",
+    "sft.log_every",
 )
 # What a checkpoint cannot be read without, and without which its policy would be another one.
 _STATE = (
@@ -88,7 +89,7 @@ def lock(workdir: pathlib.Path) -> Iterator[int | None]:
         yield file.fileno()
 
 
-def remember_config(workdir: pathlib.Path, config: ConfigDict) -> None:
+def write_config(workdir: pathlib.Path, config: ConfigDict) -> None:
     """Writes WORKDIR/config.json. Results under another config are not this run's: evaluation.json goes, by which a sweep knows what is finished."""
     workdir.mkdir(parents=True, exist_ok=True)
     if read_json(workdir / CONFIG_FILE) != to_json(config):
@@ -96,25 +97,25 @@ def remember_config(workdir: pathlib.Path, config: ConfigDict) -> None:
     write_json(workdir / CONFIG_FILE, to_json(config))
 
 
-def remember_beginning(workdir: pathlib.Path, beginning: Mapping[str, Any]) -> None:
-    """Writes WORKDIR/begun.json."""
-    write_json(workdir / BEGUN_FILE, beginning)
+def write_beginning(workdir: pathlib.Path, beginning: Mapping[str, Any]) -> None:
+    """Writes WORKDIR/run.json."""
+    write_json(workdir / RUN_FILE, beginning)
 
 
 def check_resumable(
     workdir: pathlib.Path, config: ConfigDict, data: Mapping[str, str]
 ) -> dict[str, Any]:
-    """-> what the run in WORKDIR began with, or begins with now: {"iterations", the first, however long it goes on; "data": `data` of all splits so far}.
+    """-> what the run in WORKDIR began with, or begins with now: {"format", "iterations", the first, however long it goes on; "data": `data` of all splits so far}.
 
     data: `System.describe_data`. Raises ValueError if WORKDIR holds a run that was begun with other settings, or nobody knows which, or with other data: its
     results would bear the wrong names.
     """
-    began = {"iterations": config.iterations, "data": {}}
+    began = {"format": FORMAT, "iterations": config.iterations, "data": {}}
     if any((workdir / name).is_dir() for name in _BEGUN):
         remedy = "choose another --workdir, or remove this one to begin anew"
         _check(workdir, config, lambda key: not key.startswith(_RESUMABLE), remedy)
         check_data(workdir, data, remedy)
-        began = read_json(workdir / BEGUN_FILE) or began
+        began = read_json(workdir / RUN_FILE) or began
     if not any(
         path.name.isdigit() for path in (workdir / "checkpoints").glob("*")
     ):  # nothing is left of its iterations; others are half written
@@ -124,7 +125,7 @@ def check_resumable(
 
 def check_data(workdir: pathlib.Path, data: Mapping[str, str], remedy: str) -> None:
     """Raises ValueError if the run in WORKDIR began with another corpus, or with other questions of the same split (`System.describe_data`)."""
-    began = (read_json(workdir / BEGUN_FILE) or {"data": {}})["data"]
+    began = (read_json(workdir / RUN_FILE) or {"data": {}})["data"]
     if other := [name for name in data if began.get(name, data[name]) != data[name]]:
         raise ValueError(
             f"{workdir} holds a run with other data ({', '.join(other)}): give it the files that it began with, {remedy}"
@@ -144,19 +145,22 @@ def check_readable(workdir: pathlib.Path, config: ConfigDict) -> None:
 def _check(
     workdir: pathlib.Path, config: ConfigDict, matters: Callable[[str], bool], remedy: str
 ) -> None:
-    trained = read_json(workdir / CONFIG_FILE)
+    trained, run = read_json(workdir / CONFIG_FILE), read_json(workdir / RUN_FILE)
     if trained is None:
         raise ValueError(
             f"{workdir} holds a run without its {CONFIG_FILE}, the settings it was begun with: put that file back, or choose another --workdir"
         )
+    if (found := (run or {}).get("format", 1)) != FORMAT:
+        raise ValueError(
+            f"{workdir} holds a run of format {found}, and this version reads format {FORMAT} ({RUN_FILE}): go on with it in the version that began it, or "
+            "choose another --workdir"
+        )
     old, new = flatten(trained), flatten(to_json(config))
-    common = [
-        key for key in old.keys() & new.keys() if matters(key)
-    ]  # a key that one of them lacks was not there yet, or is gone: another version's
-    if told := describe_difference(
-        {key: old[key] for key in common}, {key: new[key] for key in common}
+    if difference := describe_difference(
+        {key: value for key, value in old.items() if matters(key)},
+        {key: value for key, value in new.items() if matters(key)},
     ):
-        raise ValueError(f"{workdir} holds a run with another config ({told}): {remedy}")
+        raise ValueError(f"{workdir} holds a run with another config ({difference}): {remedy}")
 
 
 def to_json(config: ConfigDict) -> dict[str, Any]:
@@ -170,11 +174,11 @@ def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     differing = [
         key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)
     ]
-    told = [
+    difference = [
         f"{key}: {before.get(key, 'nothing')}, now {after.get(key, 'nothing')}"
         for key in differing[:3]
     ]
-    return "; ".join(told + [f"and {len(differing) - 3} more"] * (len(differing) > 3))
+    return "; ".join(difference + [f"and {len(differing) - 3} more"] * (len(differing) > 3))
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -16,7 +16,7 @@ from stepsearch_jax.rollout.episode import RolloutSettings
 VOCABULARY_MULTIPLE = (
     64  # a model's vocabulary is rounded up to it, so that any sensible tensor axis divides it
 )
-LENGTH_GROUPS = 6  # demonstrations are grouped by length, a step of imitation takes all its rows from one group and is cut to its longest
+LENGTH_GROUPS = 6  # demonstrations are grouped by length, a step of supervised fine-tuning takes all its rows from one group and is cut to its longest
 
 
 def round_vocabulary(size: int) -> int:
@@ -28,37 +28,41 @@ def describe_models(
     config: ml_collections.ConfigDict, vocab_size: int
 ) -> tuple[ModelConfig, ModelConfig]:
     """-> the model as the learner computes it, and as the rollout does."""
-    m, r = config.model, config.rollout
+    model_config, rollout_config = config.model, config.rollout
     learner_model = ModelConfig(
         vocab_size=vocab_size,
-        num_layers=m.num_layers,
-        embed_dim=m.embed_dim,
-        num_heads=m.num_heads,
-        num_kv_heads=m.num_kv_heads,
-        head_dim=m.head_dim,
-        ffn_dim=m.ffn_dim,
-        rope_theta=m.rope_theta,
-        rope_scaling=None if m.rope_scaling.kind == "none" else RopeScaling(**dict(m.rope_scaling)),
-        norm_eps=m.norm_eps,
-        qkv_bias=m.qkv_bias,
-        qk_norm=m.qk_norm,
-        tie_embeddings=m.tie_embeddings,
-        dtype=jnp.dtype(m.dtype),
-        remat=m.remat,
-        attention_block=r.attention_block,
+        num_layers=model_config.num_layers,
+        embed_dim=model_config.embed_dim,
+        num_heads=model_config.num_heads,
+        num_kv_heads=model_config.num_kv_heads,
+        head_dim=model_config.head_dim,
+        ffn_dim=model_config.ffn_dim,
+        rope_theta=model_config.rope_theta,
+        rope_scaling=None
+        if model_config.rope_scaling.kind == "none"
+        else RopeScaling(**dict(model_config.rope_scaling)),
+        norm_eps=model_config.norm_eps,
+        qkv_bias=model_config.qkv_bias,
+        qk_norm=model_config.qk_norm,
+        tie_embeddings=model_config.tie_embeddings,
+        dtype=jnp.dtype(model_config.dtype),
+        remat=model_config.remat,
+        attention_block=rollout_config.attention_block,
     )
-    return learner_model, dataclasses.replace(learner_model, dtype=jnp.dtype(r.dtype), remat="none")
+    return learner_model, dataclasses.replace(
+        learner_model, dtype=jnp.dtype(rollout_config.dtype), remat="none"
+    )
 
 
 def rollout_settings(config: ml_collections.ConfigDict) -> RolloutSettings:
     """The rollout section, and the lengths that the prompt and search sections allow."""
-    r = config.rollout
+    rollout_config = config.rollout
     return RolloutSettings(
         max_prompt_tokens=config.prompt.max_prompt_tokens,
         max_observation_tokens=config.search.max_observation_tokens,
         documents=config.search.k,
         **{
-            key: r[key]
+            key: rollout_config[key]
             for key in (
                 "max_turns",
                 "max_turn_tokens",
@@ -66,7 +70,7 @@ def rollout_settings(config: ml_collections.ConfigDict) -> RolloutSettings:
                 "top_k",
                 "top_p",
                 "slots",
-                "flush_share",
+                "flush_fraction",
                 "prefill_rows",
                 "prefill_tokens",
             )
@@ -76,13 +80,13 @@ def rollout_settings(config: ml_collections.ConfigDict) -> RolloutSettings:
 
 def learner_settings(config: ml_collections.ConfigDict) -> LearnerSettings:
     """The rl section, and what the reward section says about places."""
-    w, l = config.reward, config.rl
+    reward_config, rl_config = config.reward, config.rl
     return LearnerSettings(
-        placement=w.placement,
-        outcome_overwrites=w.outcome_overwrites,
-        max_ratio=l.max_ratio if l.old_logprobs == "sampler" else math.inf,
+        placement=reward_config.placement,
+        outcome_overwrites=reward_config.outcome_overwrites,
+        max_ratio=rl_config.max_ratio if rl_config.old_logprobs == "sampler" else math.inf,
         **{
-            key: l[key]
+            key: rl_config[key]
             for key in (
                 "advantage",
                 "gamma",
@@ -100,8 +104,8 @@ def learner_settings(config: ml_collections.ConfigDict) -> LearnerSettings:
                 "kl_target",
                 "kl_horizon",
                 "minibatches",
-                "epochs",
-                "micro_rows",
+                "ppo_epochs",
+                "microbatch_size",
             )
         },
     )
@@ -109,7 +113,7 @@ def learner_settings(config: ml_collections.ConfigDict) -> LearnerSettings:
 
 def make_optimizers(config, iterations: int):
     """-> (policy optimiser, value optimiser, which is None with an advantage estimator that reads no values). iterations: of which warm-ups are shares."""
-    steps = config.rl.minibatches * config.rl.epochs
+    steps = config.rl.minibatches * config.rl.ppo_epochs
     policy, value = (
         make_optimizer(
             o.optimizer,

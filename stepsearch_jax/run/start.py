@@ -32,7 +32,7 @@ def make_sampler(system: System):
             jax.random.key(0), jnp.zeros((1, 2), jnp.int32), method=Policy.init_all
         )
     )
-    specs = sharding.partition_specs(boxed, dict(config.mesh.rollout_rules))
+    specs = sharding.partition_specs(boxed, sharding.ROLLOUT_RULES)
     rollout = make_rollout(
         system.rollout_model, system.settings, mesh, specs, system.search, config.rollout.search
     )
@@ -50,7 +50,9 @@ def bind_answer_gain(system: System):
     openings = {split.answers.opening for split in system.splits.values() if split.answers}
     if not openings:
         return None
-    gain = learner.make_answer_gain(system.learner_model, *openings, system.config.rl.micro_rows)
+    gain = learner.make_answer_gain(
+        system.learner_model, *openings, system.config.rl.microbatch_size
+    )
 
     def answer_gain(params, trajectory, split, rows):
         rows = np.maximum(rows, 0)
@@ -80,8 +82,8 @@ def begin_run(system: System, workdir: pathlib.Path):
         dict(system.config.mesh.train_rules),
     )
     policy_key, value_key, rollout_key = jax.random.split(jax.random.key(config.seed), 3)
-    like, specs = learner.describe_params(Policy(model), mesh, rules)
-    reference_params = warm_start(system, like, specs, policy_key, workdir)
+    abstract_params, specs = learner.describe_params(Policy(model), mesh, rules)
+    reference_params = warm_start(system, abstract_params, specs, policy_key, workdir)
     policy_optimizer, value_optimizer = make_optimizers(config, config.iterations)
     value = None
     if value_optimizer is not None:

@@ -22,7 +22,7 @@ from stepsearch_jax.data.schema import encode_question
 from stepsearch_jax.dense.index import DenseIndex, build_dense_index, load_text_encoder
 from stepsearch_jax.models.architecture import ModelConfig
 from stepsearch_jax.models.huggingface import open_checkpoint
-from stepsearch_jax.models.weights import StoredModel, check_architecture
+from stepsearch_jax.models.weights import Weights, check_architecture
 from stepsearch_jax.prompting.tags import decode_query, make_tag_automaton
 from stepsearch_jax.prompting.templates import encode_environment, render_document, render_prompt
 from stepsearch_jax.prompting.tokenizers import Tokenizer, load_tokenizer
@@ -88,7 +88,7 @@ class System:
     learner_model: ModelConfig
     rollout_model: ModelConfig
     splits: dict[str, Split]
-    stored: StoredModel | None  # the pretrained weights that config.model.checkpoint names
+    weights: Weights | None  # the pretrained weights that config.model.checkpoint names
 
     def measure_retrieval(self, split_name: str) -> float:
         """Share of sub-questions whose gold documents are among the k that a search for the sub-question itself returns; NaN without gold documents."""
@@ -124,22 +124,22 @@ class System:
 
     def score(self, episodes: Sequence[Episode], gain: np.ndarray | None = None) -> StepScores:
         """Rewards of episodes, by the config's reward section. gain [B, K]: stands in for the information gain of the retrieved documents."""
-        w = self.config.reward
+        reward_config = self.config.reward
         return score_episodes(
             episodes,
             self._similarity,
             gain=gain,
             num_turns=self.settings.turns,
-            answer_gate=w.answer_gate,
-            format_failure=w.format_failure,
-            gamma_key=w.gamma_key,
-            key_match=w.key_match,
-            use_gain=w.use_gain,
-            use_redundancy=w.use_redundancy,
-            redundancy_scope=w.redundancy_scope,
-            step_scale=w.step_scale,
-            search_cost=w.search_cost,
-            retrieved_answer_credit=w.retrieved_answer_credit,
+            format_gate=reward_config.format_gate,
+            format_failure=reward_config.format_failure,
+            gamma_key=reward_config.gamma_key,
+            key_match=reward_config.key_match,
+            use_gain=reward_config.use_gain,
+            use_redundancy=reward_config.use_redundancy,
+            redundancy_scope=reward_config.redundancy_scope,
+            step_scale=reward_config.step_scale,
+            search_cost=reward_config.search_cost,
+            retrieved_answer_credit=reward_config.retrieved_answer_credit,
             rendered=self._rendered,
             texts=self._texts,
         )
@@ -154,25 +154,31 @@ def build_system(config: ml_collections.ConfigDict, splits: Sequence[str], searc
 
     Raises ValueError or FileNotFoundError, with what to change, for anything that does not fit together.
     """
-    g, s, p = config.mesh, config.search, config.prompt
-    mesh = sharding.make_mesh(g.data, g.fsdp, g.tensor, g.slices, config.model.num_kv_heads)
+    mesh_config, search_config, prompt_config = config.mesh, config.search, config.prompt
+    mesh = sharding.make_mesh(
+        mesh_config.data,
+        mesh_config.fsdp,
+        mesh_config.tensor,
+        mesh_config.slices,
+        config.model.num_kv_heads,
+    )
     check_config(config, mesh)
-    watchdog = Watchdog(s.timeout_s, "config.search.timeout_s")
-    stored = (
+    watchdog = Watchdog(search_config.timeout_s, "config.search.timeout_s")
+    weights = (
         open_checkpoint(pathlib.Path(config.model.checkpoint)) if config.model.checkpoint else None
     )
 
     # Texts: data set, corpus, index, tokenizer. All are kept under cache_dir and only made when they are not there yet: once a host.
-    words = atlas_grammar.vocabulary() if p.tokenizer == "atlas" else []
-    tokenizer = load_tokenizer(p.tokenizer, words)
+    words = atlas_grammar.vocabulary() if prompt_config.tokenizer == "atlas" else []
+    tokenizer = load_tokenizer(prompt_config.tokenizer, words)
     with lock_cache(config.data.cache_dir):
-        source = load_source(config.data, s.bm25_k1, s.bm25_b)
+        source = load_source(config.data, search_config.bm25_k1, search_config.bm25_b)
         folder = locate_corpus(config.data.cache_dir, source.manifest["hash"])
         index = build_search_index(
             config, source.documents, folder, mesh.local_devices, watchdog.renew
         )
         retrieval, shown, texts = (
-            index.describe(s.k),
+            index.describe(search_config.k),
             Mapped(render_document, source.documents),
             read_texts(source.documents),
         )
@@ -191,13 +197,13 @@ def build_system(config: ml_collections.ConfigDict, splits: Sequence[str], searc
         )
 
     # The environment as arrays, and the search behind the fixed-shape callback.
-    fixed = encode_environment(tokenizer.encode, s.k)
+    fixed = encode_environment(tokenizer.encode, search_config.k)
     automaton = make_tag_automaton(tokenizer.token_bytes, tokenizer.eos_ids)
     vocabulary = round_vocabulary(
         max(
             tokenizer.vocab_size,
             config.model.vocab_size,
-            stored.fields["vocab_size"] if stored else 0,
+            weights.fields["vocab_size"] if weights else 0,
         )
     )
     own = np.arange(len(automaton.next_state), dtype=automaton.next_state.dtype)
@@ -211,7 +217,7 @@ def build_system(config: ml_collections.ConfigDict, splits: Sequence[str], searc
         fixed.invalid_warning,
         fixed.last_turn_warning,
     )
-    search = search or (lambda queries: index.search(queries, s.k)[0])
+    search = search or (lambda queries: index.search(queries, search_config.k)[0])
     token_bytes = [
         *tokenizer.token_bytes,
         *[b""] * (vocabulary - tokenizer.vocab_size),
@@ -221,8 +227,8 @@ def build_system(config: ml_collections.ConfigDict, splits: Sequence[str], searc
         partial(decode_query, token_bytes=token_bytes),
         document_tokens,
         fixed,
-        s.max_observation_tokens,
-        s.k,
+        search_config.max_observation_tokens,
+        search_config.k,
         watchdog,
     )
 
@@ -255,10 +261,10 @@ def build_system(config: ml_collections.ConfigDict, splits: Sequence[str], searc
 
     learner_model, rollout_model = describe_models(config, vocabulary)
     check_cuts(config, learner_model, mesh)
-    if stored:
-        check_architecture(stored, learner_model)
+    if weights:
+        check_architecture(weights, learner_model)
 
-    prepared = {}
+    prompted = {}
     for name in splits:
         if name not in source.splits:
             raise ValueError(
@@ -266,16 +272,21 @@ def build_system(config: ml_collections.ConfigDict, splits: Sequence[str], searc
                 "config.evaluation.datasets"
             )
         questions = list(source.splits[name])
-        rendered = [render_prompt(p.template, question.question) for question in questions]
+        rendered = [
+            render_prompt(prompt_config.template, question.question) for question in questions
+        ]
         answers = (
             encode_answers(questions, tokenizer)
             if config.reward.step_reward == "answer_logprob"
             else None
         )
-        prepared[name] = Split(
+        prompted[name] = Split(
             questions,
             *encode_prompts(
-                rendered, [question.uid for question in questions], tokenizer, p.max_prompt_tokens
+                rendered,
+                [question.uid for question in questions],
+                tokenizer,
+                prompt_config.max_prompt_tokens,
             ),
             answers,
         )
@@ -291,8 +302,8 @@ def build_system(config: ml_collections.ConfigDict, splits: Sequence[str], searc
         retrieval,
         learner_model,
         rollout_model,
-        prepared,
-        stored,
+        prompted,
+        weights,
         _similarity=similarity,
         _rendered=Mapped(lambda document: (document.title, document.text), source.documents),
         _texts=texts,
@@ -310,28 +321,33 @@ def build_search_index(
 
     ended: is called whenever a request to the server is answered or given up.
     """
-    s = config.search
-    if s.kind == "remote":
+    search_config = config.search
+    if search_config.kind == "remote":
         return open_remote(
-            s.url,
+            search_config.url,
             documents,
             hash_documents(documents),
-            s.attempt_s,
-            s.attempts,
-            s.backoff_s,
-            s.batch,
+            search_config.attempt_s,
+            search_config.attempts,
+            search_config.backoff_s,
+            search_config.batch,
             ended,
         )
-    if s.kind == "bm25":
-        return build_index(documents, folder / f"bm25-{s.bm25_k1}-{s.bm25_b}", s.bm25_k1, s.bm25_b)
-    encoder = load_text_encoder(s.encoder, s.encode_batch, devices)
+    if search_config.kind == "bm25":
+        return build_index(
+            documents,
+            folder / f"bm25-{search_config.bm25_k1}-{search_config.bm25_b}",
+            search_config.bm25_k1,
+            search_config.bm25_b,
+        )
+    encoder = load_text_encoder(search_config.encoder, search_config.encode_batch, devices)
     return build_dense_index(
         documents,
         folder,
         encoder,
-        query_prefix=s.query_prefix,
-        passage_prefix=s.passage_prefix,
-        dtype=s.embedding_dtype,
+        query_prefix=search_config.query_prefix,
+        passage_prefix=search_config.passage_prefix,
+        dtype=search_config.embedding_dtype,
         devices=devices,
     )
 
@@ -340,11 +356,11 @@ def open_corpus(
     config: ml_collections.ConfigDict,
 ) -> tuple[Source, Bm25Index | DenseIndex | RemoteIndex]:
     """The data set and the index of a config, without a model or its mesh: a dense index takes all devices here, the others none."""
-    s = config.search
-    check_settings(s.bm25_k1, s.bm25_b)
+    search_config = config.search
+    check_settings(search_config.bm25_k1, search_config.bm25_b)
     with lock_cache(config.data.cache_dir):
-        source = open_source(config.data, s.bm25_k1, s.bm25_b)
-        devices = jax.local_devices() if s.kind == "dense" else ()
+        source = open_source(config.data, search_config.bm25_k1, search_config.bm25_b)
+        devices = jax.local_devices() if search_config.kind == "dense" else ()
         return source, build_search_index(
             config,
             source.documents,
@@ -369,14 +385,14 @@ def normalize_texts(documents: Sequence[Document]) -> Sequence[str]:
 def check_searches(system: System) -> SearchCounts:
     """-> what was searched since the last check, on all processes together; `first_error` is this process's.
 
-    Raises SystemExit, on every process, when their share exceeds config.search.max_failure_share; it names the first failure.
+    Raises SystemExit, on every process, when their share exceeds config.search.max_failure_fraction; it names the first failure.
     """
     counts = system.search.take_counts()
     numbers = np.array([counts.calls, counts.searches, counts.failed, counts.seconds])
     of_each = multihost_utils.process_allgather(numbers).reshape(-1, len(numbers))
     *whole, seconds = of_each.sum(0).tolist()
     calls, searches, failed = (round(number) for number in whole)
-    limit = system.config.search.max_failure_share
+    limit = system.config.search.max_failure_fraction
     if failed > limit * searches:
         others = f"process {', '.join(map(str, np.flatnonzero(of_each[:, 2])))}, whose log says why"
         where = (
@@ -384,7 +400,7 @@ def check_searches(system: System) -> SearchCounts:
         )
         raise SystemExit(
             f"stepsearch_jax: the search failed for {failed} of {searches} queries ({where}); "
-            f"config.search.max_failure_share={limit} allows no more"
+            f"config.search.max_failure_fraction={limit} allows no more"
         )
     return SearchCounts(calls, searches, failed, seconds, counts.first_error)
 

@@ -1,6 +1,6 @@
-"""Where the policy of a run comes from before RL: pretrained weights, an earlier run, or chance; and imitation of the scripted searcher on top.
+"""Where the policy of a run comes from before RL: pretrained weights, an earlier run, or chance; and supervised fine-tuning of the scripted searcher on top.
 
-Imitation runs in phases (`config.imitation.phases`). A policy from scratch first learns to read: single hops, then whole questions. The last phases spoil
+Imitation runs in phases (`config.sft.phases`). A policy from scratch first learns to read: single hops, then whole questions. The last phases spoil
 only the searching, so that RL has something to improve. For a real model one phase without any spoiling is a cold start that teaches the format.
 """
 
@@ -23,7 +23,7 @@ from stepsearch_jax.models.weights import load_policy
 from stepsearch_jax.prompting.templates import render_prompt
 from stepsearch_jax.records import Question
 from stepsearch_jax.rl.learner import init_model_state, init_params
-from stepsearch_jax.rl.sft import make_imitate, make_imitation_optimizer
+from stepsearch_jax.rl.sft import make_sft, make_sft_optimizer
 from stepsearch_jax.rollout.scripted import KINDS, PERFECT, run_script
 from stepsearch_jax.rollout.text import encode_prompts
 from stepsearch_jax.run.config_file import find_file
@@ -33,31 +33,33 @@ from stepsearch_jax.sharding import rows_to_mesh
 
 logger = logging.getLogger("stepsearch_jax")
 
-LENGTH_MULTIPLE = (
+PAD_TO_MULTIPLE_OF = (
     64  # minibatches are cut to a length rounded up to this, so that few programs are compiled
 )
 
 
-def warm_start(system: System, like, specs, key: jax.Array, workdir: pathlib.Path):
+def warm_start(system: System, abstract_params, specs, key: jax.Array, workdir: pathlib.Path):
     """-> the parameters with which RL starts, kept in WORKDIR/start.
 
     like, specs: what the parameters look like, and their PartitionSpecs (`learner.describe_params`). key: makes random ones, where nothing else is given.
     """
-    i, start, model = system.config.imitation, workdir / "start", system.learner_model
+    sft_config, start, model = system.config.sft, workdir / "start", system.learner_model
     if checkpoint.has_params(start):
         return checkpoint.load_params(
             start,
-            like,
+            abstract_params,
             f"give the flags of the run, or remove {start}: the same command then makes it again",
         )
-    if i.checkpoint:
+    if sft_config.checkpoint:
         remedy = "must name parameters of this config's model, or be empty; configs/atlas_quickstart.py:anew makes those of the quickstart again"
         params = checkpoint.load_params(
-            find_checkpoint(i.checkpoint), like, f"imitation.checkpoint={i.checkpoint} {remedy}"
+            find_checkpoint(sft_config.checkpoint),
+            abstract_params,
+            f"sft.checkpoint={sft_config.checkpoint} {remedy}",
         )
-    elif system.stored is not None:
-        logger.info("reading %s", system.stored.path)
-        params = load_policy(system.stored, model, like)
+    elif system.weights is not None:
+        logger.info("reading %s", system.weights.path)
+        params = load_policy(system.weights, model, abstract_params)
     else:
         params, _ = init_params(
             Policy(model), system.mesh, dict(system.config.mesh.train_rules), key
@@ -66,8 +68,8 @@ def warm_start(system: System, like, specs, key: jax.Array, workdir: pathlib.Pat
             params = set_previous_token_heads(
                 params, model, system.config.model.previous_token_peak
             )
-    if i.phases:
-        params = imitate(system, params, specs, workdir)
+    if sft_config.phases:
+        params = fine_tune(system, params, specs, workdir)
     checkpoint.save_params(start, params)
     return params
 
@@ -95,7 +97,7 @@ class Demonstrations:
         ]
         width = min(
             self.tokens.shape[1],
-            -(-int(self.length[group[-1]]) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE,
+            -(-int(self.length[group[-1]]) // PAD_TO_MULTIPLE_OF) * PAD_TO_MULTIPLE_OF,
         )
         tokens, action_mask = self.take(rng.choice(group, rows), rng)
         return tokens[:, :width], action_mask[:, :width]
@@ -115,12 +117,18 @@ class Demonstrations:
 
 
 def demonstrate(
-    system: System, split_name: str, count: int, *, single_hop: bool, spoilt: float, seed: int
+    system: System,
+    split_name: str,
+    count: int,
+    *,
+    single_hop: bool,
+    poor_fraction: float,
+    seed: int,
 ) -> Demonstrations:
     """Runs the script on `count` questions drawn from a split.
 
-    single_hop: on their sub-questions, each asked alone. spoilt: share of decisions taken by `config.imitation.shares`, the others are good ones; so are
-    those about relations that the script knows (`config.imitation.skill`).
+    single_hop: on their sub-questions, each asked alone. poor_fraction: share of decisions taken by `config.sft.decision_weights`, the others are good ones; so are
+    those about relations that the script knows (`config.sft.known_fraction`).
     """
     config, rng = system.config, np.random.default_rng(seed)
     questions = list(system.splits[split_name].questions)
@@ -146,10 +154,10 @@ def demonstrate(
         system.tokenizer,
         config.prompt.max_prompt_tokens,
     )
-    poor = dict(config.imitation.shares)
-    shares = {
-        kind: spoilt * poor.get(kind, 0.0) / sum(poor.values())
-        + (1 - spoilt) * PERFECT.get(kind, 0.0)
+    poor = dict(config.sft.decision_weights)
+    decision_weights = {
+        kind: poor_fraction * poor.get(kind, 0.0) / sum(poor.values())
+        + (1 - poor_fraction) * PERFECT.get(kind, 0.0)
         for kind in KINDS
     }
     episodes = run_script(
@@ -161,14 +169,14 @@ def demonstrate(
         system.tokenizer,
         system.settings,
         system.environment.last_turn_warning,
-        shares,
-        config.imitation.skill,
+        decision_weights,
+        config.sft.known_fraction,
         seed,
     )
     check_searches(system)
     order = np.argsort(episodes.length, kind="stable")
     groups = ()
-    if config.imitation.rename:
+    if config.sft.rename:
         groups = tuple(
             np.array([system.tokenizer.encode(f" {word}")[0] for word in words])
             for words in name_groups()
@@ -178,58 +186,53 @@ def demonstrate(
     )
 
 
-def imitate(system: System, params, specs, workdir: pathlib.Path):
+def fine_tune(system: System, params, specs, workdir: pathlib.Path):
     """Runs all phases -> parameters. Interrupted, it goes on from its newest checkpoint; the data of every step follows from the seed and its number.
 
     Raises ValueError, before any step, where single hops are asked of questions that have none.
     """
-    config, i, mesh = system.config, system.config.imitation, system.mesh
-    for name in (config.data.train_split, i.held_out_split):
-        if any(phase[2] for phase in i.phases) and not any(
+    config, sft_config, mesh = system.config, system.config.sft, system.mesh
+    for name in (config.data.train_split, sft_config.held_out_split):
+        if any(phase[2] for phase in sft_config.phases) and not any(
             question.sub_questions for question in system.splits[name].questions
         ):
             raise ValueError(
-                f"imitation.phases={i.phases} ask sub-questions alone, but no question of {name} (data.kind={config.data.kind}) has any: set the "
+                f"sft.phases={sft_config.phases} ask sub-questions alone, but no question of {name} (data.kind={config.data.kind}) has any: set the "
                 "third entry of each phase to False"
             )
-    total = sum(phase[0] for phase in i.phases)
-    optimizer = make_imitation_optimizer(
-        i.optimizer,
-        [(phase[0], phase[-1]) for phase in i.phases],
-        warmup_steps=i.warmup_steps,
-        final_share=i.final_share,
-        b2=i.b2,
-        weight_decay=i.weight_decay,
-        max_grad_norm=i.max_grad_norm,
+    total = sum(phase[0] for phase in sft_config.phases)
+    optimizer = make_sft_optimizer(
+        sft_config.optimizer,
+        [(phase[0], phase[-1]) for phase in sft_config.phases],
     )
-    run, held_out_loss = make_imitate(system.learner_model, optimizer)
+    run, held_out_loss = make_sft(system.learner_model, optimizer)
     state = init_model_state(optimizer, mesh, params, specs)
-    checkpoints = checkpoint.Checkpoints(workdir / "imitation", config.checkpoint.keep)
+    checkpoints = checkpoint.Checkpoints(workdir / "sft", config.checkpoint.keep)
     done = checkpoints.latest() or 0
     if done:
         state = checkpoints.restore(done, state)
-        logger.info("resumed from imitation step %d", done)
+        logger.info("resumed from fine-tuning step %d", done)
     first = 0
     writer = MetricsWriter(workdir, done) if jax.process_index() == 0 else None
-    bar = progress(total - done, "imitating")
-    for number, (steps, rows, single_hop, spoilt, _) in enumerate(i.phases):
+    bar = progress(total - done, "fine-tuning")
+    for number, (steps, rows, single_hop, poor_fraction, _) in enumerate(sft_config.phases):
         if done >= first + steps:
             first += steps
             continue
         demonstrations = demonstrate(
             system,
             config.data.train_split,
-            i.demonstrations,
+            sft_config.demonstrations,
             single_hop=single_hop,
-            spoilt=spoilt,
+            poor_fraction=poor_fraction,
             seed=config.seed + number,
         )
         held_out = demonstrate(
             system,
-            i.held_out_split,
-            i.held_out,
+            sft_config.held_out_split,
+            sft_config.held_out,
             single_hop=single_hop,
-            spoilt=spoilt,
+            poor_fraction=poor_fraction,
             seed=config.seed + 1000 + number,
         )
         mine = process_rows(mesh, rows)
@@ -239,7 +242,7 @@ def imitate(system: System, params, specs, workdir: pathlib.Path):
             state, loss = run(state, *rows_to_mesh(mesh, tuple(array[mine] for array in minibatch)))
             bar.update(1)
             finished = step + 1
-            if finished % i.log_every == 0 or finished == first + steps:
+            if finished % sft_config.log_every == 0 or finished == first + steps:
                 held_out_value, exact = held_out_loss(state.params, *exam, rows=rows)
                 metrics = {
                     "loss": float(loss),
@@ -249,13 +252,13 @@ def imitate(system: System, params, specs, workdir: pathlib.Path):
                 }
                 bar.set_postfix({name: f"{value:.3f}" for name, value in metrics.items()})
                 logger.info(
-                    "imitation step %d: %s",
+                    "fine-tuning step %d: %s",
                     finished,
                     ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()),
                 )
                 if writer:
-                    writer.write("imitation", finished - 1, metrics)
-            if finished % config.checkpoint.imitation_every == 0 or finished == total:
+                    writer.write("sft", finished - 1, metrics)
+            if finished % config.checkpoint.sft_every == 0 or finished == total:
                 checkpoints.save(finished, state)
         first += steps
     bar.close()

@@ -21,7 +21,6 @@ from stepsearch_jax.search.cache import (
 )
 
 EMBEDDINGS = "embeddings.bin"
-DTYPES = ("float32", "bfloat16")
 
 
 def embed_corpus(

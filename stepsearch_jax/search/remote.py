@@ -97,23 +97,27 @@ class RemoteIndex:
     def check(self) -> None:
         """Asks the server what it holds. Raises ValueError if it does not answer or names another corpus; a server without /health is taken at its word."""
         try:
-            told = self._repeat("GET", "/health", None)
+            manifest = self._repeat("GET", "/health", None)
         except urllib3.exceptions.HTTPError as error:
             raise ValueError(
                 f"the search server at {self._url} does not answer: {type(error).__name__}: {error}"
             ) from error
         except ValueError:
-            told = None
-        self._about |= self._read_manifest(told)
+            manifest = None
+        self._about |= self._read_manifest(manifest)
 
-    def _read_manifest(self, told: object) -> dict:
+    def _read_manifest(self, manifest: object) -> dict:
         """What a server says of itself, with every answer and in /health, as far as it does: corpus, retriever and settings.
 
         Raises ValueError if that is another corpus than here, or a retriever or settings other than at first: another index may have taken the server's place.
         """
         said = (
-            {name: told[name] for name, kind in _SAID.items() if isinstance(told.get(name), kind)}
-            if isinstance(told, dict)
+            {
+                name: manifest[name]
+                for name, kind in _SAID.items()
+                if isinstance(manifest.get(name), kind)
+            }
+            if isinstance(manifest, dict)
             else {}
         )
         for name, value in said.items():
@@ -259,11 +263,11 @@ class RemoteIndex:
                 answer.close()
                 raise
         answer.release_conn()
-        told = f"{self._url} answered {answer.status}: {raw[:200].decode(errors='replace')}"
+        message = f"{self._url} answered {answer.status}: {raw[:200].decode(errors='replace')}"
         if answer.status in _SERVER_AT_FAULT:
-            raise urllib3.exceptions.HTTPError(told)
+            raise urllib3.exceptions.HTTPError(message)
         if answer.status != 200:
-            raise (_RefusedError if answer.status in _QUERY_AT_FAULT else ValueError)(told)
+            raise (_RefusedError if answer.status in _QUERY_AT_FAULT else ValueError)(message)
         try:
             return json.loads(raw)
         except (ValueError, RecursionError) as error:

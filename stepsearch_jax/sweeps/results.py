@@ -90,13 +90,13 @@ def _read_method(
         runs.append(run)
     finished = [run for run in runs if run["finished"]]
     config = next(iter(method.points.values())).config
-    episodes = config["rollout"]["questions"] * config["rollout"]["group_size"]
+    episodes = config["rollout"]["prompts"] * config["rollout"]["group_size"]
     budget = {
         "iterations": config["iterations"],
         "episodes": config["iterations"] * episodes,
         "optimiser steps": config["iterations"]
         * config["rl"]["minibatches"]
-        * config["rl"]["epochs"],
+        * config["rl"]["ppo_epochs"],
     }
     measures = {key: mean_interval([run["after"][key] for run in finished]) for key, _ in MEASURES}
     gain = mean_interval([run["after"]["f1"] - run["before"]["f1"] for run in finished])

@@ -1,0 +1,38 @@
+"""The words that a config key may have as its value: the only list of them."""
+
+from __future__ import annotations
+
+CRITIC_ESTIMATORS = ("gae", "turn_gae")  # of rl.advantage: those that read values
+GROUP_ESTIMATORS = ("grpo", "rloo", "turn_return")  # those that compare the episodes of a group
+DTYPES = ("float32", "bfloat16")
+
+CHOICES = {  # config key -> its words; configs/base.py says what they mean
+    "search.kind": ("bm25", "dense", "remote"),
+    "search.embedding_dtype": DTYPES,
+    "model.rope_scaling.kind": ("none", "linear", "llama3", "yarn"),
+    "model.dtype": DTYPES,
+    "model.remat": ("none", "dots", "layers"),
+    "rollout.search": ("callback", "host"),
+    "rollout.dtype": DTYPES,
+    "reward.format_gate": ("strict", "ends_with_answer"),
+    "reward.format_failure": ("zero_answer", "minus_one"),
+    "reward.key_match": ("max", "overwrite"),
+    "reward.step_reward": ("gain", "answer_logprob"),
+    "reward.redundancy_scope": ("earlier_turns", "rendered"),
+    "reward.tfidf_fit": ("corpus", "pair"),
+    "reward.placement": ("step", "merged"),
+    "rl.advantage": (*CRITIC_ESTIMATORS, *GROUP_ESTIMATORS),
+    "rl.old_logprobs": ("learner", "sampler"),
+    "rl.aggregation": ("token_mean", "sequence_mean"),
+    "rl.kl_placement": ("reward", "loss"),
+    "rl.kl_estimator": ("k1", "k2", "k3"),
+    "policy.optimizer": ("adamw", "sgd"),
+    "value.optimizer": ("adamw", "sgd"),
+    "sft.optimizer": ("adamw", "muon"),
+}
+
+
+def check_choice(key: str, value: str) -> None:
+    """Raises ValueError, which names key and words, if `value` is none of the words of `key`."""
+    if value not in CHOICES[key]:
+        raise ValueError(f"config.{key} is {value!r}; it must be one of {', '.join(CHOICES[key])}")
