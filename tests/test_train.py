@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import running
 
-from stepsearch_jax import train
 from stepsearch_jax.metrics import read_metrics
+from stepsearch_jax.run.iteration import CompileCounter, choose_rewards
 from stepsearch_jax.types import TrainState
 
 # Imitation with a checkpoint in its middle; the KL coefficient adapts, so that it is part of what must be resumed.
@@ -36,7 +36,7 @@ def test_shuffled_rewards_stay_together():
         collections.namedtuple("Got", "scores rows"),
     )
     scores = Scores(np.arange(16.0)[:, None] * [1, 10], np.arange(16.0) + 0.5)
-    choose = lambda shuffle, rows, iteration: train.choose_rewards(
+    choose = lambda shuffle, rows, iteration: choose_rewards(
         Config(Reward(shuffle), 0), Got(scores, rows), iteration
     )
     everywhere = Rows(np.zeros((16, 2), int), np.ones((16, 2), bool))
@@ -63,7 +63,7 @@ def test_shuffled_rewards_stay_together():
 
 
 def test_compiled_programs_are_counted(caplog):
-    compilations, double = train.Compilations(), jax.jit(lambda x: 2 * x)
+    compilations, double = CompileCounter(), jax.jit(lambda x: 2 * x)
     compilations.take(0, 0)
     counts = []
     with caplog.at_level("INFO", logger="stepsearch_jax"):

@@ -1,0 +1,137 @@
+"""The parts of an iteration: padding, rewards for the update, metrics, dumps and times."""
+
+from __future__ import annotations
+
+import logging
+import pathlib
+import time
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from stepsearch_jax.run.collect import Collected
+from stepsearch_jax.sharding import rows_from_mesh
+from stepsearch_jax.types import Batch, Trajectory
+
+logger = logging.getLogger("stepsearch_jax")
+
+
+def cut_padding(rollout: Collected, multiple: int) -> Trajectory:
+    """The trajectory up to the longest episode of all processes, rounded up to `multiple` tokens.
+
+    Short rollouts then cost less than the whole context. Each rounded length compiles one program.
+    """
+    longest = int(np.max(multihost_utils.process_allgather(rollout.rows.length.max())))
+    width = -(-longest // multiple) * multiple
+    per_token = ("tokens", "token_mask", "action_mask", "turn_ids", "sampler_logprobs")
+    trajectory = rollout.trajectory
+    return trajectory.replace(**{name: getattr(trajectory, name)[:, :width] for name in per_token})
+
+
+def choose_rewards(config, rollout: Collected, iteration: int) -> tuple[np.ndarray, np.ndarray]:
+    """This process's step rewards [b, K] and outcome rewards [b], for the update.
+
+    With reward.shuffle (a control) every episode gets the rewards of another episode, of any
+    process. On turns without a successful search, the other's step reward is added to the outcome
+    reward. If it were dropped, an episode could raise its return by searching more often, and late
+    searches, which are the poorer ones, would still be punished.
+    """
+    mine = rollout.scores.step_rewards, rollout.scores.outcome_rewards
+    if not config.reward.shuffle:
+        return mine
+    steps, outcomes = (
+        np.concatenate(multihost_utils.process_allgather(x).reshape(jax.process_count(), *x.shape))
+        for x in mine
+    )
+    order = np.random.default_rng([config.seed, iteration]).permutation(len(outcomes))
+    other = np.empty_like(order)
+    other[order] = np.roll(order, 1)  # one cycle through all episodes: none keeps its own
+    other = other.reshape(jax.process_count(), -1)[jax.process_index()]
+    searched = (rollout.rows.search_end >= 0) & rollout.rows.search_ok
+    unplaced = np.where(searched, 0, steps[other]).sum(1)
+    return np.where(searched, steps[other], 0), outcomes[other] + unplaced
+
+
+def rollout_metrics(rollout: Collected) -> dict[str, float]:
+    """Means over the episodes of all processes, and counts; gold_recall over those with gold."""
+    scores, measures, rows = rollout.scores, rollout.scores.measures, rollout.rows
+    columns = {
+        "f1": measures.f1,
+        "em": measures.em,
+        "gold_recall": measures.gold_recall,
+        "searches": measures.searches,
+        "step_reward": scores.step_rewards.sum(1),
+        "outcome_reward": scores.outcome_rewards,
+        "gain": scores.gain.sum(1),
+        "redundancy": scores.redundancy.sum(1),
+        "key_reward": scores.key_rewards,
+        "format_ok": scores.gate_passed,
+        "finished": rows.finished,
+        "truncated": rows.truncated,
+        "length": rows.length,
+        "gold_known": measures.gold_known,
+    }
+    own = np.array([np.mean(column) for column in columns.values()])
+    means = multihost_utils.process_allgather(own).reshape(-1, len(columns)).mean(0)
+    metrics = dict(zip(columns, means.tolist()))
+    metrics["gold_recall"] /= metrics.pop("gold_known") or 1
+
+    counters = multihost_utils.process_allgather(rollout.counters.sum(0)).reshape(-1, 3).sum(0)
+    for name, count in zip(("decode_steps", "flushes", "prefilled_tokens"), counters):
+        metrics[name] = int(count)
+    metrics["failed_searches"] = rollout.searches.failed
+    metrics["seconds/search"] = rollout.searches.seconds
+    return metrics
+
+
+def dump_batch(workdir: pathlib.Path, iteration: int, batch: Batch) -> None:
+    """Writes this process's rows of a batch whose gradient was not finite to WORKDIR."""
+    arrays = rows_from_mesh(batch)
+    path = workdir / f"skipped-{iteration}-{jax.process_index()}.npz"
+    with path.open("wb") as file:
+        columns = {name: getattr(arrays, name) for name in batch.__dataclass_fields__}
+        np.savez_compressed(file, **columns)
+    logger.warning(
+        "iteration %d: a gradient was not finite; the step was skipped and its batch kept in %s",
+        iteration,
+        path,
+    )
+
+
+class Clock:
+    """Seconds of the phases of an iteration, by name."""
+
+    def __init__(self):
+        self.seconds, self._last = {}, time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Ends a phase: `seconds["seconds/NAME"]` is the time since the last phase ended."""
+        now = time.perf_counter()
+        self.seconds[f"seconds/{name}"], self._last = now - self._last, now
+
+
+class CompileCounter:
+    """Counts the programs that this process compiles, or loads from jax's cache.
+
+    After a run's first iteration there should be none, except for a rollout of a rounded length
+    that is new (`cut_padding`).
+    """
+
+    def __init__(self):
+        self._durations: list[float] = []
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event: str, duration: float, **_) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            self._durations.append(duration)
+
+    def take(self, iteration: int, first: int) -> dict[str, float]:
+        """-> seconds and programs since the last call; logged after the iteration `first`."""
+        durations, self._durations = self._durations, []
+        seconds = sum(durations)
+        if durations and iteration > first:
+            logger.info(
+                "iteration %d compiled %d programs in %.1f s", iteration, len(durations), seconds
+            )
+        return {"seconds/compile": seconds, "compiled_programs": len(durations)}
