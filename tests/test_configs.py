@@ -1,8 +1,9 @@
-"""Every config loads, adds no key that base.py lacks, and every key of base.py is explained and read; the code reads no other keys."""
+"""Configs load and add no key to base.py; every key of base.py is explained and read, and no other."""
 
 import ast
 import importlib.util
 import pathlib
+import re
 
 import ml_collections
 import pytest
@@ -59,7 +60,10 @@ def test_config_loads_and_changes_only_keys_of_base(path):
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-    """What `train` asks of a config before it reads files, on as many devices as the mesh names; on one where it takes all that there are."""
+    """What `train` checks before it reads files, on as many devices as the mesh names.
+
+    A mesh that takes all devices (-1) gets one.
+    """
     check_config(config, AbstractMesh(tuple(max(1, config.mesh[axis]) for axis in AXES), AXES))
     check_sampling(config)
 
@@ -87,7 +91,7 @@ def test_unknown_key_is_refused_once_a_config_is_locked():
 
 
 def find_uncommented(source: str) -> list[str]:
-    """Assignments to keys (attributes, subscripts of one-letter names) without a comment on one of their lines or on the line above."""
+    """Assignments to keys without a comment on one of their lines or on the line above."""
     lines = source.splitlines()
     found = []
     for node in ast.walk(ast.parse(source)):
@@ -107,7 +111,8 @@ def find_uncommented(source: str) -> list[str]:
 
 
 def test_uncommented_keys_are_found():
-    source = "def f():\n    c.a = 1  # what\n    # above\n    c.b = 2\n    c.d = 3\n    c.e = s = ConfigDict()\n"
+    source = "def f():\n    c.a = 1  # what\n    # above\n    c.b = 2\n    c.d = 3\n"
+    source += "    c.e = s = ConfigDict()\n"
     assert find_uncommented(source) == ["line 5: c.d"]
 
 
@@ -115,208 +120,59 @@ def test_every_key_of_base_is_explained():
     assert find_uncommented((REPO / "configs/base.py").read_text()) == []
 
 
-# --- which keys the code reads
+# --- which keys the code reads. A section is called `config.SECTION` or `SECTION_config` there.
+
+SOURCES = {
+    path: path.read_text()
+    for path in sorted((REPO / "stepsearch_jax").rglob("*.py"))
+    if path.name not in ("checks.py", "choices.py")  # which name every key
+}
 
 
-class Reads:
-    """Follows config sections through a set of modules: assignments, loops over tuples, and arguments of calls between their functions.
-
-    In the modules `commands`, a parameter `config` (without a type of its own) is the whole config; everywhere, `system.config` is.
-    A path is a tuple of key names, () being the whole config. `read`: paths of leaves that are read, and of sections that are read whole by `dict(section)`.
-    `unknown`: attributes of a section that it does not have.
-    """
-
-    def __init__(
-        self, sources: dict[str, str], commands: set[str], config: ml_collections.ConfigDict
-    ):
-        self.config, self.read, self.unknown = config, set(), set()
-        trees = {name: ast.parse(source) for name, source in sources.items()}
-        self.arguments: dict[
-            tuple[str, str], dict[str, set]
-        ] = {}  # (module, function) -> parameter -> paths
-        self.functions: dict[str, list[tuple[str, ast.FunctionDef]]] = {}
-        for module, tree in trees.items():
-            for node in ast.walk(tree):
-                if isinstance(node, ast.FunctionDef):
-                    self.functions.setdefault(node.name, []).append((module, node))
-                    for parameter in node.args.args if module in commands else []:
-                        if parameter.arg == "config" and (
-                            parameter.annotation is None
-                            or ast.unparse(parameter.annotation).endswith("ConfigDict")
-                        ):
-                            self.arguments[module, node.name] = {"config": {()}}
-        before = None
-        while before != (
-            before := repr(
-                sorted(
-                    (key, sorted(value.items(), key=str)) for key, value in self.arguments.items()
-                )
-            )
-        ):  # to a fixed point
-            for module, tree in trees.items():
-                for node in tree.body:
-                    for function in node.body if isinstance(node, ast.ClassDef) else [node]:
-                        self._follow(
-                            module, function, in_system=getattr(node, "name", "") == "System"
-                        )
-
-    def _follow(self, module: str, function: ast.AST, in_system: bool) -> None:
-        names: dict[
-            str, set[tuple]
-        ] = {}  # name -> paths; nested functions share their outer function's names
-        words: dict[str, set[str]] = {}  # name -> the strings that it runs through
-        for node in ast.walk(function):
-            if isinstance(node, ast.FunctionDef):
-                for parameter, paths in self.arguments.get((module, node.name), {}).items():
-                    names.setdefault(parameter, set()).update(paths)
-
-        def paths_of(node) -> set[tuple]:
-            """Sections and leaves that an expression stands for."""
-            if isinstance(node, ast.Name):
-                return names.get(node.id, set())
-            if isinstance(node, ast.Attribute):
-                if (
-                    node.attr == "config"
-                    and isinstance(node.value, ast.Name)
-                    and (node.value.id == "system" or in_system and node.value.id == "self")
-                ):
-                    return {()}
-                return {
-                    (*path, node.attr) for path in paths_of(node.value) if self._is_section(path)
-                }
-            if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Name | ast.Constant):
-                keys = (
-                    {node.slice.value}
-                    if isinstance(node.slice, ast.Constant)
-                    else words.get(node.slice.id, set())
-                )
-                return {
-                    (*path, key)
-                    for path in paths_of(node.value)
-                    if self._is_section(path)
-                    for key in keys
-                    if isinstance(key, str)
-                }
-            return set()
-
-        def bind(target, value) -> None:
-            if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
-                for one, other in zip(target.elts, value.elts):
-                    bind(one, other)
-            elif isinstance(target, ast.Name):
-                names.setdefault(target.id, set()).update(paths_of(value))
-
-        def bind_loop(target, values) -> None:
-            if isinstance(target, ast.Name) and isinstance(values, ast.Tuple | ast.List):
-                for value in values.elts:
-                    if isinstance(value, ast.Constant):
-                        words.setdefault(target.id, set()).add(value.value)
-                    bind(target, value)
-
-        for _ in range(
-            3
-        ):  # ast.walk is breadth first: a name may be used before the walk has met its binding
-            for node in ast.walk(function):
-                if isinstance(node, ast.Assign):
-                    for target in node.targets:
-                        bind(target, node.value)
-                elif isinstance(node, ast.For | ast.comprehension):
-                    bind_loop(node.target, node.iter)
-        for node in ast.walk(function):
-            if isinstance(node, ast.Call):
-                self._pass_arguments(module, node, paths_of)
-                if isinstance(node.func, ast.Name) and node.func.id == "dict":
-                    self.read |= {path for argument in node.args for path in paths_of(argument)}
-            elif isinstance(node, ast.Attribute | ast.Subscript):
-                for path in paths_of(node):
-                    if not self._exists(path):
-                        self.unknown |= {path} if path[-1] not in SECTION_METHODS else set()
-                    elif not self._is_section(path):
-                        self.read.add(path)
-
-    def _pass_arguments(self, module: str, call: ast.Call, paths_of) -> None:
-        name = (
-            call.func.attr
-            if isinstance(call.func, ast.Attribute)
-            else getattr(call.func, "id", None)
-        )
-        here = [found for found in self.functions.get(name, []) if found[0] == module]
-        for target_module, function in here or self.functions.get(name, []):
-            parameters = [parameter.arg for parameter in function.args.args]
-            given = [
-                *zip(parameters, call.args),
-                *((keyword.arg, keyword.value) for keyword in call.keywords),
-            ]
-            for parameter, value in given:
-                if paths := {path for path in paths_of(value) if self._is_section(path)}:
-                    self.arguments.setdefault((target_module, name), {}).setdefault(
-                        parameter, set()
-                    ).update(paths)
-
-    def _exists(self, path: tuple) -> bool:
-        section = self.config
-        for name in path:
-            if not isinstance(section, ml_collections.ConfigDict) or name not in section:
-                return False
-            section = section[name]
-        return True
-
-    def _is_section(self, path: tuple) -> bool:
-        return self._exists(path) and (
-            not path or isinstance(self._value(path), ml_collections.ConfigDict)
-        )
-
-    def _value(self, path: tuple):
-        section = self.config
-        for name in path:
-            section = section[name]
-        return section
-
-    def is_read(self, key: str) -> bool:
-        """Whether a dotted key, or a section that holds it, is read."""
-        path = tuple(key.split("."))
-        return any(path[:n] in self.read for n in range(1, len(path) + 1))
-
-
-def test_reads_are_followed():
-    """a.x by alias, a.y by attribute, b.x and c.x by a loop, d.* whole, e.x by a string, f.x across two calls; b.y is dead, a.typo unknown."""
-    section = {"x": 1, "y": 2}
-    config = ml_collections.ConfigDict({name: dict(section) for name in "abcdef"})
-    sources = {
-        "one": (
-            "def run(config):\n    n, a = 1, config.a\n    use(a.x, config.a.y, a.typo, config.to_dict())\n    use([o.x for o in (config.b, config.c)])\n"
-            "    use(dict(config.d), {key: e[key] for key in ('x',)})\n    e = config.e\n    load(config.f)\n"
-        ),
-        "two": "def load(data):\n    open_it(1, part=data)\ndef open_it(n, part):\n    return part.x, other.y\n",
-    }
-    reads = Reads(sources, {"one"}, config)
-    assert {key for key in list_keys(config) if reads.is_read(key)} == {
-        "a.x",
-        "a.y",
-        "b.x",
-        "c.x",
-        "d.x",
-        "d.y",
-        "e.x",
-        "f.x",
-    }
-    assert reads.unknown == {("a", "typo")}
-
-
-@pytest.fixture(scope="module")
-def reads() -> Reads:
-    package = REPO / "stepsearch_jax"
-    commands = {str(path) for path in package.glob("*.py")}
-    return Reads(
-        {str(path): path.read_text() for path in sorted(package.rglob("*.py"))},
-        commands,
-        base.get_config(),
+def is_read(key: str, sources: dict[pathlib.Path, str]) -> bool:
+    """Whether a file reads the section of a key, and either its name there or the whole section."""
+    section, _, name = key.rpartition(".")
+    if not section:
+        return any(re.search(rf"\bconfig\.{name}\b", text) for text in sources.values())
+    last = section.rpartition(".")[2]
+    holder = rf"\b(config\.([\w.]+\.)?{last}|{last}_config)\b"
+    whole = rf"(\*\*dict\(|dict\(|in ){holder}\b(?!\.)|{holder}\.items\(\)"
+    return any(
+        re.search(holder, text)
+        and (re.search(rf"\.{name}\b|\"{name}\"", text) or re.search(whole, text))
+        for text in sources.values()
     )
 
 
-def test_no_key_is_dead(reads):
-    assert [key for key in list_keys(base.get_config()) if not reads.is_read(key)] == []
+def find_unknown(config: ml_collections.ConfigDict, sources: dict[pathlib.Path, str]) -> list[str]:
+    """Keys that the code reads of a section that has no such key."""
+    sections = {name: config[name] for name in config if isinstance(config[name], type(config))}
+    found = []
+    for path, text in sources.items():
+        for name in re.findall(rf"\b(?:\w+\.)?config\.({'|'.join(sections)})\.(\w+)", text):
+            found.append((path.name, *name))
+        for name in re.findall(rf"\b({'|'.join(sections)})_config\.(\w+)", text):
+            found.append((path.name, *name))
+    known = {name: {*section, *SECTION_METHODS} for name, section in sections.items()}
+    return [f"{file}: {section}.{key}" for file, section, key in found if key not in known[section]]
 
 
-def test_code_reads_only_keys_that_exist(reads):
-    assert sorted(".".join(path) for path in reads.unknown) == []
+def test_keys_that_are_dead_or_unknown_are_found():
+    config = ml_collections.ConfigDict({"seed": 0, "a": {"x": 1, "y": 2, "sub": {"z": 3}}})
+    sources = {
+        pathlib.Path("one.py"): "use(config.seed, config.a.x, dict(config.a.sub), config.a.typo)",
+        pathlib.Path("two.py"): "use(a_config.x, a_config.wrong, other.y)",
+    }
+    assert [key for key in list_keys(config) if not is_read(key, sources)] == []  # y: by another
+    sources[pathlib.Path("two.py")] = "use(a_config.x, a_config.wrong)"
+    assert [key for key in list_keys(config) if not is_read(key, sources)] == ["a.y"]
+    assert find_unknown(config, sources) == ["one.py: a.typo", "two.py: a.wrong"]
+
+
+@pytest.mark.parametrize("key", list_keys(base.get_config()))
+def test_every_key_is_read(key):
+    assert is_read(key, SOURCES)
+
+
+def test_code_reads_only_keys_that_exist():
+    assert find_unknown(base.get_config(), SOURCES) == []

@@ -1,4 +1,4 @@
-"""Whole runs of the commands: they end with everything that they promise, and neither a kill nor a pause changes the result."""
+"""Whole runs of the commands: all their files, and the same result after a kill or a pause."""
 
 import collections
 import html
@@ -16,7 +16,7 @@ from stepsearch_jax.metrics import read_metrics
 from stepsearch_jax.run.iteration import CompileCounter, choose_rewards
 from stepsearch_jax.types import TrainState
 
-# Imitation with a checkpoint in its middle; the KL coefficient adapts, so that it is part of what must be resumed.
+# Fine-tuning with a checkpoint in its middle; the KL coefficient adapts, so it must be resumed, too.
 LONG = (
     "--config.sft.phases=((30,8,True,0.0,0.02),(40,8,False,0.5,0.01))",
     "--config.checkpoint.sft_every=20",
@@ -27,7 +27,7 @@ LONG = (
 
 
 def test_shuffled_rewards_stay_together():
-    """The control gives each episode the step and outcome rewards of one other episode, and differently in every iteration."""
+    """The control gives each episode the rewards of another, and others in every iteration."""
     Scores = collections.namedtuple("Scores", "step_rewards outcome_rewards")
     Config = collections.namedtuple("Config", "reward seed")
     Reward, Rows, Got = (
@@ -49,7 +49,8 @@ def test_shuffled_rewards_stay_together():
     assert (outcomes != scores.outcome_rewards).all() and (
         outcomes != choose(True, everywhere, 4)[1]
     ).any()
-    # Whatever an episode does, it is paid all that the other one was: what it has no search for, or one that failed, comes with the answer.
+    # An episode gets all that the other one earned: the step rewards for which it has no
+    # successful search are added to its outcome reward.
     ends, ok = (
         np.where(np.arange(16)[:, None] % 3 > [0, 1], 5, -1),
         np.arange(32).reshape(16, 2) % 7 > 0,
@@ -134,7 +135,7 @@ def test_a_run_and_its_continuation(tmp_path, tmp_path_factory):
     assert sum(row["searches"] for row in rows if row["stage"] == "rl") > 0
     first = json.loads((workdir / "evaluation.json").read_text())
 
-    # The same figures from the command that only evaluates, here on another split's questions first; in files of its own.
+    # `evaluate` gives the same figures, in files of its own; here after another split.
     running.run_command(
         "evaluate",
         cache,
@@ -160,7 +161,10 @@ def test_a_run_and_its_continuation(tmp_path, tmp_path_factory):
 
 @pytest.mark.slow
 def test_kills_change_nothing(tmp_path, tmp_path_factory):
-    """kill -9 during supervised fine-tuning and during RL: afterwards, the same command gives every parameter, both optimisers and all figures bit for bit."""
+    """kill -9 during fine-tuning and during RL: the same command then gives the same result.
+
+    Equal bit for bit are all parameters, both optimisers' states and all figures.
+    """
     cache, start = running.shared_cache(tmp_path_factory), running.searching_start(tmp_path_factory)
     options = (*LONG, f"--config.sft.checkpoint={start}")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -168,7 +172,7 @@ def test_kills_change_nothing(tmp_path, tmp_path_factory):
 
     kill_when(lambda: (killed / "sft" / "20").is_dir(), "train", cache, killed, *options)
     assert not (killed / "start").exists()
-    # The second kill comes in the middle of an iteration after the second: the line of the second is there, the last is far.
+    # The second kill comes within a later iteration: the second has its line, the last is far.
     kill_when(
         lambda: (killed / "checkpoints" / "1").is_dir() and count_rl_lines(killed) >= 2,
         "train",
@@ -223,7 +227,7 @@ def kill_when(reached, *arguments) -> None:
 
 @pytest.mark.slow
 def test_musique_runs_the_whole_way(shared_data, tmp_path):
-    """The command of configs/musique_tiny.py, shortened: one step of supervised fine-tuning, one iteration, eight questions."""
+    """configs/musique_tiny.py with one step of fine-tuning, one iteration and eight questions."""
     workdir = tmp_path / "run"
     options = (
         f"--config.data.path={shared_data / 'musique'}",
@@ -250,8 +254,8 @@ def test_musique_runs_the_whole_way(shared_data, tmp_path):
         process.kill()
     log = (tmp_path / "log").read_text()
     assert (
-        "validation: 200 questions; 13196 passages; recall@3 of the gold passages for the gold sub-questions: 0.7"
-        in log
+        "validation: 200 questions; 13196 passages; "
+        "recall@3 of the gold passages for the gold sub-questions: 0.7" in log
     )
     assert json.loads((workdir / "evaluation.json").read_text())["questions"] == 8
     assert sum(row["stage"] == "rl" for row in read_metrics(workdir)) == 1
