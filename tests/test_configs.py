@@ -1,4 +1,4 @@
-"""Configs load and add no key to base.py; every key of base.py is explained and read, and no other."""
+"""Configs load and add no key to base.py; every key of base.py is explained and read."""
 
 import ast
 import importlib.util

@@ -16,7 +16,7 @@ from stepsearch_jax.metrics import read_metrics
 from stepsearch_jax.run.iteration import CompileCounter, choose_rewards
 from stepsearch_jax.types import TrainState
 
-# Fine-tuning with a checkpoint in its middle; the KL coefficient adapts, so it must be resumed, too.
+# Fine-tuning with a checkpoint in its middle; the KL coefficient adapts: it is resumed, too.
 LONG = (
     "--config.sft.phases=((30,8,True,0.0,0.02),(40,8,False,0.5,0.01))",
     "--config.checkpoint.sft_every=20",
