@@ -1,8 +1,10 @@
-"""The quickstart: a policy of 0.6M parameters learns to search 2- and 3-hop questions of made-up worlds, on two CPU cores.
+"""The quickstart: a policy of 0.6M parameters learns to search 2- and 3-hop questions of made-up
+worlds, on two CPU cores.
 
     python -m stepsearch_jax.train --config=configs/atlas_quickstart.py --workdir=runs/quickstart
 
-It starts from the warm start in configs/warm_starts/atlas, a clone of a searcher that reads well and searches badly. Variants, after a colon:
+It starts from the warm start in configs/warm_starts/atlas, a clone of a searcher that reads well
+and searches badly. Variants, after a colon:
     anew        makes that warm start again, by supervised fine-tuning from random parameters; the same RL follows
     continued   control: supervised fine-tuning goes on instead of RL
     shuffled    control: RL with every episode's rewards given to another episode
@@ -20,7 +22,8 @@ VARIANTS = ("", "anew", "continued", "shuffled", "one_search")
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     if variant not in VARIANTS:
         raise ValueError(
-            f"configs/atlas_quickstart.py:{variant} is not known; variants are {', '.join(VARIANTS[1:])}"
+            f"configs/atlas_quickstart.py:{variant} is not known; variants are "
+            f"{', '.join(VARIANTS[1:])}"
         )
     config = base.get_config()
     config.iterations = 80
@@ -46,14 +49,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         model.num_kv_heads,
         model.head_dim,
         model.ffn_dim,
-    ) = (
-        3,
-        128,
-        6,
-        2,
-        32,
-        256,
-    )
+    ) = (3, 128, 6, 2, 32, 256)
     model.rope_theta = 1000.0
     model.previous_token_peak = 12.0
 

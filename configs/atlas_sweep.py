@@ -1,7 +1,9 @@
-"""The task of the comparisons: the quickstart's worlds and warm start, questions of three and four hops, runs of about five minutes on one CPU core.
+"""The task of the comparisons: the quickstart's worlds and warm start, questions of three and four
+hops, runs of about five minutes on one CPU core.
 
-The warm start answers few of them, and has never seen one of four hops: a reward for the answer alone is seldom earned. With the quickstart's two and three
-hops it is earned so often that the methods cannot be told apart (docs/results.md).
+The warm start answers few of them, and has never seen one of four hops: a reward for the answer
+alone is seldom earned. With the quickstart's two and three hops it is earned so often that the
+methods cannot be told apart (docs/results.md).
 
     python launch/sweep.py --sweep=configs/sweeps/baselines.py --config=configs/atlas_sweep.py --workdir=runs/sweep --jobs=2
 
@@ -19,9 +21,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.atlas.shapes = ("3hop_chain", "4hop_chain")
     config.rollout.max_turns = 6
     config.rollout.context = 576
-    config.data.atlas.validation_questions = (
-        256  # learning rates are chosen on these, methods compared on as many of test
-    )
+    # learning rates are chosen on these, methods compared on as many of test
+    config.data.atlas.validation_questions = 256
     config.evaluation.controls = False
     config.checkpoint.keep = 1
     return config

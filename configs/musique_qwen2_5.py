@@ -3,11 +3,14 @@
     python -m stepsearch_jax.train --config=configs/musique_qwen2_5.py:3b,v5e:4x4 --workdir=runs/musique-3b \
         --config.data.path=FOLDER --config.model.checkpoint=FOLDER --config.prompt.tokenizer=FOLDER
 
-on every host of the slice. data.path: a folder with the official files; model.checkpoint: the model as published (config.json, *.safetensors);
-prompt.tokenizer: a folder with its tokenizer.json, usually the same. The argument: a size, 0.5b, 1.5b, 3b or 7b; then, in any order, the slice on which to run
-(SLICES below; without one the smallest v5e slice that holds the model) and `reference` for what the released code computes instead of the paper.
+on every host of the slice. data.path: a folder with the official files; model.checkpoint: the model
+as published (config.json, *.safetensors); prompt.tokenizer: a folder with its tokenizer.json,
+usually the same. The argument: a size, 0.5b, 1.5b, 3b or 7b; then, in any order, the slice on which
+to run (SLICES below; without one the smallest v5e slice that holds the model) and `reference` for
+what the released code computes instead of the paper.
 
-Numbers of the algorithm are the paper's appendix B, the defaults of base.py. Whether a run fits, and what an iteration takes at best, says, without a TPU,
+Numbers of the algorithm are the paper's appendix B, the defaults of base.py. Whether a run fits,
+and what an iteration takes at best, says, without a TPU,
 
     python -m stepsearch_jax.preflight --config=configs/musique_qwen2_5.py:3b,v5e:4x4 --topology=v5e:4x4
 """
@@ -16,25 +19,21 @@ import ml_collections
 
 from configs import base
 
-SIZES = {  # layers, width, query heads, kv heads, width of a head, hidden width, one table for input and output, rows of the table
+# layers, width, query heads, kv heads, width of a head, hidden width, one table for input and
+# output, rows of the table
+SIZES = {
     "0.5b": (24, 896, 14, 2, 64, 4864, True, 151936),
     "1.5b": (28, 1536, 12, 2, 128, 8960, True, 151936),
     "3b": (36, 2048, 16, 2, 128, 11008, True, 151936),
     "7b": (28, 3584, 28, 4, 128, 18944, False, 152064),
 }
 SLICES = {"v5e:4x4": 16, "v5e:8x8": 64, "v5p:2x2x4": 16, "v6e:4x4": 16}  # chips
-# Slices of heads, ffn and vocabulary, at most as many as there are kv heads; all other chips share out parameters, optimiser state and rows (fsdp). More of
-# them where the rows of a minibatch are fewer than those chips.
+# Slices of heads, ffn and vocabulary, at most as many as there are kv heads; all other chips share
+# out parameters, optimiser state and rows (fsdp). More of them where the rows of a minibatch are
+# fewer than those chips.
 TENSOR = {"0.5b": 1, "1.5b": 2, "3b": 2, "7b": 4}
-VARIANTS = (
-    "0.5b",
-    "1.5b",
-    "3b",
-    "7b",
-    "3b,v5e:8x8",
-    "3b,reference",
-    "7b,reference,v6e:4x4",
-)  # some that there are
+# some that there are
+VARIANTS = ("0.5b", "1.5b", "3b", "7b", "3b,v5e:8x8", "3b,reference", "7b,reference,v6e:4x4")
 SMALLEST = {"0.5b": "v5e:4x4", "1.5b": "v5e:4x4", "3b": "v5e:4x4", "7b": "v5e:8x8"}
 
 
@@ -52,7 +51,8 @@ def get_config(argument: str = "3b") -> ml_collections.ConfigDict:
             preset = word
         else:
             raise ValueError(
-                f"configs/musique_qwen2_5.py:{argument}: {word} is no slice ({', '.join(SLICES)}) and no preset ({', '.join(base.VARIANTS)})"
+                f"configs/musique_qwen2_5.py:{argument}: {word} is no slice ({', '.join(SLICES)}) "
+                f"and no preset ({', '.join(base.VARIANTS)})"
             )
 
     config = base.get_config(preset)
@@ -81,6 +81,7 @@ def get_config(argument: str = "3b") -> ml_collections.ConfigDict:
     mesh.data, mesh.fsdp = 1, SLICES[place] // mesh.tensor
 
     config.rollout.dtype = "bfloat16"
-    config.rollout.slots = 0  # all 256 episodes at a time: reading the parameters for a token costs the same for 64 of them
+    # all 256 episodes at a time: reading the parameters for a token costs the same for 64 of them
+    config.rollout.slots = 0
     config.rl.microbatch_size = mesh.fsdp  # a row on each group of chips
     return config

@@ -1,5 +1,7 @@
-"""Checkpoints of the full training state, and of parameters alone (orbax). A checkpoint is there whole or not at all: on a disk it gets its name when it is
-complete, in a bucket (gs://…) a last file marks it as complete."""
+"""Checkpoints of the full training state, and of parameters alone (orbax). A checkpoint is there
+whole or not at all: on a disk it gets its name when it is complete, in a bucket (gs://…) a last
+file marks it as complete.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from jax.experimental import multihost_utils
 
 
 class Checkpoints:
-    """The numbered checkpoints of one stage under `folder`: saved in the background, the newest `keep` stay."""
+    """The numbered checkpoints of one stage under `folder`: saved in the background, the newest
+    `keep` stay.
+    """
 
     def __init__(self, folder: os.PathLike, keep: int):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
@@ -29,13 +33,13 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, number: int, state) -> None:
-        """Saves a pytree of arrays; returns as soon as it may be donated or changed. The one before must be complete first."""
-        if (
-            not self._is_clean and jax.process_index() == 0
-        ):  # what kills have left; orbax lets the other processes wait here
-            for path in (
-                self._folder.iterdir() if self._folder.is_dir() else ()
-            ):  # a bucket has no empty folders
+        """Saves a pytree of arrays; returns as soon as it may be donated or changed. The one before
+        must be complete first.
+        """
+        # what kills have left; orbax lets the other processes wait here
+        if not self._is_clean and jax.process_index() == 0:
+            # a bucket has no empty folders
+            for path in self._folder.iterdir() if self._folder.is_dir() else ():
                 if path.is_dir() and ocp.utils.is_tmp_checkpoint(path):
                     path.rmtree()
         self._is_clean = True
@@ -43,11 +47,13 @@ class Checkpoints:
         self._saved_at = time.monotonic()
 
     def keep_pace(self, number: int, state, *, every: int, minutes: float, last: bool) -> bool:
-        """Saves the state if it is the last, if `every` divides its number, if `minutes` (0: never) have passed since the last time, or if the program is
-        to end -> whether it is to end. Call it with every number in turn.
+        """Saves the state if it is the last, if `every` divides its number, if `minutes` (0: never)
+        have passed since the last time, or if the program is to end -> whether it is to end. Call
+        it with every number in turn.
 
-        A program of several processes is to end when one of them got a SIGTERM; all of them learn it after the same number. A program of one process ends at
-        the signal itself, with what it has saved.
+        A program of several processes is to end when one of them got a SIGTERM; all of them learn
+        it after the same number. A program of one process ends at the signal itself, with what it
+        has saved.
         """
         ending = self._manager.reached_preemption(number)
         if last or ending or number % every == 0 or self._is_late(minutes):
@@ -63,7 +69,9 @@ class Checkpoints:
         )
 
     def restore(self, number: int, abstract_state):
-        """The checkpoint, each leaf with shape, type and sharding of `abstract_state` (arrays or ShapeDtypeStructs). Raises ValueError as `load_params` does."""
+        """The checkpoint, each leaf with shape, type and sharding of `abstract_state` (arrays or
+        ShapeDtypeStructs). Raises ValueError as `load_params` does.
+        """
         with _checked(
             self._folder / str(number) / "default",
             abstract_state,
@@ -95,8 +103,10 @@ def has_params(folder: os.PathLike) -> bool:
 
 
 def load_params(folder: os.PathLike, abstract_state, remedy: str):
-    """Parameters saved by `save_params`, with shape, type and sharding of `abstract_state`. Raises FileNotFoundError where there are none, and ValueError for those of
-    another model and for damaged ones. remedy: what the user can do then, for the message."""
+    """Parameters saved by `save_params`, with shape, type and sharding of `abstract_state`. Raises
+    FileNotFoundError where there are none, and ValueError for those of another model and for
+    damaged ones. remedy: what the user can do then, for the message.
+    """
     if not has_params(folder):
         raise FileNotFoundError(f"there is no checkpoint at {folder}: {remedy}")
     with (
@@ -108,7 +118,9 @@ def load_params(folder: os.PathLike, abstract_state, remedy: str):
 
 @contextlib.contextmanager
 def _checked(folder: epath.Path, abstract_state, remedy: str) -> Iterator[None]:
-    """Around reading `folder`: compares what it says to hold with `abstract_state` before, and tells of damage in one line (ValueError); orbax would fill pages."""
+    """Around reading `folder`: compares what it says to hold with `abstract_state` before, and
+    tells of damage in one line (ValueError); orbax would fill pages.
+    """
     try:
         there, here = (
             _shapes(tree)
@@ -120,7 +132,8 @@ def _checked(folder: epath.Path, abstract_state, remedy: str) -> Iterator[None]:
             return
     except (ValueError, LookupError, TypeError, EOFError, FileNotFoundError) as error:
         raise ValueError(
-            f"{folder} is damaged, or no checkpoint of this program ({type(error).__name__}: {' '.join(str(error).split())[:200]}): {remedy}"
+            f"{folder} is damaged, or no checkpoint of this program ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}): {remedy}"
         ) from error
     except OSError as error:  # of the disk or the network, at this moment
         raise OSError(
@@ -128,12 +141,15 @@ def _checked(folder: epath.Path, abstract_state, remedy: str) -> Iterator[None]:
         ) from error
     name = differing[0]
     raise ValueError(
-        f"{folder} holds another model ({name} is {there.get(name, 'missing')} there, {here.get(name, 'missing')} here): {remedy}"
+        f"{folder} holds another model ({name} is {there.get(name, 'missing')} there, "
+        f"{here.get(name, 'missing')} here): {remedy}"
     )
 
 
 def _shapes(tree) -> dict[str, tuple[int, ...]]:
-    """Name of each leaf -> its shape; equal for a tree and for what orbax stores of it, whatever its nodes are."""
+    """Name of each leaf -> its shape; equal for a tree and for what orbax stores of it, whatever
+    its nodes are.
+    """
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)

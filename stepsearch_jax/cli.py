@@ -1,5 +1,6 @@
-"""The command line of all commands: flags, logging, one line for what a user can mend, and Ctrl-C. Loads without jax, so that --help and wrong flags are answered
-at once."""
+"""The command line of all commands: flags, logging, one line for what a user can mend, and Ctrl-C.
+Loads without jax, so that --help and wrong flags are answered at once.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ logger = logging.getLogger("stepsearch_jax")
 
 GRACE_S = 5.0  # from Ctrl-C to the end, at the latest
 INTERRUPTED = 128 + signal.SIGINT  # the exit status after Ctrl-C
-COMMANDS = {  # of `stepsearch`: name -> what --help says; each is the module or package stepsearch_jax.NAME
+# of `stepsearch`: name -> what --help says; each is the module or package stepsearch_jax.NAME
+COMMANDS = {
     "train": "train a policy to search, or resume a run",
     "evaluate": "measure a run, or a pretrained model, greedily on a split or on several data sets",
     "export": "write a run's policy as a Hugging Face folder",
@@ -73,7 +75,9 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def make_parser(command: str, text: str, *common: str) -> argparse.ArgumentParser:
-    """The parser of `python -m stepsearch_jax.COMMAND`, with those of the flags config, workdir and json that `common` names; `text` is what --help shows."""
+    """The parser of `python -m stepsearch_jax.COMMAND`, with those of the flags config, workdir and
+    json that `common` names; `text` is what --help shows.
+    """
     parser = OneLineParser(
         f"python -m stepsearch_jax.{command}",
         description=text,
@@ -86,7 +90,8 @@ def make_parser(command: str, text: str, *common: str) -> argparse.ArgumentParse
             required=True,
             metavar="FILE",
             help="configs/X.py or the name of one of this package's configs, such as "
-            "atlas_quickstart, with an argument after a colon where it takes one; --config.KEY=VALUE changes a key",
+            "atlas_quickstart, with an argument after a colon where it takes one; "
+            "--config.KEY=VALUE changes a key",
         )
     if "workdir" in common:
         parser.add_argument(
@@ -112,7 +117,9 @@ def _name_folder(text: str) -> str:
 def parse_flags(
     parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None
 ) -> argparse.Namespace:
-    """The flags; where --config is one of them and given, `config` is the config with --config.KEY=VALUE … in it. What is wrong raises SystemExit."""
+    """The flags; where --config is one of them and given, `config` is the config with
+    --config.KEY=VALUE … in it. What is wrong raises SystemExit.
+    """
     options, rest = parser.parse_known_args(arguments)
     if getattr(options, "config", None) is not None:
         options.config = read_config(parser, options.config, rest)
@@ -124,9 +131,11 @@ def parse_flags(
 def read_config(
     parser: argparse.ArgumentParser, file: str, overrides: Sequence[str]
 ) -> ml_collections.ConfigDict:
-    """The config of --config=FILE with --config.key=value …; whatever else `overrides` holds is refused.
+    """The config of --config=FILE with --config.key=value …; whatever else `overrides` holds is
+    refused.
 
-    One line (SystemExit) for a config that cannot be read or refuses its argument, for a key that it does not have, and for unknown arguments.
+    One line (SystemExit) for a config that cannot be read or refuses its argument, for a key that
+    it does not have, and for unknown arguments.
     """
     argv = [parser.prog, f"--config={file}", *overrides]
     values = flags.FlagValues()
@@ -136,10 +145,8 @@ def read_config(
         _, *stray = values(argv)
     except flags.Error as error:  # the config's own refusal stands at the end
         raise SystemExit(f"stepsearch_jax: {str(error).strip().splitlines()[-1]}") from error
-    except (
-        AttributeError,
-        KeyError,
-    ) as error:  # ml_collections names the missing part of the key only
+    # ml_collections names the missing part of the key only
+    except (AttributeError, KeyError) as error:
         missing = set(re.findall(r"\w+", str(error)))
         unknown = [
             argument
@@ -150,7 +157,8 @@ def read_config(
         if not unknown:
             raise
         raise SystemExit(
-            f"stepsearch_jax: {unknown[0]}: the config has no such key; configs/base.py lists all of them"
+            f"stepsearch_jax: {unknown[0]}: the config has no such key; configs/base.py lists all "
+            "of them"
         ) from error
     if stray:
         raise SystemExit(
@@ -171,7 +179,8 @@ def start_logging() -> None:
 
 @contextlib.contextmanager
 def one_line_errors(after_interrupt: str) -> Iterator[None]:
-    """Around the work of a command: what a user can mend ends it with one line and status 1, and Ctrl-C with one line and status 130 (SystemExit).
+    """Around the work of a command: what a user can mend ends it with one line and status 1, and
+    Ctrl-C with one line and status 130 (SystemExit).
 
     after_interrupt: what the user can do then, or what is lost.
     """
@@ -190,15 +199,16 @@ def run_guarded(
     workdir: str,
     after_interrupt: str = "the same command begins anew",
 ) -> None:
-    """Sets up logging, devices and processes and calls command(config, workdir). What a user can mend ends it with one line, and so does Ctrl-C.
+    """Sets up logging, devices and processes and calls command(config, workdir). What a user can
+    mend ends it with one line, and so does Ctrl-C.
 
-    One process of several that fails ends at once, without waiting for the others, which then lose their connection to it and end as well.
+    One process of several that fails ends at once, without waiting for the others, which then lose
+    their connection to it and end as well.
     """
     start_logging()
     interrupted = INTERRUPTED, f"interrupted; {after_interrupt}"
-    if (
-        signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    ):  # in the background it may be ignored
+    # in the background it may be ignored
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         end_after_interrupt(*interrupted)
     import jax
     from etils import epath
@@ -210,9 +220,8 @@ def run_guarded(
         check_buckets(str(workdir), config.sft.checkpoint)
         start_jax(config)
         command(config, epath.Path(workdir))
-        multihost_utils.sync_global_devices(
-            "done"
-        )  # the first process writes the results, and the others must not leave it
+        # the first process writes the results, and the others must not leave it
+        multihost_utils.sync_global_devices("done")
     except KeyboardInterrupt:
         leave(*interrupted)
     except (ValueError, OSError, jax.errors.JaxRuntimeError) as error:
@@ -221,8 +230,8 @@ def run_guarded(
         if jax.process_count() > 1:
             leave(
                 EXIT_CODE,
-                f"process {jax.process_index()} of {jax.process_count()} ends: {error} (when one dies, the others lose their connection: the log "
-                "of the first to die says why)",
+                f"process {jax.process_index()} of {jax.process_count()} ends: {error} (when one "
+                "dies, the others lose their connection: the log of the first to die says why)",
             )
         if isinstance(error, jax.errors.JaxRuntimeError):
             raise
@@ -230,8 +239,10 @@ def run_guarded(
 
 
 def end_after_interrupt(status: int, message: str) -> None:
-    """Has this process `leave` GRACE_S after Ctrl-C if nothing else has ended it: Python hears of it only when a program on the device returns, and functions
-    that jax calls lose its exception. The signal's number comes through a pipe, without Python."""
+    """Has this process `leave` GRACE_S after Ctrl-C if nothing else has ended it: Python hears of
+    it only when a program on the device returns, and functions that jax calls lose its exception.
+    The signal's number comes through a pipe, without Python.
+    """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -246,8 +257,10 @@ def end_after_interrupt(status: int, message: str) -> None:
 
 
 def leave(status: int, message: str) -> None:
-    """Ends this process at once with one line, whatever the device and other threads are at: they would fill pages, or crash. A checkpoint that is just being
-    saved is not there then, and the one before is."""
+    """Ends this process at once with one line, whatever the device and other threads are at: they
+    would fill pages, or crash. A checkpoint that is just being saved is not there then, and the one
+    before is.
+    """
     call_off()
     with contextlib.suppress(OSError):  # a pipe that nobody reads
         sys.stdout.flush()

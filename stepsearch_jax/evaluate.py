@@ -2,14 +2,16 @@
 
     python -m stepsearch_jax.evaluate --config=configs/X.py[:arg] --workdir=DIR [--config.evaluation.split=test …]
 
-measures the run in DIR before RL (its warm start) and after (its newest checkpoint) and writes config.json, evaluation.json, transcripts.jsonl and report.html
-into DIR/evaluation/SPLIT; what training wrote into DIR stays as it is.
-With --config.evaluation.controls=True also: the scripted searcher that the warm start imitated, and a perfect one.
+measures the run in DIR before RL (its warm start) and after (its newest checkpoint) and writes
+config.json, evaluation.json, transcripts.jsonl and report.html into DIR/evaluation/SPLIT; what
+training wrote into DIR stays as it is. With --config.evaluation.controls=True also: the scripted
+searcher that the warm start imitated, and a perfect one.
 
     python -m stepsearch_jax.evaluate --config=configs/X.py --workdir=DIR --config.evaluation.datasets=musique:FOLDER,bamboogle:FOLDER:test …
 
-measures them on these data sets, beside baselines that cannot search, and writes one table (`tables.py`). Without a run in DIR, the pretrained policy
-that config.model.checkpoint names is measured as it is.
+measures them on these data sets, beside baselines that cannot search, and writes one table
+(`tables.py`). Without a run in DIR, the pretrained policy that config.model.checkpoint names is
+measured as it is.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ def evaluate_command(config, workdir: pathlib.Path) -> None:
         return evaluate_datasets(config, workdir)
     if not (workdir / "start").is_dir():
         raise FileNotFoundError(
-            f"{workdir} holds no run (no start/): train one with python -m stepsearch_jax.train --config=… --workdir={workdir}"
+            f"{workdir} holds no run (no start/): train one with python -m stepsearch_jax.train "
+            f"--config=… --workdir={workdir}"
         )
     check_readable(workdir, config)
     split = config.evaluation.split

@@ -1,9 +1,10 @@
-"""Writes a run's policy as a Hugging Face folder: transformers loads it, and vLLM reads folders of this form (not tried).
+"""Writes a run's policy as a Hugging Face folder: transformers loads it, and vLLM reads folders of
+this form (not tried).
 
     python -m stepsearch_jax.export --config=configs/X.py[:arg] --workdir=DIR --folder=MODEL [--dtype=bfloat16] [--shard_gib=4] [--config.key=value …]
 
-MODEL receives config.json, generation_config.json, the weights of DIR's newest checkpoint as safetensors, and the tokenizer. The flags that the run was trained
-with are given here again.
+MODEL receives config.json, generation_config.json, the weights of DIR's newest checkpoint as
+safetensors, and the tokenizer. The flags that the run was trained with are given here again.
 """
 
 from __future__ import annotations
@@ -78,7 +79,9 @@ EXPORTED = re.compile(
 
 
 def check_target(folder: pathlib.Path, config) -> None:
-    """Raises ValueError for a folder that must not be replaced: anything that is there, but an empty folder, or an earlier export and nothing else."""
+    """Raises ValueError for a folder that must not be replaced: anything that is there, but an
+    empty folder, or an earlier export and nothing else.
+    """
     if folder.resolve() == pathlib.Path.cwd():
         raise ValueError(
             f"--folder={folder} is the current folder, which would be replaced: name another place"
@@ -91,24 +94,27 @@ def check_target(folder: pathlib.Path, config) -> None:
     if not os.path.lexists(folder):
         return
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else {"no folder"}
-    whole = "config.json" in names and any(
-        name.endswith(".safetensors") for name in names
-    )  # a run begins with a config.json, too
+    # a run begins with a config.json, too
+    whole = "config.json" in names and any(name.endswith(".safetensors") for name in names)
     if names and not (
         whole and all((folder / name).is_file() and EXPORTED.fullmatch(name) for name in names)
     ):
         raise ValueError(
-            f"--folder={folder} is there and holds no earlier export, or more than that: choose another place, or remove it"
+            f"--folder={folder} is there and holds no earlier export, or more than that: choose "
+            "another place, or remove it"
         )
 
 
 def export(
     config, workdir: pathlib.Path, folder: pathlib.Path, dtype: str, shard_gib: float
 ) -> None:
-    """Writes WORKDIR's newest policy to `folder`, in files of at most shard_gib GiB. Raises FileNotFoundError where WORKDIR holds no run."""
+    """Writes WORKDIR's newest policy to `folder`, in files of at most shard_gib GiB. Raises
+    FileNotFoundError where WORKDIR holds no run.
+    """
     if not (workdir / "start").is_dir():
         raise FileNotFoundError(
-            f"{workdir} holds no run (no start/): train one with python -m stepsearch_jax.train --config=… --workdir={workdir}"
+            f"{workdir} holds no run (no start/): train one with python -m stepsearch_jax.train "
+            f"--config=… --workdir={workdir}"
         )
     check_readable(workdir, config)
     check_target(folder, config)

@@ -1,4 +1,6 @@
-"""How JSON and text files are read and written, whole or not at all; and what is said of folders that cannot be used."""
+"""How JSON and text files are read and written, whole or not at all; and what is said of folders
+that cannot be used.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from typing import Any
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any] | None:
-    """The object of a JSON file, None when there is no such file. Raises ValueError when it holds anything else."""
+    """The object of a JSON file, None when there is no such file. Raises ValueError when it holds
+    anything else.
+    """
     if not path.is_file():
         return None
     try:
@@ -20,7 +24,8 @@ def read_json(path: pathlib.Path) -> dict[str, Any] | None:
         raise ValueError(f"{path}: not valid JSON ({error}); delete it or write it again") from None
     if not isinstance(value, dict):
         raise ValueError(
-            f"{path}: expected a JSON object, found {type(value).__name__}; delete it or write it again"
+            f"{path}: expected a JSON object, found {type(value).__name__}; delete it or write it "
+            "again"
         )
     return value
 
@@ -31,9 +36,11 @@ def write_json(path: pathlib.Path, value) -> None:
 
 
 def read_json_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file, in order. A last line that a kill cut off (no line end, no valid JSON) is left out.
+    """The objects of a JSON-lines file, in order. A last line that a kill cut off (no line end, no
+    valid JSON) is left out.
 
-    Raises FileNotFoundError when there is no such file and ValueError, with the line number, when any other line is not a JSON object.
+    Raises FileNotFoundError when there is no such file and ValueError, with the line number, when
+    any other line is not a JSON object.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
@@ -52,7 +59,8 @@ def read_json_lines(path: pathlib.Path) -> list[dict[str, Any]]:
             ) from None
         if not isinstance(row, dict):
             raise ValueError(
-                f"{path}, line {number}: expected a JSON object, found {type(row).__name__}; repair or delete the line"
+                f"{path}, line {number}: expected a JSON object, found {type(row).__name__}; "
+                "repair or delete the line"
             )
         rows.append(row)
     return rows
@@ -74,7 +82,9 @@ def in_bucket(path: os.PathLike) -> bool:
 
 
 def check_output(flag: str, path: str | pathlib.Path | None) -> None:
-    """Raises OSError, naming the flag, if `path` is no file that can be written; None or "" is none to write."""
+    """Raises OSError, naming the flag, if `path` is no file that can be written; None or "" is none
+    to write.
+    """
     if not path:
         return
     path = pathlib.Path(path)
@@ -85,12 +95,15 @@ def check_output(flag: str, path: str | pathlib.Path | None) -> None:
             pass
     except OSError as error:
         raise OSError(
-            f"--{flag}={path}: nothing can be written to that folder ({error.strerror}); name another one"
+            f"--{flag}={path}: nothing can be written to that folder ({error.strerror}); name "
+            "another one"
         ) from None
 
 
 def check_workdir(workdir: pathlib.Path) -> None:
-    """Raises OSError if --workdir is no folder that can be written, nor can become one; makes nothing. Buckets are not asked."""
+    """Raises OSError if --workdir is no folder that can be written, nor can become one; makes
+    nothing. Buckets are not asked.
+    """
     if in_bucket(workdir):
         return
     nearest = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
@@ -99,16 +112,20 @@ def check_workdir(workdir: pathlib.Path) -> None:
             pass
     except OSError as error:
         raise OSError(
-            f"--workdir={workdir}: nothing can be written to {nearest} ({error.strerror}); name another folder"
+            f"--workdir={workdir}: nothing can be written to {nearest} ({error.strerror}); name "
+            "another folder"
         ) from None
 
 
 def check_buckets(*folders: str) -> None:
-    """Raises ValueError if one of the folders is in a bucket and nothing is installed with which etils reads and writes buckets: gcsfs, or TensorFlow."""
+    """Raises ValueError if one of the folders is in a bucket and nothing is installed with which
+    etils reads and writes buckets: gcsfs, or TensorFlow.
+    """
     for folder in folders:
         if folder.startswith("gs://") and not any(
             importlib.util.find_spec(name) for name in ("gcsfs", "tensorflow")
         ):
             raise ValueError(
-                f"{folder} is in a bucket, and the package gcsfs is missing: pip install gcsfs (requirements-tpu.txt has it)"
+                f"{folder} is in a bucket, and the package gcsfs is missing: pip install gcsfs "
+                "(requirements-tpu.txt has it)"
             )

@@ -1,7 +1,9 @@
-"""What a run reports about itself while it runs: `metrics.jsonl`, TensorBoard events and progress bars.
+"""What a run reports about itself while it runs: `metrics.jsonl`, TensorBoard events and progress
+bars.
 
-`metrics.jsonl` is the record that everything else reads: one JSON object a line, `{"stage": "rl", "iteration": 12, "f1": 0.41, …}`. But for `seconds/…` and
-`compiled_programs`, which tell of the process, the file of a run that was killed and resumed equals the file of a run that was not.
+`metrics.jsonl` is the record that everything else reads: one JSON object a line, `{"stage": "rl",
+"iteration": 12, "f1": 0.41, …}`. But for `seconds/…` and `compiled_programs`, which tell of the
+process, the file of a run that was killed and resumed equals the file of a run that was not.
 """
 
 from __future__ import annotations
@@ -26,22 +28,27 @@ _TENSORBOARD_SECONDS = 10  # at most so much of the TensorBoard curves is lost t
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """Every line of `workdir`/metrics.jsonl, in order: {"stage": str, "iteration": int, name: float or None (was NaN or infinite), …}.
+    """Every line of `workdir`/metrics.jsonl, in order: {"stage": str, "iteration": int, name: float
+    or None (was NaN or infinite), …}.
 
-    Raises FileNotFoundError when the run has no metrics.jsonl and ValueError, with the line number, when a line is malformed.
+    Raises FileNotFoundError when the run has no metrics.jsonl and ValueError, with the line number,
+    when a line is malformed.
     """
     path = epath.Path(workdir) / METRICS_FILE
     rows = read_json_lines(path)
     for number, row in enumerate(rows, start=1):
         if not isinstance(row.get("stage"), str) or type(row.get("iteration")) is not int:
             raise ValueError(
-                f'{path}, entry {number}: "stage" (text) or "iteration" (whole number) is missing; repair or delete the line'
+                f'{path}, entry {number}: "stage" (text) or "iteration" (whole number) is missing; '
+                "repair or delete the line"
             )
     return rows
 
 
 def moving_average(y: np.ndarray, window: int) -> np.ndarray:
-    """Centred mean over `window` <= n neighbours, fewer at the ends; NaN counts for nothing. y: [n] -> [n]."""
+    """Centred mean over `window` <= n neighbours, fewer at the ends; NaN counts for nothing. y: [n]
+    -> [n].
+    """
     kernel, finite = np.ones(window), np.isfinite(y)
     total = np.convolve(np.where(finite, y, 0.0), kernel, mode="same")
     count = np.convolve(finite.astype(float), kernel, mode="same")
@@ -49,27 +56,31 @@ def moving_average(y: np.ndarray, window: int) -> np.ndarray:
 
 
 class MetricsWriter:
-    """Appends metrics to `workdir`/metrics.jsonl and to TensorBoard events under `workdir`/tensorboard/<stage>.
+    """Appends metrics to `workdir`/metrics.jsonl and to TensorBoard events under
+    `workdir`/tensorboard/<stage>.
 
-    `start_iteration`: the iteration at which this process starts or resumes its first stage; a checkpoint of s finished iterations resumes at s.
-    Just before the first line of a stage is written, the lines of that stage that an earlier process wrote for `start_iteration` or later (or for the
-    iteration of the line to be written, if that is earlier) are dropped, and so is a line that a kill cut off. Lines of other stages stay.
-    In a program of several processes, one writes. In a bucket there are no TensorBoard events.
+    `start_iteration`: the iteration at which this process starts or resumes its first stage; a
+    checkpoint of s finished iterations resumes at s. Just before the first line of a stage is
+    written, the lines of that stage that an earlier process wrote for `start_iteration` or later
+    (or for the iteration of the line to be written, if that is earlier) are dropped, and so is a
+    line that a kill cut off. Lines of other stages stay. In a program of several processes, one
+    writes. In a bucket there are no TensorBoard events.
     """
 
     def __init__(self, workdir: str | os.PathLike, start_iteration: int):
         self._workdir = epath.Path(workdir)
         self._workdir.mkdir(parents=True, exist_ok=True)
         self._start_iteration = start_iteration
-        self._events: dict[
-            str, tensorboardX.SummaryWriter
-        ] = {}  # one TensorBoard run a stage, so that a stage is resumed by itself
+        # one TensorBoard run a stage, so that a stage is resumed by itself
+        self._events: dict[str, tensorboardX.SummaryWriter] = {}
 
     def write(self, stage: str, iteration: int, values: Mapping[str, float]) -> None:
-        """Appends one line and flushes it. `values`: name -> number (anything `float` takes: Python, NumPy or device scalars).
+        """Appends one line and flushes it. `values`: name -> number (anything `float` takes:
+        Python, NumPy or device scalars).
 
-        NaN and infinite values are stored as null, so that the line is valid JSON, and are left out of TensorBoard. Raises ValueError for a value
-        that is not a number and for a metric called "stage" or "iteration".
+        NaN and infinite values are stored as null, so that the line is valid JSON, and are left out
+        of TensorBoard. Raises ValueError for a value that is not a number and for a metric called
+        "stage" or "iteration".
         """
         row: dict[str, Any] = {"stage": stage, "iteration": int(iteration)}
         for name, value in values.items():
@@ -81,7 +92,8 @@ class MetricsWriter:
                 number = float(value)
             except (TypeError, ValueError):
                 raise ValueError(
-                    f'metric "{name}" of stage "{stage}", iteration {iteration}, is not a number: {value!r}'
+                    f'metric "{name}" of stage "{stage}", iteration {iteration}, is not a number: '
+                    f"{value!r}"
                 ) from None
             row[name] = number if math.isfinite(number) else None
         if stage not in self._events:
@@ -110,14 +122,18 @@ class MetricsWriter:
             write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
         self._events[stage] = tensorboardX.SummaryWriter(
             str(self._workdir / "tensorboard" / stage),
-            purge_step=first_iteration,  # makes TensorBoard forget later points of earlier processes
+            # makes TensorBoard forget later points of earlier processes
+            purge_step=first_iteration,
             flush_secs=_TENSORBOARD_SECONDS,
             write_to_disk=not in_bucket(self._workdir),
-            filename_suffix=f".{os.getpid()}.{first_iteration}",  # two processes that start within one second keep their own files
+            # two processes that start within one second keep their own files
+            filename_suffix=f".{os.getpid()}.{first_iteration}",
         )
 
     def close(self) -> None:
-        """Flushes and closes the TensorBoard files; `metrics.jsonl` is complete after every `write`."""
+        """Flushes and closes the TensorBoard files; `metrics.jsonl` is complete after every
+        `write`.
+        """
         for events in self._events.values():
             events.close()
 
@@ -145,14 +161,18 @@ class _Lines:
 
 class _Bar(tqdm.tqdm):
     def set_postfix(self, ordered_dict=None, refresh=False, **values):
-        """As tqdm's, but waits for the next regular drawing: a log file would get a line at every call otherwise."""
+        """As tqdm's, but waits for the next regular drawing: a log file would get a line at every
+        call otherwise.
+        """
         super().set_postfix(ordered_dict, refresh=refresh, **values)
 
 
 def progress(work: Iterable | int, description: str) -> tqdm.tqdm:
-    """A progress bar on stderr with the time left: iterate over it, or, when `work` is a number of units, call its `update(n)`.
+    """A progress bar on stderr with the time left: iterate over it, or, when `work` is a number of
+    units, call its `update(n)`.
 
-    `bar.set_postfix(f1=0.41)` shows named metrics behind the bar. Where stderr is not a terminal, plain lines about 30 s apart replace the bar.
+    `bar.set_postfix(f1=0.41)` shows named metrics behind the bar. Where stderr is not a terminal,
+    plain lines about 30 s apart replace the bar.
     """
     description = description.removesuffix(":")  # tqdm puts its own behind it
     iterable, total = (None, work) if isinstance(work, int) else (work, None)

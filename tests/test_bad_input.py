@@ -1,4 +1,6 @@
-"""Whatever is wrong with config, files or flags is said in one clear line, before anything is compiled."""
+"""Whatever is wrong with config, files or flags is said in one clear line, before anything is
+compiled.
+"""
 
 import importlib
 import json
@@ -154,7 +156,8 @@ CASES = {
     ),
     "long prompt": (
         lambda f: {"prompt.max_prompt_tokens": 12},
-        r"prompt of question train-\d+ has \d+ tokens, more than config.prompt.max_prompt_tokens=12",
+        r"prompt of question train-\d+ has \d+ tokens, more than "
+        r"config.prompt.max_prompt_tokens=12",
     ),
     "mesh and devices": (
         lambda f: {"mesh.data": 3},
@@ -252,7 +255,8 @@ def test_refused_before_any_compilation(name, tmp_path, tmp_path_factory, compil
     assert "\n" not in str(caught.value) and not compilations
 
 
-# Flags: arguments after the config and workdir, what the last line must say. {}: a folder for files.
+# Flags: arguments after the config and workdir, what the last line must say. {}: a folder for
+# files.
 COMMANDS = {
     "unknown key": (
         ["--config.rollout.qestions=8"],
@@ -287,7 +291,8 @@ COMMANDS = {
     "empty workdir": (["--workdir="], "^stepsearch_jax: argument --workdir: it names no folder"),
     "a file for a workdir": (
         ["--workdir={}/train.jsonl"],
-        r"^stepsearch_jax: --workdir=.*: nothing can be written to .*train\.jsonl \(Not a directory\)",
+        r"^stepsearch_jax: --workdir=.*: nothing can be written to .*train\.jsonl \(Not a "
+        r"directory\)",
     ),
     "no coordinator": (
         ["--config.distributed.processes=2"],

@@ -1,4 +1,6 @@
-"""Checkpoints: when they are saved, that a kill at any moment leaves the one before, and that a told end is told to all processes at once."""
+"""Checkpoints: when they are saved, that a kill at any moment leaves the one before, and that a
+told end is told to all processes at once.
+"""
 
 import os
 import pathlib
@@ -94,8 +96,10 @@ def test_every_so_many_and_the_last(tmp_path):
 
 
 def test_every_so_many_minutes(tmp_path, monkeypatch):
-    """Every look at the clock takes 20 s: one at the beginning, one an iteration, one more after each save. A checkpoint is due after a minute: 60 s after
-    the beginning ends iteration 3, saved at 80; 100, 120, 140: iteration 6, saved at 160; iteration 7 is the last."""
+    """Every look at the clock takes 20 s: one at the beginning, one an iteration, one more after
+    each save. A checkpoint is due after a minute: 60 s after the beginning ends iteration 3, saved
+    at 80; 100, 120, 140: iteration 6, saved at 160; iteration 7 is the last.
+    """
     clock = iter(range(0, 1000, 20))
     monkeypatch.setattr(checkpoint, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
     saved = run_pace(tmp_path / "a", range(1, 8), every=100, minutes=1.0)
@@ -149,9 +153,8 @@ def test_a_kill_during_a_save_leaves_the_one_before(tmp_path, moment):
     )
     assert done.returncode == -signal.SIGKILL
     names = {path.name for path in folder.iterdir()}
-    assert (
-        "1" in names and "2" not in names and len(names) == 2
-    )  # the other one is what the kill left
+    # the other one is what the kill left
+    assert "1" in names and "2" not in names and len(names) == 2
     checkpoints = checkpoint.Checkpoints(folder, keep=2)
     assert checkpoints.latest() == 1
     np.testing.assert_array_equal(
@@ -180,7 +183,8 @@ def test_params(tmp_path, monkeypatch):
     )
 
 
-# Two processes that count numbers until they are told to end; the clock of the second one stands still: python TOLD FOLDER PROCESS PORT
+# Two processes that count numbers until they are told to end; the clock of the second one stands
+# still: python TOLD FOLDER PROCESS PORT
 TOLD = """
 import sys, time, types
 import jax, jax.numpy as jnp

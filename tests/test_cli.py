@@ -17,7 +17,9 @@ VECTORS = "--xla_backend_extra_options=-unroll-full-max-count=8"
 
 @pytest.fixture
 def start(monkeypatch):
-    """-> (flags of the environment, platforms JAX is told, installed plugins) -> the flags XLA then reads."""
+    """-> (flags of the environment, platforms JAX is told, installed plugins) -> the flags XLA then
+    reads.
+    """
 
     def run(flags, platforms, plugins):
         monkeypatch.setenv("XLA_FLAGS", flags)
@@ -35,9 +37,8 @@ def start(monkeypatch):
                 config=types.SimpleNamespace(jax_platforms=platforms, update=lambda *_: None)
             ),
         )
-        monkeypatch.setattr(
-            runtime, "keep_freed_memory", lambda: None
-        )  # this process's own would stay changed
+        # this process's own would stay changed
+        monkeypatch.setattr(runtime, "keep_freed_memory", lambda: None)
         runtime.start_jax(ONE_PROCESS)
         return os.environ["XLA_FLAGS"]
 
@@ -55,7 +56,9 @@ def test_loops_of_other_platforms_are_left_alone(platforms, plugins, start):
 
 
 def test_a_file_of_flags_is_refused(start, tmp_path):
-    """XLA reads a value that does not begin with - as the name of a file; behind a flag the name would be lost, and all that the file holds."""
+    """XLA reads a value that does not begin with - as the name of a file; behind a flag the name
+    would be lost, and all that the file holds.
+    """
     with pytest.raises(ValueError, match="names a file"):
         start(str(tmp_path / "flags"), "cpu", ())
     assert start(str(tmp_path / "flags"), "tpu", ()) == str(tmp_path / "flags")
@@ -154,7 +157,9 @@ print(sorted(faults)[6] * resource.getpagesize() // 2**20)
 )
 @pytest.mark.parametrize("memory, fresh", [("kept", range(0, 8)), ("left", range(48, 80))])
 def test_memory_is_used_again_instead_of_asked_for_anew(memory, fresh):
-    """MiB of pages that a call of a program faults in, the median of twelve: the hole that a block leaves may be a little too small for the next one."""
+    """MiB of pages that a call of a program faults in, the median of twelve: the hole that a block
+    leaves may be a little too small for the next one.
+    """
     found = subprocess.run(
         [sys.executable, "-c", PAGES, memory],
         env=os.environ | {"JAX_PLATFORMS": "cpu"},

@@ -1,4 +1,6 @@
-"""The commands that README, docs and the configs' docstrings show: what they run exists, and their flags, configs and keys are accepted."""
+"""The commands that README, docs and the configs' docstrings show: what they run exists, and their
+flags, configs and keys are accepted.
+"""
 
 import argparse
 import functools
@@ -120,7 +122,9 @@ def test_what_it_runs_and_its_flags_exist(command):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_its_config_is_accepted(command):
-    """The config loads, has the keys that the command sets, and fits together; an atlas of the command's own can be made."""
+    """The config loads, has the keys that the command sets, and fits together; an atlas of the
+    command's own can be made.
+    """
     config = load(shlex.split(command, comments=True))
     if config is None:
         return

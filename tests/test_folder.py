@@ -138,9 +138,8 @@ def test_warm_ups_are_shares_of_the_first_iterations(run):
     assert check_resumable(folder, config, DATA)["iterations"] == 9
     (folder / "checkpoints/1").mkdir(parents=True)
     assert check_resumable(folder, config, DATA)["iterations"] == 2
-    (folder / "checkpoints/1").rename(
-        folder / "checkpoints/1.orbax-checkpoint-tmp"
-    )  # half written: nothing to go on from
+    # half written: nothing to go on from
+    (folder / "checkpoints/1").rename(folder / "checkpoints/1.orbax-checkpoint-tmp")
     assert check_resumable(folder, config, DATA)["iterations"] == 9
 
 

@@ -1,4 +1,6 @@
-"""Evaluation counts every question once, says of each what happened, and its files are those that the report reads."""
+"""Evaluation counts every question once, says of each what happened, and its files are those that
+the report reads.
+"""
 
 import json
 import threading
@@ -60,7 +62,9 @@ class Scripted:
 
 
 def test_every_question_counts_once(system):
-    """Twenty questions in batches of eight: the last batch has four rows that fill it up, and they count nowhere."""
+    """Twenty questions in batches of eight: the last batch has four rows that fill it up, and they
+    count nowhere.
+    """
     rollout = Scripted(system, POOR)
     means, dumps = greedy.evaluate_policy(system, rollout, None, "validation", "scripted")
     assert [dump["uid"] for dump in dumps] == [f"validation-{n}" for n in range(20)]
@@ -97,7 +101,9 @@ def test_only_the_first_questions(system):
 
 
 def test_a_wrong_count_is_an_error(system, monkeypatch):
-    """Were a row lost on its way, the means would be over fewer questions: here one of each of the three batches."""
+    """Were a row lost on its way, the means would be over fewer questions: here one of each of the
+    three batches.
+    """
     whole = greedy._sum_measures
     monkeypatch.setattr(
         greedy,

@@ -8,7 +8,8 @@ import sys
 import pytest
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "stepsearch_jax"
-# From the bottom up: a file imports from its own layer and from layers before it. The commands, last, import everything.
+# From the bottom up: a file imports from its own layer and from layers before it. The commands,
+# last, import everything.
 LAYERS = (
     "choices",
     "records",
@@ -51,19 +52,12 @@ HOST = {
     "run.config_file",
     "run.folder",
 }
-LIGHT = {
-    "cli",
-    "serve",
-    "prepare",
-    "benchmark.cases",
-    "benchmark.__main__",
-}  # load without jax, so that --help and wrong flags are answered at once
+# load without jax, so that --help and wrong flags are answered at once
+LIGHT = {"cli", "serve", "prepare", "benchmark.cases", "benchmark.__main__"}
 DEVICE = {"types", "masking", "sharding", "models", "rewards.placement", "rl", "checkpoint"}
 DEVICE_LIBRARIES = {"jax", "jaxlib", "flax", "optax", "orbax"}
-LAZY = {
-    "search/bm25.py",
-    "data/atlas_world.py",
-}  # the only users of bm25s, which starts jax when it is imported
+# the only users of bm25s, which starts jax when it is imported
+LAZY = {"search/bm25.py", "data/atlas_world.py"}
 
 
 def module_of(path: pathlib.Path, package: pathlib.Path = PACKAGE) -> str:
@@ -78,7 +72,9 @@ def layer_of(module: str) -> str:
 
 
 def find_imports(tree: ast.AST) -> list[tuple[ast.stmt, str]]:
-    """Every import statement with the full name of what it brings in; imports from a package name the module where there is one."""
+    """Every import statement with the full name of what it brings in; imports from a package name
+    the module where there is one.
+    """
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -166,11 +162,13 @@ def test_the_check_finds_faults(module, source, complaint):
 def test_the_check_lets_good_imports_pass():
     assert not check_file(
         "rollout.text",
-        "import jax\nfrom stepsearch_jax.prompting.tags import TAGS\nfrom stepsearch_jax.types import Batch",
+        "import jax\nfrom stepsearch_jax.prompting.tags import TAGS\nfrom stepsearch_jax.types "
+        "import Batch",
     )
     assert not check_file(
         "train",
-        "import jax\nfrom stepsearch_jax import checkpoint\nfrom stepsearch_jax.report.page import write_report",
+        "import jax\nfrom stepsearch_jax import checkpoint\nfrom stepsearch_jax.report.page "
+        "import write_report",
     )
     assert not check_file("search.bm25", "def f():\n    import bm25s")
 

@@ -15,14 +15,18 @@ from stepsearch_jax.metrics import METRICS_FILE, MetricsWriter, progress, read_m
 
 
 def write_run(workdir, start, stop, stage="rl"):
-    """A run whose value at an iteration depends on the iteration only, as a deterministic run's does."""
+    """A run whose value at an iteration depends on the iteration only, as a deterministic run's
+    does.
+    """
     with MetricsWriter(workdir, start) as writer:
         for iteration in range(start, stop):
             writer.write(stage, iteration, {"f1": iteration / 7, "loss/policy": -iteration})
 
 
 def read_events(folder):
-    """(step, tag, value) of every scalar in the event files of a folder, and the steps of their session starts (what TensorBoard purges from)."""
+    """(step, tag, value) of every scalar in the event files of a folder, and the steps of their
+    session starts (what TensorBoard purges from).
+    """
     scalars, starts = [], []
     for path in sorted(folder.iterdir()):
         data, at = path.read_bytes(), 0
@@ -87,7 +91,8 @@ def test_what_is_no_metric_is_refused_and_nothing_written(tmp_path, values, mess
     assert not (tmp_path / METRICS_FILE).exists()
 
 
-# The law of resuming: run to `killed` and part of one more line, resume from a checkpoint at `resumed` <= `killed`: the log is the uninterrupted one.
+# The law of resuming: run to `killed` and part of one more line, resume from a checkpoint at
+# `resumed` <= `killed`: the log is the uninterrupted one.
 @settings(max_examples=20, deadline=None)
 @given(killed=st.integers(1, 6), lost=st.integers(0, 6), cut=st.integers(0, 60))
 def test_a_resumed_log_equals_an_uninterrupted_one(tmp_path_factory, killed, lost, cut):
@@ -114,9 +119,8 @@ def test_only_the_stage_being_written_is_cut(tmp_path):
 
 
 def test_a_later_stage_of_a_resumed_process_starts_afresh(tmp_path):
-    write_run(
-        tmp_path, 0, 3, stage="rl"
-    )  # left by a process whose supervised fine-tuning is now done again from iteration 8
+    # left by a process whose supervised fine-tuning is now done again from iteration 8
+    write_run(tmp_path, 0, 3, stage="rl")
     with MetricsWriter(tmp_path, 8) as writer:
         writer.write("sft", 8, {"loss/policy": 1.0})
         writer.write("rl", 0, {"f1": 0.5})
@@ -172,9 +176,8 @@ def test_progress_without_a_terminal_writes_a_few_plain_lines(monkeypatch):
         seen.append(i)
     assert seen == list(range(200))
     lines = stream.getvalue().splitlines()
-    assert (
-        len(lines) == 2 and "\r" not in stream.getvalue()
-    )  # the first and the last; both ends of an interval far below 30 s
+    # the first and the last; both ends of an interval far below 30 s
+    assert len(lines) == 2 and "\r" not in stream.getvalue()
     assert (
         lines[0].startswith("rl:   0%")
         and lines[1].startswith("rl: 100%")

@@ -1,4 +1,6 @@
-"""Settings that mean nothing, or that would ruin a run in silence, are refused before it starts; what stands beside them is not."""
+"""Settings that mean nothing, or that would ruin a run in silence, are refused before it starts;
+what stands beside them is not.
+"""
 
 import math
 
@@ -124,7 +126,9 @@ def test_bounds_that_are_allowed():
     )
 
 
-TOGETHER = {  # what does not fit together -> (the keys to set, what the message says, what else to set to make it right)
+# what does not fit together -> (the keys to set, what the message says, what else to set to make it
+# right)
+TOGETHER = {
     "heads": (
         {"model.num_kv_heads": 3},
         "must be a multiple of model.num_kv_heads=3",
@@ -217,7 +221,9 @@ def test_settings_that_do_not_fit_together(name):
     ],
 )
 def test_sampling_that_the_learner_does_not_know(wrong, message, tmp_path):
-    """Refused where there are iterations to run, and by training alone: evaluation is greedy, whatever the run was trained with."""
+    """Refused where there are iterations to run, and by training alone: evaluation is greedy,
+    whatever the run was trained with.
+    """
     with pytest.raises(ValueError, match=message):
         train.train(change(wrong), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,6 @@
-"""The parts that a config becomes: rows of processes, padded batches, the vocabulary's unused ids, the measure of the retrieval, failed searches."""
+"""The parts that a config becomes: rows of processes, padded batches, the vocabulary's unused ids,
+the measure of the retrieval, failed searches.
+"""
 
 import dataclasses
 import types
@@ -38,7 +40,9 @@ def test_one_process_holds_all_rows_in_order(shape):
 
 
 def test_a_process_holds_the_rows_of_its_devices(monkeypatch):
-    """Two of four shards of 16 rows, named out of order and once for each of two slices: rows 4-7 and 12-15."""
+    """Two of four shards of 16 rows, named out of order and once for each of two slices: rows 4-7
+    and 12-15.
+    """
     spread = {
         "device 6": (slice(12, 16),),
         "device 7": (slice(12, 16),),
@@ -94,7 +98,9 @@ def test_data_is_known_by_what_it_holds(system):
 
 
 def test_unused_ids_of_the_vocabulary_change_nothing(system):
-    """The model's vocabulary is larger than the tokenizer's: such an id leaves the automaton where it is and reads as nothing, in queries as well."""
+    """The model's vocabulary is larger than the tokenizer's: such an id leaves the automaton where
+    it is and reads as nothing, in queries as well.
+    """
     size, states = system.tokenizer.vocab_size, len(system.environment.next_state)
     assert (
         system.learner_model.vocab_size == system.environment.next_state.shape[1] > size
@@ -117,7 +123,9 @@ def test_unused_ids_of_the_vocabulary_change_nothing(system):
 
 
 def test_the_automaton_sees_the_tags(system):
-    """The environment's events are those of the tokenizer's tags: one search, one answer, one closing tag that nothing opened."""
+    """The environment's events are those of the tokenizer's tags: one search, one answer, one
+    closing tag that nothing opened.
+    """
     for text, expected in (
         ("<search> a</search>", TurnStatus.SEARCH),
         ("<answer> a</answer>", TurnStatus.ANSWER),
@@ -131,7 +139,9 @@ def test_the_automaton_sees_the_tags(system):
 
 
 def test_retrieval_is_measured_by_gold_documents(config):
-    """A search that finds the gold document of every second sub-question: 0.5; and all queries arrive, in parts."""
+    """A search that finds the gold document of every second sub-question: 0.5; and all queries
+    arrive, in parts.
+    """
     plain = build_system(config, ["train"])
     subs = [sub for question in plain.splits["train"].questions for sub in question.sub_questions]
     asked = []

@@ -1,4 +1,6 @@
-"""The scripted searcher, the demonstrations made of it, the exchange of names in them, and where a run's first policy comes from."""
+"""The scripted searcher, the demonstrations made of it, the exchange of names in them, and where a
+run's first policy comes from.
+"""
 
 import dataclasses
 
@@ -38,7 +40,9 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def system(config) -> System:
-    """A search that always finds the gold document of an accepted query, and for others the document of the entity that the query begins with, if any."""
+    """A search that always finds the gold document of an accepted query, and for others the
+    document of the entity that the query begins with, if any.
+    """
     plain = build_system(config, ["train", "validation"])
     subs = [
         sub
@@ -76,7 +80,8 @@ def script(system: System, shares, seed=0, settings=None, known_fraction=0.0):
     return trajectory, to_episodes(trajectory, split.questions, system.tokenizer)
 
 
-# ---- the script ------------------------------------------------------------------------------------------------------------------------------------
+# ---- the script
+# ------------------------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_perfect_searcher_is_right_when_the_retrieval_works(system):
@@ -95,9 +100,8 @@ def test_a_perfect_searcher_is_right_when_the_retrieval_works(system):
             list(episode.queries) == [hop.queries[0] for hop in hops]
             and episode.answer == hops[-1].answer
         )
-        assert all(
-            hop.answer in turn.action for hop, turn in zip(hops, episode.turns[1:])
-        )  # what was read is said before it is used
+        # what was read is said before it is used
+        assert all(hop.answer in turn.action for hop, turn in zip(hops, episode.turns[1:]))
 
 
 def test_the_record_of_a_script_is_that_of_a_rollout(system):
@@ -140,9 +144,8 @@ def test_kinds_of_poor_searching(system):
     """Validation questions have two hops, and three searches are allowed."""
     for episode in script(system, {"vague": 1.0})[1]:
         relation = episode.question.sub_questions[0].queries[0].split()[-1]
-        assert (
-            list(episode.queries) == [relation] * 3
-        )  # the words that name the entity are missing, so nothing is found
+        # the words that name the entity are missing, so nothing is found
+        assert list(episode.queries) == [relation] * 3
         assert episode.doc_ids == () and episode.answer == episode.queries[-1]
     for episode in script(system, {"repeat": 1.0})[1]:  # with nothing to repeat, the first is vague
         assert len(set(episode.queries)) == 1 and len(episode.queries) == 3
@@ -157,9 +160,10 @@ def test_kinds_of_poor_searching(system):
         for before, turn in zip(episode.search_turns, episode.search_turns[1:]):
             if turn.query not in accepted and before.doc_ids:
                 wrong += 1
+                # an entity that was seen, with this relation
                 assert any(
                     turn.query.startswith(system.source.documents[i].title) for i in episode.doc_ids
-                )  # an entity that was seen, with this relation
+                )
                 assert turn.query.split()[-1] in {query.split()[-1] for query in accepted}
     assert early > 2 and wrong > 2
 
@@ -172,9 +176,8 @@ def test_a_script_searches_well_for_the_relations_that_it_knows(system):
             found.setdefault(relation, set()).add(
                 episode.queries[0] == episode.question.sub_questions[0].queries[0]
             )
-        assert all(
-            len(answers) == 1 for answers in found.values()
-        )  # a relation is known or it is not
+        # a relation is known or it is not
+        assert all(len(answers) == 1 for answers in found.values())
         return {relation for relation, answers in found.items() if answers == {True}}, set(found)
 
     (none, every), (some, _), (more, _), (everything, _) = ask(0.0), ask(0.3), ask(0.6), ask(1.0)
@@ -193,17 +196,20 @@ def test_the_seed_makes_the_script(system):
         (
             {"good": 0.5, "lazy": 0.5},
             {},
-            r"config.sft.decision_weights names \['lazy'\]; known are good, vague, repeat, wrong, early",
+            r"config.sft.decision_weights names \['lazy'\]; known are good, vague, repeat, "
+            r"wrong, early",
         ),
         (
             PERFECT,
             {"max_turn_tokens": 3},
-            r"a scripted action of question validation-\d+ has \d+ tokens, more than config.rollout.max_turn_tokens",
+            r"a scripted action of question validation-\d+ has \d+ tokens, more than "
+            r"config.rollout.max_turn_tokens",
         ),
         (
             PERFECT,
             {"context": 60},
-            r"the scripted episode of question validation-\d+ needs more than config.rollout.context=60 tokens: raise it",
+            r"the scripted episode of question validation-\d+ needs more than "
+            r"config.rollout.context=60 tokens: raise it",
         ),
     ],
 )
@@ -212,7 +218,8 @@ def test_what_the_script_refuses(system, shares, change, message):
         script(system, shares, settings=dataclasses.replace(system.settings, **change))
 
 
-# ---- demonstrations --------------------------------------------------------------------------------------------------------------------------------
+# ---- demonstrations
+# --------------------------------------------------------------------------------------------------------------------------------
 
 
 def test_demonstrations_of_single_hops_and_of_whole_questions(system):
@@ -223,9 +230,10 @@ def test_demonstrations_of_single_hops_and_of_whole_questions(system):
         text.count("<search>") for text in texts[1]
     } == {1}
     subs = [sub for question in system.splits["train"].questions for sub in question.sub_questions]
+    # each of the 48 once
     assert sorted(text.split("\n")[0] for text in texts[1]) == sorted(
         f" Question: {sub.question}" for sub in subs
-    )  # each of the 48 once
+    )
     for made in (whole, single):
         assert (np.diff(made.length) >= 0).all()
         for row, length in enumerate(made.length):
@@ -240,7 +248,9 @@ def test_demonstrations_of_single_hops_and_of_whole_questions(system):
 
 
 def test_spoiling_is_a_share(system):
-    """At 1 every decision is taken by config.sft.decision_weights (a quarter of them good), at 0 none."""
+    """At 1 every decision is taken by config.sft.decision_weights (a quarter of them good), at 0
+    none.
+    """
     good = {
         query
         for question in system.splits["train"].questions
@@ -282,7 +292,9 @@ def test_a_minibatch_comes_from_one_group_of_lengths():
 
 
 def test_single_hops_of_questions_without_any(system, tmp_path):
-    """Known before any step, though a later phase is the first that asks them, and though it is only the held-out questions that have none."""
+    """Known before any step, though a later phase is the first that asks them, and though it is
+    only the held-out questions that have none.
+    """
     config = system.config.copy_and_resolve_references()
     config.sft.phases = ((10, 8, False, 0.0, 0.02), (10, 8, True, 0.0, 0.02))
     for name in ("train", "validation"):
@@ -303,7 +315,8 @@ def test_single_hops_of_questions_without_any(system, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-# ---- the exchange of names ---------------------------------------------------------------------------------------------------------------------------
+# ---- the exchange of names
+# ---------------------------------------------------------------------------------------------------------------------------
 
 
 def test_names_are_exchanged_consistently_and_nothing_else(system):
@@ -315,9 +328,8 @@ def test_names_are_exchanged_consistently_and_nothing_else(system):
     changed = []
     for old_row, new_row in zip(made.tokens[rows], new):
         exchange = dict(zip(old_row.tolist(), new_row.tolist()))
-        assert [
-            exchange[token] for token in old_row.tolist()
-        ] == new_row.tolist()  # the same word always becomes the same word
+        # the same word always becomes the same word
+        assert [exchange[token] for token in old_row.tolist()] == new_row.tolist()
         assert len(set(exchange.values())) == len(exchange)  # and two words never the same
         for old, became in exchange.items():
             assert group_of.get(old) == group_of.get(became) and (old in group_of or old == became)
@@ -328,7 +340,9 @@ def test_names_are_exchanged_consistently_and_nothing_else(system):
 
 
 def test_an_exchanged_name_stays_in_its_split(system):
-    """Name (i, j) of a kind belongs to the split that owns (i + j) mod 4; all pairs of words of all kinds, exchanged 5 times."""
+    """Name (i, j) of a kind belongs to the split that owns (i + j) mod 4; all pairs of words of all
+    kinds, exchanged 5 times.
+    """
     groups = tuple(
         np.array([system.tokenizer.encode(f" {word}")[0] for word in words])
         for words in name_groups()
@@ -347,7 +361,8 @@ def test_an_exchanged_name_stays_in_its_split(system):
                 assert (kind.first.index(first) + kind.second.index(second)) % 4 == (i + j) % 4
 
 
-# ---- where the first policy comes from -----------------------------------------------------------------------------------------------------------------
+# ---- where the first policy comes from
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def test_the_start_is_given_kept_and_read_again(system, tmp_path):
@@ -370,11 +385,8 @@ def test_the_start_is_given_kept_and_read_again(system, tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no checkpoint at .*nothing"):
         start(tmp_path / "nothing")
     checkpoint.save_params(tmp_path / "given", given)
-    for folder in (
-        tmp_path / "given",
-        "",
-        tmp_path / "nothing",
-    ):  # once a run has a start, nothing else is looked at
+    # once a run has a start, nothing else is looked at
+    for folder in (tmp_path / "given", "", tmp_path / "nothing"):
         np.testing.assert_array_equal(
             start(folder)["params"]["lm_head"], given["params"]["lm_head"]
         )
@@ -387,7 +399,9 @@ def test_the_start_is_given_kept_and_read_again(system, tmp_path):
 
 
 def test_a_run_begins_with_pretrained_weights(config, system, tmp_path):
-    """Written with fewer rows than the tokenizer has tokens: the missing ones are the mean of the others, and the value model has the same trunk."""
+    """Written with fewer rows than the tokenizer has tokens: the missing ones are the mean of the
+    others, and the value model has the same trunk.
+    """
     given, rows = jax.tree.map(np.asarray, running.make_searching_params(system, seed=1)), 320
     kept = {
         "params": given["params"]

@@ -1,4 +1,5 @@
-"""A whole run in miniature, for tests of the commands: made-up worlds of 60 entities, two layers, eight episodes an iteration.
+"""A whole run in miniature, for tests of the commands: made-up worlds of 60 entities, two layers,
+eight episodes an iteration.
 
 --config=tests/tiny_config.py:FOLDER    keeps its prepared data in FOLDER
 """
@@ -16,11 +17,8 @@ def get_config(cache_dir: str) -> ml_collections.ConfigDict:
     config.data.cache_dir = cache_dir
     atlas = config.data.atlas
     atlas.entities, atlas.shapes = 60, ("2hop",)
-    atlas.train_questions, atlas.validation_questions, atlas.test_questions = (
-        24,
-        20,
-        20,
-    )  # 20: the last batch of eight is not full
+    # 20: the last batch of eight is not full
+    atlas.train_questions, atlas.validation_questions, atlas.test_questions = (24, 20, 20)
 
     config.prompt.template = "short"
     config.prompt.max_prompt_tokens = 40
@@ -36,14 +34,7 @@ def get_config(cache_dir: str) -> ml_collections.ConfigDict:
         model.num_kv_heads,
         model.head_dim,
         model.ffn_dim,
-    ) = (
-        2,
-        32,
-        4,
-        2,
-        8,
-        64,
-    )
+    ) = (2, 32, 4, 2, 8, 64)
     model.tie_embeddings, model.remat = False, "none"
 
     rollout = config.rollout

@@ -1,12 +1,16 @@
-"""What the step rewards add: StePPO, PPO and GRPO on the answer's F1 alone, and StePPO with all its rewards on the last token.
+"""What the step rewards add: StePPO, PPO and GRPO on the answer's F1 alone, and StePPO with all its
+rewards on the last token.
 
     python launch/sweep.py --sweep=configs/sweeps/baselines.py --config=configs/atlas_sweep.py --workdir=runs/sweep --jobs=2
 
-16 runs; with configs/sweeps/ablations.py 22, which took 64 minutes on two cores that had other work. All methods have the warm start, the episodes and the
-optimiser steps of an iteration in common: GRPO takes 8 questions with 8 episodes each, where the others take the 64 questions of configs/atlas_sweep.py once.
+16 runs; with configs/sweeps/ablations.py 22, which took 64 minutes on two cores that had other
+work. All methods have the warm start, the episodes and the optimiser steps of an iteration in
+common: GRPO takes 8 questions with 8 episodes each, where the others take the 64 questions of
+configs/atlas_sweep.py once.
 """
 
-# Chosen by configs/sweeps/tuning.py, on other questions and another seed; for policy and value model alike.
+# Chosen by configs/sweeps/tuning.py, on other questions and another seed; for policy and value
+# model alike.
 LEARNING_RATES = {
     "StePPO": 3e-4,
     "PPO, F1 only (Search-R1)": 3e-4,
@@ -24,7 +28,8 @@ F1_ONLY = {"reward.gamma_key": 0.0, "reward.use_gain": False, "reward.use_redund
 METHODS = {
     "StePPO": {},
     "PPO, F1 only (Search-R1)": F1_ONLY,
-    # An episode against others of its question; KL as a term of the loss (Shao et al. 2024, eq. 3 and 4). Averages run over tokens, as in the other methods.
+    # An episode against others of its question; KL as a term of the loss (Shao et al. 2024, eq. 3
+    # and 4). Averages run over tokens, as in the other methods.
     "GRPO, F1 only": F1_ONLY
     | {
         "rl.advantage": "grpo",

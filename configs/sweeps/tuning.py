@@ -1,9 +1,11 @@
-"""The learning rate of each baseline, chosen alike for all: the best F1 of three rates, in shorter runs, on the validation world.
+"""The learning rate of each baseline, chosen alike for all: the best F1 of three rates, in shorter
+runs, on the validation world.
 
     python launch/sweep.py --sweep=configs/sweeps/tuning.py --config=configs/atlas_sweep.py --workdir=runs/tuning --jobs=2
 
-12 runs, 36 minutes on two cores that had other work. The rates chosen go into LEARNING_RATES of configs/sweeps/baselines.py.
-Neither the questions that choose nor the seed are those that the comparison reports.
+12 runs, 36 minutes on two cores that had other work. The rates chosen go into LEARNING_RATES of
+configs/sweeps/baselines.py. Neither the questions that choose nor the seed are those that the
+comparison reports.
 """
 
 from configs.sweeps.baselines import METHODS, set_learning_rate

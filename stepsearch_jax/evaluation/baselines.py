@@ -1,4 +1,6 @@
-"""What a policy answers without searching on its own: from what it knows, from one search for the question itself, or from the gold documents."""
+"""What a policy answers without searching on its own: from what it knows, from one search for the
+question itself, or from the gold documents.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +19,24 @@ DIRECT, SINGLE_SEARCH, GOLD = "direct answer", "single-shot RAG", "gold document
 
 @dataclasses.dataclass(frozen=True)
 class Baselines:
-    """`system` has one split for each baseline, named after it, and settings under which a policy may only answer. given[name][row]: corpus ids of the
-    documents in a question's prompt; given[DIRECT] is None."""
+    """`system` has one split for each baseline, named after it, and settings under which a policy
+    may only answer. given[name][row]: corpus ids of the documents in a question's prompt;
+    given[DIRECT] is None.
+    """
 
     system: System
     given: dict[str, list[tuple[int, ...]] | None]
 
 
 def make_baselines(system: System, split_name: str, count: int) -> Baselines:
-    """Prompts for the first `count` questions of a split; documents stand in them as a search would show them, behind the question.
+    """Prompts for the first `count` questions of a split; documents stand in them as a search would
+    show them, behind the question.
 
-    One search may fill as much as in an episode (search.max_observation_tokens), gold documents as much as all of an episode's searches, within
-    rollout.context; in so much room stand as many documents as searches would bring there (search.k each). Of more gold documents the first are shown, in the
-    order of the hops, and the others left out. Without any gold document among the questions there is no such baseline.
+    One search may fill as much as in an episode (search.max_observation_tokens), gold documents as
+    much as all of an episode's searches, within rollout.context; in so much room stand as many
+    documents as searches would bring there (search.k each). Of more gold documents the first are
+    shown, in the order of the hops, and the others left out. Without any gold document among the
+    questions there is no such baseline.
     """
     questions = list(system.splits[split_name].questions[:count])
     found = [
@@ -55,9 +62,10 @@ def make_baselines(system: System, split_name: str, count: int) -> Baselines:
             None if name == DIRECT else [shown for _, shown in encoded],
         )
     width = max(len(ids) for encoded in prompts.values() for ids in encoded)
+    # of one width: one program for all
     splits = {
         name: Split(questions, *pad_tokens(encoded, width)) for name, encoded in prompts.items()
-    }  # of one width: one program for all
+    }
     settings = dataclasses.replace(
         system.settings, max_turns=0, max_prompt_tokens=width, context=width + _turn_room(system)
     )
@@ -67,7 +75,9 @@ def make_baselines(system: System, split_name: str, count: int) -> Baselines:
 def _encode_prompt(
     system: System, question: str, documents: Sequence[int] | None, searches: int
 ) -> tuple[list[int], tuple[int, ...]]:
-    """The question's prompt, behind it the documents that the room of so many searches holds, cut to share it -> its tokens, and which documents these are."""
+    """The question's prompt, behind it the documents that the room of so many searches holds, cut
+    to share it -> its tokens, and which documents these are.
+    """
     encode, search_config = system.tokenizer.encode, system.config.search
     prompt = encode(render_baseline(system.config.prompt.template, question, documents is not None))
     if documents is None:

@@ -1,4 +1,6 @@
-"""Measuring policies: rollouts with their scores, means over every question of a split under greedy decoding, and what is written of them."""
+"""Measuring policies: rollouts with their scores, means over every question of a split under greedy
+decoding, and what is written of them.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +26,9 @@ from stepsearch_jax.run.system import System, check_searches, process_rows
 
 logger = logging.getLogger("stepsearch_jax")
 
-GATHERED_BYTES = (
-    1 << 20
-)  # what processes tell one another is filled up to a multiple of it: one program passes on many lengths
+# what processes tell one another is filled up to a multiple of it: one program passes on many
+# lengths
+GATHERED_BYTES = 1 << 20
 MEANS = ("em", "f1", "gold_recall", "searches", "invalid", "truncated")
 
 
@@ -39,7 +41,9 @@ def count_questions(system: System, split_name: str) -> int:
 def collect_greedily(
     system: System, sample_episodes, params, split_name: str, description: str, answer_gain=None
 ) -> Iterator[tuple[np.ndarray, Collected]]:
-    """One greedy episode for every question of the split, a rollout at a time -> (row of each of this process's episodes, -1: fills up; the rollout)."""
+    """One greedy episode for every question of the split, a rollout at a time -> (row of each of
+    this process's episodes, -1: fills up; the rollout).
+    """
     total = count_questions(system, split_name)
     size = system.config.rollout.prompts * system.config.rollout.group_size
     mine = process_rows(system.mesh, size)
@@ -65,7 +69,8 @@ def collect_greedily(
 def evaluate_policy(
     system: System, sample_episodes, params, split_name: str, description: str, answer_gain=None
 ) -> tuple[dict[str, float], list[dict]]:
-    """Greedy, every question of the split exactly once -> (means: em, f1, gold_recall, searches, invalid, truncated; one dump per question, in their order).
+    """Greedy, every question of the split exactly once -> (means: em, f1, gold_recall, searches,
+    invalid, truncated; one dump per question, in their order).
 
     On several processes both are of all of them.
     """
@@ -95,7 +100,9 @@ def evaluate_policy(
 
 
 def gather_dumps(dumps: dict[int, dict]) -> list[dict]:
-    """Row of each of this process's questions -> what is told of it; -> the same of all processes, in the order of the rows."""
+    """Row of each of this process's questions -> what is told of it; -> the same of all processes,
+    in the order of the rows.
+    """
     raw = np.frombuffer(json.dumps(list(dumps.items())).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.int32(len(raw)))
     padded = np.zeros(-(-int(sizes.max()) // GATHERED_BYTES) * GATHERED_BYTES, np.uint8)
@@ -133,7 +140,9 @@ def evaluate_script(
 
 
 def _sum_measures(episodes: list[Episode], scores: StepScores, valid: np.ndarray) -> np.ndarray:
-    """Of the valid episodes: their number, the sums of MEANS, and the number whose gold documents are known."""
+    """Of the valid episodes: their number, the sums of MEANS, and the number whose gold documents
+    are known.
+    """
     m = scores.measures
     invalid = [any(turn.status.name == "INVALID" for turn in episode.turns) for episode in episodes]
     truncated = [episode.truncated for episode in episodes]
@@ -151,7 +160,9 @@ def _sum_measures(episodes: list[Episode], scores: StepScores, valid: np.ndarray
 
 
 def _divide(sums: np.ndarray) -> dict[str, float]:
-    """Means over questions; the gold recall over those whose gold documents are known, 0 if there are none."""
+    """Means over questions; the gold recall over those whose gold documents are known, 0 if there
+    are none.
+    """
     total, *sums, known = sums.tolist()
     return {
         name: value / (max(known, 1) if name == "gold_recall" else total)
@@ -214,7 +225,9 @@ def write_transcripts(folder: pathlib.Path, dumps: dict[str, list[dict]]) -> Non
 
 
 def evaluate_controls(system: System, split_name: str) -> dict[str, dict[str, float]]:
-    """What scripts reach on the split: the searcher that demonstrations come from, and a perfect one."""
+    """What scripts reach on the split: the searcher that demonstrations come from, and a perfect
+    one.
+    """
     return {
         "scripted searcher": evaluate_script(
             system, split_name, dict(system.config.sft.decision_weights)
@@ -226,7 +239,9 @@ def evaluate_controls(system: System, split_name: str) -> dict[str, dict[str, fl
 def write_results(
     system: System, folder: pathlib.Path, before: dict, after: dict, dumps: dict[str, list[dict]]
 ) -> dict:
-    """Writes evaluation.json, transcripts.jsonl and report.html into `folder` (process 0) and prints the table -> the contents of evaluation.json."""
+    """Writes evaluation.json, transcripts.jsonl and report.html into `folder` (process 0) and
+    prints the table -> the contents of evaluation.json.
+    """
     evaluation_config = system.config.evaluation
     result = {
         "questions": count_questions(system, evaluation_config.split),

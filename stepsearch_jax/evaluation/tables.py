@@ -1,11 +1,13 @@
-"""A policy on several data sets beside baselines that cannot search: one table, with bootstrap intervals, and everything behind it.
+"""A policy on several data sets beside baselines that cannot search: one table, with bootstrap
+intervals, and everything behind it.
 
     WORKDIR/evaluation/table.md, table.json     all data sets, in the layout of the paper's Table 1; then every measure of each
     WORKDIR/evaluation/NAME/questions.jsonl     every question under every method: prediction and measures
     WORKDIR/evaluation/NAME/report.html         transcripts of the episodes that search, from evaluation.json and transcripts.jsonl beside it
 
-Methods: direct answer; single-shot RAG, one search for the question itself; the gold documents given; and the policy's own episodes, before RL and after, or
-zero-shot where WORKDIR holds no run. The baselines are answered by the policy before RL.
+Methods: direct answer; single-shot RAG, one search for the question itself; the gold documents
+given; and the policy's own episodes, before RL and after, or zero-shot where WORKDIR holds no run.
+The baselines are answered by the policy before RL.
 """
 
 from __future__ import annotations
@@ -46,15 +48,17 @@ WHEN = {BEFORE: "before", ZERO_SHOT: "before", AFTER: "after"}  # as transcripts
 
 
 def parse_datasets(text: str, default_split: str) -> dict[str, tuple[str, str, str]]:
-    """config.evaluation.datasets -> name in the table -> (kind, folder, split). Raises ValueError for an entry that is not KIND:FOLDER[:SPLIT], or twice."""
+    """config.evaluation.datasets -> name in the table -> (kind, folder, split). Raises ValueError
+    for an entry that is not KIND:FOLDER[:SPLIT], or twice.
+    """
     found = {}
     for entry in text.split(","):
         kind, *rest = entry.strip().split(":")
-        if (
-            not kind or not 1 <= len(rest) <= 2 or not rest[0] and kind != "atlas"
-        ):  # which has no files
+        # which has no files
+        if not kind or not 1 <= len(rest) <= 2 or not rest[0] and kind != "atlas":
             raise ValueError(
-                f"config.evaluation.datasets holds {entry!r}; an entry is KIND:FOLDER or KIND:FOLDER:SPLIT, with commas between entries"
+                f"config.evaluation.datasets holds {entry!r}; an entry is KIND:FOLDER or "
+                "KIND:FOLDER:SPLIT, with commas between entries"
             )
         folder, split = (*rest, default_split)[:2]
         name = f"{kind}-{split}"
@@ -80,7 +84,9 @@ def configure(
 
 
 def evaluate_datasets(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
-    """The command -> the contents of table.json. Raises ValueError or FileNotFoundError, before anything is computed, for what is wrong with a data set."""
+    """The command -> the contents of table.json. Raises ValueError or FileNotFoundError, before
+    anything is computed, for what is wrong with a data set.
+    """
     wanted = parse_datasets(config.evaluation.datasets, config.evaluation.split)
     systems = {name: _open_dataset(config, name, *dataset) for name, dataset in wanted.items()}
     policies = load_policies(next(iter(systems.values())), workdir)
@@ -113,14 +119,17 @@ def _open_dataset(
 
 
 def load_policies(system: System, workdir: pathlib.Path) -> dict[str, object]:
-    """Method -> parameters as the learner has them: of the run in WORKDIR, or the pretrained ones, untrained. The baselines go with the first."""
+    """Method -> parameters as the learner has them: of the run in WORKDIR, or the pretrained ones,
+    untrained. The baselines go with the first.
+    """
     if (workdir / "start").is_dir():
         check_readable(workdir, system.config)
         state, reference_params, _, _ = begin_run(system, workdir)
         return {BEFORE: reference_params, AFTER: state.policy.params}
     if system.weights is None:
         raise FileNotFoundError(
-            f"{workdir} holds no run (no start/), and config.model.checkpoint names no pretrained policy: give one of them"
+            f"{workdir} holds no run (no start/), and config.model.checkpoint names no pretrained "
+            "policy: give one of them"
         )
     logger.info("reading %s", system.weights.path)
     abstract_params, _ = describe_params(
@@ -207,7 +216,9 @@ def measure_method(
     count: int,
     hops: int,
 ) -> tuple[dict[str, Estimate], list[dict]]:
-    """Greedy, every one of the `count` questions once -> (every measure; of every question a dump with the measures in it, in their order)."""
+    """Greedy, every one of the `count` questions once -> (every measure; of every question a dump
+    with the measures in it, in their order).
+    """
     names, texts = list_measures(hops), read_texts(system.source.documents)
     pairs, seen, dumps = np.zeros((count, len(names), 2)), np.zeros(count, int), {}
     for rows, rollout in collect_greedily(system, sample, params, split_name, description):
@@ -232,7 +243,8 @@ def measure_method(
     )
     if (seen != 1).any():
         raise RuntimeError(
-            f"{description}: question {int(np.flatnonzero(seen != 1)[0])} was answered {int(seen[seen != 1][0])} times instead of once"
+            f"{description}: question {int(np.flatnonzero(seen != 1)[0])} was answered "
+            f"{int(seen[seen != 1][0])} times instead of once"
         )
     estimates = dict(
         zip(names, estimate(pairs, system.config.evaluation.resamples, system.config.seed))
@@ -248,7 +260,9 @@ def measure_method(
 
 
 def render_table(table: dict) -> str:
-    """table.json -> Markdown: methods x (data sets x EM / F1), then every measure of each data set with its interval."""
+    """table.json -> Markdown: methods x (data sets x EM / F1), then every measure of each data set
+    with its interval.
+    """
     sets = table["data_sets"]
     methods = list(
         dict.fromkeys(method for of_set in sets.values() for method in of_set["methods"])
@@ -271,8 +285,9 @@ def render_table(table: dict) -> str:
         ]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     lines.append(
-        f"\nGreedy, every question once; {table['search']}, k = {table['k']}; template {table['template']}. In brackets: 95 % bootstrap intervals "
-        f"over questions, {table['resamples']} resamples."
+        f"\nGreedy, every question once; {table['search']}, k = {table['k']}; template "
+        f"{table['template']}. In brackets: 95 % bootstrap intervals over questions, "
+        f"{table['resamples']} resamples."
     )
     for name, of_set in sets.items():
         measures = list(next(iter(of_set["methods"].values())))

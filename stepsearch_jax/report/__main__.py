@@ -2,7 +2,8 @@
 
     python -m stepsearch_jax.report WORKDIR
 
-reads `metrics.jsonl` and, where they exist, `evaluation.json`, `transcripts.jsonl` and `config.json` of a run's folder and writes `report.html` there.
+reads `metrics.jsonl` and, where they exist, `evaluation.json`, `transcripts.jsonl` and
+`config.json` of a run's folder and writes `report.html` there.
 """
 
 from __future__ import annotations
@@ -19,9 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "workdir", metavar="WORKDIR", help="folder of a run: the --workdir that it was trained with"
     )
     options = cli.parse_flags(parser, arguments)
-    from stepsearch_jax.report.page import (
-        write_report,
-    )  # draws with matplotlib, which takes a while to load
+    # draws with matplotlib, which takes a while to load
+    from stepsearch_jax.report.page import write_report
 
     with cli.one_line_errors("no report was written"):
         print(write_report(options.workdir))

@@ -1,8 +1,9 @@
 """One self-contained page about a run: curves, before and after, transcripts, configuration.
 
-`write_report` reads `metrics.jsonl` and, where they exist, `evaluation.json`, `transcripts.jsonl` and `config.json` of a run's folder and writes
-`report.html` there. The page needs no network: its style and its curves (SVG) are inside. Text that anybody else wrote, a document's above all, is only ever
-shown escaped; the policy's tags are looked for in the policy's own text and nowhere else.
+`write_report` reads `metrics.jsonl` and, where they exist, `evaluation.json`, `transcripts.jsonl`
+and `config.json` of a run's folder and writes `report.html` there. The page needs no network: its
+style and its curves (SVG) are inside. Text that anybody else wrote, a document's above all, is only
+ever shown escaped; the policy's tags are looked for in the policy's own text and nowhere else.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ from stepsearch_jax.metrics import METRICS_FILE, moving_average, read_metrics
 REPORT_FILE = "report.html"
 _SHOWN_EPISODES = 60  # transcripts on the page; the file may hold thousands
 _FEATURED_QUESTIONS = 3  # unfolded questions of each kind: improved, failed, typical
-_SMOOTHED_POINTS = (
-    30  # a series at least so long gets a moving average over a fifteenth of its length
-)
+# a series at least so long gets a moving average over a fifteenth of its length
+_SMOOTHED_POINTS = 30
 
-# Colours are drawn as these stand-ins and then replaced by CSS variables, so that the curves follow the page into dark mode.
+# Colours are drawn as these stand-ins and then replaced by CSS variables, so that the curves follow
+# the page into dark mode.
 _SERIES = {
     "#0a0001": "var(--series-1)",
     "#0a0002": "var(--series-2)",
@@ -47,8 +48,10 @@ _VARIABLES = {**_SERIES, _INK: "var(--soft)", _GRID: "var(--line)"}
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """A chart of the report. `names`: the metrics of `stage` that it draws; one that ends in "*" stands for all that begin so. `from_zero`: where the
-    value axis starts, unless a value is negative."""
+    """A chart of the report. `names`: the metrics of `stage` that it draws; one that ends in "*"
+    stands for all that begin so. `from_zero`: where the value axis starts, unless a value is
+    negative.
+    """
 
     title: str
     stage: str
@@ -64,8 +67,9 @@ CURVES = (
         ("f1",),
         from_zero=True,
         explanation=(
-            "How many words of the right answer the policy's answers share, from 0 to 1. These answers are sampled, with some luck in them; "
-            "the table of results is without sampling. Should rise."
+            "How many words of the right answer the policy's answers share, from 0 to 1. These "
+            "answers are sampled, with some luck in them; the table of results is without "
+            "sampling. Should rise."
         ),
     ),
     Curve(
@@ -74,8 +78,8 @@ CURVES = (
         ("step_reward",),
         from_zero=False,
         explanation=(
-            "What the searches of an episode earned: how much each brought closer to the needed documents, minus a penalty for documents "
-            "already seen. Should rise."
+            "What the searches of an episode earned: how much each brought closer to the needed "
+            "documents, minus a penalty for documents already seen. Should rise."
         ),
     ),
     Curve(
@@ -84,8 +88,8 @@ CURVES = (
         ("outcome_reward",),
         from_zero=False,
         explanation=(
-            "What the end of an episode earned: the answer's F1 if its form is right, plus credit for queries that name the right things. "
-            "Should rise."
+            "What the end of an episode earned: the answer's F1 if its form is right, plus credit "
+            "for queries that name the right things. Should rise."
         ),
     ),
     Curve(
@@ -94,7 +98,8 @@ CURVES = (
         ("gold_recall",),
         from_zero=True,
         explanation=(
-            "Of the documents needed to answer, the share that the policy's searches found. Should rise."
+            "Of the documents needed to answer, the share that the policy's searches found. "
+            "Should rise."
         ),
     ),
     Curve(
@@ -103,8 +108,8 @@ CURVES = (
         ("searches",),
         from_zero=True,
         explanation=(
-            "How often the policy searches before it answers. Should settle near the number of facts that a question needs; a fall to zero "
-            "means that it guesses."
+            "How often the policy searches before it answers. Should settle near the number of "
+            "facts that a question needs; a fall to zero means that it guesses."
         ),
     ),
     Curve(
@@ -113,8 +118,8 @@ CURVES = (
         ("kl",),
         from_zero=False,
         explanation=(
-            "How far the policy has moved from the one it started as, per token. Should grow slowly; a jump means that training is coming "
-            "apart."
+            "How far the policy has moved from the one it started as, per token. Should grow "
+            "slowly; a jump means that training is coming apart."
         ),
     ),
     Curve(
@@ -123,7 +128,8 @@ CURVES = (
         ("entropy",),
         from_zero=True,
         explanation=(
-            "How undecided the policy is about its next token. Should fall gently; near zero it tries nothing new."
+            "How undecided the policy is about its next token. Should fall gently; near zero it "
+            "tries nothing new."
         ),
     ),
     Curve(
@@ -132,7 +138,8 @@ CURVES = (
         ("loss", "loss/*"),
         from_zero=True,
         explanation=(
-            "The warm start: how badly the policy predicts a scripted searcher's transcripts. Should fall until it is flat."
+            "The warm start: how badly the policy predicts a scripted searcher's transcripts. "
+            "Should fall until it is flat."
         ),
     ),
 )
@@ -144,13 +151,16 @@ MEASURES = (
 )
 
 
-# Curves ---------------------------------------------------------------------------------------------------------------------------------------------
+# Curves
+# ---------------------------------------------------------------------------------------------------------------------------------------------
 
 
 def _series(
     rows: Iterable[Mapping[str, Any]], curve: Curve
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """name -> (iterations [n], values [n], NaN where the run recorded null), for the metrics of a curve that have at least one finite value."""
+    """name -> (iterations [n], values [n], NaN where the run recorded null), for the metrics of a
+    curve that have at least one finite value.
+    """
     points: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         if row["stage"] != curve.stage:
@@ -167,7 +177,9 @@ def _series(
 
 
 def _draw(curve: Curve, series: Mapping[str, tuple[np.ndarray, np.ndarray]], identity: str) -> str:
-    """The chart as an <svg> element; the same series give the same text. `identity` keeps its ids apart from other charts' on the page."""
+    """The chart as an <svg> element; the same series give the same text. `identity` keeps its ids
+    apart from other charts' on the page.
+    """
     settings = {
         "svg.fonttype": "none",
         "svg.hashsalt": identity,
@@ -240,11 +252,14 @@ def _draw_curves(rows: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]
     return charts, missing
 
 
-# Results --------------------------------------------------------------------------------------------------------------------------------------------
+# Results
+# --------------------------------------------------------------------------------------------------------------------------------------------
 
 
 def _results(evaluation: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """What the table shows: {"questions", "before", "after", "difference" (measure -> number or None), "controls": [(name, measures)]}."""
+    """What the table shows: {"questions", "before", "after", "difference" (measure -> number or
+    None), "controls": [(name, measures)]}.
+    """
     if evaluation is None:
         return None
     before, after = evaluation.get("before"), evaluation.get("after")
@@ -264,14 +279,17 @@ def _results(evaluation: Mapping[str, Any] | None) -> dict[str, Any] | None:
     }
 
 
-# Transcripts ----------------------------------------------------------------------------------------------------------------------------------------
+# Transcripts
+# ----------------------------------------------------------------------------------------------------------------------------------------
 
 _POLICY_TAGS = ("think", "plan", "search", "answer")
 _TAG = re.compile(rf"</?({'|'.join(_POLICY_TAGS)})>")
 
 
 def split_tags(action: str) -> list[tuple[str, str, bool]]:
-    """The policy's text in pieces: (tag that the piece belongs to or "", text, whether it is the tag itself). The joined texts are `action`."""
+    """The policy's text in pieces: (tag that the piece belongs to or "", text, whether it is the
+    tag itself). The joined texts are `action`.
+    """
     pieces, inside, at = [], "", 0
     for match in _TAG.finditer(action):
         if match.start() > at:
@@ -285,7 +303,9 @@ def split_tags(action: str) -> list[tuple[str, str, bool]]:
 
 
 def _closing_warning(turn: Mapping[str, Any]) -> str:
-    """The warning that the environment put behind the documents, or "". Text that stands in a document is never taken for one."""
+    """The warning that the environment put behind the documents, or "". Text that stands in a
+    document is never taken for one.
+    """
     tail = turn["observation"].rpartition("</information>")[2].strip()
     is_warning = tail.startswith("<warning>") and tail.endswith("</warning>")
     return (
@@ -328,7 +348,9 @@ _DOCUMENT_KEYS = ("id", "title", "text", "gold", "seen")
 
 
 def _read_transcripts(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The episodes of the file; each turn also gets "pieces" (of its action, to colour) and "warning". ValueError for a bad one."""
+    """The episodes of the file; each turn also gets "pieces" (of its action, to colour) and
+    "warning". ValueError for a bad one.
+    """
     episodes = read_json_lines(path)
     for number, episode in enumerate(episodes, start=1):
         turns = episode.get("turns", [])
@@ -343,16 +365,19 @@ def _read_transcripts(path: pathlib.Path) -> list[dict[str, Any]]:
             absent = [key for key in keys if key not in found]
             if absent:
                 raise ValueError(
-                    f"{path}, episode {number}: {what} has no {', '.join(absent)}; run the evaluation again to write the file anew"
+                    f"{path}, episode {number}: {what} has no {', '.join(absent)}; run the "
+                    "evaluation again to write the file anew"
                 )
         if episode["when"] not in ("before", "after"):
             raise ValueError(
-                f'{path}, episode {number}: "when" is {episode["when"]!r}; it must be "before" or "after"'
+                f'{path}, episode {number}: "when" is {episode["when"]!r}; it must be "before" or '
+                '"after"'
             )
         for k, turn in enumerate(turns, start=1):
             if turn["status"] not in ("search", "invalid", "answer"):
                 raise ValueError(
-                    f'{path}, episode {number}, turn {k}: "status" is {turn["status"]!r}; it must be "search", "invalid" or "answer"'
+                    f'{path}, episode {number}, turn {k}: "status" is {turn["status"]!r}; it must '
+                    'be "search", "invalid" or "answer"'
                 )
             turn["pieces"] = split_tags(turn["action"].strip())
             turn["warning"] = _closing_warning(turn)
@@ -376,10 +401,12 @@ class _Pair:
 
 
 def select(episodes: Iterable[dict[str, Any]]) -> tuple[dict[str, list[_Pair]], list[_Pair]]:
-    """({"improved", "failed", "typical": pairs to show unfolded}, further pairs, to show folded); at most 60 episodes in all.
+    """({"improved", "failed", "typical": pairs to show unfolded}, further pairs, to show folded);
+    at most 60 episodes in all.
 
-    Improved: the greatest rises of F1. Failed: F1 fell, or nothing of the answer is right at the end; the deepest falls first. Typical: at even
-    distances among all that remain, whatever their result. Otherwise the order is the file's.
+    Improved: the greatest rises of F1. Failed: F1 fell, or nothing of the answer is right at the
+    end; the deepest falls first. Typical: at even distances among all that remain, whatever their
+    result. Otherwise the order is the file's.
     """
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for episode in episodes:
@@ -410,7 +437,8 @@ def select(episodes: Iterable[dict[str, Any]]) -> tuple[dict[str, list[_Pair]], 
     return {"improved": improved, "failed": failed, "typical": typical}, further
 
 
-# The page -------------------------------------------------------------------------------------------------------------------------------------------
+# The page
+# -------------------------------------------------------------------------------------------------------------------------------------------
 
 
 def format_number(value: float | None, digits: int = 3) -> str:
@@ -426,9 +454,11 @@ def format_signed(value: float | None, digits: int = 3) -> str:
 def write_report(workdir: str | os.PathLike) -> pathlib.Path:
     """Writes `workdir`/report.html, atomically, from the run's files there and returns its path.
 
-    `metrics.jsonl` must hold at least one line, or be missing where there is an `evaluation.json` of a policy that was not trained here; `evaluation.json`,
-    `transcripts.jsonl` and `config.json` may be missing, and the page says so. The same files give the same page. Raises FileNotFoundError for a missing
-    folder or missing metrics, ValueError with file and line for a malformed file.
+    `metrics.jsonl` must hold at least one line, or be missing where there is an `evaluation.json`
+    of a policy that was not trained here; `evaluation.json`, `transcripts.jsonl` and `config.json`
+    may be missing, and the page says so. The same files give the same page. Raises
+    FileNotFoundError for a missing folder or missing metrics, ValueError with file and line for a
+    malformed file.
     """
     workdir = epath.Path(workdir)
     if not workdir.is_dir():
@@ -436,12 +466,14 @@ def write_report(workdir: str | os.PathLike) -> pathlib.Path:
     trained = (workdir / METRICS_FILE).is_file()
     if not trained and not (workdir / "evaluation.json").is_file():
         raise FileNotFoundError(
-            f"{workdir} holds no {METRICS_FILE}: give the --workdir of a training run that has finished an iteration"
+            f"{workdir} holds no {METRICS_FILE}: give the --workdir of a training run that has "
+            "finished an iteration"
         )
     rows = read_metrics(workdir) if trained else []
     if trained and not rows:
         raise ValueError(
-            f"{workdir / METRICS_FILE} holds no line yet: wait until the run has finished an iteration"
+            f"{workdir / METRICS_FILE} holds no line yet: wait until the run has finished an "
+            "iteration"
         )
     config = read_json(workdir / "config.json")
     evaluation = read_json(workdir / "evaluation.json")

@@ -14,7 +14,9 @@ from stepsearch_jax.run.folder import flatten
 from stepsearch_jax.run.settings import LENGTH_GROUPS
 from stepsearch_jax.search.bm25 import check_settings
 
-RANGES = {  # where numbers lie, as mathematics writes it: ("(", 0, 1, "]") is without 0; inf is allowed where it means something: that nothing is cut off
+# where numbers lie, as mathematics writes it: ("(", 0, 1, "]") is without 0; inf is allowed where
+# it means something: that nothing is cut off
+RANGES = {
     ("[", 0, math.inf, ")"): (
         "seed",
         "iterations",
@@ -82,10 +84,7 @@ RANGES = {  # where numbers lie, as mathematics writes it: ("(", 0, 1, "]") is w
     ),
     ("(", 0, math.inf, ")"): ("search.timeout_s", "model.rope_theta", "model.rope_scaling.factor"),
     ("[", 0, math.inf, "]"): ("rl.clip_low", "rl.clip_high", "rl.value_clip", "rl.max_ratio"),
-    ("(", 0, math.inf, "]"): (
-        "policy.max_grad_norm",
-        "value.max_grad_norm",
-    ),
+    ("(", 0, math.inf, "]"): ("policy.max_grad_norm", "value.max_grad_norm"),
     ("[", 0, 1, "]"): (
         "search.max_failure_fraction",
         "rl.gamma",
@@ -112,7 +111,9 @@ AXIS_SIZES = {  # logical axes of the parameters -> the sizes of a model that li
 
 
 def check_config(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
-    """Raises ValueError for words that mean nothing, and for numbers that do not fit together: mesh and batch, lengths, minibatches."""
+    """Raises ValueError for words that mean nothing, and for numbers that do not fit together: mesh
+    and batch, lengths, minibatches.
+    """
     rollout_config, rl_config, prompt_config, search_config, sft_config, model_config = (
         config.rollout,
         config.rl,
@@ -129,20 +130,22 @@ def check_config(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
     for key, value in values.items():
         below, least, greatest, above = ranges.get(key, NUMBERS)
         open_ends = [least] * (below == "(") + [greatest] * (above == ")")
+        # NaN lies nowhere
         if isinstance(value, int | float) and (
             not least <= value <= greatest or value in open_ends
-        ):  # NaN lies nowhere
+        ):
             raise ValueError(
                 f"config.{key} is {value}; it must lie in {below}{least}, {greatest}{above}"
             )
     if search_config.kind == "dense" and rollout_config.search != "host":
         raise ValueError(
-            f"search.kind=dense runs programs on the device, which a callback from inside one must not; rollout.search is {rollout_config.search!r}: set it to "
-            "host"
+            "search.kind=dense runs programs on the device, which a callback from inside one must "
+            f"not; rollout.search is {rollout_config.search!r}: set it to host"
         )
     if search_config.kind == "dense" and not search_config.encoder:
         raise ValueError(
-            "search.kind=dense needs search.encoder, the folder of an encoder (config.json, *.safetensors, tokenizer.json)"
+            "search.kind=dense needs search.encoder, the folder of an encoder (config.json, "
+            "*.safetensors, tokenizer.json)"
         )
     longest = (
         2 * search_config.attempts * search_config.attempt_s
@@ -150,28 +153,35 @@ def check_config(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
     )
     if search_config.kind == "remote" and not 0 < longest < search_config.timeout_s:
         raise ValueError(
-            f"search.attempts={search_config.attempts} requests of search.attempt_s={search_config.attempt_s} for connection and answer each, with pauses from "
-            f"search.backoff_s={search_config.backoff_s} on, take {longest:g} s; search.timeout_s={search_config.timeout_s} must be more, and they more than 0"
+            f"search.attempts={search_config.attempts} requests of "
+            f"search.attempt_s={search_config.attempt_s} for connection and answer each, with "
+            f"pauses from search.backoff_s={search_config.backoff_s} on, take {longest:g} s; "
+            f"search.timeout_s={search_config.timeout_s} must be more, and they more than 0"
         )
     if model_config.num_heads % model_config.num_kv_heads or model_config.head_dim % 2:
         raise ValueError(
-            f"model.num_heads={model_config.num_heads} must be a multiple of model.num_kv_heads={model_config.num_kv_heads}, and model.head_dim={model_config.head_dim} even"
+            f"model.num_heads={model_config.num_heads} must be a multiple of "
+            f"model.num_kv_heads={model_config.num_kv_heads}, and "
+            f"model.head_dim={model_config.head_dim} even"
         )
     scaling = model_config.rope_scaling
     if scaling.kind in ("llama3", "yarn") and not (
         0 < scaling.slow < scaling.fast and scaling.original_context > 0
     ):
         raise ValueError(
-            f"model.rope_scaling.kind={scaling.kind} mixes frequencies between slow={scaling.slow} and fast={scaling.fast} turns in "
-            f"original_context={scaling.original_context} tokens: all must be more than 0, and slow less than fast"
+            f"model.rope_scaling.kind={scaling.kind} mixes frequencies between slow={scaling.slow} "
+            f"and fast={scaling.fast} turns in original_context={scaling.original_context} tokens: "
+            "all must be more than 0, and slow less than fast"
         )
     if model_config.previous_token_peak and not model_config.qkv_bias:
         raise ValueError(
-            f"model.previous_token_peak={model_config.previous_token_peak} is set by biases of queries and keys: set model.qkv_bias to True, or it to 0"
+            f"model.previous_token_peak={model_config.previous_token_peak} is set by biases of "
+            "queries and keys: set model.qkv_bias to True, or it to 0"
         )
     if model_config.checkpoint and (sft_config.checkpoint or model_config.previous_token_peak):
         raise ValueError(
-            "config.model.checkpoint gives the policy its parameters; sft.checkpoint must be empty, and model.previous_token_peak 0"
+            "config.model.checkpoint gives the policy its parameters; sft.checkpoint must be "
+            "empty, and model.previous_token_peak 0"
         )
     for phase in sft_config.phases:
         if (
@@ -182,32 +192,36 @@ def check_config(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
             or not 0 <= phase[4] < math.inf
         ):
             raise ValueError(
-                f"sft.phases holds {tuple(phase)}; a phase is (steps, rows, single hops, poor fraction, learning rate)"
+                f"sft.phases holds {tuple(phase)}; a phase is (steps, rows, single hops, poor "
+                "fraction, learning rate)"
             )
     if sft_config.phases and sft_config.demonstrations < LENGTH_GROUPS:
         raise ValueError(
-            f"sft.demonstrations={sft_config.demonstrations} cannot be cut into the {LENGTH_GROUPS} groups of equal length that minibatches come "
-            f"from: make it at least {LENGTH_GROUPS}"
+            f"sft.demonstrations={sft_config.demonstrations} cannot be cut into the "
+            f"{LENGTH_GROUPS} groups of equal length that minibatches come from: make it at least "
+            f"{LENGTH_GROUPS}"
         )
     if sft_config.phases and sft_config.rename and prompt_config.tokenizer != "atlas":
         raise ValueError(
-            f"sft.rename=True exchanges the words of names, which only prompt.tokenizer=atlas has whole; it is {prompt_config.tokenizer}: set "
-            "sft.rename to False"
+            "sft.rename=True exchanges the words of names, which only prompt.tokenizer=atlas has "
+            f"whole; it is {prompt_config.tokenizer}: set sft.rename to False"
         )
     if not sum(dict(sft_config.decision_weights).values()) > 0:
         raise ValueError(
-            "config.sft.decision_weights are all 0: one of them must be more, or the script could not decide anything"
+            "config.sft.decision_weights are all 0: one of them must be more, or the script could "
+            "not decide anything"
         )
     episodes, shards = rollout_config.prompts * rollout_config.group_size, sharding.row_shards(mesh)
     if episodes % (shards * rl_config.minibatches):
         raise ValueError(
-            f"{episodes} episodes an iteration (rollout.prompts x rollout.group_size) cannot be cut into {shards} mesh shards "
-            f"(mesh.data x mesh.fsdp) times {rl_config.minibatches} minibatches: make the product a divisor of the episodes"
+            f"{episodes} episodes an iteration (rollout.prompts x rollout.group_size) cannot be "
+            f"cut into {shards} mesh shards (mesh.data x mesh.fsdp) times {rl_config.minibatches} "
+            "minibatches: make the product a divisor of the episodes"
         )
     if rollout_config.slots > episodes or rollout_config.slots % shards:
         raise ValueError(
-            f"rollout.slots={rollout_config.slots} must be 0 (all), or a multiple of the {shards} mesh shards (mesh.data x mesh.fsdp) up to the {episodes} "
-            "episodes of an iteration"
+            f"rollout.slots={rollout_config.slots} must be 0 (all), or a multiple of the {shards} "
+            f"mesh shards (mesh.data x mesh.fsdp) up to the {episodes} episodes of an iteration"
         )
     if (
         rl_config.microbatch_size
@@ -215,17 +229,19 @@ def check_config(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
         or rl_config.microbatch_size % shards
     ):
         raise ValueError(
-            f"rl.microbatch_size={rl_config.microbatch_size} must be a multiple of the {shards} mesh shards and divide the {episodes // rl_config.minibatches} rows "
-            "of a minibatch"
+            f"rl.microbatch_size={rl_config.microbatch_size} must be a multiple of the {shards} "
+            f"mesh shards and divide the {episodes // rl_config.minibatches} rows of a minibatch"
         )
     if rl_config.advantage in GROUP_ESTIMATORS and rollout_config.group_size < 2:
         raise ValueError(
-            f"rl.advantage={rl_config.advantage} compares the episodes of one question, but rollout.group_size is {rollout_config.group_size}: set it to 2 or more "
-            f"(and lower rollout.prompts by as much), or rl.advantage to {' or '.join(CRITIC_ESTIMATORS)}"
+            f"rl.advantage={rl_config.advantage} compares the episodes of one question, but "
+            f"rollout.group_size is {rollout_config.group_size}: set it to 2 or more (and lower "
+            f"rollout.prompts by as much), or rl.advantage to {' or '.join(CRITIC_ESTIMATORS)}"
         )
     if rl_config.old_logprobs == "sampler" and not rl_config.max_ratio >= 1 + rl_config.clip_high:
         raise ValueError(
-            f"rl.max_ratio={rl_config.max_ratio} must be at least 1 + rl.clip_high={1 + rl_config.clip_high:g}, above which ratios are clipped anyway"
+            f"rl.max_ratio={rl_config.max_ratio} must be at least 1 + "
+            f"rl.clip_high={1 + rl_config.clip_high:g}, above which ratios are clipped anyway"
         )
     if (
         rl_config.advantage in ("grpo", "turn_return")
@@ -233,17 +249,20 @@ def check_config(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
         and rl_config.kl_coef > 0
     ):
         raise ValueError(
-            f"rl.advantage={rl_config.advantage} divides rewards by their deviation within a group, and the KL in them too: where all episodes earn "
-            "the same it would be all that is learned from. Set rl.kl_placement to loss and rl.kl_estimator to k3, or rl.kl_coef to 0"
+            f"rl.advantage={rl_config.advantage} divides rewards by their deviation within a "
+            "group, and the KL in them too: where all episodes earn the same it would be all that "
+            "is learned from. Set rl.kl_placement to loss and rl.kl_estimator to k3, or "
+            "rl.kl_coef to 0"
         )
     if config.reward.shuffle and episodes < 2:
         raise ValueError(
-            "reward.shuffle gives every episode another one's rewards, but an iteration has one episode (rollout.prompts x rollout.group_size)"
+            "reward.shuffle gives every episode another one's rewards, but an iteration has one "
+            "episode (rollout.prompts x rollout.group_size)"
         )
     if rl_config.kl_target > 0 and rl_config.kl_coef == 0:
         raise ValueError(
-            f"rl.kl_target={rl_config.kl_target} is approached by multiplying rl.kl_coef, which is 0 and would stay so: set it above 0, such as 0.001, or "
-            "rl.kl_target to 0"
+            f"rl.kl_target={rl_config.kl_target} is approached by multiplying rl.kl_coef, which is "
+            "0 and would stay so: set it above 0, such as 0.001, or rl.kl_target to 0"
         )
     if (
         rl_config.kl_placement == "loss"
@@ -251,12 +270,13 @@ def check_config(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
         and rl_config.kl_coef > 0
     ):
         raise ValueError(
-            "rl.kl_estimator=k1 has no gradient in expectation, so rl.kl_placement=loss would hold the policy to nothing: take k2 or k3, or "
-            "rl.kl_placement=reward"
+            "rl.kl_estimator=k1 has no gradient in expectation, so rl.kl_placement=loss would "
+            "hold the policy to nothing: take k2 or k3, or rl.kl_placement=reward"
         )
     if rl_config.over_observations and rl_config.advantage != "gae":
         raise ValueError(
-            f"rl.over_observations=True widens token GAE, but rl.advantage is {rl_config.advantage}: set it to gae, or rl.over_observations to False"
+            "rl.over_observations=True widens token GAE, but rl.advantage is "
+            f"{rl_config.advantage}: set it to gae, or rl.over_observations to False"
         )
     for rows in (
         (*(phase[1] for phase in sft_config.phases), sft_config.held_out)
@@ -265,7 +285,8 @@ def check_config(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
     ):
         if rows % shards:
             raise ValueError(
-                f"{rows} rows of supervised fine-tuning (sft.phases, sft.held_out) cannot be cut into {shards} mesh shards (mesh.data x mesh.fsdp)"
+                f"{rows} rows of supervised fine-tuning (sft.phases, sft.held_out) cannot be cut "
+                f"into {shards} mesh shards (mesh.data x mesh.fsdp)"
             )
     needed = (
         prompt_config.max_prompt_tokens
@@ -274,38 +295,44 @@ def check_config(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
     )
     if rollout_config.context < needed:
         raise ValueError(
-            f"rollout.context={rollout_config.context} has no room for one prompt, one turn and one observation ({needed} tokens): raise it, or lower "
-            "prompt.max_prompt_tokens, rollout.max_turn_tokens or search.max_observation_tokens"
+            f"rollout.context={rollout_config.context} has no room for one prompt, one turn and "
+            f"one observation ({needed} tokens): raise it, or lower prompt.max_prompt_tokens, "
+            "rollout.max_turn_tokens or search.max_observation_tokens"
         )
 
 
 def check_cuts(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh) -> None:
-    """Raises ValueError where mesh.train_rules or the rollout's rules cut something of the model in a way that nothing is made for."""
+    """Raises ValueError where mesh.train_rules or the rollout's rules cut something of the model in
+    a way that nothing is made for.
+    """
     known = (*sharding.AXES, None)
     for name, axis in config.mesh.train_rules.items():
         if axis not in known:
             raise ValueError(
-                f"config.mesh.train_rules.{name} is {axis!r}; it must be {' or '.join(map(str, known))}"
+                f"config.mesh.train_rules.{name} is {axis!r}; it must be "
+                f"{' or '.join(map(str, known))}"
             )
     for rules in (config.mesh.train_rules, sharding.ROLLOUT_RULES):
         for name, axis in rules.items():
             for size in (getattr(model, field) for field in (AXIS_SIZES[name] if axis else ())):
                 if size % mesh.shape[axis]:
                     raise ValueError(
-                        f"mesh.{axis}={mesh.shape[axis]} does not divide the model's {name} axis of {size}, which the mesh cuts over it: "
-                        f"make it a divisor of {size}"
+                        f"mesh.{axis}={mesh.shape[axis]} does not divide the model's {name} axis "
+                        f"of {size}, which the mesh cuts over it: make it a divisor of {size}"
                     )
 
 
 def check_sampling(config: ml_collections.ConfigDict) -> None:
-    """Raises ValueError where RL could not learn from what the rollout samples. Evaluation is greedy of itself, whatever the config says."""
+    """Raises ValueError where RL could not learn from what the rollout samples. Evaluation is
+    greedy of itself, whatever the config says.
+    """
     rollout_config, rl_config = config.rollout, config.rl
     if not config.iterations:
         return
     if rollout_config.temperature == 0:
         raise ValueError(
-            "config.rollout.temperature is 0, with which all episodes of a question are the same one, and nothing is tried: set it to 1 to train "
-            "(evaluation is greedy in any case)"
+            "config.rollout.temperature is 0, with which all episodes of a question are the same "
+            "one, and nothing is tried: set it to 1 to train (evaluation is greedy in any case)"
         )
     if rl_config.old_logprobs == "sampler" and (
         rollout_config.temperature,
@@ -313,7 +340,8 @@ def check_sampling(config: ml_collections.ConfigDict) -> None:
         rollout_config.top_p,
     ) != (1, 0, 1):
         raise ValueError(
-            "rl.old_logprobs=sampler takes the recorded log-probabilities for those with which tokens were drawn, and they are of temperature 1 "
-            f"over the whole vocabulary: rollout.temperature={rollout_config.temperature}, top_k={rollout_config.top_k}, top_p={rollout_config.top_p} must be 1, 0 and 1, or "
-            "rl.old_logprobs learner"
+            "rl.old_logprobs=sampler takes the recorded log-probabilities for those with which "
+            "tokens were drawn, and they are of temperature 1 over the whole vocabulary: "
+            f"rollout.temperature={rollout_config.temperature}, top_k={rollout_config.top_k}, "
+            f"top_p={rollout_config.top_p} must be 1, 0 and 1, or rl.old_logprobs learner"
         )

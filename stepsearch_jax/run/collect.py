@@ -40,12 +40,15 @@ def collect(
     group_size: int = 1,
     answer_gain=None,
 ) -> Collected:
-    """Runs one episode (or `group_size`) for each of the global `question_rows` (-1: fills up the batch) and scores them.
+    """Runs one episode (or `group_size`) for each of the global `question_rows` (-1: fills up the
+    batch) and scores them.
 
-    answer_gain: `run.start.bind_answer_gain`, for searches that are paid by what they do for the answer; None: by their documents.
+    answer_gain: `run.start.bind_answer_gain`, for searches that are paid by what they do for the
+    answer; None: by their documents.
 
-    The rows of the batch, their noise and their groups follow from their global place, so the number of processes changes nothing.
-    Raises SystemExit when more searches failed, on all processes together, than config.search.max_failure_fraction allows.
+    The rows of the batch, their noise and their groups follow from their global place, so the
+    number of processes changes nothing. Raises SystemExit when more searches failed, on all
+    processes together, than config.search.max_failure_fraction allows.
     """
     every = np.repeat(question_rows, group_size)
     mine = process_rows(system.mesh, len(every))

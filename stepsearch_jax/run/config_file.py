@@ -1,4 +1,6 @@
-"""The flag --config, and the user's Python files behind it: what is wrong with one is said in one line, with its place."""
+"""The flag --config, and the user's Python files behind it: what is wrong with one is said in one
+line, with its place.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ Result = TypeVar("Result")
 def define_config(
     values: flags.FlagValues = flags.FLAGS, argv: Sequence[str] | None = None
 ) -> flags.FlagHolder:
-    """Defines --config and --config.key. argv: where the keys that are set stand, if not in sys.argv."""
+    """Defines --config and --config.key. argv: where the keys that are set stand, if not in
+    sys.argv.
+    """
     holder = config_flags.DEFINE_config_file(
         "config",
         None,
@@ -46,13 +50,17 @@ class _ConfigFile(flags.ArgumentParser):
 
 
 def find_configs() -> pathlib.Path:
-    """The folder of this package's own configs: beside the package in a clone, within it where it is installed."""
+    """The folder of this package's own configs: beside the package in a clone, within it where it
+    is installed.
+    """
     beside = PACKAGE.parent / "configs"
     return beside if (beside / "base.py").is_file() else PACKAGE / "configs"
 
 
 def find_file(name: str) -> pathlib.Path:
-    """A file or folder by its path; "configs/…" also names what this package brings along, wherever the command is run."""
+    """A file or folder by its path; "configs/…" also names what this package brings along, wherever
+    the command is run.
+    """
     path = pathlib.Path(name)
     if (
         not path.exists()
@@ -66,8 +74,9 @@ def find_file(name: str) -> pathlib.Path:
 def load_config(name: str) -> ml_collections.ConfigDict:
     """What get_config() of a file returns. Raises ValueError.
 
-    name: a file, or the bare name of one of this package's own configs (atlas_quickstart); with an argument after a colon where its get_config takes one.
-    Within a config, `from configs import base` imports the package's own, wherever the command is run.
+    name: a file, or the bare name of one of this package's own configs (atlas_quickstart); with an
+    argument after a colon where its get_config takes one. Within a config, `from configs import
+    base` imports the package's own, wherever the command is run.
     """
     file, colon, argument = name.partition(":")
     path = find_file(file)
@@ -80,7 +89,8 @@ def load_config(name: str) -> ml_collections.ConfigDict:
     if not path.is_file():
         known = ", ".join(sorted(path.stem for path in find_configs().glob("[!_]*.py")))
         raise ValueError(
-            f"there is no file {file or '(the name is empty)'}: name a config file, or one of this package's own ({known})"
+            f"there is no file {file or '(the name is empty)'}: name a config file, or one of this "
+            f"package's own ({known})"
         )
     file = str(path)
 
@@ -104,14 +114,16 @@ def load_config(name: str) -> ml_collections.ConfigDict:
     return call_file(
         file,
         get_config,
-        "a config defines get_config(), which returns a ConfigDict (launch/sweep.py takes sweep files)",
+        "a config defines get_config(), which returns a ConfigDict (launch/sweep.py takes sweep "
+        "files)",
     )
 
 
 def call_file(file: str, call: Callable[[ModuleType], Result], form: str) -> Result:
     """call(module) for a Python file of the user's. form: what such a file defines, for messages.
 
-    Raises ValueError, with file and line, for whatever the file or the call raises; a ValueError that begins with the file's name goes through as it is.
+    Raises ValueError, with file and line, for whatever the file or the call raises; a ValueError
+    that begins with the file's name goes through as it is.
     """
     path = pathlib.Path(file)
     _make_configs_importable()
@@ -119,9 +131,8 @@ def call_file(file: str, call: Callable[[ModuleType], Result], form: str) -> Res
     if spec is None:
         raise ValueError(f"{file} is no Python file (*.py); {form}")
     try:
-        sys.modules[spec.name] = module = importlib.util.module_from_spec(
-            spec
-        )  # where dataclasses look for their module
+        # where dataclasses look for their module
+        sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return call(module)
     except Exception as error:  # whatever a file of the user's raises
@@ -133,7 +144,8 @@ def call_file(file: str, call: Callable[[ModuleType], Result], form: str) -> Res
             if pathlib.Path(frame.filename).resolve() == path.resolve()
         ]
         raise ValueError(
-            f"{file}{lines[-1] if lines else ''}: {type(error).__name__}: {' '.join(str(error).split())}; {form}"
+            f"{file}{lines[-1] if lines else ''}: {type(error).__name__}: "
+            f"{' '.join(str(error).split())}; {form}"
         ) from error
 
 

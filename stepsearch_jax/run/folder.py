@@ -1,5 +1,6 @@
-"""What the folder of a run remembers: its config (config.json), and what it began with (run.json); which other configs and data may go on with it; and that
-one process at a time does."""
+"""What the folder of a run remembers: its config (config.json), and what it began with (run.json);
+which other configs and data may go on with it; and that one process at a time does.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +18,13 @@ from stepsearch_jax.files import in_bucket, read_json, write_json
 
 CONFIG_FILE = "config.json"
 RUN_FILE = "run.json"
-FORMAT = 2  # of run folders: raised whenever a config key, a file or a metric gets another name or meaning
-_BEGUN = (
-    "sft",
-    "start",
-    "checkpoints",
-)  # one of these stands in WORKDIR as soon as there is something to lose
+# of run folders: raised whenever a config key, a file or a metric gets another name or meaning
+FORMAT = 2
+# one of these stands in WORKDIR as soon as there is something to lose
+_BEGUN = ("sft", "start", "checkpoints")
 
-# What a resumed run may have otherwise than before: how long it goes on, what is measured and kept, and on which machines it computes the same.
+# What a resumed run may have otherwise than before: how long it goes on, what is measured and kept,
+# and on which machines it computes the same.
 _RESUMABLE = (
     "iterations",
     "evaluation.",
@@ -69,9 +69,11 @@ _STATE = (
 
 @contextlib.contextmanager
 def lock(workdir: pathlib.Path) -> Iterator[int | None]:
-    """Keeps other runs, or sweeps, out of `workdir` -> the lock's file descriptor: processes that get it hold the lock, too, should this one be killed.
+    """Keeps other runs, or sweeps, out of `workdir` -> the lock's file descriptor: processes that
+    get it hold the lock, too, should this one be killed.
 
-    Raises ValueError where another process holds it. A bucket (None) and some file systems know no locks: there nobody is kept out.
+    Raises ValueError where another process holds it. A bucket (None) and some file systems know no
+    locks: there nobody is kept out.
     """
     if in_bucket(workdir):
         yield None
@@ -82,7 +84,8 @@ def lock(workdir: pathlib.Path) -> Iterator[int | None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(
-                f"another process, or a run that it left, is at work in {workdir}: wait for it, end it, or choose another --workdir"
+                f"another process, or a run that it left, is at work in {workdir}: wait for it, "
+                "end it, or choose another --workdir"
             ) from None
         except OSError:  # no locks here
             pass
@@ -90,7 +93,9 @@ def lock(workdir: pathlib.Path) -> Iterator[int | None]:
 
 
 def write_config(workdir: pathlib.Path, config: ConfigDict) -> None:
-    """Writes WORKDIR/config.json. Results under another config are not this run's: evaluation.json goes, by which a sweep knows what is finished."""
+    """Writes WORKDIR/config.json. Results under another config are not this run's: evaluation.json
+    goes, by which a sweep knows what is finished.
+    """
     workdir.mkdir(parents=True, exist_ok=True)
     if read_json(workdir / CONFIG_FILE) != to_json(config):
         (workdir / "evaluation.json").unlink(missing_ok=True)
@@ -105,10 +110,11 @@ def write_beginning(workdir: pathlib.Path, beginning: Mapping[str, Any]) -> None
 def check_resumable(
     workdir: pathlib.Path, config: ConfigDict, data: Mapping[str, str]
 ) -> dict[str, Any]:
-    """-> what the run in WORKDIR began with, or begins with now: {"format", "iterations", the first, however long it goes on; "data": `data` of all splits so far}.
+    """-> what the run in WORKDIR began with, or begins with now: {"format", "iterations", the
+    first, however long it goes on; "data": `data` of all splits so far}.
 
-    data: `System.describe_data`. Raises ValueError if WORKDIR holds a run that was begun with other settings, or nobody knows which, or with other data: its
-    results would bear the wrong names.
+    data: `System.describe_data`. Raises ValueError if WORKDIR holds a run that was begun with other
+    settings, or nobody knows which, or with other data: its results would bear the wrong names.
     """
     began = {"format": FORMAT, "iterations": config.iterations, "data": {}}
     if any((workdir / name).is_dir() for name in _BEGUN):
@@ -116,24 +122,28 @@ def check_resumable(
         _check(workdir, config, lambda key: not key.startswith(_RESUMABLE), remedy)
         check_data(workdir, data, remedy)
         began = read_json(workdir / RUN_FILE) or began
-    if not any(
-        path.name.isdigit() for path in (workdir / "checkpoints").glob("*")
-    ):  # nothing is left of its iterations; others are half written
+    # nothing is left of its iterations; others are half written
+    if not any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*")):
         began["iterations"] = config.iterations
     return began | {"data": began["data"] | dict(data)}
 
 
 def check_data(workdir: pathlib.Path, data: Mapping[str, str], remedy: str) -> None:
-    """Raises ValueError if the run in WORKDIR began with another corpus, or with other questions of the same split (`System.describe_data`)."""
+    """Raises ValueError if the run in WORKDIR began with another corpus, or with other questions of
+    the same split (`System.describe_data`).
+    """
     began = (read_json(workdir / RUN_FILE) or {"data": {}})["data"]
     if other := [name for name in data if began.get(name, data[name]) != data[name]]:
         raise ValueError(
-            f"{workdir} holds a run with other data ({', '.join(other)}): give it the files that it began with, {remedy}"
+            f"{workdir} holds a run with other data ({', '.join(other)}): give it the files that "
+            f"it began with, {remedy}"
         )
 
 
 def check_readable(workdir: pathlib.Path, config: ConfigDict) -> None:
-    """Raises ValueError if the run in WORKDIR has another kind of model, tokenizer or optimiser, or nobody knows which."""
+    """Raises ValueError if the run in WORKDIR has another kind of model, tokenizer or optimiser, or
+    nobody knows which.
+    """
     _check(
         workdir,
         config,
@@ -148,12 +158,13 @@ def _check(
     trained, run = read_json(workdir / CONFIG_FILE), read_json(workdir / RUN_FILE)
     if trained is None:
         raise ValueError(
-            f"{workdir} holds a run without its {CONFIG_FILE}, the settings it was begun with: put that file back, or choose another --workdir"
+            f"{workdir} holds a run without its {CONFIG_FILE}, the settings it was begun with: put "
+            "that file back, or choose another --workdir"
         )
     if (found := (run or {}).get("format", 1)) != FORMAT:
         raise ValueError(
-            f"{workdir} holds a run of format {found}, and this version reads format {FORMAT} ({RUN_FILE}): go on with it in the version that began it, or "
-            "choose another --workdir"
+            f"{workdir} holds a run of format {found}, and this version reads format {FORMAT} "
+            f"({RUN_FILE}): go on with it in the version that began it, or choose another --workdir"
         )
     old, new = flatten(trained), flatten(to_json(config))
     if difference := describe_difference(
@@ -169,7 +180,9 @@ def to_json(config: ConfigDict) -> dict[str, Any]:
 
 
 def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """The first keys in which two configs differ, as "rl.gamma: 1.0, now 0.9"; "" if they are equal."""
+    """The first keys in which two configs differ, as "rl.gamma: 1.0, now 0.9"; "" if they are
+    equal.
+    """
     before, after = flatten(old), flatten(new)
     differing = [
         key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)

@@ -1,4 +1,6 @@
-"""From a config to the static choices of the jitted programs: model sizes, settings, optimisers. Reads no files; what is wrong with a config is found here."""
+"""From a config to the static choices of the jitted programs: model sizes, settings, optimisers.
+Reads no files; what is wrong with a config is found here.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,11 @@ from stepsearch_jax.rl.advantages import uses_critic
 from stepsearch_jax.rl.learner import LearnerSettings, make_optimizer
 from stepsearch_jax.rollout.episode import RolloutSettings
 
-VOCABULARY_MULTIPLE = (
-    64  # a model's vocabulary is rounded up to it, so that any sensible tensor axis divides it
-)
-LENGTH_GROUPS = 6  # demonstrations are grouped by length, a step of supervised fine-tuning takes all its rows from one group and is cut to its longest
+# a model's vocabulary is rounded up to it, so that any sensible tensor axis divides it
+VOCABULARY_MULTIPLE = 64
+# demonstrations are grouped by length, a step of supervised fine-tuning takes all its rows from one
+# group and is cut to its longest
+LENGTH_GROUPS = 6
 
 
 def round_vocabulary(size: int) -> int:
@@ -112,7 +115,9 @@ def learner_settings(config: ml_collections.ConfigDict) -> LearnerSettings:
 
 
 def make_optimizers(config, iterations: int):
-    """-> (policy optimiser, value optimiser, which is None with an advantage estimator that reads no values). iterations: of which warm-ups are shares."""
+    """-> (policy optimiser, value optimiser, which is None with an advantage estimator that reads
+    no values). iterations: of which warm-ups are shares.
+    """
     steps = config.rl.minibatches * config.rl.ppo_epochs
     policy, value = (
         make_optimizer(

@@ -22,9 +22,11 @@ logger = logging.getLogger("stepsearch_jax")
 
 
 def make_sampler(system: System):
-    """-> (sample_episodes, to_rollout_layout): the episode program, and the jitted copy of the learner's parameters that it reads.
+    """-> (sample_episodes, to_rollout_layout): the episode program, and the jitted copy of the
+    learner's parameters that it reads.
 
-    sample_episodes(params, prompts, group_ids, question_ids, key, temperature) -> (Trajectory, counters), as `make_rollout` describes them.
+    sample_episodes(params, prompts, group_ids, question_ids, key, temperature) -> (Trajectory,
+    counters), as `make_rollout` describes them.
     """
     config, mesh = system.config, system.mesh
     boxed = jax.eval_shape(
@@ -42,10 +44,12 @@ def make_sampler(system: System):
 
 
 def bind_answer_gain(system: System):
-    """-> answer_gain(params, trajectory, split, rows) -> [b, K] float32, or None if config.reward.step_reward does not ask for it.
+    """-> answer_gain(params, trajectory, split, rows) -> [b, K] float32, or None if
+    config.reward.step_reward does not ask for it.
 
-    What each search of this process's rows did for the log-probability of the answer (`learner.make_answer_gain`), under the sampler's parameters. rows [b]:
-    of the questions in their split; -1 fills up the batch.
+    What each search of this process's rows did for the log-probability of the answer
+    (`learner.make_answer_gain`), under the sampler's parameters. rows [b]: of the questions in
+    their split; -1 fills up the batch.
     """
     openings = {split.answers.opening for split in system.splits.values() if split.answers}
     if not openings:
@@ -70,10 +74,11 @@ def bind_answer_gain(system: System):
 
 
 def begin_run(system: System, workdir: pathlib.Path):
-    """-> (state, reference_params, checkpoints, rollout_key): the state of the newest checkpoint in WORKDIR, or of a new run.
+    """-> (state, reference_params, checkpoints, rollout_key): the state of the newest checkpoint in
+    WORKDIR, or of a new run.
 
-    A new run starts from a random, a pretrained or a warm-started policy; the value model, where rl.advantage needs one, is born from its trunk, and the frozen
-    reference is a copy of it.
+    A new run starts from a random, a pretrained or a warm-started policy; the value model, where
+    rl.advantage needs one, is born from its trunk, and the frozen reference is a copy of it.
     """
     config, mesh, model, rules = (
         system.config,

@@ -1,4 +1,6 @@
-"""From a config to the parts that the commands put to work; everything that can be wrong with a config or its files is found here, before any compilation."""
+"""From a config to the parts that the commands put to work; everything that can be wrong with a
+config or its files is found here, before any compilation.
+"""
 
 from __future__ import annotations
 
@@ -49,9 +51,8 @@ from stepsearch_jax.search.watchdog import Watchdog
 
 logger = logging.getLogger("stepsearch_jax")
 
-WATCHED_QUERIES = (
-    64  # searched at a time outside episodes, each time under the limit of config.search.timeout_s
-)
+# searched at a time outside episodes, each time under the limit of config.search.timeout_s
+WATCHED_QUERIES = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,9 @@ class Split:
     answers: Answers | None = None  # where the step reward asks for them
 
     def take(self, rows: np.ndarray, episode_ids: np.ndarray) -> tuple[Prompts, list[Question]]:
-        """Prompts and questions of `rows`; a row of -1 fills up the batch and runs nothing (its question is the first)."""
+        """Prompts and questions of `rows`; a row of -1 fills up the batch and runs nothing (its
+        question is the first).
+        """
         safe = np.maximum(rows, 0)
         prompts = Prompts(
             self.prompts[safe], self.prompt_length[safe], episode_ids.astype(np.int32), rows >= 0
@@ -91,7 +94,9 @@ class System:
     weights: Weights | None  # the pretrained weights that config.model.checkpoint names
 
     def measure_retrieval(self, split_name: str) -> float:
-        """Share of sub-questions whose gold documents are among the k that a search for the sub-question itself returns; NaN without gold documents."""
+        """Share of sub-questions whose gold documents are among the k that a search for the
+        sub-question itself returns; NaN without gold documents.
+        """
         subs = [
             sub
             for question in self.splits[split_name].questions
@@ -113,7 +118,9 @@ class System:
         )
 
     def describe_data(self) -> dict[str, str]:
-        """What a run is trained and measured on, wherever its files lie: "corpus" and, for every split, "questions of NAME" -> a hash of all that they hold."""
+        """What a run is trained and measured on, wherever its files lie: "corpus" and, for every
+        split, "questions of NAME" -> a hash of all that they hold.
+        """
         splits = {
             f"questions of {name}": hash_texts(
                 text for question in split.questions for text in encode_question(question).values()
@@ -123,7 +130,9 @@ class System:
         return {"corpus": self.retrieval["corpus"], **splits}
 
     def score(self, episodes: Sequence[Episode], gain: np.ndarray | None = None) -> StepScores:
-        """Rewards of episodes, by the config's reward section. gain [B, K]: stands in for the information gain of the retrieved documents."""
+        """Rewards of episodes, by the config's reward section. gain [B, K]: stands in for the
+        information gain of the retrieved documents.
+        """
         reward_config = self.config.reward
         return score_episodes(
             episodes,
@@ -150,9 +159,11 @@ class System:
 
 
 def build_system(config: ml_collections.ConfigDict, splits: Sequence[str], search=None) -> System:
-    """Data, index, tokenizer, prompts, callback and shapes for `splits`. `search`: replaces the index as the function queries -> ids [q, k] (tests).
+    """Data, index, tokenizer, prompts, callback and shapes for `splits`. `search`: replaces the
+    index as the function queries -> ids [q, k] (tests).
 
-    Raises ValueError or FileNotFoundError, with what to change, for anything that does not fit together.
+    Raises ValueError or FileNotFoundError, with what to change, for anything that does not fit
+    together.
     """
     mesh_config, search_config, prompt_config = config.mesh, config.search, config.prompt
     mesh = sharding.make_mesh(
@@ -168,7 +179,8 @@ def build_system(config: ml_collections.ConfigDict, splits: Sequence[str], searc
         open_checkpoint(pathlib.Path(config.model.checkpoint)) if config.model.checkpoint else None
     )
 
-    # Texts: data set, corpus, index, tokenizer. All are kept under cache_dir and only made when they are not there yet: once a host.
+    # Texts: data set, corpus, index, tokenizer. All are kept under cache_dir and only made when
+    # they are not there yet: once a host.
     words = atlas_grammar.vocabulary() if prompt_config.tokenizer == "atlas" else []
     tokenizer = load_tokenizer(prompt_config.tokenizer, words)
     with lock_cache(config.data.cache_dir):
@@ -207,9 +219,8 @@ def build_system(config: ml_collections.ConfigDict, splits: Sequence[str], searc
         )
     )
     own = np.arange(len(automaton.next_state), dtype=automaton.next_state.dtype)
-    unused = np.broadcast_to(
-        own[:, None], (len(own), vocabulary - tokenizer.vocab_size)
-    )  # ids without bytes leave the automaton where it is
+    # ids without bytes leave the automaton where it is
+    unused = np.broadcast_to(own[:, None], (len(own), vocabulary - tokenizer.vocab_size))
     environment = Environment(
         np.concatenate([automaton.next_state, unused], axis=1),
         automaton.event,
@@ -218,10 +229,8 @@ def build_system(config: ml_collections.ConfigDict, splits: Sequence[str], searc
         fixed.last_turn_warning,
     )
     search = search or (lambda queries: index.search(queries, search_config.k)[0])
-    token_bytes = [
-        *tokenizer.token_bytes,
-        *[b""] * (vocabulary - tokenizer.vocab_size),
-    ]  # a policy may sample the unused ids, too
+    # a policy may sample the unused ids, too
+    token_bytes = [*tokenizer.token_bytes, *[b""] * (vocabulary - tokenizer.vocab_size)]
     callback = make_search_callback(
         search,
         partial(decode_query, token_bytes=token_bytes),
@@ -268,8 +277,8 @@ def build_system(config: ml_collections.ConfigDict, splits: Sequence[str], searc
     for name in splits:
         if name not in source.splits:
             raise ValueError(
-                f"the data set has no split {name!r}, only {', '.join(source.splits)}: change config.data, config.evaluation.split or "
-                "config.evaluation.datasets"
+                f"the data set has no split {name!r}, only {', '.join(source.splits)}: change "
+                "config.data, config.evaluation.split or config.evaluation.datasets"
             )
         questions = list(source.splits[name])
         rendered = [
@@ -317,7 +326,8 @@ def build_search_index(
     devices: Sequence[jax.Device],
     ended: Callable[[], None] = lambda: None,
 ) -> Bm25Index | DenseIndex | RemoteIndex:
-    """The index that config.search asks for, kept in `folder`; a dense one lies on `devices`, of this process, a remote one at its server.
+    """The index that config.search asks for, kept in `folder`; a dense one lies on `devices`, of
+    this process, a remote one at its server.
 
     ended: is called whenever a request to the server is answered or given up.
     """
@@ -355,7 +365,9 @@ def build_search_index(
 def open_corpus(
     config: ml_collections.ConfigDict,
 ) -> tuple[Source, Bm25Index | DenseIndex | RemoteIndex]:
-    """The data set and the index of a config, without a model or its mesh: a dense index takes all devices here, the others none."""
+    """The data set and the index of a config, without a model or its mesh: a dense index takes all
+    devices here, the others none.
+    """
     search_config = config.search
     check_settings(search_config.bm25_k1, search_config.bm25_b)
     with lock_cache(config.data.cache_dir):
@@ -377,15 +389,18 @@ def read_texts(documents: Sequence[Document]) -> Sequence[str]:
 def normalize_texts(documents: Sequence[Document]) -> Sequence[str]:
     """What tf-idf compares with tfidf_fit "pair".
 
-    Reference: the released code leaves titles out, and normalises texts as it does answers: lower case, without punctuation and articles.
+    Reference: the released code leaves titles out, and normalises texts as it does answers: lower
+    case, without punctuation and articles.
     """
     return Mapped(lambda document: normalize(document.text), documents)
 
 
 def check_searches(system: System) -> SearchCounts:
-    """-> what was searched since the last check, on all processes together; `first_error` is this process's.
+    """-> what was searched since the last check, on all processes together; `first_error` is this
+    process's.
 
-    Raises SystemExit, on every process, when their share exceeds config.search.max_failure_fraction; it names the first failure.
+    Raises SystemExit, on every process, when their share exceeds
+    config.search.max_failure_fraction; it names the first failure.
     """
     counts = system.search.take_counts()
     numbers = np.array([counts.calls, counts.searches, counts.failed, counts.seconds])
@@ -406,7 +421,9 @@ def check_searches(system: System) -> SearchCounts:
 
 
 def process_rows(mesh: Mesh, total: int) -> np.ndarray:
-    """Which of `total` global rows this process holds, in the order in which it passes them to the mesh."""
+    """Which of `total` global rows this process holds, in the order in which it passes them to the
+    mesh.
+    """
     sharding_ = jax.sharding.NamedSharding(mesh, sharding.ROWS)
     slices = {
         index[0].indices(total)[:2]

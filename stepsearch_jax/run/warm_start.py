@@ -1,7 +1,9 @@
-"""Where the policy of a run comes from before RL: pretrained weights, an earlier run, or chance; and supervised fine-tuning of the scripted searcher on top.
+"""Where the policy of a run comes from before RL: pretrained weights, an earlier run, or chance;
+and supervised fine-tuning of the scripted searcher on top.
 
-Imitation runs in phases (`config.sft.phases`). A policy from scratch first learns to read: single hops, then whole questions. The last phases spoil
-only the searching, so that RL has something to improve. For a real model one phase without any spoiling is a cold start that teaches the format.
+Imitation runs in phases (`config.sft.phases`). A policy from scratch first learns to read: single
+hops, then whole questions. The last phases spoil only the searching, so that RL has something to
+improve. For a real model one phase without any spoiling is a cold start that teaches the format.
 """
 
 from __future__ import annotations
@@ -33,15 +35,15 @@ from stepsearch_jax.sharding import rows_to_mesh
 
 logger = logging.getLogger("stepsearch_jax")
 
-PAD_TO_MULTIPLE_OF = (
-    64  # minibatches are cut to a length rounded up to this, so that few programs are compiled
-)
+# minibatches are cut to a length rounded up to this, so that few programs are compiled
+PAD_TO_MULTIPLE_OF = 64
 
 
 def warm_start(system: System, abstract_params, specs, key: jax.Array, workdir: pathlib.Path):
     """-> the parameters with which RL starts, kept in WORKDIR/start.
 
-    like, specs: what the parameters look like, and their PartitionSpecs (`learner.describe_params`). key: makes random ones, where nothing else is given.
+    like, specs: what the parameters look like, and their PartitionSpecs
+    (`learner.describe_params`). key: makes random ones, where nothing else is given.
     """
     sft_config, start, model = system.config.sft, workdir / "start", system.learner_model
     if checkpoint.has_params(start):
@@ -75,7 +77,9 @@ def warm_start(system: System, abstract_params, specs, key: jax.Array, workdir: 
 
 
 def find_checkpoint(folder: str) -> pathlib.Path:
-    """`folder` as it stands (also gs://…), or among the shipped configs if the working directory does not have it (`find_file`)."""
+    """`folder` as it stands (also gs://…), or among the shipped configs if the working directory
+    does not have it (`find_file`).
+    """
     if in_bucket(bucket := epath.Path(folder)):
         return bucket  # pathlib would make gs:/… of it
     return find_file(folder)
@@ -83,7 +87,9 @@ def find_checkpoint(folder: str) -> pathlib.Path:
 
 @dataclasses.dataclass(frozen=True)
 class Demonstrations:
-    """Scripted episodes as arrays. `groups`: token ids of names that may be exchanged for one another, empty where names mean something."""
+    """Scripted episodes as arrays. `groups`: token ids of names that may be exchanged for one
+    another, empty where names mean something.
+    """
 
     tokens: np.ndarray  # [n, T] int32, shortest first
     action_mask: np.ndarray  # [n, T] bool
@@ -91,7 +97,9 @@ class Demonstrations:
     groups: tuple[np.ndarray, ...]
 
     def draw(self, rows: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """A minibatch of `rows` rows from one group of about equal length, cut to the group's longest."""
+        """A minibatch of `rows` rows from one group of about equal length, cut to the group's
+        longest.
+        """
         group = np.array_split(np.arange(len(self.length)), LENGTH_GROUPS)[
             rng.integers(LENGTH_GROUPS)
         ]
@@ -103,7 +111,9 @@ class Demonstrations:
         return tokens[:, :width], action_mask[:, :width]
 
     def take(self, rows: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and masks of `rows`, each row with its names exchanged at random within their groups."""
+        """Tokens and masks of `rows`, each row with its names exchanged at random within their
+        groups.
+        """
         tokens = self.tokens[rows]
         if self.groups:
             new = np.tile(
@@ -127,8 +137,9 @@ def demonstrate(
 ) -> Demonstrations:
     """Runs the script on `count` questions drawn from a split.
 
-    single_hop: on their sub-questions, each asked alone. poor_fraction: share of decisions taken by `config.sft.decision_weights`, the others are good ones; so are
-    those about relations that the script knows (`config.sft.known_fraction`).
+    single_hop: on their sub-questions, each asked alone. poor_fraction: share of decisions taken by
+    `config.sft.decision_weights`, the others are good ones; so are those about relations that the
+    script knows (`config.sft.known_fraction`).
     """
     config, rng = system.config, np.random.default_rng(seed)
     questions = list(system.splits[split_name].questions)
@@ -187,7 +198,8 @@ def demonstrate(
 
 
 def fine_tune(system: System, params, specs, workdir: pathlib.Path):
-    """Runs all phases -> parameters. Interrupted, it goes on from its newest checkpoint; the data of every step follows from the seed and its number.
+    """Runs all phases -> parameters. Interrupted, it goes on from its newest checkpoint; the data
+    of every step follows from the seed and its number.
 
     Raises ValueError, before any step, where single hops are asked of questions that have none.
     """
@@ -197,13 +209,13 @@ def fine_tune(system: System, params, specs, workdir: pathlib.Path):
             question.sub_questions for question in system.splits[name].questions
         ):
             raise ValueError(
-                f"sft.phases={sft_config.phases} ask sub-questions alone, but no question of {name} (data.kind={config.data.kind}) has any: set the "
-                "third entry of each phase to False"
+                f"sft.phases={sft_config.phases} ask sub-questions alone, but no question of "
+                f"{name} (data.kind={config.data.kind}) has any: set the third entry of each phase "
+                "to False"
             )
     total = sum(phase[0] for phase in sft_config.phases)
     optimizer = make_sft_optimizer(
-        sft_config.optimizer,
-        [(phase[0], phase[-1]) for phase in sft_config.phases],
+        sft_config.optimizer, [(phase[0], phase[-1]) for phase in sft_config.phases]
     )
     run, held_out_loss = make_sft(system.learner_model, optimizer)
     state = init_model_state(optimizer, mesh, params, specs)
