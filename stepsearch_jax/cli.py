@@ -1,4 +1,5 @@
-"""The command line of all commands: flags, logging, one line for what a user can mend, and Ctrl-C.
+"""The command line of all commands: flags, logging, errors in one line, and Ctrl-C.
+
 Loads without jax, so that --help and wrong flags are answered at once.
 """
 
@@ -31,15 +32,15 @@ logger = logging.getLogger("stepsearch_jax")
 
 GRACE_S = 5.0  # from Ctrl-C to the end, at the latest
 INTERRUPTED = 128 + signal.SIGINT  # the exit status after Ctrl-C
-# of `stepsearch`: name -> what --help says; each is the module or package stepsearch_jax.NAME
+# Commands of `stepsearch` -> what --help says; each is the module or package stepsearch_jax.NAME.
 COMMANDS = {
     "train": "train a policy to search, or resume a run",
-    "evaluate": "measure a run, or a pretrained model, greedily on a split or on several data sets",
+    "evaluate": "evaluate a run or a pretrained model on one split or on several data sets",
     "export": "write a run's policy as a Hugging Face folder",
     "report": "write a run's report.html again",
     "serve": "serve a search index over HTTP, in the form of Search-R1's /retrieve",
     "prepare": "audit a data set, write search keys, build a search index",
-    "preflight": "say whether a run fits a TPU slice, and how fast it is at best, without one",
+    "preflight": "compute, without a TPU, whether a run fits a TPU slice and its best speed",
     "benchmark": "time parts of this package beside others",
 }
 
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "stepsearch",
         description="Trains language models to search, with a reward at every search step.",
         allow_abbrev=False,
-        epilog=f"commands:\n{lines}\n\n`stepsearch COMMAND --help` says more of each.",
+        epilog=f"commands:\n{lines}\n\n`stepsearch COMMAND --help` shows its flags.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -75,8 +76,9 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def make_parser(command: str, text: str, *common: str) -> argparse.ArgumentParser:
-    """The parser of `python -m stepsearch_jax.COMMAND`, with those of the flags config, workdir and
-    json that `common` names; `text` is what --help shows.
+    """The parser of `python -m stepsearch_jax.COMMAND`.
+
+    text: what --help shows. common: which of the flags config, workdir and json the command has.
     """
     parser = OneLineParser(
         f"python -m stepsearch_jax.{command}",
@@ -89,9 +91,8 @@ def make_parser(command: str, text: str, *common: str) -> argparse.ArgumentParse
             "--config",
             required=True,
             metavar="FILE",
-            help="configs/X.py or the name of one of this package's configs, such as "
-            "atlas_quickstart, with an argument after a colon where it takes one; "
-            "--config.KEY=VALUE changes a key",
+            help="configs/X.py, or the name of one of this package's configs, such as "
+            "atlas_quickstart; append :ARGUMENT if it takes one; --config.KEY=VALUE sets a key",
         )
     if "workdir" in common:
         parser.add_argument(
@@ -99,7 +100,7 @@ def make_parser(command: str, text: str, *common: str) -> argparse.ArgumentParse
             required=True,
             type=_name_folder,
             metavar="DIR",
-            help="folder of the run, also gs://…; one that holds a checkpoint is resumed",
+            help="folder of the run, also gs://…; a run that it holds is resumed",
         )
     if "json" in common:
         parser.add_argument(
@@ -117,8 +118,9 @@ def _name_folder(text: str) -> str:
 def parse_flags(
     parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None
 ) -> argparse.Namespace:
-    """The flags; where --config is one of them and given, `config` is the config with
-    --config.KEY=VALUE … in it. What is wrong raises SystemExit.
+    """The flags; `config`, if the command has it, is the config with all --config.KEY=VALUE set.
+
+    Raises SystemExit for wrong flags.
     """
     options, rest = parser.parse_known_args(arguments)
     if getattr(options, "config", None) is not None:
@@ -131,11 +133,10 @@ def parse_flags(
 def read_config(
     parser: argparse.ArgumentParser, file: str, overrides: Sequence[str]
 ) -> ml_collections.ConfigDict:
-    """The config of --config=FILE with --config.key=value …; whatever else `overrides` holds is
-    refused.
+    """The config of --config=FILE with all --config.key=value in `overrides` set.
 
-    One line (SystemExit) for a config that cannot be read or refuses its argument, for a key that
-    it does not have, and for unknown arguments.
+    Raises SystemExit, with one line, for a config that cannot be read or refuses its argument, for
+    keys that it does not have, and for any other argument.
     """
     argv = [parser.prog, f"--config={file}", *overrides]
     values = flags.FlagValues()
@@ -143,10 +144,10 @@ def read_config(
     values.set_gnu_getopt()  # a stray argument does not hide the flags behind it
     try:
         _, *stray = values(argv)
-    except flags.Error as error:  # the config's own refusal stands at the end
+    except flags.Error as error:  # its last line is the config's own message
         raise SystemExit(f"stepsearch_jax: {str(error).strip().splitlines()[-1]}") from error
-    # ml_collections names the missing part of the key only
     except (AttributeError, KeyError) as error:
+        # ml_collections names only the missing part of the key: find the flag that it is from.
         missing = set(re.findall(r"\w+", str(error)))
         unknown = [
             argument
@@ -168,7 +169,7 @@ def read_config(
 
 
 def start_logging() -> None:
-    """This package's messages to stderr; of the libraries only warnings."""
+    """Logs to stderr: all messages of this package, and warnings of the libraries."""
     absl_logging.set_verbosity(absl_logging.WARNING)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
@@ -179,10 +180,9 @@ def start_logging() -> None:
 
 @contextlib.contextmanager
 def one_line_errors(after_interrupt: str) -> Iterator[None]:
-    """Around the work of a command: what a user can mend ends it with one line and status 1, and
-    Ctrl-C with one line and status 130 (SystemExit).
+    """Ends a command with one line (SystemExit): status 1 for user errors, 130 for Ctrl-C.
 
-    after_interrupt: what the user can do then, or what is lost.
+    after_interrupt: what the message says the user can do after Ctrl-C, or what is lost.
     """
     try:
         yield
@@ -197,19 +197,20 @@ def run_guarded(
     command: Callable,
     config: ml_collections.ConfigDict,
     workdir: str,
-    after_interrupt: str = "the same command begins anew",
+    after_interrupt: str = "the same command starts over",
 ) -> None:
-    """Sets up logging, devices and processes and calls command(config, workdir). What a user can
-    mend ends it with one line, and so does Ctrl-C.
+    """Sets up logging, devices and processes and calls command(config, workdir).
 
-    One process of several that fails ends at once, without waiting for the others, which then lose
-    their connection to it and end as well.
+    User errors and Ctrl-C end it with one line. If one process of several fails, it ends at once,
+    without waiting for the others; they lose their connection to it and end as well.
     """
+    # From here on Ctrl-C ends the process, unless it is ignored, as in background jobs.
     start_logging()
     interrupted = INTERRUPTED, f"interrupted; {after_interrupt}"
-    # in the background it may be ignored
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         end_after_interrupt(*interrupted)
+
+    # Imported here: jax takes seconds to load, and --help and wrong flags need not wait for it.
     import jax
     from etils import epath
     from jax.experimental import multihost_utils
@@ -220,7 +221,7 @@ def run_guarded(
         check_buckets(str(workdir), config.sft.checkpoint)
         start_jax(config)
         command(config, epath.Path(workdir))
-        # the first process writes the results, and the others must not leave it
+        # No process leaves while the first one still writes the results.
         multihost_utils.sync_global_devices("done")
     except KeyboardInterrupt:
         leave(*interrupted)
@@ -228,20 +229,21 @@ def run_guarded(
         if "KeyboardInterrupt" in str(error):  # in a callback from the device
             leave(*interrupted)
         if jax.process_count() > 1:
-            leave(
-                EXIT_CODE,
+            message = (
                 f"process {jax.process_index()} of {jax.process_count()} ends: {error} (when one "
-                "dies, the others lose their connection: the log of the first to die says why)",
+                "fails, the others lose their connection: see the log of the first to fail)"
             )
+            leave(EXIT_CODE, message)
         if isinstance(error, jax.errors.JaxRuntimeError):
             raise
         leave(1, str(error))
 
 
 def end_after_interrupt(status: int, message: str) -> None:
-    """Has this process `leave` GRACE_S after Ctrl-C if nothing else has ended it: Python hears of
-    it only when a program on the device returns, and functions that jax calls lose its exception.
-    The signal's number comes through a pipe, without Python.
+    """Has this process `leave` GRACE_S seconds after Ctrl-C if nothing else has ended it by then.
+
+    Python handles the signal only when a program on the device returns, and callbacks from jax lose
+    its exception. The wake-up pipe receives the signal's number without Python.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -257,9 +259,10 @@ def end_after_interrupt(status: int, message: str) -> None:
 
 
 def leave(status: int, message: str) -> None:
-    """Ends this process at once with one line, whatever the device and other threads are at: they
-    would fill pages, or crash. A checkpoint that is just being saved is not there then, and the one
-    before is.
+    """Ends this process at once with one line, without waiting for the device or other threads.
+
+    They would print pages of errors, or crash. A checkpoint that is being saved is lost; the one
+    before it stays.
     """
     call_off()
     with contextlib.suppress(OSError):  # a pipe that nobody reads

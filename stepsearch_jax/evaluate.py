@@ -1,17 +1,19 @@
-"""Greedy evaluation of every question of a split, once.
+r"""Greedy evaluation of every question of a split, once.
 
-    python -m stepsearch_jax.evaluate --config=configs/X.py[:arg] --workdir=DIR [--config.evaluation.split=test …]
+    python -m stepsearch_jax.evaluate --config=configs/X.py[:arg] --workdir=DIR \
+        [--config.evaluation.split=test …]
 
-measures the run in DIR before RL (its warm start) and after (its newest checkpoint) and writes
-config.json, evaluation.json, transcripts.jsonl and report.html into DIR/evaluation/SPLIT; what
-training wrote into DIR stays as it is. With --config.evaluation.controls=True also: the scripted
-searcher that the warm start imitated, and a perfect one.
+evaluates the run in DIR before RL (its warm start) and after (its newest checkpoint), and writes
+config.json, evaluation.json, transcripts.jsonl and report.html into DIR/evaluation/SPLIT. The files
+of the training run stay as they are. --config.evaluation.controls=True adds the scripted searcher
+that the warm start imitated, and a perfect one.
 
-    python -m stepsearch_jax.evaluate --config=configs/X.py --workdir=DIR --config.evaluation.datasets=musique:FOLDER,bamboogle:FOLDER:test …
+    python -m stepsearch_jax.evaluate --config=configs/X.py --workdir=DIR \
+        --config.evaluation.datasets=musique:FOLDER,bamboogle:FOLDER:test …
 
-measures them on these data sets, beside baselines that cannot search, and writes one table
-(`tables.py`). Without a run in DIR, the pretrained policy that config.model.checkpoint names is
-measured as it is.
+evaluates both policies on these data sets, beside baselines that cannot search, and writes one
+table (`tables.py`). If DIR holds no run, it evaluates the pretrained policy that
+config.model.checkpoint names.
 """
 
 from __future__ import annotations
@@ -29,28 +31,24 @@ import jax
 from stepsearch_jax.evaluation.greedy import evaluate_policy, write_results
 from stepsearch_jax.evaluation.tables import evaluate_datasets
 from stepsearch_jax.files import check_workdir
-from stepsearch_jax.run.folder import check_data, check_readable, write_config
+from stepsearch_jax.run.folder import check_data, check_has_run, check_readable, write_config
 from stepsearch_jax.run.start import begin_run, bind_answer_gain, make_sampler
 from stepsearch_jax.run.system import build_system
 
 
 def evaluate_command(config, workdir: pathlib.Path) -> None:
-    """The command: measures a run's first and newest policy."""
+    """The command: evaluates a run's first and newest policy."""
     check_workdir(workdir)
     if config.evaluation.datasets:
         return evaluate_datasets(config, workdir)
-    if not (workdir / "start").is_dir():
-        raise FileNotFoundError(
-            f"{workdir} holds no run (no start/): train one with python -m stepsearch_jax.train "
-            f"--config=… --workdir={workdir}"
-        )
+    check_has_run(workdir)
     check_readable(workdir, config)
     split = config.evaluation.split
     system = build_system(config, [split])
     check_data(
         workdir,
         system.describe_data(),
-        "or name what else to measure it on in config.evaluation.datasets",
+        "or name other data sets in config.evaluation.datasets",
     )
     state, reference_params, _, _ = begin_run(system, workdir)
     sample_episodes, to_rollout_layout = make_sampler(system)

@@ -1,10 +1,11 @@
-"""Writes a run's policy as a Hugging Face folder: transformers loads it, and vLLM reads folders of
-this form (not tried).
+r"""Writes a run's policy as a Hugging Face folder.
 
-    python -m stepsearch_jax.export --config=configs/X.py[:arg] --workdir=DIR --folder=MODEL [--dtype=bfloat16] [--shard_gib=4] [--config.key=value …]
+    python -m stepsearch_jax.export --config=configs/X.py[:arg] --workdir=DIR --folder=MODEL \
+        [--dtype=bfloat16] [--shard_gib=4] [--config.key=value …]
 
 MODEL receives config.json, generation_config.json, the weights of DIR's newest checkpoint as
-safetensors, and the tokenizer. The flags that the run was trained with are given here again.
+safetensors, and the tokenizer. Repeat the config flags that the run was trained with. transformers
+loads the folder; vLLM reads folders of this form (not tried).
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ def make_parser() -> argparse.ArgumentParser:
         type=float,
         default=4.0,
         metavar="GIB",
-        help="a larger model is written in several files of at most so "
-        "many GiB (default: %(default)s)",
+        help="largest size of a weight file; a larger model is written as several files "
+        "(default: %(default)s)",
     )
     return parser
 
@@ -46,7 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
 def _name_folder(text: str) -> pathlib.Path:
     if "://" in text:
         raise argparse.ArgumentTypeError(
-            "it is written to a disk here; gcloud storage rsync brings it to a bucket"
+            "name a local folder; gcloud storage rsync copies it to a bucket"
         )
     return pathlib.Path(text)
 
@@ -63,7 +64,7 @@ import re
 
 from stepsearch_jax.models.huggingface import INDEX, export_policy
 from stepsearch_jax.prompting.tokenizers import TOKENIZER_FILES, list_tokenizer_files
-from stepsearch_jax.run.folder import check_readable
+from stepsearch_jax.run.folder import check_has_run, check_readable
 from stepsearch_jax.run.start import begin_run
 from stepsearch_jax.run.system import build_system
 
@@ -79,9 +80,7 @@ EXPORTED = re.compile(
 
 
 def check_target(folder: pathlib.Path, config) -> None:
-    """Raises ValueError for a folder that must not be replaced: anything that is there, but an
-    empty folder, or an earlier export and nothing else.
-    """
+    """Raises ValueError unless `folder` is missing, empty, or an earlier export and nothing else."""
     if folder.resolve() == pathlib.Path.cwd():
         raise ValueError(
             f"--folder={folder} is the current folder, which would be replaced: name another place"
@@ -94,28 +93,24 @@ def check_target(folder: pathlib.Path, config) -> None:
     if not os.path.lexists(folder):
         return
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else {"no folder"}
-    # a run begins with a config.json, too
+    # config.json alone is not enough: a run's folder has one, too.
     whole = "config.json" in names and any(name.endswith(".safetensors") for name in names)
-    if names and not (
-        whole and all((folder / name).is_file() and EXPORTED.fullmatch(name) for name in names)
-    ):
+    own = all((folder / name).is_file() and EXPORTED.fullmatch(name) for name in names)
+    if names and not (whole and own):
         raise ValueError(
             f"--folder={folder} is there and holds no earlier export, or more than that: choose "
-            "another place, or remove it"
+            "another folder, or remove it"
         )
 
 
 def export(
     config, workdir: pathlib.Path, folder: pathlib.Path, dtype: str, shard_gib: float
 ) -> None:
-    """Writes WORKDIR's newest policy to `folder`, in files of at most shard_gib GiB. Raises
-    FileNotFoundError where WORKDIR holds no run.
+    """Writes WORKDIR's newest policy to `folder`, in files of at most shard_gib GiB.
+
+    Raises FileNotFoundError if WORKDIR holds no run.
     """
-    if not (workdir / "start").is_dir():
-        raise FileNotFoundError(
-            f"{workdir} holds no run (no start/): train one with python -m stepsearch_jax.train "
-            f"--config=… --workdir={workdir}"
-        )
+    check_has_run(workdir)
     check_readable(workdir, config)
     check_target(folder, config)
     system = build_system(config, [])

@@ -1,6 +1,4 @@
-"""JAX as this program needs it: flags of XLA, memory, and processes joined, all before the first
-use of a device.
-"""
+"""Sets up JAX before the first use of a device: XLA flags, memory, and joining processes."""
 
 from __future__ import annotations
 
@@ -16,18 +14,16 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
 
 def start_jax(config) -> None:
-    """What must happen before the first use of a device, on CPU above all; and processes joined.
+    """Sets up JAX before the first use of a device, and joins the processes of config.distributed.
 
-    Asynchronous dispatch is off: callbacks could deadlock. Several fake devices of one process
-    share a pool with a thread for each of them, and a device can wait in several collectives at
-    once, a thread in each; a pool that all wait in never moves again, and the runtime ends the
-    process after 40 seconds. LLVM would unroll loops of 64 steps or fewer before it looks at them
-    as vectors, and then copy rows of that length, such as a head's, number by number.
+    Raises ValueError if the processes cannot be joined.
     """
     if _has_only_cpus():
+        # LLVM would unroll loops of up to 64 steps before it vectorises them, and then copy rows of
+        # that length, such as a head's, number by number.
         add_xla_flag("--xla_backend_extra_options=-unroll-full-max-count=8")
         keep_freed_memory()
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # callbacks could deadlock
     distributed_config = config.distributed
     if distributed_config.processes != 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -49,17 +45,19 @@ def start_jax(config) -> None:
         except ValueError as error:
             raise ValueError(
                 f"config.distributed.processes={distributed_config.processes} cannot be joined "
-                f"({error}): set config.distributed.coordinator to HOST:PORT of the first and "
-                "process_id to its number in each, or processes to 1"
+                f"({error}): set config.distributed.coordinator to HOST:PORT of process 0 and "
+                "config.distributed.process_id to each process's number, or processes to 1"
             ) from error
     elif "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
-        # so many threads: what the CPU runtime takes for the number of cores
+        # The CPU runtime takes this for the number of cores and makes as many threads. Fake devices
+        # of one process share a pool with one thread for each, and a device can wait in several
+        # collectives at once, with a thread in each. If all threads of the pool wait, it deadlocks,
+        # and the runtime ends the process after 40 seconds.
         os.environ["NPROC"] = "64"
 
 
 def keep_freed_memory() -> None:
-    """Lets this process reuse the memory that it frees, where malloc is glibc's (mallopt(3));
-    elsewhere nothing changes.
+    """Has malloc keep freed memory for reuse, on glibc (mallopt(3)); elsewhere does nothing.
 
     Each call of a program allocates its temporary arrays. Large ones would go back to the system
     afterwards, and every page of the next ones would be a page fault: a tenth of an update's time.
@@ -71,21 +69,23 @@ def keep_freed_memory() -> None:
 
 
 def add_xla_flag(flag: str) -> None:
-    """Puts a flag before those of the user, whose own values therefore count. Raises ValueError
-    where XLA_FLAGS names a file of flags instead.
+    """Puts a flag before the user's own in XLA_FLAGS, so that the user's values win.
+
+    Raises ValueError if XLA_FLAGS names a file of flags instead.
     """
     own = os.environ.get("XLA_FLAGS", "").strip()
     if own and not own.startswith("-"):
         raise ValueError(
-            f"XLA_FLAGS={own} names a file, beside which no flag can stand: put what it holds into "
-            "XLA_FLAGS itself"
+            f"XLA_FLAGS={own} names a file, to which no flag can be added: write the file's flags "
+            "into XLA_FLAGS itself"
         )
     os.environ["XLA_FLAGS"] = f"{flag} {own}".strip()
 
 
 def _has_only_cpus() -> bool:
-    """Whether JAX will run on CPU, found without starting it: it is told to, or no other platform
-    is installed.
+    """Whether JAX will run on CPU, found out without starting it.
+
+    It does if jax_platforms says so or no other platform is installed.
     """
     if jax.config.jax_platforms:
         return jax.config.jax_platforms == "cpu"

@@ -256,7 +256,7 @@ def open_engine(options: argparse.Namespace) -> Engine:
     if options.index:
         index = load_index(options.index)
         return Engine(index.search, index.documents, index.describe)
-    from stepsearch_jax.run.system import open_corpus  # it brings jax, which an index does not need
+    from stepsearch_jax.run.corpus import open_corpus  # it brings jax, which an index does not need
 
     source, index = open_corpus(options.config)
     return Engine(index.search, source.documents, index.describe)

@@ -8,7 +8,9 @@ import pytest
 
 from stepsearch_jax.metrics import MetricsWriter
 from stepsearch_jax.report.__main__ import main
-from stepsearch_jax.report.page import CURVES, select, split_tags, write_report
+from stepsearch_jax.report.curves import CURVES
+from stepsearch_jax.report.page import write_report
+from stepsearch_jax.report.transcripts import select, split_tags
 
 RL = ("f1", "step_reward", "outcome_reward", "gold_recall", "searches", "kl", "entropy")
 

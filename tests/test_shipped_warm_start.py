@@ -15,7 +15,7 @@ from stepsearch_jax import checkpoint
 from stepsearch_jax.models.transformer import Policy
 from stepsearch_jax.rl import learner
 from stepsearch_jax.rl.sft import make_sft, make_sft_optimizer
-from stepsearch_jax.run import warm_start
+from stepsearch_jax.run.demonstrations import demonstrate
 from stepsearch_jax.run.system import build_system
 from stepsearch_jax.run.warm_start import find_checkpoint
 from stepsearch_jax.sharding import make_mesh
@@ -32,7 +32,7 @@ def held_out(tmp_path_factory):
     system = build_system(config, [i.held_out_split])
     last = len(i.phases) - 1
     _, rows, single_hop, poor_fraction, _ = i.phases[last]
-    exam = warm_start.demonstrate(
+    exam = demonstrate(
         system,
         i.held_out_split,
         i.held_out,

@@ -13,7 +13,7 @@ import tiny_config
 
 from stepsearch_jax import sharding
 from stepsearch_jax.records import TurnStatus
-from stepsearch_jax.run import system as system_module
+from stepsearch_jax.run import corpus
 from stepsearch_jax.run.system import (
     WATCHED_QUERIES,
     System,
@@ -195,7 +195,7 @@ def test_requests_to_a_server_renew_the_time_of_a_search(config, system, monkeyp
     """So that many of them, one after the other, may take longer than config.search.timeout_s."""
     opened = []
     monkeypatch.setattr(
-        system_module,
+        corpus,
         "open_remote",
         lambda *arguments: (
             opened.append(arguments) or types.SimpleNamespace(describe=lambda k: system.retrieval)

@@ -20,15 +20,10 @@ from stepsearch_jax.rl import learner
 from stepsearch_jax.rollout.scripted import PERFECT, run_script
 from stepsearch_jax.rollout.text import to_episodes
 from stepsearch_jax.run import start
+from stepsearch_jax.run.demonstrations import PAD_TO_MULTIPLE_OF, Demonstrations, demonstrate
+from stepsearch_jax.run.settings import LENGTH_GROUPS
 from stepsearch_jax.run.system import System, build_system
-from stepsearch_jax.run.warm_start import (
-    LENGTH_GROUPS,
-    PAD_TO_MULTIPLE_OF,
-    Demonstrations,
-    demonstrate,
-    fine_tune,
-    warm_start,
-)
+from stepsearch_jax.run.warm_start import fine_tune, warm_start
 
 
 @pytest.fixture(scope="module")

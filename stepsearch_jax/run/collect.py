@@ -1,4 +1,4 @@
-"""One rollout with its text and its scores."""
+"""One rollout, with its text and its scores."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from stepsearch_jax.types import Trajectory
 
 @dataclasses.dataclass(frozen=True)
 class Collected:
-    """One rollout: on the mesh, as text, and scored. The text side holds this process's rows only."""
+    """One rollout: on the mesh, as text, and scored. The text is of this process's rows only."""
 
     trajectory: Trajectory
     rows: Trajectory  # the same as NumPy
@@ -40,15 +40,14 @@ def collect(
     group_size: int = 1,
     answer_gain=None,
 ) -> Collected:
-    """Runs one episode (or `group_size`) for each of the global `question_rows` (-1: fills up the
-    batch) and scores them.
+    """Runs and scores `group_size` episodes for each of the global `question_rows` (-1: padding).
 
-    answer_gain: `run.start.bind_answer_gain`, for searches that are paid by what they do for the
-    answer; None: by their documents.
+    answer_gain: from `run.start.bind_answer_gain`, for step rewards by what a search did for the
+    answer; None: by its documents.
 
-    The rows of the batch, their noise and their groups follow from their global place, so the
-    number of processes changes nothing. Raises SystemExit when more searches failed, on all
-    processes together, than config.search.max_failure_fraction allows.
+    The rows of the batch, their noise and their groups depend only on their global position, so the
+    number of processes changes nothing. Raises SystemExit if a larger fraction of searches failed,
+    on all processes together, than config.search.max_failure_fraction.
     """
     every = np.repeat(question_rows, group_size)
     mine = process_rows(system.mesh, len(every))

@@ -1,5 +1,5 @@
-"""The flag --config, and the user's Python files behind it: what is wrong with one is said in one
-line, with its place.
+"""The flag --config, and the Python files that it names; errors in them take one line, with file
+and line number.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-flags.disclaim_key_flags()  # --config is the command's own, and stands in its --help
+flags.disclaim_key_flags()  # --config belongs to the command, which shows it in its --help
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 Result = TypeVar("Result")
@@ -26,14 +26,11 @@ Result = TypeVar("Result")
 def define_config(
     values: flags.FlagValues = flags.FLAGS, argv: Sequence[str] | None = None
 ) -> flags.FlagHolder:
-    """Defines --config and --config.key. argv: where the keys that are set stand, if not in
-    sys.argv.
-    """
+    """Defines --config and --config.key. argv: the arguments that set keys; None: sys.argv."""
     holder = config_flags.DEFINE_config_file(
         "config",
         None,
-        "configs/X.py, with an argument after a colon where the file takes one; --config.key=value "
-        "changes a key",
+        "configs/X.py; append :ARGUMENT if it takes one; --config.key=value sets a key",
         flag_values=values,
         sys_argv=None if argv is None else list(argv),
     )
@@ -50,42 +47,33 @@ class _ConfigFile(flags.ArgumentParser):
 
 
 def find_configs() -> pathlib.Path:
-    """The folder of this package's own configs: beside the package in a clone, within it where it
-    is installed.
-    """
+    """The folder of this package's configs: beside it in a clone, inside it if installed."""
     beside = PACKAGE.parent / "configs"
     return beside if (beside / "base.py").is_file() else PACKAGE / "configs"
 
 
 def find_file(name: str) -> pathlib.Path:
-    """A file or folder by its path; "configs/…" also names what this package brings along, wherever
-    the command is run.
-    """
+    """A file or folder by its path; "configs/…" also names this package's own, in any folder."""
     path = pathlib.Path(name)
-    if (
-        not path.exists()
-        and path.parts[:1] == ("configs",)
-        and (own := find_configs().joinpath(*path.parts[1:])).exists()
-    ):
-        return own
+    if not path.exists() and path.parts[:1] == ("configs",):
+        own = find_configs().joinpath(*path.parts[1:])
+        return own if own.exists() else path
     return path
 
 
 def load_config(name: str) -> ml_collections.ConfigDict:
-    """What get_config() of a file returns. Raises ValueError.
+    """What get_config() of a file returns. Raises ValueError for all that is wrong with the file.
 
-    name: a file, or the bare name of one of this package's own configs (atlas_quickstart); with an
-    argument after a colon where its get_config takes one. Within a config, `from configs import
-    base` imports the package's own, wherever the command is run.
+    name: a file, or the bare name of one of this package's configs (atlas_quickstart); followed by
+    a colon and an argument if its get_config takes one. Inside a config, `from configs import base`
+    imports this package's own, in any working directory.
     """
+    # The file, or this package's own config of that name.
     file, colon, argument = name.partition(":")
     path = find_file(file)
-    if (
-        not path.is_file()
-        and file.isidentifier()
-        and (own := find_configs() / f"{file}.py").is_file()
-    ):
-        path = own
+    if not path.is_file() and file.isidentifier():
+        own = find_configs() / f"{file}.py"
+        path = own if own.is_file() else path
     if not path.is_file():
         known = ", ".join(sorted(path.stem for path in find_configs().glob("[!_]*.py")))
         raise ValueError(
@@ -94,15 +82,14 @@ def load_config(name: str) -> ml_collections.ConfigDict:
         )
     file = str(path)
 
+    # get_config takes as many arguments as stand after the name, and returns a ConfigDict.
+
     def get_config(module: ModuleType) -> ml_collections.ConfigDict:
         try:
             inspect.signature(module.get_config).bind(*[argument] * bool(colon))
         except TypeError:
-            remedy = (
-                f"leave :{argument} away"
-                if colon
-                else f"write {file}:ARGUMENT, and see the file for what it may be"
-            )
+            append = f"write {file}:ARGUMENT; the file says which arguments there are"
+            remedy = f"leave :{argument} away" if colon else append
             raise ValueError(
                 f"{file} takes {'no' if colon else 'an'} argument after a colon: {remedy}"
             ) from None
@@ -111,19 +98,15 @@ def load_config(name: str) -> ml_collections.ConfigDict:
             raise TypeError(f"get_config() returns {type(config).__name__}")
         return config
 
-    return call_file(
-        file,
-        get_config,
-        "a config defines get_config(), which returns a ConfigDict (launch/sweep.py takes sweep "
-        "files)",
-    )
+    form = "a config defines get_config(), which returns a ConfigDict (launch/sweep.py takes sweep"
+    return call_file(file, get_config, f"{form} files)")
 
 
 def call_file(file: str, call: Callable[[ModuleType], Result], form: str) -> Result:
     """call(module) for a Python file of the user's. form: what such a file defines, for messages.
 
-    Raises ValueError, with file and line, for whatever the file or the call raises; a ValueError
-    that begins with the file's name goes through as it is.
+    Raises ValueError, with file and line, for any error in the file or the call. A ValueError whose
+    message begins with the file's name passes unchanged.
     """
     path = pathlib.Path(file)
     _make_configs_importable()
@@ -131,11 +114,11 @@ def call_file(file: str, call: Callable[[ModuleType], Result], form: str) -> Res
     if spec is None:
         raise ValueError(f"{file} is no Python file (*.py); {form}")
     try:
-        # where dataclasses look for their module
+        # dataclasses look for their module here
         sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return call(module)
-    except Exception as error:  # whatever a file of the user's raises
+    except Exception as error:  # a user's file can raise anything
         if isinstance(error, ValueError) and str(error).startswith(file):
             raise
         lines = [
@@ -150,7 +133,7 @@ def call_file(file: str, call: Callable[[ModuleType], Result], form: str) -> Res
 
 
 def _make_configs_importable() -> None:
-    """Lets config files say `from configs import base`, whatever lies in the working directory."""
+    """Lets config files say `from configs import base` in any working directory."""
     folder = find_configs()
     if "configs" not in sys.modules:
         spec = importlib.util.spec_from_file_location(

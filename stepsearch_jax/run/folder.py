@@ -18,13 +18,13 @@ from stepsearch_jax.files import in_bucket, read_json, write_json
 
 CONFIG_FILE = "config.json"
 RUN_FILE = "run.json"
-# of run folders: raised whenever a config key, a file or a metric gets another name or meaning
+# Format of run folders: raised whenever a config key, a file or a metric changes name or meaning.
 FORMAT = 2
-# one of these stands in WORKDIR as soon as there is something to lose
+# A run has begun as soon as WORKDIR holds one of these folders.
 _BEGUN = ("sft", "start", "checkpoints")
 
-# What a resumed run may have otherwise than before: how long it goes on, what is measured and kept,
-# and on which machines it computes the same.
+# Keys that may change when a run is resumed: how long it runs, what is evaluated and kept, and on
+# which machines it computes the same.
 _RESUMABLE = (
     "iterations",
     "evaluation.",
@@ -49,7 +49,7 @@ _RESUMABLE = (
     "model.remat",
     "sft.log_every",
 )
-# What a checkpoint cannot be read without, and without which its policy would be another one.
+# Keys without which a checkpoint cannot be read, or would be another policy.
 _STATE = (
     "model.num",
     "model.embed_dim",
@@ -69,11 +69,11 @@ _STATE = (
 
 @contextlib.contextmanager
 def lock(workdir: pathlib.Path) -> Iterator[int | None]:
-    """Keeps other runs, or sweeps, out of `workdir` -> the lock's file descriptor: processes that
-    get it hold the lock, too, should this one be killed.
+    """Locks `workdir` against other runs and sweeps -> the lock's file descriptor.
 
-    Raises ValueError where another process holds it. A bucket (None) and some file systems know no
-    locks: there nobody is kept out.
+    Processes that inherit the descriptor hold the lock, too, even if this one is killed. Raises
+    ValueError if another process holds the lock. Buckets (None) and some file systems have no
+    locks: there other runs are not kept out.
     """
     if in_bucket(workdir):
         yield None
@@ -84,7 +84,7 @@ def lock(workdir: pathlib.Path) -> Iterator[int | None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(
-                f"another process, or a run that it left, is at work in {workdir}: wait for it, "
+                f"another process, or a run that it started, is at work in {workdir}: wait for it, "
                 "end it, or choose another --workdir"
             ) from None
         except OSError:  # no locks here
@@ -93,8 +93,10 @@ def lock(workdir: pathlib.Path) -> Iterator[int | None]:
 
 
 def write_config(workdir: pathlib.Path, config: ConfigDict) -> None:
-    """Writes WORKDIR/config.json. Results under another config are not this run's: evaluation.json
-    goes, by which a sweep knows what is finished.
+    """Writes WORKDIR/config.json.
+
+    If the config changed, evaluation.json, by which a sweep knows finished runs, is removed: its
+    results belong to the old config.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     if read_json(workdir / CONFIG_FILE) != to_json(config):
@@ -103,53 +105,58 @@ def write_config(workdir: pathlib.Path, config: ConfigDict) -> None:
 
 
 def write_beginning(workdir: pathlib.Path, beginning: Mapping[str, Any]) -> None:
-    """Writes WORKDIR/run.json."""
+    """Writes WORKDIR/run.json: what `check_resumable` returns."""
     write_json(workdir / RUN_FILE, beginning)
 
 
 def check_resumable(
     workdir: pathlib.Path, config: ConfigDict, data: Mapping[str, str]
 ) -> dict[str, Any]:
-    """-> what the run in WORKDIR began with, or begins with now: {"format", "iterations", the
-    first, however long it goes on; "data": `data` of all splits so far}.
+    """Checks that a run can start or resume in WORKDIR -> what it was started with, for run.json.
 
-    data: `System.describe_data`. Raises ValueError if WORKDIR holds a run that was begun with other
-    settings, or nobody knows which, or with other data: its results would bear the wrong names.
+    -> {"format", "iterations": of the first start, "data": `data` of all splits so far}.
+    data: `System.describe_data`. Raises ValueError if WORKDIR holds a run with other or unknown
+    settings, or with other data: its results would carry the wrong names.
     """
     began = {"format": FORMAT, "iterations": config.iterations, "data": {}}
     if any((workdir / name).is_dir() for name in _BEGUN):
-        remedy = "choose another --workdir, or remove this one to begin anew"
+        remedy = "choose another --workdir, or remove this one to start over"
         _check(workdir, config, lambda key: not key.startswith(_RESUMABLE), remedy)
         check_data(workdir, data, remedy)
         began = read_json(workdir / RUN_FILE) or began
-    # nothing is left of its iterations; others are half written
+    # Without a complete checkpoint no iteration is left, and the warm-ups follow the new number.
     if not any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*")):
         began["iterations"] = config.iterations
     return began | {"data": began["data"] | dict(data)}
 
 
 def check_data(workdir: pathlib.Path, data: Mapping[str, str], remedy: str) -> None:
-    """Raises ValueError if the run in WORKDIR began with another corpus, or with other questions of
-    the same split (`System.describe_data`).
+    """Raises ValueError if the run in WORKDIR started with another corpus, or with other questions
+    in a split of the same name (`System.describe_data`).
     """
     began = (read_json(workdir / RUN_FILE) or {"data": {}})["data"]
     if other := [name for name in data if began.get(name, data[name]) != data[name]]:
         raise ValueError(
             f"{workdir} holds a run with other data ({', '.join(other)}): give it the files that "
-            f"it began with, {remedy}"
+            f"it started with, {remedy}"
+        )
+
+
+def check_has_run(workdir: pathlib.Path) -> None:
+    """Raises FileNotFoundError if WORKDIR holds no run."""
+    if not (workdir / "start").is_dir():
+        raise FileNotFoundError(
+            f"{workdir} holds no run (no start/): train one with python -m stepsearch_jax.train "
+            f"--config=… --workdir={workdir}"
         )
 
 
 def check_readable(workdir: pathlib.Path, config: ConfigDict) -> None:
-    """Raises ValueError if the run in WORKDIR has another kind of model, tokenizer or optimiser, or
-    nobody knows which.
+    """Raises ValueError if the run in WORKDIR has another model, tokenizer or optimiser, or an
+    unknown one.
     """
-    _check(
-        workdir,
-        config,
-        lambda key: key.startswith(_STATE),
-        "give the flags that the run was trained with",
-    )
+    remedy = "give the flags that the run was trained with"
+    _check(workdir, config, lambda key: key.startswith(_STATE), remedy)
 
 
 def _check(
@@ -158,13 +165,13 @@ def _check(
     trained, run = read_json(workdir / CONFIG_FILE), read_json(workdir / RUN_FILE)
     if trained is None:
         raise ValueError(
-            f"{workdir} holds a run without its {CONFIG_FILE}, the settings it was begun with: put "
-            "that file back, or choose another --workdir"
+            f"{workdir} holds a run without its {CONFIG_FILE}, the settings of the run: put that "
+            "file back, or choose another --workdir"
         )
     if (found := (run or {}).get("format", 1)) != FORMAT:
         raise ValueError(
             f"{workdir} holds a run of format {found}, and this version reads format {FORMAT} "
-            f"({RUN_FILE}): go on with it in the version that began it, or choose another --workdir"
+            f"({RUN_FILE}): resume it with the version that started it, or choose another --workdir"
         )
     old, new = flatten(trained), flatten(to_json(config))
     if difference := describe_difference(
@@ -175,14 +182,12 @@ def _check(
 
 
 def to_json(config: ConfigDict) -> dict[str, Any]:
-    """The config as config.json holds it."""
+    """The config in the form of config.json."""
     return json.loads(config.to_json_best_effort())
 
 
 def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """The first keys in which two configs differ, as "rl.gamma: 1.0, now 0.9"; "" if they are
-    equal.
-    """
+    """The first keys in which two configs differ, as "rl.gamma: 1.0, now 0.9"; "" if equal."""
     before, after = flatten(old), flatten(new)
     differing = [
         key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)
@@ -195,7 +200,7 @@ def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> value, of the leaves."""
+    """Dotted key -> value, for all leaves of a nested mapping."""
     pairs = (
         flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
         for key, value in config.items()

@@ -1,5 +1,6 @@
-"""From a config to the static choices of the jitted programs: model sizes, settings, optimisers.
-Reads no files; what is wrong with a config is found here.
+"""From a config to the static settings of the jitted programs, and the optimisers.
+
+Reads no files.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from stepsearch_jax.rl.advantages import uses_critic
 from stepsearch_jax.rl.learner import LearnerSettings, make_optimizer
 from stepsearch_jax.rollout.episode import RolloutSettings
 
-# a model's vocabulary is rounded up to it, so that any sensible tensor axis divides it
+# A model's vocabulary is rounded up to a multiple of this, which any sensible tensor axis divides.
 VOCABULARY_MULTIPLE = 64
-# demonstrations are grouped by length, a step of supervised fine-tuning takes all its rows from one
-# group and is cut to its longest
+# Groups of demonstrations of similar length. A step of supervised fine-tuning takes all its rows
+# from one group and is cut to the longest.
 LENGTH_GROUPS = 6
 
 
@@ -30,7 +31,7 @@ def round_vocabulary(size: int) -> int:
 def describe_models(
     config: ml_collections.ConfigDict, vocab_size: int
 ) -> tuple[ModelConfig, ModelConfig]:
-    """-> the model as the learner computes it, and as the rollout does."""
+    """-> (the learner's model, the rollout's model)."""
     model_config, rollout_config = config.model, config.rollout
     learner_model = ModelConfig(
         vocab_size=vocab_size,
@@ -58,7 +59,7 @@ def describe_models(
 
 
 def rollout_settings(config: ml_collections.ConfigDict) -> RolloutSettings:
-    """The rollout section, and the lengths that the prompt and search sections allow."""
+    """Settings from the rollout section, with the lengths of the prompt and search sections."""
     rollout_config = config.rollout
     return RolloutSettings(
         max_prompt_tokens=config.prompt.max_prompt_tokens,
@@ -82,7 +83,7 @@ def rollout_settings(config: ml_collections.ConfigDict) -> RolloutSettings:
 
 
 def learner_settings(config: ml_collections.ConfigDict) -> LearnerSettings:
-    """The rl section, and what the reward section says about places."""
+    """Settings from the rl section, with the placement of rewards from the reward section."""
     reward_config, rl_config = config.reward, config.rl
     return LearnerSettings(
         placement=reward_config.placement,
@@ -115,22 +116,23 @@ def learner_settings(config: ml_collections.ConfigDict) -> LearnerSettings:
 
 
 def make_optimizers(config, iterations: int):
-    """-> (policy optimiser, value optimiser, which is None with an advantage estimator that reads
-    no values). iterations: of which warm-ups are shares.
+    """-> (policy optimiser, value optimiser or None if rl.advantage uses no values).
+
+    iterations: warm-ups are fractions of this number.
     """
     steps = config.rl.minibatches * config.rl.ppo_epochs
     policy, value = (
         make_optimizer(
-            o.optimizer,
-            o.learning_rate,
-            warmup=o.warmup,
+            optimizer_config.optimizer,
+            optimizer_config.learning_rate,
+            warmup=optimizer_config.warmup,
             iterations=iterations,
             steps_per_iteration=steps,
-            b1=o.b1,
-            b2=o.b2,
-            weight_decay=o.weight_decay,
-            max_grad_norm=o.max_grad_norm,
+            b1=optimizer_config.b1,
+            b2=optimizer_config.b2,
+            weight_decay=optimizer_config.weight_decay,
+            max_grad_norm=optimizer_config.max_grad_norm,
         )
-        for o in (config.policy, config.value)
+        for optimizer_config in (config.policy, config.value)
     )
     return policy, value if uses_critic(config.rl.advantage) else None

@@ -22,11 +22,10 @@ logger = logging.getLogger("stepsearch_jax")
 
 
 def make_sampler(system: System):
-    """-> (sample_episodes, to_rollout_layout): the episode program, and the jitted copy of the
-    learner's parameters that it reads.
+    """-> (sample_episodes, to_rollout_layout).
 
     sample_episodes(params, prompts, group_ids, question_ids, key, temperature) -> (Trajectory,
-    counters), as `make_rollout` describes them.
+    counters), as `make_rollout` describes them. Its params are to_rollout_layout(the learner's).
     """
     config, mesh = system.config, system.mesh
     boxed = jax.eval_shape(
@@ -44,12 +43,12 @@ def make_sampler(system: System):
 
 
 def bind_answer_gain(system: System):
-    """-> answer_gain(params, trajectory, split, rows) -> [b, K] float32, or None if
-    config.reward.step_reward does not ask for it.
+    """-> answer_gain(params, trajectory, split, rows) -> [b, K] float32; None if
+    config.reward.step_reward does not need it.
 
-    What each search of this process's rows did for the log-probability of the answer
-    (`learner.make_answer_gain`), under the sampler's parameters. rows [b]: of the questions in
-    their split; -1 fills up the batch.
+    The gain is how much each search of this process's rows raised the log-probability of the answer
+    (`learner.make_answer_gain`) under the sampler's parameters. rows [b]: the questions' rows in
+    their split; -1 is padding.
     """
     openings = {split.answers.opening for split in system.splits.values() if split.answers}
     if not openings:
@@ -60,32 +59,23 @@ def bind_answer_gain(system: System):
 
     def answer_gain(params, trajectory, split, rows):
         rows = np.maximum(rows, 0)
-        return sharding.rows_from_mesh(
-            gain(
-                params,
-                trajectory,
-                *sharding.rows_to_mesh(
-                    system.mesh, (split.answers.tokens[rows], split.answers.length[rows])
-                ),
-            )
-        )
+        answers = split.answers.tokens[rows], split.answers.length[rows]
+        gains = gain(params, trajectory, *sharding.rows_to_mesh(system.mesh, answers))
+        return sharding.rows_from_mesh(gains)
 
     return answer_gain
 
 
 def begin_run(system: System, workdir: pathlib.Path):
-    """-> (state, reference_params, checkpoints, rollout_key): the state of the newest checkpoint in
-    WORKDIR, or of a new run.
+    """-> (state, reference_params, checkpoints, rollout_key): resumed from the newest checkpoint in
+    WORKDIR, or new.
 
-    A new run starts from a random, a pretrained or a warm-started policy; the value model, where
-    rl.advantage needs one, is born from its trunk, and the frozen reference is a copy of it.
+    A new run starts from a random, pretrained or warm-started policy. The value model, if
+    rl.advantage needs one, starts with the policy's trunk; the frozen reference is a copy of the
+    policy.
     """
-    config, mesh, model, rules = (
-        system.config,
-        system.mesh,
-        system.learner_model,
-        dict(system.config.mesh.train_rules),
-    )
+    config, mesh, model = system.config, system.mesh, system.learner_model
+    rules = dict(config.mesh.train_rules)
     policy_key, value_key, rollout_key = jax.random.split(jax.random.key(config.seed), 3)
     abstract_params, specs = learner.describe_params(Policy(model), mesh, rules)
     reference_params = warm_start(system, abstract_params, specs, policy_key, workdir)
