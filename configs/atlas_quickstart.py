@@ -1,12 +1,14 @@
-"""The quickstart: a policy of 0.6M parameters learns to search 2- and 3-hop questions of made-up
-worlds, on two CPU cores.
+"""The quickstart: a policy of 0.6M parameters learns to search, on two CPU cores.
+
+Its questions have two and three hops and are about made-up worlds.
 
     python -m stepsearch_jax.train --config=configs/atlas_quickstart.py --workdir=runs/quickstart
 
-It starts from the warm start in configs/warm_starts/atlas, a clone of a searcher that reads well
-and searches badly. Variants, after a colon:
-    anew        makes that warm start again, by supervised fine-tuning from random parameters; the same RL follows
-    continued   control: supervised fine-tuning goes on instead of RL
+It starts from the warm start in configs/warm_starts/atlas, which imitates a searcher that reads
+well and searches badly. Variants, after a colon:
+    anew        makes that warm start again, by supervised fine-tuning from random parameters; then
+                the same RL
+    continued   control: more supervised fine-tuning instead of RL
     shuffled    control: RL with every episode's rewards given to another episode
     one_search  control: RL with a single search an episode
 """
@@ -42,14 +44,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.search.max_observation_tokens = 80
 
     model = config.model
-    (
-        model.num_layers,
-        model.embed_dim,
-        model.num_heads,
-        model.num_kv_heads,
-        model.head_dim,
-        model.ffn_dim,
-    ) = (3, 128, 6, 2, 32, 256)
+    model.num_layers, model.embed_dim, model.ffn_dim = 3, 128, 256
+    model.num_heads, model.num_kv_heads, model.head_dim = 6, 2, 32
     model.rope_theta = 1000.0
     model.previous_token_peak = 12.0
 

@@ -1,11 +1,12 @@
-"""The task of the comparisons: the quickstart's worlds and warm start, questions of three and four
-hops, runs of about five minutes on one CPU core.
+r"""The task of the comparisons: questions of three and four hops, about five minutes per run.
 
-The warm start answers few of them, and has never seen one of four hops: a reward for the answer
-alone is seldom earned. With the quickstart's two and three hops it is earned so often that the
-methods cannot be told apart (docs/results.md).
+It has the quickstart's worlds and warm start, and its runs take one CPU core. The warm start
+answers few of these questions and has never seen one of four hops, so it seldom earns a reward for
+the answer alone. On the quickstart's two and three hops it earns it so often that the methods do
+not differ (docs/results.md).
 
-    python launch/sweep.py --sweep=configs/sweeps/baselines.py --config=configs/atlas_sweep.py --workdir=runs/sweep --jobs=2
+    python launch/sweep.py --sweep=configs/sweeps/baselines.py --config=configs/atlas_sweep.py \
+        --workdir=runs/sweep --jobs=2
 
 One point alone: python -m stepsearch_jax.train --config=configs/atlas_sweep.py --workdir=runs/one.
 """

@@ -1,26 +1,30 @@
-"""StePPO as the paper trains it: Qwen2.5 on MuSiQue, on a slice of TPUs.
+r"""StePPO as the paper trains it: Qwen2.5 on MuSiQue, on a slice of TPUs.
 
-    python -m stepsearch_jax.train --config=configs/musique_qwen2_5.py:3b,v5e:4x4 --workdir=runs/musique-3b \
-        --config.data.path=FOLDER --config.model.checkpoint=FOLDER --config.prompt.tokenizer=FOLDER
+    python -m stepsearch_jax.train --config=configs/musique_qwen2_5.py:3b,v5e:4x4 \
+        --workdir=runs/musique-3b --config.data.path=FOLDER \
+        --config.model.checkpoint=FOLDER --config.prompt.tokenizer=FOLDER
 
-on every host of the slice. data.path: a folder with the official files; model.checkpoint: the model
-as published (config.json, *.safetensors); prompt.tokenizer: a folder with its tokenizer.json,
-usually the same. The argument: a size, 0.5b, 1.5b, 3b or 7b; then, in any order, the slice on which
-to run (SLICES below; without one the smallest v5e slice that holds the model) and `reference` for
-what the released code computes instead of the paper.
+Run it on every host of the slice. data.path: a folder with the official files; model.checkpoint:
+the model as published (config.json, *.safetensors); prompt.tokenizer: a folder with its
+tokenizer.json, usually the same.
 
-Numbers of the algorithm are the paper's appendix B, the defaults of base.py. Whether a run fits,
-and what an iteration takes at best, says, without a TPU,
+The argument after the colon is a size (0.5b, 1.5b, 3b or 7b), then, in any order, the slice to run
+on (SLICES below; default: the smallest v5e slice that holds the model) and `reference`, to compute
+what the released code computes.
 
-    python -m stepsearch_jax.preflight --config=configs/musique_qwen2_5.py:3b,v5e:4x4 --topology=v5e:4x4
+The algorithm's numbers are the paper's appendix B, the defaults of base.py. This command computes,
+without a TPU, whether a run fits, and the least time of an iteration:
+
+    python -m stepsearch_jax.preflight --config=configs/musique_qwen2_5.py:3b,v5e:4x4 \
+        --topology=v5e:4x4
 """
 
 import ml_collections
 
 from configs import base
 
-# layers, width, query heads, kv heads, width of a head, hidden width, one table for input and
-# output, rows of the table
+# Layers, width, query heads, kv heads, width of a head, hidden width, whether one table serves
+# input and output, rows of the table.
 SIZES = {
     "0.5b": (24, 896, 14, 2, 64, 4864, True, 151936),
     "1.5b": (28, 1536, 12, 2, 128, 8960, True, 151936),
@@ -28,11 +32,11 @@ SIZES = {
     "7b": (28, 3584, 28, 4, 128, 18944, False, 152064),
 }
 SLICES = {"v5e:4x4": 16, "v5e:8x8": 64, "v5p:2x2x4": 16, "v6e:4x4": 16}  # chips
-# Slices of heads, ffn and vocabulary, at most as many as there are kv heads; all other chips share
-# out parameters, optimiser state and rows (fsdp). More of them where the rows of a minibatch are
-# fewer than those chips.
+# Tensor shards (of heads, ffn and vocabulary), at most as many as kv heads. Parameters, optimiser
+# state and rows are sharded over all other chips (fsdp). get_config takes more tensor shards if a
+# minibatch has fewer rows than there are such chips.
 TENSOR = {"0.5b": 1, "1.5b": 2, "3b": 2, "7b": 4}
-# some that there are
+# Examples of arguments.
 VARIANTS = ("0.5b", "1.5b", "3b", "7b", "3b,v5e:8x8", "3b,reference", "7b,reference,v6e:4x4")
 SMALLEST = {"0.5b": "v5e:4x4", "1.5b": "v5e:4x4", "3b": "v5e:4x4", "7b": "v5e:8x8"}
 
@@ -81,7 +85,7 @@ def get_config(argument: str = "3b") -> ml_collections.ConfigDict:
     mesh.data, mesh.fsdp = 1, SLICES[place] // mesh.tensor
 
     config.rollout.dtype = "bfloat16"
-    # all 256 episodes at a time: reading the parameters for a token costs the same for 64 of them
+    # All 256 episodes at a time: reading the parameters costs the same for one token of 64 of them.
     config.rollout.slots = 0
-    config.rl.microbatch_size = mesh.fsdp  # a row on each group of chips
+    config.rl.microbatch_size = mesh.fsdp  # one row per fsdp shard
     return config

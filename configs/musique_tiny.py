@@ -1,14 +1,13 @@
-"""Real questions, the whole way, on two CPU cores: a small random policy with the Qwen2.5 tokenizer
-on MuSiQue.
+r"""A whole run on real questions, on two CPU cores: a small random policy on MuSiQue.
 
-    python -m stepsearch_jax.train --config=configs/musique_tiny.py --workdir=runs/musique --config.iterations=5 \
-        --config.data.path=FOLDER --config.prompt.tokenizer=FOLDER
+    python -m stepsearch_jax.train --config=configs/musique_tiny.py --workdir=runs/musique \
+        --config.iterations=5 --config.data.path=FOLDER --config.prompt.tokenizer=FOLDER
 
 data.path: a folder with the official files, train and validation as .jsonl or .jsonl.gz, and
 optionally corpus.jsonl(.gz); prompt.tokenizer: a folder with Qwen2.5's tokenizer.json(.gz), which
-`hf download Qwen/Qwen2.5-0.5B tokenizer.json --local-dir data/tokenizer_qwen2_5` fetches. Without
-the two flags they are `musique` and `tokenizer_qwen2_5` in the folder that STEPSEARCH_DATA names. A
-short fine-tuning teaches the form of a search, no more: the policy will not answer well.
+`hf download Qwen/Qwen2.5-0.5B tokenizer.json --local-dir data/tokenizer_qwen2_5` fetches. The
+defaults are `musique` and `tokenizer_qwen2_5` in the folder that STEPSEARCH_DATA names. A short
+fine-tuning teaches only the form of a search: the policy will not answer well.
 """
 
 import os
@@ -32,14 +31,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.search.max_observation_tokens = 192
 
     model = config.model
-    (
-        model.num_layers,
-        model.embed_dim,
-        model.num_heads,
-        model.num_kv_heads,
-        model.head_dim,
-        model.ffn_dim,
-    ) = (2, 64, 4, 2, 16, 128)
+    model.num_layers, model.embed_dim, model.ffn_dim = 2, 64, 128
+    model.num_heads, model.num_kv_heads, model.head_dim = 4, 2, 16
     model.rope_theta = 10000.0
     model.previous_token_peak = 12.0
 

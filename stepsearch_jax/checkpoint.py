@@ -1,6 +1,7 @@
-"""Checkpoints of the full training state, and of parameters alone (orbax). A checkpoint is there
-whole or not at all: on a disk it gets its name when it is complete, in a bucket (gs://…) a last
-file marks it as complete.
+"""Checkpoints of the full training state, and of parameters alone (orbax).
+
+A checkpoint is complete or not there: on a disk it gets its name when it is complete; in a bucket
+(gs://…) a last file marks it as complete.
 """
 
 from __future__ import annotations
@@ -18,9 +19,7 @@ from jax.experimental import multihost_utils
 
 
 class Checkpoints:
-    """The numbered checkpoints of one stage under `folder`: saved in the background, the newest
-    `keep` stay.
-    """
+    """The numbered checkpoints of one stage in `folder`: saved in the background; `keep` stay."""
 
     def __init__(self, folder: os.PathLike, keep: int):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
@@ -33,12 +32,13 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, number: int, state) -> None:
-        """Saves a pytree of arrays; returns as soon as it may be donated or changed. The one before
-        must be complete first.
+        """Saves a pytree of arrays; returns as soon as it may be donated or changed.
+
+        Waits until the checkpoint before is complete.
         """
-        # what kills have left; orbax lets the other processes wait here
+        # Once per process: remove what kills have left. orbax makes the other processes wait.
         if not self._is_clean and jax.process_index() == 0:
-            # a bucket has no empty folders
+            # In a bucket a folder without files does not exist.
             for path in self._folder.iterdir() if self._folder.is_dir() else ():
                 if path.is_dir() and ocp.utils.is_tmp_checkpoint(path):
                     path.rmtree()
@@ -47,13 +47,12 @@ class Checkpoints:
         self._saved_at = time.monotonic()
 
     def keep_pace(self, number: int, state, *, every: int, minutes: float, last: bool) -> bool:
-        """Saves the state if it is the last, if `every` divides its number, if `minutes` (0: never)
-        have passed since the last time, or if the program is to end -> whether it is to end. Call
-        it with every number in turn.
+        """Saves the state if a checkpoint is due -> whether the program must end.
 
-        A program of several processes is to end when one of them got a SIGTERM; all of them learn
-        it after the same number. A program of one process ends at the signal itself, with what it
-        has saved.
+        One is due if the state is the last, if `every` divides its number, if `minutes` (0: never)
+        have passed since the last one, or if the program must end. Call it with every number in
+        turn. Several processes must end when one of them got a SIGTERM; all of them learn it after
+        the same number. A single process ends at the signal itself, with what it has saved.
         """
         ending = self._manager.reached_preemption(number)
         if last or ending or number % every == 0 or self._is_late(minutes):
@@ -61,7 +60,7 @@ class Checkpoints:
         return ending and not last
 
     def _is_late(self, minutes: float) -> bool:
-        """The same on all processes: the first one's clock decides."""
+        """Whether `minutes` have passed, by the clock of process 0, so that all processes agree."""
         return bool(minutes) and bool(
             multihost_utils.broadcast_one_to_all(
                 np.bool_(time.monotonic() - self._saved_at >= 60.0 * minutes)
@@ -69,19 +68,19 @@ class Checkpoints:
         )
 
     def restore(self, number: int, abstract_state):
-        """The checkpoint, each leaf with shape, type and sharding of `abstract_state` (arrays or
-        ShapeDtypeStructs). Raises ValueError as `load_params` does.
+        """The checkpoint, with the shapes, dtypes and shardings of `abstract_state`'s leaves (arrays
+        or ShapeDtypeStructs). Raises ValueError as `load_params` does.
         """
-        with _checked(
-            self._folder / str(number) / "default",
-            abstract_state,
-            f"give the flags of the run, or remove {self._folder / str(number)}: the same command "
-            "then goes on from the checkpoint before",
-        ):
+        folder = self._folder / str(number)
+        remedy = (
+            f"give the flags of the run, or remove {folder}: the same command then resumes from the "
+            "checkpoint before"
+        )
+        with _checked(folder / "default", abstract_state, remedy):
             state = self._manager.restore(
                 number, args=ocp.args.StandardRestore(_abstract(abstract_state))
             )
-        self._manager.reached_preemption(number)  # from where `keep_pace` counts on
+        self._manager.reached_preemption(number)  # the number that `keep_pace` continues from
         return state
 
     def close(self) -> None:
@@ -97,15 +96,16 @@ def save_params(folder: os.PathLike, params) -> None:
 
 
 def has_params(folder: os.PathLike) -> bool:
-    """Whether `folder` holds parameters that `save_params` has written to the end."""
+    """Whether `folder` holds parameters that `save_params` wrote completely."""
     path = _absolute(folder)
     return path.is_dir() and ocp.utils.is_checkpoint_finalized(path)
 
 
 def load_params(folder: os.PathLike, abstract_state, remedy: str):
-    """Parameters saved by `save_params`, with shape, type and sharding of `abstract_state`. Raises
-    FileNotFoundError where there are none, and ValueError for those of another model and for
-    damaged ones. remedy: what the user can do then, for the message.
+    """Parameters saved by `save_params`, with shapes, dtypes and shardings of `abstract_state`.
+
+    Raises FileNotFoundError if there are none, and ValueError for those of another model and for
+    damaged ones. remedy: what the message says the user can do then.
     """
     if not has_params(folder):
         raise FileNotFoundError(f"there is no checkpoint at {folder}: {remedy}")
@@ -118,8 +118,8 @@ def load_params(folder: os.PathLike, abstract_state, remedy: str):
 
 @contextlib.contextmanager
 def _checked(folder: epath.Path, abstract_state, remedy: str) -> Iterator[None]:
-    """Around reading `folder`: compares what it says to hold with `abstract_state` before, and
-    tells of damage in one line (ValueError); orbax would fill pages.
+    """Around reading `folder`: compares its metadata with `abstract_state` first, and reports damage
+    in one line (ValueError), for which orbax would print pages.
     """
     try:
         there, here = (
@@ -135,7 +135,7 @@ def _checked(folder: epath.Path, abstract_state, remedy: str) -> Iterator[None]:
             f"{folder} is damaged, or no checkpoint of this program ({type(error).__name__}: "
             f"{' '.join(str(error).split())[:200]}): {remedy}"
         ) from error
-    except OSError as error:  # of the disk or the network, at this moment
+    except OSError as error:  # a fault of disk or network, which may pass
         raise OSError(
             f"{folder} could not be read ({' '.join(str(error).split())[:200]}): try again"
         ) from error

@@ -1,6 +1,4 @@
-"""How JSON and text files are read and written, whole or not at all; and what is said of folders
-that cannot be used.
-"""
+"""JSON and text files, written whole or not at all; and checks of folders and output files."""
 
 from __future__ import annotations
 
@@ -13,9 +11,7 @@ from typing import Any
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any] | None:
-    """The object of a JSON file, None when there is no such file. Raises ValueError when it holds
-    anything else.
-    """
+    """The object in a JSON file, None if there is no such file; ValueError for any other content."""
     if not path.is_file():
         return None
     try:
@@ -36,11 +32,11 @@ def write_json(path: pathlib.Path, value) -> None:
 
 
 def read_json_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file, in order. A last line that a kill cut off (no line end, no
-    valid JSON) is left out.
+    """The objects of a JSON-lines file, in order, without a last line that a kill cut off (no line
+    end, no valid JSON).
 
-    Raises FileNotFoundError when there is no such file and ValueError, with the line number, when
-    any other line is not a JSON object.
+    Raises FileNotFoundError if there is no such file, and ValueError, with the line number, if any
+    other line is not a JSON object.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
@@ -52,7 +48,7 @@ def read_json_lines(path: pathlib.Path) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
         except ValueError as error:  # bytes that are not UTF-8 included
-            if number == len(lines):  # nothing, not even a line end, follows: the write was cut off
+            if number == len(lines):  # no line end follows: the write was cut off
                 break
             raise ValueError(
                 f"{path}, line {number}: not valid JSON ({error}); repair or delete the line"
@@ -68,7 +64,7 @@ def read_json_lines(path: pathlib.Path) -> list[dict[str, Any]]:
 
 def write_text(path: pathlib.Path, text: str) -> None:
     """Writes a file, whole or not at all."""
-    if in_bucket(path):  # an object is there whole or not at all
+    if in_bucket(path):  # buckets store objects whole or not at all
         path.write_text(text, encoding="utf-8")
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -77,14 +73,12 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 
 def in_bucket(path: os.PathLike) -> bool:
-    """Whether a path is a bucket's (gs://…), where files are written whole and never appended to."""
+    """Whether a path is in a bucket (gs://…), where files are written whole, never appended to."""
     return "://" in str(path)
 
 
 def check_output(flag: str, path: str | pathlib.Path | None) -> None:
-    """Raises OSError, naming the flag, if `path` is no file that can be written; None or "" is none
-    to write.
-    """
+    """Raises OSError, naming the flag, if the file `path` cannot be written; None or "": no file."""
     if not path:
         return
     path = pathlib.Path(path)
@@ -101,9 +95,7 @@ def check_output(flag: str, path: str | pathlib.Path | None) -> None:
 
 
 def check_workdir(workdir: pathlib.Path) -> None:
-    """Raises OSError if --workdir is no folder that can be written, nor can become one; makes
-    nothing. Buckets are not asked.
-    """
+    """Raises OSError if --workdir cannot be written or made. Makes nothing; skips buckets."""
     if in_bucket(workdir):
         return
     nearest = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
@@ -118,8 +110,8 @@ def check_workdir(workdir: pathlib.Path) -> None:
 
 
 def check_buckets(*folders: str) -> None:
-    """Raises ValueError if one of the folders is in a bucket and nothing is installed with which
-    etils reads and writes buckets: gcsfs, or TensorFlow.
+    """Raises ValueError if a folder is in a bucket and etils cannot use buckets, for which it needs
+    gcsfs or TensorFlow.
     """
     for folder in folders:
         if folder.startswith("gs://") and not any(

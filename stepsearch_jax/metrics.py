@@ -1,9 +1,8 @@
-"""What a run reports about itself while it runs: `metrics.jsonl`, TensorBoard events and progress
-bars.
+"""Metrics of a run: `metrics.jsonl`, TensorBoard events and progress bars.
 
-`metrics.jsonl` is the record that everything else reads: one JSON object a line, `{"stage": "rl",
-"iteration": 12, "f1": 0.41, …}`. But for `seconds/…` and `compiled_programs`, which tell of the
-process, the file of a run that was killed and resumed equals the file of a run that was not.
+`metrics.jsonl` is what everything else reads. It has one JSON object per line, `{"stage": "rl",
+"iteration": 12, "f1": 0.41, …}`. The file of a run that was killed and resumed equals that of an
+uninterrupted run, except for `seconds/…` and `compiled_programs`, which depend on the process.
 """
 
 from __future__ import annotations
@@ -23,16 +22,16 @@ from etils import epath
 from stepsearch_jax.files import in_bucket, read_json_lines, write_text
 
 METRICS_FILE = "metrics.jsonl"
-_LINE_SECONDS = 30.0  # between two progress lines where nobody watches a terminal
-_TENSORBOARD_SECONDS = 10  # at most so much of the TensorBoard curves is lost to a kill
+_LINE_SECONDS = 30.0  # between two progress lines if stderr is not a terminal
+_TENSORBOARD_SECONDS = 10  # a kill loses at most this much of the TensorBoard curves
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """Every line of `workdir`/metrics.jsonl, in order: {"stage": str, "iteration": int, name: float
-    or None (was NaN or infinite), …}.
+    """All lines of `workdir`/metrics.jsonl, in order.
 
-    Raises FileNotFoundError when the run has no metrics.jsonl and ValueError, with the line number,
-    when a line is malformed.
+    A line is {"stage": str, "iteration": int, name: float or None (was NaN or infinite), …}.
+    Raises FileNotFoundError if the run has no metrics.jsonl, and ValueError, with the line number,
+    if a line is malformed.
     """
     path = epath.Path(workdir) / METRICS_FILE
     rows = read_json_lines(path)
@@ -46,9 +45,7 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def moving_average(y: np.ndarray, window: int) -> np.ndarray:
-    """Centred mean over `window` <= n neighbours, fewer at the ends; NaN counts for nothing. y: [n]
-    -> [n].
-    """
+    """Centred mean of y [n] over `window` <= n neighbours, fewer at the ends, without NaN -> [n]."""
     kernel, finite = np.ones(window), np.isfinite(y)
     total = np.convolve(np.where(finite, y, 0.0), kernel, mode="same")
     count = np.convolve(finite.astype(float), kernel, mode="same")
@@ -59,28 +56,27 @@ class MetricsWriter:
     """Appends metrics to `workdir`/metrics.jsonl and to TensorBoard events under
     `workdir`/tensorboard/<stage>.
 
-    `start_iteration`: the iteration at which this process starts or resumes its first stage; a
-    checkpoint of s finished iterations resumes at s. Just before the first line of a stage is
-    written, the lines of that stage that an earlier process wrote for `start_iteration` or later
-    (or for the iteration of the line to be written, if that is earlier) are dropped, and so is a
-    line that a kill cut off. Lines of other stages stay. In a program of several processes, one
-    writes. In a bucket there are no TensorBoard events.
+    start_iteration: the iteration at which this process starts or resumes its first stage; a
+    checkpoint of s finished iterations resumes at s. Before the first line of a stage is written,
+    lines of that stage that an earlier process wrote for `start_iteration` or later (or for the new
+    line's iteration, if that is earlier) are dropped, and so is a line that a kill cut off. Lines
+    of other stages stay. In a program of several processes, only one may write. In a bucket there
+    are no TensorBoard events.
     """
 
     def __init__(self, workdir: str | os.PathLike, start_iteration: int):
         self._workdir = epath.Path(workdir)
         self._workdir.mkdir(parents=True, exist_ok=True)
         self._start_iteration = start_iteration
-        # one TensorBoard run a stage, so that a stage is resumed by itself
+        # One TensorBoard run per stage, so that each stage is resumed by itself.
         self._events: dict[str, tensorboardX.SummaryWriter] = {}
 
     def write(self, stage: str, iteration: int, values: Mapping[str, float]) -> None:
-        """Appends one line and flushes it. `values`: name -> number (anything `float` takes:
-        Python, NumPy or device scalars).
+        """Appends one line and flushes it.
 
-        NaN and infinite values are stored as null, so that the line is valid JSON, and are left out
-        of TensorBoard. Raises ValueError for a value that is not a number and for a metric called
-        "stage" or "iteration".
+        values: name -> number (a Python, NumPy or device scalar). NaN and infinite values become
+        null, so that the line is valid JSON, and are left out of TensorBoard. Raises ValueError for
+        a value that is not a number, and for a metric called "stage" or "iteration".
         """
         row: dict[str, Any] = {"stage": stage, "iteration": int(iteration)}
         for name, value in values.items():
@@ -98,10 +94,8 @@ class MetricsWriter:
             row[name] = number if math.isfinite(number) else None
         if stage not in self._events:
             self._open_stage(stage, min(self._start_iteration, row["iteration"]))
-        path, line = (
-            self._workdir / METRICS_FILE,
-            json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n",
-        )
+        path = self._workdir / METRICS_FILE
+        line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
         if in_bucket(path):
             write_text(path, (path.read_text() if path.exists() else "") + line)
         else:
@@ -131,9 +125,7 @@ class MetricsWriter:
         )
 
     def close(self) -> None:
-        """Flushes and closes the TensorBoard files; `metrics.jsonl` is complete after every
-        `write`.
-        """
+        """Flushes and closes the TensorBoard files; `metrics.jsonl` needs no closing."""
         for events in self._events.values():
             events.close()
 
@@ -161,20 +153,18 @@ class _Lines:
 
 class _Bar(tqdm.tqdm):
     def set_postfix(self, ordered_dict=None, refresh=False, **values):
-        """As tqdm's, but waits for the next regular drawing: a log file would get a line at every
-        call otherwise.
-        """
+        """Like tqdm's, but waits for the next regular drawing: a log gets no line at every call."""
         super().set_postfix(ordered_dict, refresh=refresh, **values)
 
 
 def progress(work: Iterable | int, description: str) -> tqdm.tqdm:
-    """A progress bar on stderr with the time left: iterate over it, or, when `work` is a number of
-    units, call its `update(n)`.
+    """A progress bar on stderr with the time left.
 
-    `bar.set_postfix(f1=0.41)` shows named metrics behind the bar. Where stderr is not a terminal,
-    plain lines about 30 s apart replace the bar.
+    Iterate over it or, if `work` is a number of units, call its `update(n)`.
+    `bar.set_postfix(f1=0.41)` shows named metrics after the bar. If stderr is not a terminal, plain
+    lines about 30 s apart replace the bar.
     """
-    description = description.removesuffix(":")  # tqdm puts its own behind it
+    description = description.removesuffix(":")  # tqdm adds its own
     iterable, total = (None, work) if isinstance(work, int) else (work, None)
     if sys.stderr.isatty():
         return _Bar(iterable, total=total, desc=description, dynamic_ncols=True)

@@ -172,7 +172,7 @@ def test_train_and_evaluate_look_at_what_the_run_began_with(
     monkeypatch.setattr(evaluate, "build_system", lambda *_: exchanged)
     with pytest.raises(
         ValueError,
-        match=r"other data \(.*questions of validation\): give it .* or name what else .* in config.evaluation.datasets",
+        match=r"other data \(.*questions of validation\).* config.evaluation.datasets",
     ):
         evaluate.evaluate_command(config, tmp_path)
 

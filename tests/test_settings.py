@@ -210,7 +210,7 @@ def test_settings_that_do_not_fit_together(name):
     [
         (
             {"rollout.temperature": 0.0},
-            "config.rollout.temperature is 0, with which all episodes of a question are the same",
+            "config.rollout.temperature is 0",
         ),
         (
             SAMPLER | {"rollout.temperature": 0.8},

@@ -27,14 +27,8 @@ def get_config(cache_dir: str) -> ml_collections.ConfigDict:
     config.search.timeout_s = 20.0
 
     model = config.model
-    (
-        model.num_layers,
-        model.embed_dim,
-        model.num_heads,
-        model.num_kv_heads,
-        model.head_dim,
-        model.ffn_dim,
-    ) = (2, 32, 4, 2, 8, 64)
+    model.num_layers, model.embed_dim, model.ffn_dim = 2, 32, 64
+    model.num_heads, model.num_kv_heads, model.head_dim = 4, 2, 8
     model.tie_embeddings, model.remat = False, "none"
 
     rollout = config.rollout

@@ -1,11 +1,12 @@
-"""The paper's eight ablations beside StePPO and PPO on F1 alone: which reward does what. The
+r"""The paper's eight ablations beside StePPO and PPO on F1 alone: which reward does what. The
 answer's F1 always stays.
 
-    python launch/sweep.py --sweep=configs/sweeps/ablations.py --config=configs/atlas_sweep.py --workdir=runs/sweep --jobs=2
+    python launch/sweep.py --sweep=configs/sweeps/ablations.py --config=configs/atlas_sweep.py \
+        --workdir=runs/sweep --jobs=2
 
-10 rows, 8 different runs a seed: about 24 minutes on two cores that have other work; 6 of them
-beside configs/sweeps/baselines.py, whose StePPO and PPO are the same runs. Without the key reward
-the step rewards are left, and without the step rewards the key reward: each pair is one run in two
+10 rows, 8 different runs per seed: about 24 minutes on two busy cores; 6 runs after
+configs/sweeps/baselines.py, whose StePPO and PPO are the same runs. "without key reward" is the
+same as "step only", and "without step rewards" the same as "key only": each pair is one run in two
 rows. All rows but PPO's have StePPO's learning rate.
 """
 

@@ -1,7 +1,8 @@
-"""What the step rewards add: StePPO, PPO and GRPO on the answer's F1 alone, and StePPO with all its
+r"""What the step rewards add: StePPO, PPO and GRPO on the answer's F1 alone, and StePPO with all its
 rewards on the last token.
 
-    python launch/sweep.py --sweep=configs/sweeps/baselines.py --config=configs/atlas_sweep.py --workdir=runs/sweep --jobs=2
+    python launch/sweep.py --sweep=configs/sweeps/baselines.py --config=configs/atlas_sweep.py \
+        --workdir=runs/sweep --jobs=2
 
 16 runs; with configs/sweeps/ablations.py 22, which took 64 minutes on two cores that had other
 work. All methods have the warm start, the episodes and the optimiser steps of an iteration in

@@ -1,10 +1,11 @@
-"""How far StePPO's result depends on the seed, that is on which questions come when and on what is
+r"""How far StePPO's result depends on the seed, that is on which questions come when and on what is
 sampled.
 
-    python launch/sweep.py --sweep=configs/sweeps/seeds.py --config=configs/atlas_sweep.py --workdir=runs/sweep --jobs=2
+    python launch/sweep.py --sweep=configs/sweeps/seeds.py --config=configs/atlas_sweep.py \
+        --workdir=runs/sweep --jobs=2
 
-10 runs, about 30 minutes on two cores that have other work; 5 of them beside
-configs/sweeps/baselines.py, which has the others.
+10 runs, about 30 minutes on two busy cores; 5 runs after configs/sweeps/baselines.py, which has the
+other 5.
 """
 
 from configs.sweeps.baselines import LEARNING_RATES, METHODS, set_learning_rate

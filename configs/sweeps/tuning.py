@@ -1,7 +1,8 @@
-"""The learning rate of each baseline, chosen alike for all: the best F1 of three rates, in shorter
+r"""The learning rate of each baseline, chosen alike for all: the best F1 of three rates, in shorter
 runs, on the validation world.
 
-    python launch/sweep.py --sweep=configs/sweeps/tuning.py --config=configs/atlas_sweep.py --workdir=runs/tuning --jobs=2
+    python launch/sweep.py --sweep=configs/sweeps/tuning.py --config=configs/atlas_sweep.py \
+        --workdir=runs/tuning --jobs=2
 
 12 runs, 36 minutes on two cores that had other work. The rates chosen go into LEARNING_RATES of
 configs/sweeps/baselines.py. Neither the questions that choose nor the seed are those that the

@@ -1,5 +1,5 @@
-"""What a policy answers without searching on its own: from what it knows, from one search for the
-question itself, or from the gold documents.
+"""Baselines that cannot search: direct answers, answers from one search for the question itself,
+and answers from the gold documents.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ DIRECT, SINGLE_SEARCH, GOLD = "direct answer", "single-shot RAG", "gold document
 
 @dataclasses.dataclass(frozen=True)
 class Baselines:
-    """`system` has one split for each baseline, named after it, and settings under which a policy
-    may only answer. given[name][row]: corpus ids of the documents in a question's prompt;
-    given[DIRECT] is None.
+    """A system with one split per baseline, named after it, in which a policy may only answer.
+
+    given[name][row]: corpus ids of the documents in a question's prompt; given[DIRECT] is None.
     """
 
     system: System
@@ -29,15 +29,15 @@ class Baselines:
 
 
 def make_baselines(system: System, split_name: str, count: int) -> Baselines:
-    """Prompts for the first `count` questions of a split; documents stand in them as a search would
-    show them, behind the question.
+    """Prompts for the first `count` questions of a split, with documents after the question.
 
-    One search may fill as much as in an episode (search.max_observation_tokens), gold documents as
-    much as all of an episode's searches, within rollout.context; in so much room stand as many
-    documents as searches would bring there (search.k each). Of more gold documents the first are
-    shown, in the order of the hops, and the others left out. Without any gold document among the
-    questions there is no such baseline.
+    Documents look as a search shows them. One search gets as many tokens as in an episode
+    (search.max_observation_tokens); gold documents get as many as all searches of an episode,
+    within rollout.context. That room holds as many documents as these searches return (search.k
+    each). If there are more gold documents, the first ones are shown, in the order of the hops.
+    Without any gold documents the split has no such baseline.
     """
+    # The documents for each question.
     questions = list(system.splits[split_name].questions[:count])
     found = [
         tuple(int(i) for i in ids if i >= 0)
@@ -50,6 +50,8 @@ def make_baselines(system: System, split_name: str, count: int) -> Baselines:
     }
     if not any(documents[GOLD]):
         del documents[GOLD]
+
+    # The prompts, all padded to one width, so that one program serves all baselines.
     searches = {DIRECT: 0, SINGLE_SEARCH: 1, GOLD: system.settings.max_turns}
     prompts, given = {}, {}
     for name, of_questions in documents.items():
@@ -57,12 +59,9 @@ def make_baselines(system: System, split_name: str, count: int) -> Baselines:
             _encode_prompt(system, question.question, ids, searches[name])
             for question, ids in zip(questions, of_questions, strict=True)
         ]
-        prompts[name], given[name] = (
-            [tokens for tokens, _ in encoded],
-            None if name == DIRECT else [shown for _, shown in encoded],
-        )
+        prompts[name] = [tokens for tokens, _ in encoded]
+        given[name] = None if name == DIRECT else [shown for _, shown in encoded]
     width = max(len(ids) for encoded in prompts.values() for ids in encoded)
-    # of one width: one program for all
     splits = {
         name: Split(questions, *pad_tokens(encoded, width)) for name, encoded in prompts.items()
     }
@@ -75,8 +74,9 @@ def make_baselines(system: System, split_name: str, count: int) -> Baselines:
 def _encode_prompt(
     system: System, question: str, documents: Sequence[int] | None, searches: int
 ) -> tuple[list[int], tuple[int, ...]]:
-    """The question's prompt, behind it the documents that the room of so many searches holds, cut
-    to share it -> its tokens, and which documents these are.
+    """-> (tokens of the question's prompt with documents, ids of these documents).
+
+    The documents are those that fit into the room of `searches` searches, cut to share it.
     """
     encode, search_config = system.tokenizer.encode, system.config.search
     prompt = encode(render_baseline(system.config.prompt.template, question, documents is not None))
@@ -95,5 +95,5 @@ def _encode_prompt(
 
 
 def _turn_room(system: System) -> int:
-    """Tokens of one turn, and one more: an episode whose context is full counts as truncated."""
+    """Tokens of one turn plus one: an episode whose context is full counts as truncated."""
     return system.settings.max_turn_tokens + 1

@@ -26,8 +26,8 @@ from stepsearch_jax.run.system import System, check_searches, process_rows
 
 logger = logging.getLogger("stepsearch_jax")
 
-# what processes tell one another is filled up to a multiple of it: one program passes on many
-# lengths
+# Data gathered from all processes are padded to a multiple of this, so that one program serves many
+# lengths.
 GATHERED_BYTES = 1 << 20
 MEANS = ("em", "f1", "gold_recall", "searches", "invalid", "truncated")
 
@@ -41,8 +41,9 @@ def count_questions(system: System, split_name: str) -> int:
 def collect_greedily(
     system: System, sample_episodes, params, split_name: str, description: str, answer_gain=None
 ) -> Iterator[tuple[np.ndarray, Collected]]:
-    """One greedy episode for every question of the split, a rollout at a time -> (row of each of
-    this process's episodes, -1: fills up; the rollout).
+    """One greedy episode for every question of the split, one rollout after the other.
+
+    Yields (row of each of this process's episodes, -1: padding; the rollout).
     """
     total = count_questions(system, split_name)
     size = system.config.rollout.prompts * system.config.rollout.group_size
@@ -50,29 +51,26 @@ def collect_greedily(
     for start in progress(range(0, total, size), description):
         rows = np.arange(start, start + size)
         rows[rows >= total] = -1
-        split = system.splits[split_name]
-        yield (
-            rows[mine],
-            collect(
-                system,
-                sample_episodes,
-                params,
-                split,
-                rows,
-                jax.random.key(0),
-                temperature=0.0,
-                answer_gain=answer_gain,
-            ),
+        rollout = collect(
+            system,
+            sample_episodes,
+            params,
+            system.splits[split_name],
+            rows,
+            jax.random.key(0),
+            temperature=0.0,
+            answer_gain=answer_gain,
         )
+        yield rows[mine], rollout
 
 
 def evaluate_policy(
     system: System, sample_episodes, params, split_name: str, description: str, answer_gain=None
 ) -> tuple[dict[str, float], list[dict]]:
-    """Greedy, every question of the split exactly once -> (means: em, f1, gold_recall, searches,
-    invalid, truncated; one dump per question, in their order).
+    """Evaluates greedily, every question of the split exactly once -> (means, dumps).
 
-    On several processes both are of all of them.
+    Means: em, f1, gold_recall, searches, invalid, truncated. Dumps: one per question, in their
+    order (`dump_episode`). Both cover all processes.
     """
     total = count_questions(system, split_name)
     sums, dumps = np.zeros(len(MEANS) + 2), {}
@@ -100,9 +98,7 @@ def evaluate_policy(
 
 
 def gather_dumps(dumps: dict[int, dict]) -> list[dict]:
-    """Row of each of this process's questions -> what is told of it; -> the same of all processes,
-    in the order of the rows.
-    """
+    """This process's dumps by row -> the dumps of all processes, in the order of the rows."""
     raw = np.frombuffer(json.dumps(list(dumps.items())).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.int32(len(raw)))
     padded = np.zeros(-(-int(sizes.max()) // GATHERED_BYTES) * GATHERED_BYTES, np.uint8)
@@ -140,29 +136,27 @@ def evaluate_script(
 
 
 def _sum_measures(episodes: list[Episode], scores: StepScores, valid: np.ndarray) -> np.ndarray:
-    """Of the valid episodes: their number, the sums of MEANS, and the number whose gold documents
-    are known.
+    """Over the valid episodes: their number, the sums of MEANS, and how many have known gold
+    documents.
     """
-    m = scores.measures
+    measures = scores.measures
     invalid = [any(turn.status.name == "INVALID" for turn in episode.turns) for episode in episodes]
     truncated = [episode.truncated for episode in episodes]
     columns = [
         np.ones(len(episodes)),
-        m.em,
-        m.f1,
-        m.gold_recall,
-        m.searches,
+        measures.em,
+        measures.f1,
+        measures.gold_recall,
+        measures.searches,
         invalid,
         truncated,
-        m.gold_known,
+        measures.gold_known,
     ]
     return np.array([np.asarray(column, float)[valid].sum() for column in columns])
 
 
 def _divide(sums: np.ndarray) -> dict[str, float]:
-    """Means over questions; the gold recall over those whose gold documents are known, 0 if there
-    are none.
-    """
+    """Means over questions; gold recall over those with known gold documents, 0 without any."""
     total, *sums, known = sums.tolist()
     return {
         name: value / (max(known, 1) if name == "gold_recall" else total)
@@ -171,7 +165,8 @@ def _divide(sums: np.ndarray) -> dict[str, float]:
 
 
 def dump_episode(system: System, episode: Episode, scores: StepScores, b: int) -> dict:
-    """One line of transcripts.jsonl, as `report.py` describes it (without "when")."""
+    """One line of transcripts.jsonl, without "when" (`report/transcripts.py` checks its keys)."""
+    # One entry per turn; a document is "seen" if an earlier turn returned it.
     question, gold, seen, turns = episode.question, set(episode.question.gold_ids), set(), []
     for k, turn in enumerate(episode.turns):
         documents = [system.source.documents[i] for i in turn.doc_ids]
@@ -184,13 +179,13 @@ def dump_episode(system: System, episode: Episode, scores: StepScores, b: int) -
                 "observation": turn.observation,
                 "documents": [
                     {
-                        "id": d.id,
-                        "title": d.title,
-                        "text": d.text,
-                        "gold": d.id in gold,
-                        "seen": d.id in seen,
+                        "id": document.id,
+                        "title": document.title,
+                        "text": document.text,
+                        "gold": document.id in gold,
+                        "seen": document.id in seen,
                     }
-                    for d in documents
+                    for document in documents
                 ],
                 "gain": float(scores.gain[b, k]),
                 "redundancy": float(scores.redundancy[b, k]),
@@ -225,13 +220,10 @@ def write_transcripts(folder: pathlib.Path, dumps: dict[str, list[dict]]) -> Non
 
 
 def evaluate_controls(system: System, split_name: str) -> dict[str, dict[str, float]]:
-    """What scripts reach on the split: the searcher that demonstrations come from, and a perfect
-    one.
-    """
+    """Means of two scripts on the split: the demonstrated searcher, and a perfect one."""
+    poor = dict(system.config.sft.decision_weights)
     return {
-        "scripted searcher": evaluate_script(
-            system, split_name, dict(system.config.sft.decision_weights)
-        ),
+        "scripted searcher": evaluate_script(system, split_name, poor),
         "perfect searcher": evaluate_script(system, split_name, PERFECT),
     }
 
@@ -239,8 +231,8 @@ def evaluate_controls(system: System, split_name: str) -> dict[str, dict[str, fl
 def write_results(
     system: System, folder: pathlib.Path, before: dict, after: dict, dumps: dict[str, list[dict]]
 ) -> dict:
-    """Writes evaluation.json, transcripts.jsonl and report.html into `folder` (process 0) and
-    prints the table -> the contents of evaluation.json.
+    """Writes evaluation.json, transcripts.jsonl and report.html into `folder` and prints the table,
+    on process 0 -> the contents of evaluation.json.
     """
     evaluation_config = system.config.evaluation
     result = {
@@ -252,7 +244,7 @@ def write_results(
     if evaluation_config.controls:
         try:
             result["controls"] = evaluate_controls(system, evaluation_config.split)
-        except ValueError as error:  # a script's episode may not fit, where the policy's do
+        except ValueError as error:  # a script's episode may not fit, even if the policy's do
             logger.warning("the controls are left out: %s", error)
     if jax.process_index() == 0:
         write_transcripts(folder, dumps)

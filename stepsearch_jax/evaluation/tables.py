@@ -1,13 +1,15 @@
-"""A policy on several data sets beside baselines that cannot search: one table, with bootstrap
-intervals, and everything behind it.
+"""A policy on several data sets, beside baselines that cannot search: a table with intervals.
 
-    WORKDIR/evaluation/table.md, table.json     all data sets, in the layout of the paper's Table 1; then every measure of each
-    WORKDIR/evaluation/NAME/questions.jsonl     every question under every method: prediction and measures
-    WORKDIR/evaluation/NAME/report.html         transcripts of the episodes that search, from evaluation.json and transcripts.jsonl beside it
+    WORKDIR/evaluation/
+        table.md, table.json      all data sets, in the layout of the paper's Table 1; then every
+                                  measure of each, with bootstrap intervals
+        NAME/questions.jsonl      every question under every method: prediction and measures
+        NAME/report.html          transcripts of the episodes that search, from evaluation.json and
+                                  transcripts.jsonl in the same folder
 
 Methods: direct answer; single-shot RAG, one search for the question itself; the gold documents
-given; and the policy's own episodes, before RL and after, or zero-shot where WORKDIR holds no run.
-The baselines are answered by the policy before RL.
+given; and the policy's own episodes, before RL and after, or zero-shot if WORKDIR holds no run. The
+policy before RL answers the baselines.
 """
 
 from __future__ import annotations
@@ -45,17 +47,18 @@ from stepsearch_jax.run.system import System, build_system
 logger = logging.getLogger("stepsearch_jax")
 
 BEFORE, AFTER, ZERO_SHOT = "searching, before RL", "searching, after RL", "searching, zero-shot"
-WHEN = {BEFORE: "before", ZERO_SHOT: "before", AFTER: "after"}  # as transcripts.jsonl has it
+WHEN = {BEFORE: "before", ZERO_SHOT: "before", AFTER: "after"}  # "when" in transcripts.jsonl
 
 
 def parse_datasets(text: str, default_split: str) -> dict[str, tuple[str, str, str]]:
-    """config.evaluation.datasets -> name in the table -> (kind, folder, split). Raises ValueError
-    for an entry that is not KIND:FOLDER[:SPLIT], or twice.
+    """config.evaluation.datasets -> name in the table -> (kind, folder, split).
+
+    Raises ValueError for an entry that is not KIND:FOLDER[:SPLIT], or that occurs twice.
     """
     found = {}
     for entry in text.split(","):
         kind, *rest = entry.strip().split(":")
-        # which has no files
+        # atlas has no files: its FOLDER may be empty
         if not kind or not 1 <= len(rest) <= 2 or not rest[0] and kind != "atlas":
             raise ValueError(
                 f"config.evaluation.datasets holds {entry!r}; an entry is KIND:FOLDER or "
@@ -74,19 +77,16 @@ def configure(
 ) -> ml_collections.ConfigDict:
     """The config with another data set in it."""
     config = ml_collections.ConfigDict(config.to_dict())  # not locked
-    config.data.kind, config.data.path, config.data.train_split, config.data.train_questions = (
-        kind,
-        folder,
-        "",
-        0,
-    )
+    config.data.kind, config.data.path = kind, folder
+    config.data.train_split, config.data.train_questions = "", 0
     config.evaluation.split = split
     return config.lock()
 
 
 def evaluate_datasets(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
-    """The command -> the contents of table.json. Raises ValueError or FileNotFoundError, before
-    anything is computed, for what is wrong with a data set.
+    """The command -> the contents of table.json.
+
+    Raises ValueError or FileNotFoundError for a faulty data set, before anything is computed.
     """
     wanted = parse_datasets(config.evaluation.datasets, config.evaluation.split)
     systems = {name: _open_dataset(config, name, *dataset) for name, dataset in wanted.items()}
@@ -99,10 +99,9 @@ def evaluate_datasets(config: ml_collections.ConfigDict, workdir: pathlib.Path) 
         "data_sets": {},
     }
     for name, system in systems.items():
-        table["data_sets"][name] = measure_dataset(
-            system, policies, name, workdir / "evaluation" / name
-        )
-        if jax.process_index() == 0:  # after each data set: what is there survives an interruption
+        folder = workdir / "evaluation" / name
+        table["data_sets"][name] = measure_dataset(system, policies, name, folder)
+        if jax.process_index() == 0:  # after each data set, so that an interruption keeps it
             write_json(workdir / "evaluation" / "table.json", table)
             write_text(workdir / "evaluation" / "table.md", render_table(table))
     if jax.process_index() == 0:
@@ -120,8 +119,9 @@ def _open_dataset(
 
 
 def load_policies(system: System, workdir: pathlib.Path) -> dict[str, object]:
-    """Method -> parameters as the learner has them: of the run in WORKDIR, or the pretrained ones,
-    untrained. The baselines go with the first.
+    """Method -> the learner's parameters: those of the run in WORKDIR, or the pretrained ones.
+
+    The first policy also answers the baselines.
     """
     if (workdir / "start").is_dir():
         check_readable(workdir, system.config)
@@ -142,7 +142,8 @@ def load_policies(system: System, workdir: pathlib.Path) -> dict[str, object]:
 def measure_dataset(
     system: System, policies: dict[str, object], name: str, folder: pathlib.Path
 ) -> dict:
-    """Every method on one data set -> its part of table.json; writes what stands in `folder`."""
+    """Every method on one data set -> its part of table.json; writes the files in `folder`."""
+    # Baselines: one prompt, one answer.
     split_name = system.config.evaluation.split
     count = count_questions(system, split_name)
     hops = max(
@@ -157,22 +158,19 @@ def measure_dataset(
             baselines.system, sample, params, method, f"{name}, {method}", given, count, hops
         )
         lines += [{"method": method} | dump for dump in dumps]
+
+    # The policies' own episodes, without documents in their prompts.
     sample, to_rollout_layout = make_sampler(system)
-    transcripts = {}
+    transcripts, nothing = {}, [()] * count
     for method, policy in policies.items():
-        nothing = [()] * count
+        params, description = to_rollout_layout(policy), f"{name}, {method}"
         methods[method], dumps = measure_method(
-            system,
-            sample,
-            to_rollout_layout(policy),
-            split_name,
-            f"{name}, {method}",
-            nothing,
-            count,
-            hops,
+            system, sample, params, split_name, description, nothing, count, hops
         )
         lines += [{"method": method} | dump for dump in dumps]
         transcripts[WHEN[method]] = dumps
+
+    # The data set's part of the table, and the files behind it.
     means = {
         method: {key: estimates["invalid_turns" if key == "invalid" else key].mean for key in MEANS}
         for method, estimates in methods.items()
@@ -196,13 +194,8 @@ def measure_dataset(
             {"questions": count, **measures, "controls": controls, "retrieval": system.retrieval},
         )
         write_transcripts(folder, transcripts)
-        write_text(
-            folder / "questions.jsonl",
-            "".join(
-                json.dumps({key: value for key, value in line.items() if key != "turns"}) + "\n"
-                for line in lines
-            ),
-        )
+        rows = [{key: value for key, value in line.items() if key != "turns"} for line in lines]
+        write_text(folder / "questions.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         write_report(folder)
     return result
 
@@ -217,9 +210,12 @@ def measure_method(
     count: int,
     hops: int,
 ) -> tuple[dict[str, Estimate], list[dict]]:
-    """Greedy, every one of the `count` questions once -> (every measure; of every question a dump
-    with the measures in it, in their order).
+    """Evaluates greedily, each of the `count` questions once -> (estimates, dumps).
+
+    Estimates: of every measure. Dumps: one per question, in their order, with its measures.
+    given: corpus ids of the documents in each question's prompt; None for direct answers.
     """
+    # Each question's measures as (amount, weight) pairs, in the rows of this process.
     names, texts = list_measures(hops), read_texts(system.source.documents)
     pairs, seen, dumps = np.zeros((count, len(names), 2)), np.zeros(count, int), {}
     for rows, rollout in collect_greedily(system, sample, params, split_name, description):
@@ -239,6 +235,8 @@ def measure_method(
                 | shown
                 | {"measures": measures}
             )
+
+    # All processes together must have answered each question once.
     seen, pairs = (
         multihost_utils.process_allgather(x).reshape(-1, *x.shape).sum(0) for x in (seen, pairs)
     )
@@ -261,9 +259,8 @@ def measure_method(
 
 
 def render_table(table: dict) -> str:
-    """table.json -> Markdown: methods x (data sets x EM / F1), then every measure of each data set
-    with its interval.
-    """
+    """table.json -> Markdown: methods x (data sets x EM / F1), then all measures with intervals."""
+    # A measure is missing where a method is; its mean is None where no question has it.
     sets = table["data_sets"]
     methods = list(
         dict.fromkeys(method for of_set in sets.values() for method in of_set["methods"])
@@ -274,6 +271,8 @@ def render_table(table: dict) -> str:
         if value["mean"] is None
         else f"{show(value)} [{format_number(value['low'])}, {format_number(value['high'])}]"
     )
+
+    # EM and F1 of every method on every data set.
     lines = [
         "| method | " + " | ".join(f"{name} EM | F1" for name in sets) + " |",
         "|---|" + "---|---|" * len(sets),
@@ -290,6 +289,8 @@ def render_table(table: dict) -> str:
         f"{table['template']}. In brackets: 95 % bootstrap intervals over questions, "
         f"{table['resamples']} resamples."
     )
+
+    # Every measure of each data set.
     for name, of_set in sets.items():
         measures = list(next(iter(of_set["methods"].values())))
         lines += [
