@@ -68,13 +68,13 @@ class Checkpoints:
         )
 
     def restore(self, number: int, abstract_state):
-        """The checkpoint, with the shapes, dtypes and shardings of `abstract_state`'s leaves (arrays
-        or ShapeDtypeStructs). Raises ValueError as `load_params` does.
+        """The checkpoint, with shapes, dtypes and shardings of `abstract_state` (of arrays or
+        ShapeDtypeStructs). Raises ValueError as `load_params` does.
         """
         folder = self._folder / str(number)
         remedy = (
-            f"give the flags of the run, or remove {folder}: the same command then resumes from the "
-            "checkpoint before"
+            f"give the flags of the run, or remove {folder}: the same command then resumes from "
+            "the checkpoint before"
         )
         with _checked(folder / "default", abstract_state, remedy):
             state = self._manager.restore(
@@ -118,8 +118,8 @@ def load_params(folder: os.PathLike, abstract_state, remedy: str):
 
 @contextlib.contextmanager
 def _checked(folder: epath.Path, abstract_state, remedy: str) -> Iterator[None]:
-    """Around reading `folder`: compares its metadata with `abstract_state` first, and reports damage
-    in one line (ValueError), for which orbax would print pages.
+    """Around reading `folder`: first compares its metadata with `abstract_state`, and reports damage
+    in one line (ValueError); orbax would print pages.
     """
     try:
         there, here = (

@@ -80,7 +80,7 @@ EXPORTED = re.compile(
 
 
 def check_target(folder: pathlib.Path, config) -> None:
-    """Raises ValueError unless `folder` is missing, empty, or an earlier export and nothing else."""
+    """Raises ValueError unless `folder` is missing, empty or just an earlier export."""
     if folder.resolve() == pathlib.Path.cwd():
         raise ValueError(
             f"--folder={folder} is the current folder, which would be replaced: name another place"

@@ -11,7 +11,7 @@ from typing import Any
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any] | None:
-    """The object in a JSON file, None if there is no such file; ValueError for any other content."""
+    """The object in a JSON file; None if there is no file. ValueError for any other content."""
     if not path.is_file():
         return None
     try:
@@ -78,7 +78,7 @@ def in_bucket(path: os.PathLike) -> bool:
 
 
 def check_output(flag: str, path: str | pathlib.Path | None) -> None:
-    """Raises OSError, naming the flag, if the file `path` cannot be written; None or "": no file."""
+    """Raises OSError, naming the flag, if file `path` cannot be written; None and "" pass."""
     if not path:
         return
     path = pathlib.Path(path)

@@ -65,7 +65,10 @@ def test_a_file_of_flags_is_refused(start, tmp_path):
 
 
 def test_flags_of_the_user_come_last_and_so_count(start):
-    own = "--xla_backend_extra_options=-unroll-full-max-count=64 --xla_force_host_platform_device_count=2"
+    own = (
+        "--xla_backend_extra_options=-unroll-full-max-count=64 "
+        "--xla_force_host_platform_device_count=2"
+    )
     assert start(own, "cpu", ()).split() == [VECTORS, *own.split()]
 
 
@@ -94,7 +97,8 @@ def command(config, workdir):
         time.sleep(60)
     if sys.argv[1] == "in a program":  # that never ends
         threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
-        jax.block_until_ready(jax.jit(lambda x: jax.lax.while_loop(lambda x: x[0] > 0, lambda x: x + 1, x))(jnp.ones(2)))
+        endless = lambda x: jax.lax.while_loop(lambda x: x[0] > 0, lambda x: x + 1, x)
+        jax.block_until_ready(jax.jit(endless)(jnp.ones(2)))
     if sys.argv[1] == "beside a search":
         def search():
             with Watchdog(60, "a limit").watching("the search"):

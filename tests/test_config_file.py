@@ -7,10 +7,30 @@ import pytest
 from stepsearch_jax.cli import read_config
 
 FILES = {
-    "plain.py": "import ml_collections\n\ndef get_config():\n    return ml_collections.ConfigDict({'seed': 0, 'on': True})\n",
-    "word.py": "import ml_collections\n\ndef get_config(word):\n    return ml_collections.ConfigDict({'word': word})\n",
-    "sizes.py": "from __future__ import annotations\nimport dataclasses\nimport ml_collections\n\n@dataclasses.dataclass\nclass Sizes:\n    layers: int = 2\n\n"
-    "def get_config():\n    return ml_collections.ConfigDict({'layers': Sizes().layers})\n",
+    "plain.py": """
+import ml_collections
+
+def get_config():
+    return ml_collections.ConfigDict({'seed': 0, 'on': True})
+""",
+    "word.py": """
+import ml_collections
+
+def get_config(word):
+    return ml_collections.ConfigDict({'word': word})
+""",
+    "sizes.py": """
+from __future__ import annotations
+import dataclasses
+import ml_collections
+
+@dataclasses.dataclass
+class Sizes:
+    layers: int = 2
+
+def get_config():
+    return ml_collections.ConfigDict({'layers': Sizes().layers})
+""",
     "sweep.py": "def sweep(add):\n    pass\n",
     "broken.py": "def get_config(:\n",
     "raising.py": "def get_config():\n    return {}['seed']\n",
@@ -18,17 +38,11 @@ FILES = {
     "notes.md": "# Notes\n",
 }
 REFUSED = {  # flags -> the message
-    ("none.py",): r"flag --config=none\.py: there is no file none\.py: name a config",
+    ("none.py",): r"flag --config=none\.py: there is no file none\.py",
     ("",): r"flag --config=: there is no file",
-    (
-        "plain.py:foo",
-    ): r"flag --config=plain\.py:foo: plain\.py takes no argument after a colon: leave :foo away",
-    (
-        "word.py",
-    ): r"flag --config=word\.py: word\.py takes an argument after a colon: write word\.py:ARGUMENT",
-    (
-        "sweep.py",
-    ): r"flag --config=sweep\.py: .*no attribute 'get_config'; a config defines get_config\(\).*launch/sweep\.py takes sweep files",
+    ("plain.py:foo",): r"flag --config=plain\.py:foo: plain\.py takes no argument.* :foo",
+    ("word.py",): r"flag --config=word\.py: word\.py takes an argument.* word\.py:ARGUMENT",
+    ("sweep.py",): r"flag --config=sweep\.py: .*'get_config'.* get_config\(\).*launch/sweep\.py",
     ("broken.py",): r"flag --config=broken\.py: broken\.py: SyntaxError: ",
     ("raising.py",): r"flag --config=raising\.py: raising\.py, line 2: KeyError: 'seed'; ",
     ("nothing.py",): r"flag --config=nothing\.py: nothing\.py.*get_config\(\) returns NoneType",

@@ -34,7 +34,7 @@ def system(tmp_path_factory) -> System:
 
 
 class Scripted:
-    """Takes the place of the episode program: the script runs the prompts. Keeps what it was asked."""
+    """Replaces the episode program: the script runs the prompts. Keeps what it was asked."""
 
     def __init__(self, system: System, shares: dict[str, float]):
         self.system, self.shares, self.asked = system, shares, []

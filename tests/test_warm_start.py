@@ -75,8 +75,7 @@ def script(system: System, shares, seed=0, settings=None, known_fraction=0.0):
     return trajectory, to_episodes(trajectory, split.questions, system.tokenizer)
 
 
-# ---- the script
-# ------------------------------------------------------------------------------------------------------------------------------------
+# --- the script
 
 
 def test_a_perfect_searcher_is_right_when_the_retrieval_works(system):
@@ -213,8 +212,7 @@ def test_what_the_script_refuses(system, shares, change, message):
         script(system, shares, settings=dataclasses.replace(system.settings, **change))
 
 
-# ---- demonstrations
-# --------------------------------------------------------------------------------------------------------------------------------
+# --- demonstrations
 
 
 def test_demonstrations_of_single_hops_and_of_whole_questions(system):
@@ -310,8 +308,7 @@ def test_single_hops_of_questions_without_any(system, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-# ---- the exchange of names
-# ---------------------------------------------------------------------------------------------------------------------------
+# --- the exchange of names
 
 
 def test_names_are_exchanged_consistently_and_nothing_else(system):
@@ -356,8 +353,7 @@ def test_an_exchanged_name_stays_in_its_split(system):
                 assert (kind.first.index(first) + kind.second.index(second)) % 4 == (i + j) % 4
 
 
-# ---- where the first policy comes from
-# -----------------------------------------------------------------------------------------------------------------
+# --- where the first policy comes from
 
 
 def test_the_start_is_given_kept_and_read_again(system, tmp_path):

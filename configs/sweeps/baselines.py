@@ -1,13 +1,12 @@
-r"""What the step rewards add: StePPO, PPO and GRPO on the answer's F1 alone, and StePPO with all its
-rewards on the last token.
+r"""What the step rewards add: StePPO, beside PPO and GRPO on the answer's F1 alone, and beside
+StePPO with all its rewards on the last token.
 
     python launch/sweep.py --sweep=configs/sweeps/baselines.py --config=configs/atlas_sweep.py \
         --workdir=runs/sweep --jobs=2
 
-16 runs; with configs/sweeps/ablations.py 22, which took 64 minutes on two cores that had other
-work. All methods have the warm start, the episodes and the optimiser steps of an iteration in
-common: GRPO takes 8 questions with 8 episodes each, where the others take the 64 questions of
-configs/atlas_sweep.py once.
+16 runs; with configs/sweeps/ablations.py 22, which took 64 minutes on two busy cores. All methods
+share the warm start, and have the same number of episodes and optimiser steps per iteration: GRPO
+has 8 questions with 8 episodes each, the others the 64 questions of configs/atlas_sweep.py once.
 """
 
 # Chosen by configs/sweeps/tuning.py, on other questions and another seed; for policy and value

@@ -1,5 +1,4 @@
-r"""How far StePPO's result depends on the seed, that is on which questions come when and on what is
-sampled.
+r"""How far StePPO's result depends on the seed: on the order of questions and on sampling.
 
     python launch/sweep.py --sweep=configs/sweeps/seeds.py --config=configs/atlas_sweep.py \
         --workdir=runs/sweep --jobs=2

@@ -204,7 +204,7 @@ def _draw(curve: Curve, series: Mapping[str, tuple[np.ndarray, np.ndarray]], ide
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True)
 
-    # For the page: no metadata, namespaces or fonts; ids of its own; the page's colours and a label.
+    # For the page: no metadata, namespaces or fonts; its own ids; the page's colours; a label.
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
