@@ -120,7 +120,7 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
 
     config.mesh = mesh = ml_collections.ConfigDict()
     mesh.data = -1  # copies of the model; -1 = all devices that the other axes leave
-    # Shards of parameters and optimiser state. A batch's rows are split over data and fsdp together.
+    # Shards of parameters and optimiser state; a batch's rows are split over data and fsdp.
     mesh.fsdp = 1
     # Shards of heads, ffn and vocabulary. It must divide model.num_kv_heads, and all shards of one
     # copy lie within one host.

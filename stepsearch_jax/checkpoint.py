@@ -118,8 +118,8 @@ def load_params(folder: os.PathLike, abstract_state, remedy: str):
 
 @contextlib.contextmanager
 def _checked(folder: epath.Path, abstract_state, remedy: str) -> Iterator[None]:
-    """Around reading `folder`: first compares its metadata with `abstract_state`, and reports damage
-    in one line (ValueError); orbax would print pages.
+    """Around reading `folder`: compares its metadata with `abstract_state` first, and reports
+    damage in one line (ValueError); orbax would print pages.
     """
     try:
         there, here = (

@@ -45,7 +45,7 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def moving_average(y: np.ndarray, window: int) -> np.ndarray:
-    """Centred mean of y [n] over `window` <= n neighbours, fewer at the ends; ignores NaN. -> [n]"""
+    """Centred mean over `window` <= n neighbours, fewer at the ends; ignores NaN. y: [n] -> [n]."""
     kernel, finite = np.ones(window), np.isfinite(y)
     total = np.convolve(np.where(finite, y, 0.0), kernel, mode="same")
     count = np.convolve(finite.astype(float), kernel, mode="same")

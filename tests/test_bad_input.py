@@ -126,88 +126,87 @@ def write_tokenizer(folder: pathlib.Path, without: int | None) -> dict[str, obje
 CASES = {
     "malformed row": (
         lambda f: write_musique(f, [ROW, {**ROW, "answer": 7}]),
-        r"train\.jsonl, line 2: field 'answer' should be str, not int",
+        r"train\.jsonl, line 2: .*'answer'",
     ),
     "not JSON": (
         lambda f: write_musique(f, [ROW, ROW, '{"id": ']),
-        r"train\.jsonl, line 3: not JSON",
+        r"train\.jsonl, line 3: ",
     ),
-    "empty corpus": (lambda f: write_musique(f, [ROW], []), r"corpus\.jsonl: the file is empty"),
+    "empty corpus": (lambda f: write_musique(f, [ROW], []), r"corpus\.jsonl.* empty"),
     "missing path": (
         lambda f: {"data.kind": "musique", "data.path": str(f / "nothing")},
-        "no train, validation or test file .* in .*nothing: set data.path",
+        "nothing.*data.path",
     ),
     "no path": (
         lambda f: {"data.kind": "musique", "data.path": ""},
-        "data.path is empty: set it to the folder of MuSiQue",
+        "data.path is empty",
     ),
     "empty cache": (lambda f: {"data.cache_dir": ""}, "config.data.cache_dir is empty"),
     "a file for a cache": (
         lambda f: write_lines(f / "file", []) or {"data.cache_dir": str(f / "file")},
-        "cache_dir=.*file cannot be made a folder",
+        "cache_dir=.*file",
     ),
     "missing byte": (
         lambda f: write_tokenizer(f / "bytes", without=ord("<")),
-        r"tokenizer\.json: tokenizer lacks byte 0x3c \('<'\)",
+        r"tokenizer\.json: .* 0x3c ",
     ),
     "missing tokenizer": (
         lambda f: {"prompt.tokenizer": str(f / "nothing")},
-        "tokenizer folder .*nothing does not exist",
+        "tokenizer .*nothing",
     ),
     "long prompt": (
         lambda f: {"prompt.max_prompt_tokens": 12},
-        r"prompt of question train-\d+ has \d+ tokens, more than "
-        r"config.prompt.max_prompt_tokens=12",
+        r"question train-\d+ .*config.prompt.max_prompt_tokens=12",
     ),
     "mesh and devices": (
         lambda f: {"mesh.data": 3},
-        "mesh data x fsdp x tensor = 3 x 1 x 2 does not use the 8 devices here",
+        "mesh .*3 x 1 x 2 .*8 devices",
     ),
     "kv heads": (
         lambda f: {"mesh.data": 2, "mesh.tensor": 4},
-        "2 x 1 x 4 would split a kv head.*num_kv_heads=2: set config.mesh to one that works here: ",
+        "2 x 1 x 4 .*num_kv_heads=2.*config.mesh",
     ),
     "slices": (
         lambda f: {"mesh.slices": 2},
-        "config.mesh.slices is 2, but the 8 devices here belong to 1 slices",
+        "config.mesh.slices is 2",
     ),
     "no such mesh axis": (
         lambda f: {"mesh.train_rules.ffn": "model"},
-        "config.mesh.train_rules.ffn is 'model'; it must be data or fsdp or tensor or None",
+        "config.mesh.train_rules.ffn is 'model'.* data or fsdp or tensor or None",
     ),
     "uneven cut": (
         lambda f: {"mesh.data": 1, "mesh.fsdp": 4, "model.embed_dim": 30},
-        "mesh.fsdp=4 does not divide the model.s embed axis of 30",
+        "mesh.fsdp=4 .*embed axis of 30",
     ),
     "mesh and batch": (
         lambda f: {"rollout.prompts": 10},
-        r"10 episodes .* cannot be cut into 4 mesh shards",
+        r"10 episodes .*rollout.prompts.* 4 mesh shards",
     ),
-    "micro-batch": (lambda f: {"rl.microbatch_size": 3}, "rl.microbatch_size=3 must be a multiple"),
+    "micro-batch": (lambda f: {"rl.microbatch_size": 3}, "rl.microbatch_size=3 "),
     "slots and mesh": (
         lambda f: {"rollout.slots": 6},
-        r"rollout.slots=6 must be 0 \(all\), or a multiple of the 4 mesh shards",
+        r"rollout.slots=6 .* 4 mesh shards",
     ),
     "too many slots": (
         lambda f: {"rollout.slots": 400},
-        "rollout.slots=400 must be .* up to the [0-9]+ episodes of an iteration",
+        "rollout.slots=400 .*[0-9]+ episodes",
     ),
     "fine-tuning rows": (
         lambda f: {"sft.phases": ((10, 6, False, 0.0, 0.02),)},
-        "6 rows .* cannot be cut into 4 mesh shards",
+        "6 rows .*sft.phases.* 4 mesh shards",
     ),
-    "short context": (lambda f: {"rollout.context": 100}, "rollout.context=100 has no room"),
+    "short context": (lambda f: {"rollout.context": 100}, "rollout.context=100 "),
     "small observation": (
         lambda f: {"search.max_observation_tokens": 5},
-        "more than max_observation_tokens=5",
+        "max_observation_tokens=5",
     ),
     "endless saturation": (
         lambda f: {"search.bm25_k1": float("inf")},
-        "BM25's k1 is inf, and must be finite and not negative",
+        "k1 is inf",
     ),
     "unknown split": (
         lambda f: {"evaluation.split": "exam"},
-        "no split 'exam', only train, validation, test",
+        "'exam'.* train, validation, test",
     ),
     "unknown training split": (
         lambda f: {"data.train_split": "exam"},
@@ -215,16 +214,16 @@ CASES = {
     ),
     "unknown template": (
         lambda f: {"prompt.template": "long"},
-        "prompt template 'long' does not exist",
+        "template 'long'",
     ),
     "too few entities": (
         lambda f: {"data.atlas.entities": 10},
-        "a world needs at least 60 entities, not 10",
+        "60 entities, not 10",
     ),
     **{
         key: (
             lambda f, key=key: {key: "no such word"},
-            f"config.{re.escape(key)} is 'no such word'; it must be one of",
+            f"config.{re.escape(key)} is 'no such word'",
         )
         for key in CHOICES
     },
@@ -273,11 +272,11 @@ COMMANDS = {
     ),
     "missing byte": (
         ["--config.prompt.tokenizer={}/bytes"],
-        "^stepsearch_jax: .*tokenizer lacks byte 0x3c",
+        "^stepsearch_jax: .*tokenizer.* 0x3c",
     ),
     "mesh": (
         ["--config.mesh.data=3"],
-        "^stepsearch_jax: mesh data x fsdp x tensor = 3 x 1 x 1 does not use the 1 devices here",
+        "^stepsearch_jax: mesh .*3 x 1 x 1 .*1 devices",
     ),
     "unknown variant": (
         ["--config=configs/atlas_quickstart.py:foo"],
@@ -296,7 +295,7 @@ COMMANDS = {
     ),
     "no coordinator": (
         ["--config.distributed.processes=2"],
-        "^stepsearch_jax: config.distributed.processes=2 cannot be joined ",
+        "^stepsearch_jax: config.distributed.processes=2 ",
     ),
     "missing config": (["--config=configs/nothing.py"], r"^stepsearch_jax: .*configs/nothing\.py"),
 }

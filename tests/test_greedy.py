@@ -42,23 +42,24 @@ class Scripted:
     def __call__(self, params, prompts, group_ids, question_ids, key, temperature):
         prompts, group_ids, question_ids = rows_from_mesh((prompts, group_ids, question_ids))
         self.asked.append((prompts.active, question_ids, group_ids, float(temperature)))
-        s = self.system
-        questions = [s.splits["validation"].questions[max(0, row)] for row in question_ids]
+        system = self.system
+        questions = [system.splits["validation"].questions[max(0, row)] for row in question_ids]
         trajectory = run_script(
             questions,
             prompts.tokens,
             prompts.length,
-            s.source.documents,
-            s.search,
-            s.tokenizer,
-            s.settings,
-            s.environment.last_turn_warning,
+            system.source.documents,
+            system.search,
+            system.tokenizer,
+            system.settings,
+            system.environment.last_turn_warning,
             self.shares,
             known_fraction=0.0,
             seed=len(self.asked),
         )
         trajectory = trajectory.replace(question_ids=question_ids, group_ids=group_ids)
-        return rows_to_mesh(s.mesh, trajectory), rows_to_mesh(s.mesh, np.ones((4, 3), np.int32))
+        counters = np.ones((4, 3), np.int32)
+        return rows_to_mesh(system.mesh, trajectory), rows_to_mesh(system.mesh, counters)
 
 
 def test_every_question_counts_once(system):
@@ -115,10 +116,10 @@ def test_a_wrong_count_is_an_error(system, monkeypatch):
 
 
 def test_groups_are_episodes_of_one_question(system):
-    rollout = Scripted(system, PERFECT)
-    got = collect.collect(
+    sample = Scripted(system, PERFECT)
+    rollout = collect.collect(
         system,
-        rollout,
+        sample,
         None,
         system.splits["validation"],
         np.array([7, 2, 9, 4]),
@@ -126,13 +127,13 @@ def test_groups_are_episodes_of_one_question(system):
         1.0,
         group_size=2,
     )
-    assert rollout.asked[0][1].tolist() == [7, 7, 2, 2, 9, 9, 4, 4] and rollout.asked[0][
+    assert sample.asked[0][1].tolist() == [7, 7, 2, 2, 9, 9, 4, 4] and sample.asked[0][
         2
     ].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert [episode.question.uid for episode in got.episodes[::2]] == [
+    assert [episode.question.uid for episode in rollout.episodes[::2]] == [
         f"validation-{n}" for n in (7, 2, 9, 4)
     ]
-    assert got.searches.failed == 0 and got.scores.step_rewards.shape == (8, 4)
+    assert rollout.searches.failed == 0 and rollout.scores.step_rewards.shape == (8, 4)
 
 
 def test_dumps_of_all_processes_come_in_the_order_of_the_questions(monkeypatch):

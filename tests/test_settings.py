@@ -126,23 +126,22 @@ def test_bounds_that_are_allowed():
     )
 
 
-# what does not fit together -> (the keys to set, what the message says, what else to set to make it
-# right)
+# Keys that do not fit together -> (their values, what the message names, the remedy).
 TOGETHER = {
     "heads": (
         {"model.num_kv_heads": 3},
-        "must be a multiple of model.num_kv_heads=3",
+        "model.num_kv_heads=3",
         {"model.num_heads": 6},
     ),
-    "odd heads": ({"model.head_dim": 7}, "model.head_dim=7 even", {"model.head_dim": 6}),
+    "odd heads": ({"model.head_dim": 7}, "model.head_dim=7", {"model.head_dim": 6}),
     "KL that stays 0": (
         {"rl.kl_target": 0.01, "rl.kl_coef": 0.0},
-        "rl.kl_target=0.01 is approached by multiplying rl.kl_coef",
+        "rl.kl_target=0.01 .*rl.kl_coef",
         {"rl.kl_coef": 1e-3},
     ),
     "KL without gradient": (
         {"rl.kl_placement": "loss"},
-        "rl.kl_estimator=k1 has no gradient in expectation.*take k2 or k3",
+        "rl.kl_estimator=k1 .*k2 or k3",
         {"rl.kl_estimator": "k2"},
     ),
     "no KL at all": ({"rl.kl_placement": "loss"}, "rl.kl_estimator=k1", {"rl.kl_coef": 0.0}),
@@ -158,12 +157,12 @@ TOGETHER = {
     ),
     "heads without biases": (
         {"model.previous_token_peak": 12.0, "model.qkv_bias": False},
-        "previous_token_peak=12.0 is set by biases",
+        "previous_token_peak=12.0 .*model.qkv_bias",
         {"model.qkv_bias": True},
     ),
     "few demonstrations": (
         {"sft.phases": (PHASE,), "sft.demonstrations": 5},
-        "demonstrations=5 cannot be cut into the 6 groups",
+        "demonstrations=5 .*6 groups",
         {"sft.demonstrations": 6},
     ),
     "few but unused": (
@@ -173,7 +172,7 @@ TOGETHER = {
     ),
     "renamed pieces": (
         {"sft.phases": (PHASE,), "prompt.tokenizer": "folder"},
-        "sft.rename=True exchanges .*; it is folder",
+        "sft.rename=True .*prompt.tokenizer.* folder",
         {"sft.rename": False},
     ),
     "no decision": (
@@ -181,17 +180,17 @@ TOGETHER = {
             f"sft.decision_weights.{kind}": 0.0
             for kind in ("good", "vague", "repeat", "wrong", "early")
         },
-        "sft.decision_weights are all 0",
+        "sft.decision_weights",
         {"sft.decision_weights.wrong": 0.1},
     ),
     "short phase": (
         {"sft.phases": (PHASE[:4],)},
-        "a phase is .steps, rows",
+        "sft.phases",
         {"sft.phases": (PHASE,)},
     ),
     "infinite rate": (
         {"sft.phases": ((*PHASE[:4], math.inf),)},
-        "a phase is .steps, rows",
+        "sft.phases",
         {"sft.phases": (PHASE,)},
     ),
 }
