@@ -30,6 +30,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config = base.get_config()
     config.iterations = 80
 
+    # Questions of two and three hops in worlds of 400 entities; short prompts and observations.
     config.data.kind = "atlas"
     atlas = config.data.atlas
     atlas.entities = 400
@@ -43,6 +44,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.search.bm25_k1 = 2.5
     config.search.max_observation_tokens = 80
 
+    # A model of 0.6M parameters, and episodes of up to four searches.
     model = config.model
     model.num_layers, model.embed_dim, model.ffn_dim = 3, 128, 256
     model.num_heads, model.num_kv_heads, model.head_dim = 6, 2, 32
@@ -61,6 +63,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.policy.learning_rate, config.policy.warmup = 5e-4, 0.0
     config.value.learning_rate, config.value.warmup = 1e-3, 0.0
 
+    # The warm start, shipped or made again, and the variants.
     sft = config.sft
     sft.rename = True
     sft.known_fraction = 0.5

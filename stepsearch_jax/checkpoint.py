@@ -147,9 +147,7 @@ def _checked(folder: epath.Path, abstract_state, remedy: str) -> Iterator[None]:
 
 
 def _shapes(tree) -> dict[str, tuple[int, ...]]:
-    """Name of each leaf -> its shape; equal for a tree and for what orbax stores of it, whatever
-    its nodes are.
-    """
+    """Name of each leaf -> its shape; the same for a tree and for orbax's metadata of it."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)

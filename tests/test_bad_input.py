@@ -1,6 +1,4 @@
-"""Whatever is wrong with config, files or flags is said in one clear line, before anything is
-compiled.
-"""
+"""Errors in config, files and flags are reported in one clear line, before anything is compiled."""
 
 import importlib
 import json

@@ -1,5 +1,5 @@
-"""Checkpoints: when they are saved, that a kill at any moment leaves the one before, and that a
-told end is told to all processes at once.
+"""Checkpoints: when they are saved, that a kill at any moment leaves the one before, and that all
+processes end together after a SIGTERM to one of them.
 """
 
 import os
@@ -183,9 +183,9 @@ def test_params(tmp_path, monkeypatch):
     )
 
 
-# Two processes that count numbers until they are told to end; the clock of the second one stands
-# still: python TOLD FOLDER PROCESS PORT
-TOLD = """
+# Two processes that count numbers until one gets a SIGTERM; the clock of the second one stands
+# still: python COUNTING FOLDER PROCESS PORT
+COUNTING = """
 import sys, time, types
 import jax, jax.numpy as jnp
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -211,14 +211,14 @@ print("ended after", number, flush=True)
 
 
 @pytest.mark.slow
-def test_a_told_end_is_saved_by_all_processes_after_the_same_number(tmp_path):
+def test_after_a_sigterm_all_processes_save_the_same_number(tmp_path):
     import running
 
     environment = os.environ | {"PYTHONPATH": str(REPO), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
     port = running.free_port()
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", TOLD, str(tmp_path / "c"), str(n), str(port)],
+            [sys.executable, "-c", COUNTING, str(tmp_path / "c"), str(n), str(port)],
             env=environment,
             stdout=subprocess.PIPE,
             text=True,

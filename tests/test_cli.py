@@ -17,9 +17,7 @@ VECTORS = "--xla_backend_extra_options=-unroll-full-max-count=8"
 
 @pytest.fixture
 def start(monkeypatch):
-    """-> (flags of the environment, platforms JAX is told, installed plugins) -> the flags XLA then
-    reads.
-    """
+    """-> (flags of the environment, jax_platforms, installed plugins) -> the flags XLA reads."""
 
     def run(flags, platforms, plugins):
         monkeypatch.setenv("XLA_FLAGS", flags)
@@ -130,7 +128,7 @@ def test_an_interruption_ends_with_one_line(where):
         done.returncode == 130
         and done.stderr.splitlines()[-1] == "stepsearch_jax: interrupted; the same command goes on"
     ), done.stderr
-    if where != "in a callback":  # where jax may tell of it, too
+    if where != "in a callback":  # jax may print it as well
         assert done.stderr.count("\n") == 1
     assert (done.stdout == "tidied up\n") == (where in ("plainly", "beside a search"))
 
@@ -160,9 +158,9 @@ print(sorted(faults)[6] * resource.getpagesize() // 2**20)
     reason="malloc is not glibc's",
 )
 @pytest.mark.parametrize("memory, fresh", [("kept", range(0, 8)), ("left", range(48, 80))])
-def test_memory_is_used_again_instead_of_asked_for_anew(memory, fresh):
-    """MiB of pages that a call of a program faults in, the median of twelve: the hole that a block
-    leaves may be a little too small for the next one.
+def test_freed_memory_is_reused(memory, fresh):
+    """MiB of pages that a call of a program faults in, the median of twelve: a freed block may be
+    slightly too small for the next one.
     """
     found = subprocess.run(
         [sys.executable, "-c", PAGES, memory],

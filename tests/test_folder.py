@@ -138,7 +138,7 @@ def test_warm_ups_are_shares_of_the_first_iterations(run):
     assert check_resumable(folder, config, DATA)["iterations"] == 9
     (folder / "checkpoints/1").mkdir(parents=True)
     assert check_resumable(folder, config, DATA)["iterations"] == 2
-    # half written: nothing to go on from
+    # half written: nothing to resume from
     (folder / "checkpoints/1").rename(folder / "checkpoints/1.orbax-checkpoint-tmp")
     assert check_resumable(folder, config, DATA)["iterations"] == 9
 
@@ -178,7 +178,7 @@ def test_train_and_evaluate_look_at_what_the_run_began_with(
 
 
 def test_results_under_another_config_go(run):
-    """They would make a run that goes on with more iterations look finished."""
+    """They would make a run that is resumed for more iterations look finished."""
     folder, config = run
     (folder / "evaluation.json").write_text("{}")
     write_config(folder, config)

@@ -1,4 +1,4 @@
-"""Evaluation counts every question once, says of each what happened, and its files are those that
+"""Evaluation counts every question once, records what happened in each, and writes the files that
 the report reads.
 """
 
@@ -19,7 +19,7 @@ from stepsearch_jax.metrics import MetricsWriter
 from stepsearch_jax.report.page import write_report
 from stepsearch_jax.rollout.scripted import PERFECT, run_script
 from stepsearch_jax.run import collect
-from stepsearch_jax.run.folder import write_config
+from stepsearch_jax.run.folder import FORMAT, write_beginning, write_config
 from stepsearch_jax.run.system import System, build_system
 from stepsearch_jax.sharding import rows_from_mesh, rows_to_mesh
 
@@ -177,7 +177,7 @@ def test_controls_that_fail_are_left_out(system, tmp_path, monkeypatch):
 
 
 def test_evaluate_leaves_what_training_wrote(system, tmp_path, monkeypatch):
-    """A sweep takes a run for finished by its evaluation.json, and its table is made of it."""
+    """A sweep reads a run's evaluation.json, to know that it is finished and for its table."""
     policy = types.SimpleNamespace(policy=types.SimpleNamespace(params=None))
     monkeypatch.setattr(evaluate, "build_system", lambda *_: system)
     monkeypatch.setattr(evaluate, "begin_run", lambda *_: (policy, None, None, None))
@@ -185,9 +185,15 @@ def test_evaluate_leaves_what_training_wrote(system, tmp_path, monkeypatch):
         evaluate, "make_sampler", lambda _: (Scripted(system, PERFECT), lambda params: params)
     )
     write_config(tmp_path, system.config)
+    write_beginning(tmp_path, {"format": FORMAT, "data": {}})
     (tmp_path / "start").mkdir()
     evaluate.evaluate_command(system.config, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "start", "evaluation"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "config.json",
+        "run.json",
+        "start",
+        "evaluation",
+    }
     folder = tmp_path / "evaluation/validation"
     assert {path.name for path in folder.iterdir()} == {
         "config.json",

@@ -1,3 +1,5 @@
+"""Metrics: the log of a resumed run, TensorBoard events, and progress bars."""
+
 import io
 import json
 import math

@@ -1,3 +1,5 @@
+"""The page about a run: its curves, results and transcripts, all text escaped."""
+
 import html.parser
 import json
 import re

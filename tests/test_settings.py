@@ -1,5 +1,5 @@
-"""Settings that mean nothing, or that would ruin a run in silence, are refused before it starts;
-what stands beside them is not.
+"""Settings that mean nothing, or that would silently ruin a run, are refused before it starts;
+similar good ones are not.
 """
 
 import math
@@ -220,9 +220,7 @@ def test_settings_that_do_not_fit_together(name):
     ],
 )
 def test_sampling_that_the_learner_does_not_know(wrong, message, tmp_path):
-    """Refused where there are iterations to run, and by training alone: evaluation is greedy,
-    whatever the run was trained with.
-    """
+    """Training refuses it if there are iterations to run; evaluation, always greedy, does not."""
     with pytest.raises(ValueError, match=message):
         train.train(change(wrong), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -1,5 +1,5 @@
-"""The parts that a config becomes: rows of processes, padded batches, the vocabulary's unused ids,
-the measure of the retrieval, failed searches.
+"""The parts built from a config: rows of processes, padded batches, unused ids of the vocabulary,
+retrieval recall, failed searches.
 """
 
 import dataclasses
@@ -72,7 +72,7 @@ def test_rows_of_minus_one_fill_up_a_batch(system):
 
 
 def test_data_is_known_by_what_it_holds(system):
-    """The order of questions counts, and their number, and whatever they say."""
+    """The order of questions counts, and their number, and their whole text."""
     found, questions = system.describe_data(), system.splits["train"].questions
     assert (
         list(found) == ["corpus", "questions of train", "questions of validation"]

@@ -1,5 +1,5 @@
-"""The scripted searcher, the demonstrations made of it, the exchange of names in them, and where a
-run's first policy comes from.
+"""The scripted searcher, its demonstrations, the exchange of names in them, and where a run's first
+policy comes from.
 """
 
 import dataclasses
@@ -190,20 +190,17 @@ def test_the_seed_makes_the_script(system):
         (
             {"good": 0.5, "lazy": 0.5},
             {},
-            r"config.sft.decision_weights names \['lazy'\]; known are good, vague, repeat, "
-            r"wrong, early",
+            r"config.sft.decision_weights .*'lazy'",
         ),
         (
             PERFECT,
             {"max_turn_tokens": 3},
-            r"a scripted action of question validation-\d+ has \d+ tokens, more than "
-            r"config.rollout.max_turn_tokens",
+            r"question validation-\d+ .*config.rollout.max_turn_tokens",
         ),
         (
             PERFECT,
             {"context": 60},
-            r"the scripted episode of question validation-\d+ needs more than "
-            r"config.rollout.context=60 tokens: raise it",
+            r"question validation-\d+ .*config.rollout.context=60",
         ),
     ],
 )
@@ -240,10 +237,8 @@ def test_demonstrations_of_single_hops_and_of_whole_questions(system):
             )
 
 
-def test_spoiling_is_a_share(system):
-    """At 1 every decision is taken by config.sft.decision_weights (a quarter of them good), at 0
-    none.
-    """
+def test_a_fraction_of_decisions_is_poor(system):
+    """At 1 config.sft.decision_weights take every decision (a quarter of them good), at 0 none."""
     good = {
         query
         for question in system.splits["train"].questions

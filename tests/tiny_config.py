@@ -17,8 +17,8 @@ def get_config(cache_dir: str) -> ml_collections.ConfigDict:
     config.data.cache_dir = cache_dir
     atlas = config.data.atlas
     atlas.entities, atlas.shapes = 60, ("2hop",)
-    # 20: the last batch of eight is not full
-    atlas.train_questions, atlas.validation_questions, atlas.test_questions = (24, 20, 20)
+    atlas.train_questions = 24
+    atlas.validation_questions = atlas.test_questions = 20  # the last batch of eight is not full
 
     config.prompt.template = "short"
     config.prompt.max_prompt_tokens = 40
@@ -32,13 +32,8 @@ def get_config(cache_dir: str) -> ml_collections.ConfigDict:
     model.tie_embeddings, model.remat = False, "none"
 
     rollout = config.rollout
-    (
-        rollout.prompts,
-        rollout.max_turns,
-        rollout.max_turn_tokens,
-        rollout.context,
-        rollout.attention_block,
-    ) = 8, 2, 24, 256, 64
+    rollout.prompts, rollout.max_turns, rollout.max_turn_tokens = 8, 2, 24
+    rollout.context, rollout.attention_block = 256, 64
 
     config.rl.minibatches = 2
     config.rl.pad_to_multiple_of = 256

@@ -1,5 +1,5 @@
-"""What the folder of a run remembers: its config (config.json), and what it began with (run.json);
-which other configs and data may go on with it; and that one process at a time does.
+"""The folder of a run: its config (config.json), its format, first length and data (run.json), and
+a lock. Decides which configs and data may resume the run.
 """
 
 from __future__ import annotations
