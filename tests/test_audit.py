@@ -55,7 +55,8 @@ def test_gold_of_a_split_by_hand():
 
 def test_recall_by_hand():
     figures = measure_recall([FIRST, SECOND, THIRD], search, [1, 3])
-    # The question: of q1's documents 0, 1 and the lost one, none and two; of q2's documents 1 and 2, one and both.
+    # The question finds, with k = 1 and 3: of q1's documents 0, 1 and the lost one, none and two;
+    # of q2's documents 1 and 2, one and both.
     assert figures["the question"]["1"] == {
         "questions": 2,
         "sub_questions": 0,
@@ -80,15 +81,12 @@ def test_recall_by_hand():
     }
     # The accepted query brings 0, as its second document.
     accepted = figures["sub-questions and accepted queries"]
-    assert accepted["1"]["recall"] == pytest.approx(1 / 3) and accepted["3"][
-        "recall"
-    ] == pytest.approx(2 / 3)
+    assert accepted["1"]["recall"] == pytest.approx(1 / 3)
+    assert accepted["3"]["recall"] == pytest.approx(2 / 3)
     assert accepted["3"]["hop_recall"] == pytest.approx((1 + 1 / 2) / 2)
     without = measure_recall([SECOND, THIRD], search, [2])
-    assert (
-        set(without) == {"the question", "its sub-questions"}
-        and without["its sub-questions"]["2"]["recall"] is None
-    )
+    assert set(without) == {"the question", "its sub-questions"}
+    assert without["its sub-questions"]["2"]["recall"] is None
 
 
 texts = st.sampled_from("abcdefgh")
@@ -130,7 +128,7 @@ def test_recall_equals_plain_loops(rows, ranking, k):
         rows, lambda queries, count: np.array([ranking[query][:count] for query in queries]), [k]
     )
     name = list(figures)[-1]
-    shares, hops = [], []
+    recalls, hops = [], []
     for row in rows:
         needed, reached = set(), set()
         for sub in row.sub_questions:
@@ -138,50 +136,32 @@ def test_recall_equals_plain_loops(rows, ranking, k):
             for text in {sub.question, *sub.queries}:
                 own |= set(ranking[text][:k])
             if sub.gold_ids or sub.missing_gold:
-                hops.append(
-                    sum(i in own for i in sub.gold_ids)
-                    / (len(sub.gold_ids) + len(sub.missing_gold))
-                )
+                gold = len(sub.gold_ids) + len(sub.missing_gold)
+                hops.append(sum(i in own for i in sub.gold_ids) / gold)
             needed |= {*sub.gold_ids, *sub.missing_gold}
             reached |= own
         needed |= {*row.loose_gold_ids, *row.loose_missing_gold}
         if needed and row.sub_questions:
-            shares.append(len(needed & reached) / len(needed))
+            recalls.append(len(needed & reached) / len(needed))
     found = figures[name][str(k)]
-    assert found["recall"] == (pytest.approx(np.mean(shares)) if shares else None) and found[
-        "questions"
-    ] == len(shares)
+    assert found["recall"] == (pytest.approx(np.mean(recalls)) if recalls else None)
+    assert found["questions"] == len(recalls)
     assert found["hop_recall"] == (pytest.approx(np.mean(hops)) if hops else None)
 
 
 def test_overlap_by_hand():
     documents = [Document(0, "A", "The text."), Document(1, "B", "b"), Document(2, "a", "text")]
-    train = [
-        Question(
-            "t",
-            "Who is the  man?",
-            "x",
-            sub_questions=(
-                SubQuestion("One?", "a", gold_ids=(0,)),
-                SubQuestion("Two?", "b", missing_gold=(LACKING,)),
-            ),
-        )
-    ]
+    known = (
+        SubQuestion("One?", "a", gold_ids=(0,)),
+        SubQuestion("Two?", "b", missing_gold=(LACKING,)),
+    )
+    train = [Question("t", "Who is the  man?", "x", sub_questions=known)]
+    first = (SubQuestion("one", "c"), SubQuestion("Three?", "d"))
+    third = (SubQuestion("the one?", "c"),)
     rows = [
-        Question(
-            "e1",
-            "who is man",
-            "x",
-            sub_questions=(SubQuestion("one", "c"), SubQuestion("Three?", "d")),
-        ),
+        Question("e1", "who is man", "x", sub_questions=first),
         Question("e2", "Other?", "x", loose_gold_ids=(1, 2)),
-        Question(
-            "e3",
-            "Another?",
-            "x",
-            sub_questions=(SubQuestion("the one?", "c"),),
-            loose_missing_gold=(LACKING,),
-        ),
+        Question("e3", "Another?", "x", sub_questions=third, loose_missing_gold=(LACKING,)),
     ]
     assert measure_overlap(train, rows, documents) == {
         "questions": {"training": 1, "evaluation": 3, "rows": 1, "shared": ["who is man"]},
@@ -202,21 +182,21 @@ HOTPOT = {
 
 
 def test_command(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(
-        "stepsearch_jax.cli.start_logging", lambda: None
-    )  # it would silence this package's logger for later tests
+    # it would silence this package's logger for later tests
+    monkeypatch.setattr("stepsearch_jax.cli.start_logging", lambda: None)
+    other = {**HOTPOT, "id": "h2", "question": "When did Ann die?"}
+    film, ann, noise = (
+        {"title": title, "text": text}
+        for title, text in (
+            ("Film", "The film is by Ann."),
+            ("Ann", "Ann died in May."),
+            ("Noise", "May."),
+        )
+    )
     write_rows(tmp_path / "train.jsonl", [HOTPOT])
-    write_rows(
-        tmp_path / "validation.jsonl", [{**HOTPOT, "id": "h2", "question": "When did Ann die?"}]
-    )
-    write_rows(
-        tmp_path / "corpus.jsonl",
-        [{"title": "Film", "text": "The film is by Ann."}, {"title": "Noise", "text": "May."}],
-    )
-    write_rows(
-        tmp_path / "more.jsonl.gz",
-        [{"title": "Ann", "text": "Ann died in May."}, {"title": "Noise", "text": "May."}],
-    )
+    write_rows(tmp_path / "validation.jsonl", [other])
+    write_rows(tmp_path / "corpus.jsonl", [film, noise])
+    write_rows(tmp_path / "more.jsonl.gz", [ann, noise])
     arguments = [
         "audit",
         f"--config={REPO / 'configs/base.py'}",
@@ -230,61 +210,42 @@ def test_command(tmp_path, capsys, monkeypatch):
     ]
     prepare.main(arguments)
     printed, figures = capsys.readouterr().out, json.loads((tmp_path / "audit.json").read_text())
-    assert (
-        render(figures) in printed
-        and "hotpotqa: 2 passages\n" in printed
-        and "| train | 1 | 1 | 0 | 2 | 1 |" in printed
-    )
+    assert render(figures) in printed
+    assert "hotpotqa: 2 passages\n" in printed and "| train | 1 | 1 | 0 | 2 | 1 |" in printed
     assert figures["splits"]["train"]["gold"]["lacking"] == [
         {"title": "Ann", "text": "Ann died in May.", "questions": ["h1"]}
     ]
     assert figures["splits"]["train"]["recall"]["the question"]["3"]["recall"] == 0.5
-    assert (
-        "| validation: gold passages | 2 | 2 | 2 | 1 |" in printed
-        and "| validation: questions | 1 | 1 | 0 | 0 |" in printed
-    )
+    assert "| validation: gold passages | 2 | 2 | 2 | 1 |" in printed
+    assert "| validation: questions | 1 | 1 | 0 | 0 |" in printed
     assert len(figures["data"]["files"]["train"]["sha256"]) == 64
-    # With another corpus added: what was missing is found, and what both have stands there once.
-    prepare.main(
-        [*arguments, "--corpus", str(tmp_path / "more.jsonl.gz"), str(tmp_path / "corpus.jsonl")]
-    )
+    # With another corpus added: the missing passage is found, and a passage of both counts once.
+    corpora = [str(tmp_path / name) for name in ("more.jsonl.gz", "corpus.jsonl")]
+    prepare.main([*arguments, "--corpus", *corpora])
     printed, figures = capsys.readouterr().out, json.loads((tmp_path / "audit.json").read_text())
-    assert (
-        "hotpotqa: 3 passages, 1 of them from the 2 files added" in printed
-        and "| train | 1 | 1 | 1 | 2 | 0 |" in printed
-    )
+    assert "hotpotqa: 3 passages, 1 of them from the 2 files added" in printed
+    assert "| train | 1 | 1 | 1 | 2 | 0 |" in printed
     assert figures["splits"]["train"]["recall"]["the question"]["3"]["recall"] == 1.0
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--k", "3", "1"], "--k 3 1: numbers above 0 are needed, smallest first"),
-        (["--json=nowhere/x.json"], "--json=nowhere/x.json: name a file in a folder that is there"),
-        (
-            ["--config.data.path=nowhere"],
-            "no train, validation or test file .* in nowhere: set data.path to the folder of MuSiQue, from https://",
-        ),
-        (["--config.data.pth=x"], "--config.data.pth=x: the config has no such key"),
-        (
-            ["--config.search.bm25_k1=inf"],
-            "BM25's k1 is inf, and must be finite.*change config.search.bm25_k1",
-        ),
-        (["--config.search.bm25_b=1.5"], "its b is 1.5, and must lie in"),
-        (["--corpora=x"], "Unknown command line flag 'corpora'"),
+        (["--k", "3", "1"], "--k 3 1"),
+        (["--json=nowhere/x.json"], "--json=nowhere/x.json"),
+        (["--config.data.path=nowhere"], "nowhere.*data.path.*https://"),
+        (["--config.data.pth=x"], "--config.data.pth=x"),
+        (["--config.search.bm25_k1=inf"], "inf.*config.search.bm25_k1"),
+        (["--config.search.bm25_b=1.5"], "1.5.*bm25_b"),
+        (["--corpora=x"], "'corpora'"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, monkeypatch, arguments, message):
     monkeypatch.setattr("stepsearch_jax.cli.start_logging", lambda: None)
-    with pytest.raises(SystemExit, match=message):
-        prepare.main(
-            [
-                "audit",
-                f"--config={REPO / 'configs/base.py'}",
-                f"--config.data.cache_dir={tmp_path}",
-                *arguments,
-            ]
-        )
+    flags = [f"--config={REPO / 'configs/base.py'}", f"--config.data.cache_dir={tmp_path}"]
+    with pytest.raises(SystemExit, match=message) as caught:
+        prepare.main(["audit", *flags, *arguments])
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_an_interruption_is_one_line(monkeypatch, capsys):
@@ -295,10 +256,8 @@ def test_an_interruption_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr("stepsearch_jax.cli.start_logging", lambda: None)
     with pytest.raises(SystemExit, match="130"):
         prepare.main(["audit", "--config=atlas_quickstart"])
-    assert (
-        capsys.readouterr().err
-        == "stepsearch_jax: interrupted; the same command goes on from what is kept\n"
-    )
+    told = capsys.readouterr().err
+    assert told.startswith("stepsearch_jax: interrupted") and told.count("\n") == 1
 
 
 def test_help_and_unknown_commands(capsys):
@@ -319,15 +278,10 @@ def test_real_splits_have_in_common_what_is_known_of_them(shared_data):
         kind: read_records(OFFICIAL[kind].FORMAT, shared_data / kind)
         for kind in ("musique", "2wikimultihopqa")
     }
-    rows = {
-        kind: {
-            name: figures["rows"]
-            for name, figures in measure_overlap(
-                splits["train"], splits["validation"], documents
-            ).items()
-        }
-        for kind, (documents, splits, _) in read.items()
-    }
+    rows = {}
+    for kind, (documents, splits, _) in read.items():
+        overlap = measure_overlap(splits["train"], splits["validation"], documents)
+        rows[kind] = {name: figures["rows"] for name, figures in overlap.items()}
     assert rows == {
         "musique": {"questions": 0, "sub-questions": 0, "gold passages": 0},
         "2wikimultihopqa": {"questions": 0, "sub-questions": 8, "gold passages": 30},
@@ -336,7 +290,7 @@ def test_real_splits_have_in_common_what_is_known_of_them(shared_data):
 
 @pytest.mark.slow
 def test_real_musique_as_a_process(shared_data, tmp_path):
-    """Nothing missing, nothing in common, and as much recall as was measured."""
+    """Nothing is missing, nothing is shared, and recall is as measured before."""
     command = [
         sys.executable,
         "-m",
@@ -350,15 +304,12 @@ def test_real_musique_as_a_process(shared_data, tmp_path):
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     figures = json.loads((tmp_path / "audit.json").read_text())
-    assert figures["passages"] == 13_196 and all(
-        split["gold"]["missing"] == 0 for split in figures["splits"].values()
-    )
+    assert figures["passages"] == 13_196
+    assert all(split["gold"]["missing"] == 0 for split in figures["splits"].values())
     assert all(
         kind["rows"] == 0 and kind["training"] > 1000
         for kind in figures["overlap"]["validation"].values()
     )
     recall = figures["splits"]["validation"]["recall"]
-    assert (
-        recall["its sub-questions"]["3"]["recall"] == pytest.approx(0.842, abs=0.02)
-        and recall["the question"]["3"]["recall"] < 0.5
-    )
+    assert recall["its sub-questions"]["3"]["recall"] == pytest.approx(0.842, abs=0.02)
+    assert recall["the question"]["3"]["recall"] < 0.5

@@ -1,10 +1,13 @@
-"""What a data set and its corpus allow, before any training: a missing gold document costs more than most algorithms gain.
+"""What a data set and its corpus allow, before any training.
 
-    python -m stepsearch_jax.prepare audit --config=configs/X.py[:arg] [--corpus FILE …] [--k N …] [--json FILE] [--config.key=value …]
+    python -m stepsearch_jax.prepare audit --config=configs/X.py[:arg]
+        [--corpus FILE …] [--k N …] [--json FILE] [--config.key=value …]
 
-Three tables: the gold documents of each split, and how many of them the corpus lacks; the share of them that BM25 brings back when it is asked the gold
-queries, which no policy that asks such queries can surpass; and what training and evaluation rows have in common. --corpus adds the passages of more files
-to the data set's corpus; --json also writes every missing document and every shared text. No model is needed.
+A missing gold document costs more than most algorithms gain. Prints three tables: the gold
+documents of each split, and how many of them the corpus lacks; the fraction of them that BM25 finds
+for the gold queries, an upper bound for any policy with such queries; and what training and
+evaluation rows have in common. --corpus adds the passages of more files to the data set's corpus;
+--json also lists every missing document and every shared text. Needs no model.
 """
 
 from __future__ import annotations
@@ -30,9 +33,8 @@ from stepsearch_jax.search.bm25 import build_index, check_settings, stream_index
 from stepsearch_jax.search.cache import locate_corpus, lock_cache
 
 logger = logging.getLogger("stepsearch_jax")
-Search = Callable[
-    [Sequence[str], int], np.ndarray
-]  # queries, k -> corpus ids [q, k], best first, -1 where there are no more
+# queries, k -> corpus ids [q, k], best first, padded with -1
+Search = Callable[[Sequence[str], int], np.ndarray]
 QUERY_SETS: dict[str, Callable[[Question], Iterable[str]]] = {
     "the question": lambda question: [question.question],
     "its sub-questions": lambda question: [sub.question for sub in question.sub_questions],
@@ -46,8 +48,9 @@ _QUERIES_AT_ONCE = 64
 def find_gold(questions: Sequence[Question]) -> dict:
     """How much of the gold the corpus holds.
 
-    -> questions, and of these: with_gold (a gold document is known), complete (the corpus holds all of them); gold_documents and how many are missing; and
-    lacking: title, text and questions (uids) of each of the latter.
+    -> numbers: questions; with_gold, those with a known gold document; complete, those whose gold
+    documents are all in the corpus; gold_documents; missing, those not in the corpus. lacking: the
+    title, text and questions (uids) of each missing one.
     """
     lacking: dict[tuple[str, str], list[str]] = {}
     for question in questions:
@@ -70,12 +73,18 @@ def find_gold(questions: Sequence[Question]) -> dict:
 def measure_recall(
     questions: Sequence[Question], search: Search, ks: Sequence[int]
 ) -> dict[str, dict[str, dict]]:
-    """The best recall: which gold documents are among the first k for at least one of a question's gold queries. A missing one is never found.
+    """The best recall: which gold documents are among the first k for one of the gold queries.
 
-    -> for each set of queries (QUERY_SETS; the last one only where a sub-question has queries besides itself) and k: `recall`, the mean over questions with
-    gold documents of the share found; `complete`, the share of these questions with all of them found; `hop_recall`, the mean over sub-questions with
-    gold documents of the share that their own queries find (not for the question itself). None where nothing is to be measured.
+    A missing document counts as not found.
+
+    -> for each set of queries (QUERY_SETS; the last only if there are accepted queries) and each
+    k: `recall`, the fraction of a question's gold documents found, averaged over questions with
+    gold documents; `complete`, the fraction of these questions with all of them found;
+    `hop_recall`, the fraction of a sub-question's gold documents that its own queries find,
+    averaged over sub-questions with gold documents (not for the question itself). None if there is
+    nothing to measure.
     """
+    # every text is searched once, with the largest k
     texts = list(
         dict.fromkeys(
             text
@@ -94,55 +103,38 @@ def measure_recall(
         batch = texts[start : start + _QUERIES_AT_ONCE]
         found.update(zip(batch, search(batch, max(ks)).tolist()))
 
-    def share(queries: Iterable[str], k: int, gold: Sequence[int], missing: Sequence) -> float:
+    def recall(queries: Iterable[str], k: int, gold: Sequence[int], missing: Sequence) -> float:
         reached = {i for text in queries for i in found[text][:k]}
         return len(reached.intersection(gold)) / (len(gold) + len(missing))
 
+    # accepted queries have figures of their own only if there are any
     figures: dict[str, dict[str, dict]] = {}
     *plain, accepted = QUERY_SETS
-    more = any(
-        set(sub.queries) - {sub.question}
-        for question in questions
-        for sub in question.sub_questions
-    )
+    all_subs = [sub for question in questions for sub in question.sub_questions]
+    more = any(set(sub.queries) - {sub.question} for sub in all_subs)
+    with_gold = [question for question in questions if question.gold_ids or question.missing_gold]
     for name in (*plain, accepted) if more else plain:
         choose = QUERY_SETS[name]
-        asked = [
-            question
-            for question in questions
-            if (question.gold_ids or question.missing_gold) and list(choose(question))
-        ]
-        hops = (
-            []
-            if name == "the question"
-            else [
-                sub
-                for question in questions
-                for sub in question.sub_questions
-                if sub.gold_ids or sub.missing_gold
-            ]
-        )
+        asked = [question for question in with_gold if list(choose(question))]
+        hops = [sub for sub in all_subs if sub.gold_ids or sub.missing_gold]
+        if name == "the question":
+            hops = []
         figures[name] = {}
         for k in ks:
-            shares = [
-                share(choose(question), k, question.gold_ids, question.missing_gold)
+            recalls = [
+                recall(choose(question), k, question.gold_ids, question.missing_gold)
                 for question in asked
             ]
-            hop_fractions = [
-                share(
-                    [sub.question] if name == "its sub-questions" else (sub.question, *sub.queries),
-                    k,
-                    sub.gold_ids,
-                    sub.missing_gold,
-                )
-                for sub in hops
-            ]
+            hop_recalls = []
+            for sub in hops:
+                own = () if name == "its sub-questions" else sub.queries
+                hop_recalls.append(recall((sub.question, *own), k, sub.gold_ids, sub.missing_gold))
             figures[name][str(k)] = dict(
                 questions=len(asked),
                 sub_questions=len(hops),
-                recall=_mean(shares),
-                complete=_mean([share == 1 for share in shares]),
-                hop_recall=_mean(hop_fractions),
+                recall=_mean(recalls),
+                complete=_mean([value == 1 for value in recalls]),
+                hop_recall=_mean(hop_recalls),
             )
     return figures
 
@@ -156,8 +148,9 @@ def measure_overlap(
 ) -> dict[str, dict]:
     """What evaluation rows have in common with training rows, texts normalised as in F1.
 
-    -> for questions, sub-questions and gold passages (title and text; missing ones included): training and evaluation, the number of different texts
-    in each; rows, the evaluation questions with a text that training rows hold; and shared, these texts (of passages the titles).
+    -> for questions, sub-questions and gold passages (title and text; missing ones included):
+    training and evaluation, the number of different texts in each; rows, the number of evaluation
+    questions with a text that training rows hold; shared, these texts (titles for passages).
     """
 
     def passages(question: Question) -> dict[str, str]:
@@ -166,9 +159,8 @@ def measure_overlap(
             normalize(f"{title} {text}"): title for title, text in (*held, *question.missing_gold)
         }
 
-    kinds: dict[
-        str, Callable[[Question], dict[str, str]]
-    ] = {  # what is compared -> what is shown of it
+    # kind -> normalised text: what is shown for it
+    kinds: dict[str, Callable[[Question], dict[str, str]]] = {
         "questions": lambda question: {normalize(question.question): question.question},
         "sub-questions": lambda question: {
             normalize(sub.question): sub.question for sub in question.sub_questions
@@ -192,33 +184,33 @@ def measure_overlap(
 def audit(
     config: ml_collections.ConfigDict, corpora: Sequence[pathlib.Path], ks: Sequence[int]
 ) -> dict:
-    """All figures of a config's data set; `corpora` are files whose passages are added to its corpus, each passage once."""
-    search_config = config.search
-    check_settings(search_config.bm25_k1, search_config.bm25_b)
+    """All figures of a config's data set.
+
+    corpora: files whose passages are added to its corpus, each passage once.
+    """
+    # the data set and its index; a corpus with added files has an index of its own
+    k1, b = config.search.bm25_k1, config.search.bm25_b
+    check_settings(k1, b)
     with lock_cache(config.data.cache_dir):
-        source = open_source(config.data, search_config.bm25_k1, search_config.bm25_b)
+        source = open_source(config.data, k1, b)
         splits = {name: list(rows) for name, rows in source.splits.items()}
-        folder, part = (
-            locate_corpus(config.data.cache_dir, source.manifest["hash"]),
-            f"bm25-{search_config.bm25_k1}-{search_config.bm25_b}",
-        )
+        folder = locate_corpus(config.data.cache_dir, source.manifest["hash"])
+        part = f"bm25-{k1}-{b}"
         if corpora:
-            named = hashlib.sha256(
-                "\n".join(str(path.resolve()) for path in corpora).encode()
-            ).hexdigest()[:16]
-            made_from = {"data": source.manifest["hash"], "files": describe_files(corpora)}
+            paths = "\n".join(str(path.resolve()) for path in corpora)
+            named = hashlib.sha256(paths.encode()).hexdigest()[:16]
             index = stream_index(
                 lambda: extend_corpus(source.documents, corpora),
-                made_from,
+                {"data": source.manifest["hash"], "files": describe_files(corpora)},
                 folder.with_name(f"{folder.name}-{named}") / part,
-                search_config.bm25_k1,
-                search_config.bm25_b,
+                k1,
+                b,
             )
             splits = locate_gold(splits, index.documents)
         else:
-            index = build_index(
-                source.documents, folder / part, search_config.bm25_k1, search_config.bm25_b
-            )
+            index = build_index(source.documents, folder / part, k1, b)
+
+    # the figures: of the whole, then of each split and what it shares with training
     documents = index.documents
     figures = dict(
         data={
@@ -228,7 +220,7 @@ def audit(
         passages=len(documents),
         added_passages=len(documents) - len(source.documents),
         corpora=[str(path) for path in corpora],
-        retriever=dict(kind="bm25", k1=search_config.bm25_k1, b=search_config.bm25_b),
+        retriever=dict(kind="bm25", k1=k1, b=b),
         ks=list(ks),
         splits={},
         overlap={},
@@ -246,7 +238,7 @@ def audit(
 def extend_corpus(
     documents: Iterable[Document], corpora: Sequence[pathlib.Path]
 ) -> Iterator[tuple[str, str]]:
-    """Title and text of all the documents, then of the passages of the files that are not among them, each once."""
+    """Title and text of all documents, then of new passages in the files, each once."""
     seen = Seen()
     for document in documents:
         passage = document.title, document.text
@@ -257,6 +249,7 @@ def extend_corpus(
 
 def render(figures: dict) -> str:
     """The figures as Markdown tables."""
+    # gold documents
     added = (
         f", {figures['added_passages']:,} of them from the {len(figures['corpora'])} files added"
         if figures["corpora"]
@@ -265,18 +258,20 @@ def render(figures: dict) -> str:
     lines = [
         f"{figures['data']['kind']}: {figures['passages']:,} passages{added}",
         "",
-        "| split | questions | with gold documents | all of these in the corpus | gold documents | missing |",
+        "| split | questions | with gold documents | all of these in the corpus | gold documents "
+        "| missing |",
         "|---|---|---|---|---|---|",
     ]
     for name, split in figures["splits"].items():
         gold = split["gold"]
-        lines.append(
-            f"| {name} | {gold['questions']} | {gold['with_gold']} | {gold['complete']} | {gold['gold_documents']} | {gold['missing']} |"
-        )
+        counts = ("questions", "with_gold", "complete", "gold_documents", "missing")
+        lines.append(f"| {name} | " + " | ".join(str(gold[count]) for count in counts) + " |")
+    # recall
     retriever = figures["retriever"]
     lines += [
         "",
-        f"Share of the gold documents that BM25 (k1 = {retriever['k1']}, b = {retriever['b']}) finds if each query brings k",
+        f"Fraction of the gold documents that BM25 (k1 = {retriever['k1']}, b = {retriever['b']}) "
+        "finds if each query returns k",
         "",
         f"| split | queries | of |{''.join(f' recall@{k} |' for k in figures['ks'])}",
         "|---|---|---|" + "---|" * len(figures["ks"]),
@@ -291,19 +286,19 @@ def render(figures: dict) -> str:
             for kind, of in kinds.items():
                 cells = [cell[kind] for cell in recall.values()]
                 if None not in cells:
-                    lines.append(
-                        f"| {name} | {queries} | {of} | "
-                        + " | ".join(f"{cell:.3f}" for cell in cells)
-                        + " |"
-                    )
+                    numbers = " | ".join(f"{cell:.3f}" for cell in cells)
+                    lines.append(f"| {name} | {queries} | {of} | {numbers} |")
+    # overlap with training
     if figures["overlap"]:
         lines += [
             "",
-            "| in common with training rows | different texts in training | in evaluation | in both | evaluation questions with one |",
+            "| in common with training rows | different texts in training | in evaluation "
+            "| in both | evaluation questions with one |",
             "|---|---|---|---|---|",
         ]
         lines += [
-            f"| {name}: {kind} | {cell['training']} | {cell['evaluation']} | {len(cell['shared'])} | {cell['rows']} |"
+            f"| {name}: {kind} | {cell['training']} | {cell['evaluation']} "
+            f"| {len(cell['shared'])} | {cell['rows']} |"
             for name, overlap in figures["overlap"].items()
             for kind, cell in overlap.items()
         ]
@@ -311,7 +306,7 @@ def render(figures: dict) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """The command, with the arguments that follow its name. What a user can mend ends it with one line."""
+    """Runs the command. Errors that a user can fix end it with one line."""
 
     def run(config: ml_collections.ConfigDict, options: argparse.Namespace) -> dict:
         if options.k != sorted(set(options.k)) or options.k[0] < 1:
@@ -335,6 +330,6 @@ def main(arguments: Sequence[str]) -> None:
         nargs="+",
         default=[1, 3, 5, 10, 20],
         metavar="N",
-        help="documents a query (1 3 5 10 20)",
+        help="documents for each query (1 3 5 10 20)",
     )
     run_command(parser, arguments, run, render)

@@ -10,7 +10,8 @@ import ml_collections
 from stepsearch_jax import cli
 from stepsearch_jax.files import check_output, write_json
 
-GOES_ON = "the same command goes on from what is kept"  # after Ctrl-C
+# what Ctrl-C prints
+AFTER_INTERRUPT = "run the same command again to continue with what is kept"
 
 
 def run_command(
@@ -19,10 +20,13 @@ def run_command(
     command: Callable[[ml_collections.ConfigDict, argparse.Namespace], dict],
     render: Callable[[dict], str],
 ) -> None:
-    """Calls command(config, options) -> figures, prints them with `render` and writes them to --json. What a user can mend ends it with one line."""
+    """Calls command(config, options) -> figures, prints them with `render`, writes them to --json.
+
+    Errors that a user can fix end it with one line.
+    """
     options = cli.parse_flags(parser, arguments)
     cli.start_logging()
-    with cli.one_line_errors(GOES_ON):
+    with cli.one_line_errors(AFTER_INTERRUPT):
         check_output("json", options.json)
         figures = command(options.config, options)
         print(render(figures), flush=True)

@@ -1,8 +1,10 @@
-"""Search queries written by rules: no model, no key, always the same ones. What they read is the sub-question and the answers before it, never its own answer.
+"""Search queries written by rules: no model, no API key, always the same ones.
 
-Styles, in this order: the sub-question itself; its words without those that only ask; the entity before these, so that it counts twice; the same with the
-earlier answer that the sub-question builds on; the words with a hint in which words an article would say so; entity and hint; entity and relation, or the
-entity alone. A sub-question is either plain text or, in MuSiQue, "entity >> relation".
+The rules read the sub-question and the answers before it, never its own answer. Styles, in this
+order: the sub-question itself; its keywords, without question words; the entity and the keywords,
+so that the entity counts twice; the same with the earlier answer that the sub-question builds on;
+the keywords and a hint, the words that an article would use; entity and hint; entity and relation,
+or the entity alone. A sub-question is either plain text or, in MuSiQue, "entity >> relation".
 """
 
 from __future__ import annotations
@@ -12,17 +14,19 @@ from collections.abc import Iterator, Sequence
 
 from stepsearch_jax.rewards.text_metrics import normalize
 
-_DROPPED = frozenset(  # words that ask, or only bind others together
-    "a an the of in on at to for by from with into as and or that this these those it its is are was were be been being do does did has have had can could "
-    "will would who whom whose what which when where why how much many there s name called known".split()
+# question words and function words
+_DROPPED = frozenset(
+    "a an the of in on at to for by from with into as and or that this these those it its is are "
+    "was were be been being do does did has have had can could will would who whom whose what "
+    "which when where why how much many there s name called known".split()
 )
-_SMALL = frozenset(
-    ("of", "the", "and", "in", "de", "la", "von", "van", "on", "at", "for", "a", "to")
-)  # within an entity: Bank of America
+_SMALL = frozenset("of the and in de la von van on at for a to".split())  # as in Bank of America
+# capitalised at the start of a question, these still begin no entity
 _ASKING = frozenset(
-    "who whom whose what which when where why how in on at by from for to during along besides is are was were do does did the a an name".split()
+    "who whom whose what which when where why how in on at by from for to during along besides is "
+    "are was were do does did the a an name".split()
 )
-_HINTS = {  # a word of a relation -> words of the article that states it
+_HINTS = {  # a word of a relation -> words that an article with that relation uses
     "director": "film directed by",
     "directed": "film director",
     "performer": "song album by",
@@ -83,7 +87,7 @@ _HINTS = {  # a word of a relation -> words of the article that states it
 
 
 def write_queries(question: str, earlier: Sequence[str], count: int) -> list[str]:
-    """At most `count` queries for a sub-question, no two of the same words after normalisation, none empty; at least one.
+    """1 to `count` queries for a sub-question, none empty, no two with the same normalised words.
 
     question: with earlier answers filled in. earlier: the answers of the sub-questions before it.
     """
@@ -128,7 +132,11 @@ def _read_words(text: str) -> list[str]:
 
 
 def _find_entity(question: str, earlier: Sequence[str]) -> str:
-    """What a plain question is about: a text in quotes; else the longest of the runs of capitalised words and the earlier answers in it; else ""."""
+    """What a plain question is about, or "".
+
+    A text in quotes; else the longest among runs of capitalised words and the earlier answers that
+    the question holds.
+    """
     quoted = re.search(r'"([^"]+)"|“([^”]+)”', question)
     if quoted:
         return quoted[1] or quoted[2]
@@ -136,11 +144,8 @@ def _find_entity(question: str, earlier: Sequence[str]) -> str:
     for place, token in enumerate(question.split()):
         word = token.strip("?,.;:!()[]")
         first = place == 0 and word.lower() in _ASKING
-        if (
-            word
-            and not first
-            and (word[0].isupper() or runs[-1] and (word[0].isdigit() or word.lower() in _SMALL))
-        ):
+        continues = runs[-1] and word and (word[0].isdigit() or word.lower() in _SMALL)
+        if word and not first and (word[0].isupper() or continues):
             runs[-1].append(word)
         elif runs[-1]:
             runs.append([])
