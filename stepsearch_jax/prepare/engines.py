@@ -1,6 +1,7 @@
-"""Search engines that vote on queries: one interface for all of them, and the vote.
+"""Search engines that vote on queries, behind one interface.
 
-An engine is written as a word: bm25:K1:B; dense, the encoder of config.search; or remote:URL, a server with Search-R1's /retrieve that holds the same corpus.
+Names of engines: bm25:K1:B; dense, the encoder of config.search; or remote:URL, a server with
+Search-R1's /retrieve that holds the same corpus.
 """
 
 from __future__ import annotations
@@ -25,15 +26,18 @@ from stepsearch_jax.search.cache import hash_documents
 from stepsearch_jax.search.callback import SomeFailedError
 from stepsearch_jax.search.remote import open_remote, read_address
 
-FORMS = "bm25:K1:B (for example bm25:0.9:0.4), dense, or remote:URL (a search server, for example remote:http://localhost:8000)"
-QUERIES_AT_ONCE = 64  # searched, and kept, together
+FORMS = (
+    "bm25:K1:B (for example bm25:0.9:0.4), dense, or remote:URL (a search server, for example "
+    "remote:http://localhost:8000)"
+)
+QUERIES_AT_ONCE = 64  # searched and stored together
 
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """A search engine. search(queries, k) -> corpus ids [q, k], best first, -1 where there are no more.
+    """A search engine. search(queries, k) -> corpus ids [q, k], best first, padded with -1.
 
-    fingerprint: changes with whatever changes what it finds, the corpus apart.
+    fingerprint: changes with everything that changes what it finds, except the corpus.
     """
 
     name: str
@@ -42,20 +46,24 @@ class Engine:
 
 
 def check_engines(names: Sequence[str], search_config: ml_collections.ConfigDict) -> None:
-    """Raises ValueError for a name that is no engine's, for one that is there twice, and for a dense engine without an encoder."""
+    """Raises ValueError for an unknown or repeated engine, and for `dense` without an encoder."""
     read = [_read_engine(name) for name in names]
     if "dense" in names and not search_config.encoder:
         raise ValueError(
-            "the engine dense needs config.search.encoder, the folder of an encoder (config.json, *.safetensors, tokenizer.json)"
+            "the engine dense needs config.search.encoder, the folder of an encoder (config.json, "
+            "*.safetensors, tokenizer.json)"
         )
     if len(set(read)) < len(read):
         raise ValueError(
-            f"--engines {' '.join(names)}: an engine stands there twice; each has one vote"
+            f"--engines {' '.join(names)}: an engine is named twice; each has one vote"
         )
 
 
 def _read_engine(name: str) -> tuple:
-    """Kind and settings: ("bm25", k1, b), ("dense",) or ("remote", address). Raises ValueError for what is no engine's name."""
+    """Kind and settings: ("bm25", k1, b), ("dense",) or ("remote", address).
+
+    Raises ValueError for an unknown engine.
+    """
     kind, _, rest = name.partition(":")
     if kind == "remote":
         return kind, read_address(rest)
@@ -76,15 +84,15 @@ def build_engine(
     folder: pathlib.Path,
     search_config: ml_collections.ConfigDict,
 ) -> Engine:
-    """The engine of a name that `check_engines` has passed, its index kept in `folder`, or at a server that has been asked what it holds.
+    """The engine of a name that `check_engines` has passed. `folder` keeps its index.
 
-    Raises ValueError for a server that does not answer, or holds another corpus.
+    Raises ValueError for a server that does not answer or holds another corpus.
     """
-    search_config, (kind, *settings) = search_config, _read_engine(name)
+    kind, *settings = _read_engine(name)
     if kind == "remote":
         return _open_remote(name, settings[0], documents, search_config)
     if kind == "dense":
-        import jax  # the other engines do without
+        import jax  # only this engine needs it
 
         from stepsearch_jax.dense import index as dense
 
@@ -100,7 +108,7 @@ def build_engine(
             dtype=search_config.embedding_dtype,
             devices=jax.local_devices(),
         )
-        made = [
+        identity = [
             encoder.fingerprint,
             search_config.query_prefix,
             search_config.passage_prefix,
@@ -110,14 +118,17 @@ def build_engine(
     else:
         k1, b = settings
         index = bm25.build_index(documents, folder / f"bm25-{k1}-{b}", k1, b)
-        made = [k1, b, inspect.getsource(bm25), inspect.getsource(postings)]
-    return Engine(name, _hash_json(made), lambda queries, k: index.search(queries, k)[0])
+        identity = [k1, b, inspect.getsource(bm25), inspect.getsource(postings)]
+    return Engine(name, _hash_json(identity), lambda queries, k: index.search(queries, k)[0])
 
 
 def _open_remote(
     name: str, url: str, documents: Sequence[Document], search_config: ml_collections.ConfigDict
 ) -> Engine:
-    """A server as an engine; it is known by its address and by what it says of itself. A search raises OSError when all attempts have failed."""
+    """A server as an engine, identified by its address and the settings that it reports.
+
+    A search raises OSError when all attempts have failed.
+    """
     index = open_remote(
         url,
         documents,
@@ -131,12 +142,12 @@ def _open_remote(
     def search(queries: Sequence[str], k: int) -> np.ndarray:
         try:
             return index.search(queries, k)[0]
-        except SomeFailedError as refused:  # of what the server does not take it finds nothing
+        except SomeFailedError as refused:  # refused queries find nothing
             return refused.found
         except urllib3.exceptions.HTTPError as error:
             raise OSError(
-                f"the engine {name} failed {search_config.attempts} times for one request, at last with {type(error).__name__}: {error}. What was found is kept: "
-                "run again to go on"
+                f"the engine {name} failed {search_config.attempts} times for one request, at last "
+                f"with {type(error).__name__}: {error}. Run again to continue with what is kept"
             ) from error
 
     return Engine(name, _hash_json(index.describe(search_config.k)["settings"]), search)
@@ -149,7 +160,10 @@ def _hash_json(value) -> str:
 def search_all(
     engines: Sequence[Engine], queries: Sequence[str], k: int, corpus: str, store: Store
 ) -> list[dict[str, list[int]]]:
-    """For each engine: query -> the corpus ids of its first k. What `store` holds of the corpus of this hash is not searched again."""
+    """For each engine: query -> the corpus ids of its first k.
+
+    Results that `store` holds for the corpus with this hash are not searched again.
+    """
     queries = list(dict.fromkeys(queries))
     found: list[dict[str, list[int]]] = []
     with tqdm(
@@ -170,15 +184,3 @@ def search_all(
                 found[-1].update(zip(batch, map(json.loads, known)))
                 bar.update(len(batch))
     return found
-
-
-def count_votes(
-    found: Sequence[dict[str, list[int]]], query: str, gold: Sequence[int]
-) -> list[bool]:
-    """For each engine: whether it returned a gold document for the query."""
-    return [not set(gold).isdisjoint(of_engine[query]) for of_engine in found]
-
-
-def is_kept(votes: Sequence[bool]) -> bool:
-    """Whether at least ⌈M/2⌉ of M engines vote for a query (StepSearch, data pipeline)."""
-    return 2 * sum(votes) >= len(votes)
