@@ -23,7 +23,6 @@ import numpy as np
 from tqdm import tqdm
 
 from stepsearch_jax import cli
-from stepsearch_jax.data.loading import open_source
 from stepsearch_jax.data.passages import Seen, locate_gold, read_corpus
 from stepsearch_jax.data.rows import describe_files
 from stepsearch_jax.prepare.options import run_command
@@ -188,6 +187,8 @@ def audit(
 
     corpora: files whose passages are added to its corpus, each passage once.
     """
+    from stepsearch_jax.data.loading import open_source  # loads slowly: --help does without it
+
     # the data set and its index; a corpus with added files has an index of its own
     k1, b = config.search.bm25_k1, config.search.bm25_b
     check_settings(k1, b)

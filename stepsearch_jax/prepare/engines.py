@@ -1,7 +1,7 @@
 """Search engines that vote on queries, behind one interface.
 
 Names of engines: bm25:K1:B; dense, the encoder of config.search; or remote:URL, a server with
-Search-R1's /retrieve that holds the same corpus.
+Search-R1's /retrieve that holds the same corpus. Loads without urllib3, which slows --help down.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 
 import ml_collections
 import numpy as np
-import urllib3
 from tqdm import tqdm
 
 from stepsearch_jax.prepare.store import Store
@@ -24,7 +23,6 @@ from stepsearch_jax.records import Document
 from stepsearch_jax.search import bm25, postings
 from stepsearch_jax.search.cache import hash_documents
 from stepsearch_jax.search.callback import SomeFailedError
-from stepsearch_jax.search.remote import open_remote, read_address
 
 FORMS = (
     "bm25:K1:B (for example bm25:0.9:0.4), dense, or remote:URL (a search server, for example "
@@ -66,6 +64,8 @@ def _read_engine(name: str) -> tuple:
     """
     kind, _, rest = name.partition(":")
     if kind == "remote":
+        from stepsearch_jax.search.remote import read_address  # loads urllib3
+
         return kind, read_address(rest)
     if name == "dense":
         return (kind,)
@@ -129,6 +129,10 @@ def _open_remote(
 
     A search raises OSError when all attempts have failed.
     """
+    import urllib3  # loads slowly
+
+    from stepsearch_jax.search.remote import open_remote  # loads urllib3
+
     index = open_remote(
         url,
         documents,

@@ -24,13 +24,12 @@ import json
 import logging
 import pathlib
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import ml_collections
 
 from stepsearch_jax import cli
-from stepsearch_jax.data.loading import Source, open_source
 from stepsearch_jax.files import write_json, write_text
-from stepsearch_jax.prepare.chat import ChatSettings, ChatWriter, read_settings
 from stepsearch_jax.prepare.engines import FORMS, Engine, build_engine, check_engines, search_all
 from stepsearch_jax.prepare.options import run_command
 from stepsearch_jax.prepare.rules import write_queries
@@ -39,6 +38,10 @@ from stepsearch_jax.prepare.votes import count_votes, is_kept, list_hops, measur
 from stepsearch_jax.records import Document, Question
 from stepsearch_jax.search.bm25 import check_settings
 from stepsearch_jax.search.cache import locate_corpus, lock_cache, one_at_a_time
+
+if TYPE_CHECKING:
+    from stepsearch_jax.data.loading import Source
+    from stepsearch_jax.prepare.chat import ChatSettings
 
 logger = logging.getLogger("stepsearch_jax")
 MOST = 1_000_000  # no flag needs more, and some system calls take no more
@@ -81,8 +84,13 @@ def make_keys(config: ml_collections.ConfigDict, options: argparse.Namespace) ->
 
     Raises ValueError or OSError for bad flags and bad data, before any work where possible.
     """
+    # these libraries load slowly: --help does without them
+    from stepsearch_jax.data.loading import open_source
+
     chat = None
     if options.writer == "chat":
+        from stepsearch_jax.prepare.chat import read_settings
+
         chat = read_settings(options)
     _check_options(config, options)
 
@@ -190,6 +198,8 @@ def _make_split(
         for i, hop in places
     ]
     if chat:
+        from stepsearch_jax.prepare.chat import ChatWriter
+
         writer = ChatWriter(chat, store)
         queries = writer.write_all(asked)
         logger.info(
