@@ -1,4 +1,4 @@
-"""Engines that vote on search keys, in the command itself: a search server beside BM25, one that dies on the way, and an encoder."""
+"""Engines that vote on search keys: a search server beside BM25, one that dies, and an encoder."""
 
 import contextlib
 import json
@@ -34,18 +34,16 @@ ONE, OTHER = "bm25:0.9:0.4", "bm25:3.0:1.0"
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> pathlib.Path:
-    """Places whose names share words, in passages of different lengths: the engines disagree about them."""
+    """Places with shared words, in passages of different lengths: the engines disagree."""
     monkeypatch.setattr("stepsearch_jax.cli.start_logging", lambda: None)
     (tmp_path / "data").mkdir()
     rows = [musique_row(place, number) for number, place in enumerate(PLACES)]
     for number, row in enumerate(rows):
         passages = row["paragraphs"]
-        passages[0]["paragraph_text"] += (
-            f" North and South, the country of old: {PLACES[number - 1]}." * (number % 4)
-        )
-        passages[1]["paragraph_text"] += (
-            f" A country and its leader. {PLACES[number - 5]}, {PLACES[number - 2]}." * (number % 3)
-        )
+        first = f" North and South, the country of old: {PLACES[number - 1]}."
+        second = f" A country and its leader. {PLACES[number - 5]}, {PLACES[number - 2]}."
+        passages[0]["paragraph_text"] += first * (number % 4)
+        passages[1]["paragraph_text"] += second * (number % 3)
     write_rows(tmp_path / "data/train.jsonl", rows)
     return tmp_path
 
@@ -53,28 +51,24 @@ def folder(tmp_path, monkeypatch) -> pathlib.Path:
 def make_keys(folder: pathlib.Path, out: str, *more: str) -> tuple[str, dict]:
     """-> rows, figures of the only split."""
     prepare.main(command(folder, f"--out={folder / out}", "--config.search.k=1", *more))
-    return (folder / out / "train.jsonl").read_text(), json.loads(
-        (folder / out / "report.json").read_text()
-    )["splits"]["train"]
+    report = json.loads((folder / out / "report.json").read_text())
+    return (folder / out / "train.jsonl").read_text(), report["splits"]["train"]
 
 
 @contextlib.contextmanager
 def serving(index: pathlib.Path, port: int):
     """`serve` at a given port -> its process."""
-    with open(f"{index}.log", "a") as told:
-        arguments = ["-m", "stepsearch_jax.serve", f"--index={index}", f"--port={port}"]
-        server = subprocess.Popen(
-            [sys.executable, *arguments], cwd=running.REPO, stdout=told, stderr=told
-        )
+    log = pathlib.Path(f"{index}.log")
+    command = [sys.executable, "-m", "stepsearch_jax.serve", f"--index={index}", f"--port={port}"]
+    with log.open("a") as file:
+        server = subprocess.Popen(command, cwd=running.REPO, stdout=file, stderr=file)
     try:
         deadline = time.monotonic() + 60
         while True:
             with contextlib.suppress(urllib3.exceptions.HTTPError):
                 urllib3.request("GET", f"http://localhost:{port}/health", retries=False)
                 break
-            assert server.poll() is None and time.monotonic() < deadline, pathlib.Path(
-                f"{index}.log"
-            ).read_text()
+            assert server.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
         yield server
     finally:
@@ -84,45 +78,31 @@ def serving(index: pathlib.Path, port: int):
 
 def count_searched(port: int) -> int:
     """Queries that the server has answered."""
-    told = urllib3.request("GET", f"http://localhost:{port}/metrics").data.decode()
-    return round(
-        float(
-            next(
-                line for line in told.splitlines() if line.startswith("stepsearch_queries_total")
-            ).split()[-1]
-        )
-    )
+    metrics = urllib3.request("GET", f"http://localhost:{port}/metrics").data.decode()
+    lines = [line for line in metrics.splitlines() if line.startswith("stepsearch_queries_total")]
+    return round(float(lines[0].split()[-1]))
 
 
 def test_a_server_votes_as_its_index_does_and_may_die(folder, monkeypatch):
     rows, figures = make_keys(folder, "local", "--engines", ONE, OTHER)
     of_engines = figures["all"]["engines"]
-    assert of_engines[ONE]["found"] != of_engines[OTHER]["found"] and "corpus.jsonl" in {
-        path.name for path in (folder / "local").iterdir()
-    }
+    assert of_engines[ONE]["found"] != of_engines[OTHER]["found"]
+    assert (folder / "local/corpus.jsonl").exists()
     assert 0 < figures["all"]["kept_fraction"] < 1
     index_files([folder / "local/corpus.jsonl"], folder / "index", 3.0, 1.0)
     port = running.free_port()
     remote = f"remote:http://localhost:{port}"
-    patient = [
-        "--config.search.attempts=2",
-        "--config.search.backoff_s=0.01",
-        "--config.search.batch=5",
-    ]
+    both = ["--engines", ONE, remote]
+    patient = [f"--config.search.{key}" for key in ("attempts=2", "backoff_s=0.01", "batch=5")]
 
+    # The server votes as its index does.
     with serving(folder / "index", port):
-        whole, told = make_keys(
-            folder,
-            "whole",
-            "--engines",
-            ONE,
-            remote,
-            *patient,
-            f"--config.data.cache_dir={folder / 'other-cache'}",
-        )
+        other_cache = f"--config.data.cache_dir={folder / 'other-cache'}"
+        whole, of_remote = make_keys(folder, "whole", *both, *patient, other_cache)
         different = count_searched(port)
-    assert whole == rows and json.loads(json.dumps(told).replace(remote, OTHER)) == figures
+    assert whole == rows and json.loads(json.dumps(of_remote).replace(remote, OTHER)) == figures
 
+    # It dies after 32 queries: they are kept, and the command ends with one line.
     write_rows(folder / "more.jsonl", [{"title": "More", "text": "Another passage."}])
     with serving(folder / "index", port) as server, monkeypatch.context() as patch:
         kept = []
@@ -130,51 +110,39 @@ def test_a_server_votes_as_its_index_does_and_may_die(folder, monkeypatch):
         def put(store, texts):
             keep(store, texts)
             kept.extend(texts)
-            if (
-                len(kept) == 32
-            ):  # of the remote engine: what the other one found was kept by the first run
+            # all by the remote engine: the first run kept what the other one found
+            if len(kept) == 32:
                 server.kill()
                 server.wait()
 
         keep = Store.put
         patch.setattr(engines, "QUERIES_AT_ONCE", 16)
         patch.setattr(Store, "put", put)
-        with pytest.raises(
-            SystemExit,
-            match=f"stepsearch_jax: the engine {remote} failed 2 times for one request, .*. What was found is kept: run again",
-        ):
-            make_keys(folder, "cut", "--engines", ONE, remote, *patient)
+        with pytest.raises(SystemExit, match=f"{remote} failed 2 times"):
+            make_keys(folder, "cut", *both, *patient)
     assert len(kept) == 32 and not any((folder / "cut").iterdir())
-    with pytest.raises(
-        SystemExit,
-        match=f"stepsearch_jax: the search server at http://localhost:{port} does not answer",
-    ):
-        make_keys(folder, "cut", "--engines", ONE, remote, *patient)
+    with pytest.raises(SystemExit, match=f"http://localhost:{port} does not answer"):
+        make_keys(folder, "cut", *both, *patient)
+
+    # The same command continues with what is kept; a server with another corpus is refused.
     with serving(folder / "index", port):
-        make_keys(folder, "cut", "--engines", ONE, remote, *patient)
+        make_keys(folder, "cut", *both, *patient)
         assert count_searched(port) == different - 32
-        with pytest.raises(SystemExit, match="holds the corpus .* but this run needs"):
-            make_keys(
-                folder,
-                "no",
-                "--engines",
-                ONE,
-                remote,
-                f"--config.data.corpus={folder / 'local/corpus.jsonl'},{folder / 'more.jsonl'}",
-            )
+        corpora = f"{folder / 'local/corpus.jsonl'},{folder / 'more.jsonl'}"
+        with pytest.raises(SystemExit, match="holds the corpus"):
+            make_keys(folder, "no", *both, f"--config.data.corpus={corpora}")
     for name in ("train.jsonl", "report.json"):
         assert (folder / "cut" / name).read_bytes() == (folder / "whole" / name).read_bytes()
 
 
 def test_an_encoder_votes_as_its_vectors_say(folder):
-    """The tiny encoder beside BM25, on sentences of words that it knows; its votes are counted again with plain products of vectors."""
+    """The tiny encoder beside BM25, on sentences of words that it knows.
+
+    Its votes are counted again with plain products of vectors.
+    """
     rng, k = np.random.default_rng(3), 3
-    speak = lambda words: " ".join(
-        rng.choice(
-            ["rome", "paris", "france", "city", "river", "capital", "founded", "when", "near"],
-            words,
-        )
-    )
+    words = ["rome", "paris", "france", "city", "river", "capital", "founded", "when", "near"]
+    speak = lambda count: " ".join(rng.choice(words, count))
     rows = [musique_row(place, number) for number, place in enumerate(PLACES)]
     for row in rows:
         for passage, sub in zip(row["paragraphs"], row["question_decomposition"], strict=True):
@@ -192,33 +160,28 @@ def test_an_encoder_votes_as_its_vectors_say(folder):
     documents, splits, _ = read_records(OFFICIAL["musique"].FORMAT, folder / "data")
     embed = load_text_encoder(encoder, 1, jax.devices()[:1]).embed
     vectors = embed([f"{document.title}\n{document.text}" for document in documents])
-    votes, found_by_bm25 = (
-        {},
-        index_files([folder / "keys/corpus.jsonl"], folder / "index", 0.9, 0.4).search,
-    )
+    bm25 = index_files([folder / "keys/corpus.jsonl"], folder / "index", 0.9, 0.4)
+    votes = {}
     for question in splits["train"]:
         for hop, sub in enumerate(question.sub_questions):
             for query in write_queries(sub.question, [question.sub_questions[0].answer][:hop], 5):
                 scores = vectors @ embed([query])[0]
                 order = np.argsort(-scores)
-                assert scores[order[k - 1]] - scores[order[k]] > 1e-5, (
-                    "which documents are the nearest must not be a matter of rounding"
-                )
+                margin = scores[order[k - 1]] - scores[order[k]]
+                assert margin > 1e-5, "rounding must not decide which documents are nearest"
                 votes[question.uid, hop, query] = (
-                    sub.gold_ids[0] in found_by_bm25([query], k)[0][0],
+                    sub.gold_ids[0] in bm25.search([query], k)[0][0],
                     sub.gold_ids[0] in order[:k],
                 )
-    for e, engine in enumerate((ONE, "dense")):
-        assert figures["all"]["engines"][engine]["found"] == np.mean(
-            [both[e] for both in votes.values()]
-        )
+    for number, engine in enumerate((ONE, "dense")):
+        expected = np.mean([both[number] for both in votes.values()])
+        assert figures["all"]["engines"][engine]["found"] == expected
     kept = {
         (row["id"], hop, query)
         for row in map(json.loads, rows.splitlines())
         for hop, queries in enumerate(row["sub_searchs"])
         for query in queries
     }
-    assert kept == {
-        place for place, both in votes.items() if any(both)
-    }  # of two engines one is enough
+    # one vote of two is enough
+    assert kept == {place for place, both in votes.items() if any(both)}
     assert {(True, False), (False, True), (False, False)} <= set(votes.values())

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -18,10 +19,11 @@ from test_datasets import REPO, read_records, write_rows
 
 from stepsearch_jax.data.loading import OFFICIAL
 from stepsearch_jax.prepare import __main__ as prepare
-from stepsearch_jax.prepare.engines import Engine, count_votes, is_kept, search_all
-from stepsearch_jax.prepare.keys import list_hops, make_row, measure_votes
+from stepsearch_jax.prepare.engines import Engine, search_all
+from stepsearch_jax.prepare.keys import make_row
 from stepsearch_jax.prepare.rules import write_queries
 from stepsearch_jax.prepare.store import Store
+from stepsearch_jax.prepare.votes import count_votes, is_kept, list_hops, measure_votes
 from stepsearch_jax.records import Document, Question, SubQuestion
 from stepsearch_jax.rewards.text_metrics import normalize
 
@@ -33,26 +35,19 @@ CITIES = [
 
 
 def musique_row(city: str, number: int) -> dict:
+    land, leader = f"Land{city}", f"Leader {number}"
     return {
         "id": f"2hop__{number}",
         "question": f"Who leads the country of {city}?",
-        "answer": f"Leader {number}",
+        "answer": leader,
         "answer_aliases": [f"L. {number}"],
         "paragraphs": [
-            {"idx": 0, "title": city, "paragraph_text": f"{city} is a city in Land{city}."},
-            {
-                "idx": 1,
-                "title": f"Land{city}",
-                "paragraph_text": f"Land{city} is led by Leader {number}.",
-            },
+            {"idx": 0, "title": city, "paragraph_text": f"{city} is a city in {land}."},
+            {"idx": 1, "title": land, "paragraph_text": f"{land} is led by {leader}."},
         ],
         "question_decomposition": [
-            {"question": f"{city} >> country", "answer": f"Land{city}", "paragraph_support_idx": 0},
-            {
-                "question": "Who leads #1 ?",
-                "answer": f"Leader {number}",
-                "paragraph_support_idx": 1,
-            },
+            {"question": f"{city} >> country", "answer": land, "paragraph_support_idx": 0},
+            {"question": "Who leads #1 ?", "answer": leader, "paragraph_support_idx": 1},
         ],
     }
 
@@ -60,10 +55,8 @@ def musique_row(city: str, number: int) -> dict:
 @pytest.fixture
 def folder(tmp_path) -> pathlib.Path:
     (tmp_path / "data").mkdir()
-    write_rows(
-        tmp_path / "data/train.jsonl",
-        [musique_row(city, number) for number, city in enumerate(CITIES)],
-    )
+    rows = [musique_row(city, number) for number, city in enumerate(CITIES)]
+    write_rows(tmp_path / "data/train.jsonl", rows)
     return tmp_path
 
 
@@ -94,10 +87,8 @@ def test_rules_by_hand():
         "country Dunton located in",
         "Dunton located in",
     ]
-    assert (
-        write_queries("who leads Landarton in May", ["Landarton"], 3)[2]
-        == "Landarton in May leads Landarton May"
-    )
+    queries = write_queries("who leads Landarton in May", ["Landarton"], 3)
+    assert queries[2] == "Landarton in May leads Landarton May"
     assert write_queries("who is it", [], 5) == ["who is it"] and write_queries("?", [], 5) == ["?"]
 
 
@@ -114,11 +105,8 @@ def test_rules_by_hand():
 def test_rules_give_distinct_queries_that_are_not_empty(question, earlier, count):
     question = question.strip() or "x"
     queries = write_queries(question, earlier, count)
-    assert (
-        queries == write_queries(question, list(earlier), count)
-        and 1 <= len(queries) <= count
-        and all(query.strip() for query in queries)
-    )
+    assert queries == write_queries(question, list(earlier), count)
+    assert 1 <= len(queries) <= count and all(query.strip() for query in queries)
     assert len({tuple(sorted(normalize(query).split())) for query in queries}) == len(queries)
 
 
@@ -151,34 +139,25 @@ def test_searches_are_not_repeated(tmp_path):
         return np.array([[len(query), -1][:k] for query in queries])
 
     store = Store(tmp_path / "store.sqlite")
-    first = search_all([Engine("e", "f", search)], ["a", "bb", "a"], 2, "corpus", store)
-    assert first == [{"a": [1, -1], "bb": [2, -1]}] and asked == ["a", "bb"]
-    assert search_all([Engine("e", "f", search)], ["bb", "ccc"], 2, "corpus", store) == [
-        {"bb": [2, -1], "ccc": [3, -1]}
-    ] and asked == ["a", "bb", "ccc"]
-    (
-        search_all([Engine("e", "other", search)], ["a"], 2, "corpus", store),
-        search_all([Engine("e", "f", search)], ["a"], 1, "corpus", store),
-    )
-    search_all([Engine("e", "f", search)], ["a"], 2, "another corpus", store)
+    engines = [Engine("e", "f", search)]
+    found = search_all(engines, ["a", "bb", "a"], 2, "corpus", store)
+    assert found == [{"a": [1, -1], "bb": [2, -1]}] and asked == ["a", "bb"]
+    found = search_all(engines, ["bb", "ccc"], 2, "corpus", store)
+    assert found == [{"bb": [2, -1], "ccc": [3, -1]}] and asked == ["a", "bb", "ccc"]
+    # another engine, k or corpus is searched
+    search_all([Engine("e", "other", search)], ["a"], 2, "corpus", store)
+    search_all(engines, ["a"], 1, "corpus", store)
+    search_all(engines, ["a"], 2, "another corpus", store)
     assert asked[3:] == ["a", "a", "a"]
     store.close()
 
 
 def test_figures_by_hand():
+    found = SubQuestion("one", "a", gold_ids=(0,)), SubQuestion("two", "b", gold_ids=(1,))
+    lost = SubQuestion("lost", "a", missing_gold=(("T", "t"),))
     questions = [
-        Question(
-            "q",
-            "?",
-            "x",
-            sub_questions=(
-                SubQuestion("one", "a", gold_ids=(0,)),
-                SubQuestion("two", "b", gold_ids=(1,)),
-            ),
-        ),
-        Question(
-            "r", "?", "x", sub_questions=(SubQuestion("lost", "a", missing_gold=(("T", "t"),)),)
-        ),
+        Question("q", "?", "x", sub_questions=found),
+        Question("r", "?", "x", sub_questions=(lost,)),
     ]
     assert list_hops(questions) == [(0, 0), (0, 1)]
     votes = {
@@ -187,9 +166,8 @@ def test_figures_by_hand():
         (0, 0, "c"): [True, True],
         (0, 1, "a"): [False, False],
     }
-    figures = measure_votes(
-        questions, {(0, 0): ("a", "b", "c"), (0, 1): ("a",)}, (), votes, ["e1", "e2"]
-    )
+    written = {(0, 0): ("a", "b", "c"), (0, 1): ("a",)}
+    figures = measure_votes(questions, written, (), votes, ["e1", "e2"])
     assert figures["all"] == {
         "sub_questions": 3,
         "asked": 2,
@@ -205,16 +183,11 @@ def test_figures_by_hand():
         },
     }
     without = measure_votes(questions, {(0, 0): (), (0, 1): ()}, {(0, 1)}, {}, ["e1"])
-    assert [
-        without[name][kind]
-        for kind in ("unwritten", "refused")
-        for name in ("all", "hop 1", "hop 2")
-    ] == [2, 1, 1, 1, 0, 1]
-    assert (
-        figures["hop 1"]["sub_questions"] == 2
-        and figures["hop 2"]["kept"] == 0
-        and figures["hop 2"]["engines"]["e1"]["kept_recall"] is None
-    )
+    groups = ("all", "hop 1", "hop 2")
+    assert [without[name]["unwritten"] for name in groups] == [2, 1, 1]
+    assert [without[name]["refused"] for name in groups] == [1, 0, 1]
+    assert figures["hop 1"]["sub_questions"] == 2 and figures["hop 2"]["kept"] == 0
+    assert figures["hop 2"]["engines"]["e1"]["kept_recall"] is None
 
 
 # --- there and back
@@ -257,53 +230,34 @@ def test_rows_are_read_back_as_they_were(tmp_path):
             (1, 2),
         ),
     ]
-    write_rows(
-        tmp_path / "train.jsonl",
-        [
-            make_row(question, [sub.queries for sub in question.sub_questions], documents)
-            for question in questions
-        ],
-    )
-    write_rows(
-        tmp_path / "corpus.jsonl",
-        [{"title": document.title, "text": document.text} for document in documents],
-    )
+    rows = [
+        make_row(question, [sub.queries for sub in question.sub_questions], documents)
+        for question in questions
+    ]
+    corpus = [{"title": document.title, "text": document.text} for document in documents]
+    write_rows(tmp_path / "train.jsonl", rows)
+    write_rows(tmp_path / "corpus.jsonl", corpus)
     assert read_records(OFFICIAL["stepsearch"].FORMAT, tmp_path).splits["train"] == questions
 
 
 def test_command_with_rules(folder, capsys, monkeypatch):
     monkeypatch.setattr("stepsearch_jax.cli.start_logging", lambda: None)
     prepare.main(command(folder, f"--out={folder / 'keys'}", f"--json={folder / 'figures.json'}"))
-    printed, figures = (
-        capsys.readouterr().out,
-        json.loads((folder / "keys/report.json").read_text()),
-    )
-    assert (
-        figures == json.loads((folder / "figures.json").read_text())
-        and "| hop 2 | 20 | 20 | 20 |" in printed
-    )
+    figures = json.loads((folder / "keys/report.json").read_text())
+    assert figures == json.loads((folder / "figures.json").read_text())
+    assert "| hop 2 | 20 | 20 | 20 |" in capsys.readouterr().out
     documents, splits, _ = read_records(OFFICIAL["stepsearch"].FORMAT, folder / "keys")
     before, original, _ = read_records(OFFICIAL["musique"].FORMAT, folder / "data")
     assert [(d.title, d.text) for d in documents] == [(d.title, d.text) for d in before]
     for new, old in zip(splits["train"], original["train"], strict=True):
-        assert (new.uid, new.question, new.answers, new.shape, new.gold_ids) == (
-            old.uid,
-            old.question,
-            old.answers,
-            old.shape,
-            old.gold_ids,
-        )
+        for name in ("uid", "question", "answers", "shape", "gold_ids"):
+            assert getattr(new, name) == getattr(old, name)
         for sub, other in zip(new.sub_questions, old.sub_questions, strict=True):
-            assert (sub.question, sub.answer, sub.aliases, sub.gold_ids) == (
-                other.question,
-                other.answer,
-                other.aliases,
-                other.gold_ids,
-            )
-            assert len(sub.queries) > 1 and set(sub.queries) <= set(
-                write_queries(sub.question, [new.sub_questions[0].answer], 5)
-                + write_queries(sub.question, [], 5)
-            )
+            for name in ("question", "answer", "aliases", "gold_ids"):
+                assert getattr(sub, name) == getattr(other, name)
+            first = new.sub_questions[0].answer
+            queries = write_queries(sub.question, [first], 5) + write_queries(sub.question, [], 5)
+            assert len(sub.queries) > 1 and set(sub.queries) <= set(queries)
 
 
 @pytest.mark.parametrize(
@@ -313,7 +267,7 @@ def test_command_with_rules(folder, capsys, monkeypatch):
         *(
             (
                 ["--writer=chat", f"--url={url}", "--model=m", "--key-env="],
-                "is not the address of an endpoint",
+                f"--url {re.escape(url)}",
             )
             for url in (
                 "http:///v1",
@@ -325,32 +279,26 @@ def test_command_with_rules(folder, capsys, monkeypatch):
         ),
         (
             ["--writer=chat", "--url=http://x/v1", "--model=m", "--key-env=NO_SUCH_KEY"],
-            "the environment variable NO_SUCH_KEY holds no key for http://x/v1: set it",
+            "NO_SUCH_KEY.*http://x/v1.*--key-env",
         ),
-        (["--engines", "bm52:1:1"], "'bm52:1:1' is not an engine; one is bm25:K1:B"),
-        (["--engines", "bm25:1:2"], "'bm25:1:2' is not an engine"),
-        (["--engines", "dense"], "the engine dense needs config.search.encoder"),
-        (["--engines", "bm25:0.90:0.4", "bm25:0.9:0.4"], "an engine stands there twice"),
-        (["--engines", "bm25:inf:0.4"], "'bm25:inf:0.4' is not an engine; one is .* or remote:URL"),
-        (
-            ["--engines", "remote:localhost:8000"],
-            "'localhost:8000' is not the address of a search server",
-        ),
-        (
-            ["--engines", "remote:http://a:1", "remote:http://A:1/retrieve/"],
-            "an engine stands there twice",
-        ),
+        (["--engines", "bm52:1:1"], "'bm52:1:1'.*bm25:K1:B"),
+        (["--engines", "bm25:1:2"], "'bm25:1:2'"),
+        (["--engines", "dense"], "dense needs config.search.encoder"),
+        (["--engines", "bm25:0.90:0.4", "bm25:0.9:0.4"], "--engines.*twice"),
+        (["--engines", "bm25:inf:0.4"], "'bm25:inf:0.4'.*remote:URL"),
+        (["--engines", "remote:localhost:8000"], "'localhost:8000' is not the address"),
+        (["--engines", "remote:http://a:1", "remote:http://A:1/retrieve/"], "--engines.*twice"),
         (
             ["--engines", "remote:http://localhost:1", "--config.search.attempts=1"],
-            "the search server at http://localhost:1 does not answer",
+            "http://localhost:1 does not answer",
         ),
-        (["--queries=0"], "--queries 0: a number above 0 is needed"),
-        (["--retries=-1"], "--retries -1: 0 or more is needed"),
-        (["--backoff=nan"], "--backoff nan: 0 or more is needed"),
-        (["--timeout=inf"], "--timeout inf: a number above 0 is needed, 1,000,000 at most"),
-        (["--config.search.k=0"], "config.search.k is 0; it must be at least 1"),
-        (["--splits=tset"], "--splits tset: the data set has train"),
-        (["--config.data.path=nowhere"], "in nowhere: set data.path to the folder of MuSiQue"),
+        (["--queries=0"], "--queries 0"),
+        (["--retries=-1"], "--retries -1"),
+        (["--backoff=nan"], "--backoff nan"),
+        (["--timeout=inf"], "--timeout inf.*1,000,000"),
+        (["--config.search.k=0"], "config.search.k is 0"),
+        (["--splits=tset"], "--splits tset.*train"),
+        (["--config.data.path=nowhere"], "nowhere.*data.path"),
     ],
 )
 def test_mistakes_are_one_line_before_work_starts(folder, monkeypatch, arguments, message):
@@ -364,37 +312,22 @@ def test_mistakes_are_one_line_before_work_starts(folder, monkeypatch, arguments
 def test_a_key_that_cannot_be_one_is_refused_without_saying_it(folder, monkeypatch, key):
     monkeypatch.setattr("stepsearch_jax.cli.start_logging", lambda: None)
     monkeypatch.setenv("TEST_KEY", key)
-    with pytest.raises(
-        SystemExit, match="the environment variable TEST_KEY holds characters that no key has"
-    ) as caught:
-        prepare.main(
-            command(
-                folder,
-                f"--out={folder / 'keys'}",
-                "--writer=chat",
-                "--url=http://localhost:1",
-                "--model=m",
-                "--key-env=TEST_KEY",
-            )
-        )
+    chat = ["--writer=chat", "--url=http://localhost:1", "--model=m", "--key-env=TEST_KEY"]
+    with pytest.raises(SystemExit, match="TEST_KEY holds characters") as caught:
+        prepare.main(command(folder, f"--out={folder / 'keys'}", *chat))
     assert "cret" not in str(caught.value)
 
 
 def test_a_store_that_cannot_be_used_is_named(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "text").write_text("no store " * 100)
-    with pytest.raises(
-        OSError, match="folder, which keeps answers, cannot be read or written: unable to open"
-    ):
+    with pytest.raises(OSError, match=f"{tmp_path}/folder cannot be .*: unable to open"):
         Store(tmp_path / "folder")
-    with pytest.raises(ValueError, match="text is not a store of answers .*: remove it"):
+    with pytest.raises(ValueError, match=f"{tmp_path}/text is not a store"):
         Store(tmp_path / "text")
     store = Store(tmp_path / "full")
     store._database.execute("PRAGMA max_page_count=1")
-    with pytest.raises(
-        OSError,
-        match="full, which keeps answers, cannot be read or written: database or disk is full",
-    ):
+    with pytest.raises(OSError, match=f"{tmp_path}/full cannot be .*disk is full"):
         store.put({str(i): "x" * 1000 for i in range(100)})
     assert store.get(["5"]) == [None]
     store.close()
@@ -404,27 +337,21 @@ def test_unreadable_row_is_named(folder, monkeypatch):
     monkeypatch.setattr("stepsearch_jax.cli.start_logging", lambda: None)
     with (folder / "data/train.jsonl").open("a") as file:
         file.write('{"id": "x"}\n')
-    with pytest.raises(SystemExit, match=r"train.jsonl, line 21: field 'paragraphs' is missing"):
+    with pytest.raises(SystemExit, match="train.jsonl, line 21: .*'paragraphs'"):
         prepare.main(command(folder, f"--out={folder / 'keys'}"))
 
 
 @pytest.mark.slow
 def test_killed_twice_it_writes_the_same_and_pays_for_nothing_twice(folder):
-    """SIGKILL while requests are on their way: only those are sent again."""
+    """SIGKILL while requests are under way: only those are sent again."""
 
     def answer(question, count):
         number = sum(map(ord, question))
         if number % 7 == 0 and count == 1:
             return (500, 429)[number % 2], "", {"Retry-After": "0"}
-        return (
-            200,
-            complete(
-                "?!"
-                if number % 11 == 0
-                else f"{question}\n{question.split()[-1]} {question.split()[0]}"
-            ),
-            {},
-        )
+        words = question.split()
+        text = "?!" if number % 11 == 0 else f"{question}\n{words[-1]} {words[0]}"
+        return 200, complete(text), {}
 
     concurrency = 3
 
@@ -459,15 +386,15 @@ def test_killed_twice_it_writes_the_same_and_pays_for_nothing_twice(folder):
 
     with Endpoint(answer, delay=0.1) as endpoint:
         killed = 0
-        for share in (0.25, 0.6):
+        for fraction in (0.25, 0.6):
             process = start(endpoint, "cut")
-            while endpoint.paid.total() < share * 40 and process.poll() is None:
+            while endpoint.paid.total() < fraction * 40 and process.poll() is None:
                 time.sleep(0.02)
             assert process.poll() is None, process.stdout.read()[-3000:]
             process.send_signal(signal.SIGKILL)
             process.wait()
             killed += 1
-            time.sleep(0.3)  # what was on its way is counted as paid
+            time.sleep(0.3)  # requests under way count as paid
         process = start(endpoint, "cut")
         printed = process.communicate()[0]
         assert process.returncode == 0, printed[-3000:]
@@ -476,14 +403,11 @@ def test_killed_twice_it_writes_the_same_and_pays_for_nothing_twice(folder):
         sent = endpoint.asked.total()
         assert start(endpoint, "cut").wait() == 0 and endpoint.asked.total() == sent
     with Endpoint(answer) as other:
-        # The store knows answers by the endpoint's address: another cache and address ask for everything.
+        # The store's keys hold the endpoint's address: another one is asked for everything.
         process = start(other, "whole")
-        assert (
-            process.communicate()
-            and process.returncode == 0
-            and set(other.paid.values()) == {1}
-            and set(other.paid) == set(endpoint.paid)
-        )
+        process.communicate()
+        assert process.returncode == 0
+        assert set(other.paid.values()) == {1} and set(other.paid) == set(endpoint.paid)
     assert read("cut") == read("whole") and set(read("cut")) == {"train.jsonl", "report.json"}
     assert json.loads(read("cut")["report.json"])["splits"]["train"]["all"]["kept"] > 20
 
@@ -491,18 +415,13 @@ def test_killed_twice_it_writes_the_same_and_pays_for_nothing_twice(folder):
 @pytest.mark.parametrize(
     "out,message",
     [
-        ("data", "is config.data.path, whose files would be replaced"),
-        ("corpora", "holds a file of config.data.corpus"),
+        ("data", "--out.*config.data.path"),
+        ("corpora", "--out.*config.data.corpus"),
     ],
 )
 def test_the_source_is_never_replaced(folder, out, message):
     before = {path: path.read_bytes() for path in (folder / "data").iterdir()}
+    corpus = f"--config.data.corpus={folder / 'corpora/corpus.jsonl'}"
     with pytest.raises(SystemExit, match=message):
-        prepare.main(
-            command(
-                folder,
-                f"--out={folder / out}",
-                f"--config.data.corpus={folder / 'corpora' / 'corpus.jsonl'}",
-            )
-        )
+        prepare.main(command(folder, f"--out={folder / out}", corpus))
     assert {path: path.read_bytes() for path in (folder / "data").iterdir()} == before
