@@ -1,8 +1,9 @@
-"""Stands in for gcloud on PATH: notes every call, keeps the states of made-up TPUs, and runs what is sent to their hosts on this machine.
+"""Stands in for gcloud on PATH: logs calls, keeps the states of fake TPUs, runs commands locally.
 
-A folder (FAKE_GCLOUD) is the cloud: `calls.jsonl` has the words of every call; `NAME.tpu-vm` and `NAME.queued-resources` hold states; `hosts/NAME-0`, `…-1`
-are the home folders of the hosts; `buckets/B/…` is gs://B/…; `plan.json` says how many hosts a TPU has and which calls fail. A flag that the real command
-does not have (Google's reference of the gcloud CLI, general availability) is refused.
+A folder (FAKE_GCLOUD) is the cloud: `calls.jsonl` has the words of every call; `NAME.tpu-vm` and
+`NAME.queued-resources` hold states; `hosts/NAME-0`, `…-1` are the home folders of the hosts;
+`buckets/B/…` is gs://B/…; `plan.json` says how many hosts a TPU has and which calls fail. Refuses a
+flag that the real command lacks (Google's reference of the gcloud CLI, general availability).
 """
 
 import json
@@ -35,10 +36,8 @@ FLAGS = {
     ("queued-resources", "describe"): {"zone"},
     ("queued-resources", "delete"): {"zone", "force", "async"},
 }
-NEXT = {
-    "WAITING_FOR_RESOURCES": "PROVISIONING",
-    "PROVISIONING": "ACTIVE",
-}  # a request moves on whenever it is looked at
+# a request moves on with every `describe`
+NEXT = {"WAITING_FOR_RESOURCES": "PROVISIONING", "PROVISIONING": "ACTIVE"}
 
 
 def main(words: list[str]) -> int:
@@ -49,15 +48,12 @@ def main(words: list[str]) -> int:
         return copy_storage(words[1:])
     assert words[:2] == ["compute", "tpus"], words
     kind, verb = words[2:4]
-    flags = dict(
-        word.removeprefix("--").partition("=")[::2] for word in words[4:] if word.startswith("--")
-    )
+    options = [word.removeprefix("--") for word in words[4:] if word.startswith("--")]
+    flags = dict(option.partition("=")[::2] for option in options)
     names = [word for word in words[4:] if not word.startswith("--")]
     if unknown := set(flags) - FLAGS[kind, verb] - WIDE:
         return fail(f"unrecognized arguments: {unknown}", 2)
-    if failures := plan.get(
-        f"fail {kind} {verb}"
-    ):  # messages of the next calls, None where it works
+    if failures := plan.get(f"fail {kind} {verb}"):  # a message for each next call; None: it works
         message = failures.pop(0)
         (CLOUD / "plan.json").write_text(json.dumps(plan))
         if message:
@@ -73,11 +69,8 @@ def fail(message: str, status: int = 1) -> int:
 
 
 def change(kind: str, verb: str, name: str, flags: dict[str, str]) -> int:
-    state, node, request = (
-        CLOUD / f"{name}.{kind}",
-        CLOUD / f"{name}.tpu-vm",
-        CLOUD / f"{name}.queued-resources",
-    )
+    state, node = CLOUD / f"{name}.{kind}", CLOUD / f"{name}.tpu-vm"
+    request = CLOUD / f"{name}.queued-resources"
     if verb == "create":
         if state.exists():
             return fail(f"ALREADY_EXISTS: {name}")
@@ -102,29 +95,25 @@ def change(kind: str, verb: str, name: str, flags: dict[str, str]) -> int:
 
 
 def list_homes(name: str, worker: str, hosts: int) -> list[pathlib.Path]:
-    homes = [
-        CLOUD / "hosts" / f"{name}-{number}"
-        for number in (range(hosts) if worker == "all" else [int(worker)])
-    ]
+    numbers = range(hosts) if worker == "all" else [int(worker)]
+    homes = [CLOUD / "hosts" / f"{name}-{number}" for number in numbers]
     for home in homes:
         home.mkdir(parents=True, exist_ok=True)
     return homes
 
 
 def run_on_hosts(names: list[str], flags: dict[str, str], hosts: int) -> int:
-    """As gcloud does: all hosts at once, one log each, the first bad exit status of all."""
+    """As gcloud does: all hosts at once, one log each -> the first bad exit status."""
     name = names[0]
     state = CLOUD / f"{name}.tpu-vm"
     if not state.exists() or state.read_text() != "READY":
         return fail(f"the TPU {name} is not ready")
     started = []
     for number, home in enumerate(list_homes(name, flags.get("worker", "0"), hosts)):
-        output = (
-            open(pathlib.Path(flags["output-directory"]) / f"{number}.log", "w")
-            if "output-directory" in flags
-            else None
-        )
-        # Processes learn of one another as under Slurm: the platform announces them.
+        output = None
+        if "output-directory" in flags:
+            output = open(pathlib.Path(flags["output-directory"]) / f"{number}.log", "w")
+        # As under Slurm, the environment tells each process about the others.
         announced = {
             "SLURM_JOB_ID": str(os.getpid()),
             "SLURM_STEP_NODELIST": "localhost",

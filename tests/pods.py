@@ -1,4 +1,7 @@
-"""A made-up cloud for the tests of the pod scripts: a repository whose scripts speak to a fake gcloud, and hosts that are folders of this machine."""
+"""A fake cloud for the tests of the pod scripts.
+
+A repository whose scripts call a fake gcloud, and hosts that are folders of this machine.
+"""
 
 import json
 import os
@@ -13,7 +16,8 @@ REPO = pathlib.Path(__file__).resolve().parents[1]
 NAMES = {"PROJECT": "my-project", "ZONE": "us-west4-a", "NAME": "search-1"}
 TPU = NAMES | {"ACCELERATOR": "v5litepod-16", "VERSION": "v2-alpha-tpuv5-lite"}
 
-# The python of the hosts: makes environments, installs nothing, and trains as the plan beside the cloud says: one entry an attempt and host.
+# The python of the hosts: makes environments, installs nothing, and trains as the plan beside the
+# cloud says, with one entry for each attempt and host.
 FAKE_PYTHON = """#!/usr/bin/env bash
 if [[ $1 == -c ]]; then exec {python} "$@"; fi
 if [[ $1 == -u ]]; then shift; fi
@@ -37,49 +41,40 @@ sys.exit(step.get("status", 0))
 
 
 class Cloud:
-    """A repository in a folder whose name has a space, and a cloud to which its scripts speak."""
+    """A repository in a folder whose name has a space, and the cloud that its scripts use."""
 
     def __init__(self, folder: pathlib.Path, hosts: int = 2):
-        self.root, self.folder, self.attempts, self.log = (
-            folder / "a clone",
-            folder / "cloud",
-            folder / "attempts",
-            folder / "python.log",
-        )
+        self.root, self.folder = folder / "a clone", folder / "cloud"
+        self.attempts, self.log = folder / "attempts", folder / "python.log"
+        # the repository
         for path in (self.root, self.folder, self.attempts, folder / "bin"):
             path.mkdir()
-        shutil.copytree(
-            REPO / "launch", self.root / "launch", ignore=shutil.ignore_patterns("__pycache__")
-        )
+        no_cache = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(REPO / "launch", self.root / "launch", ignore=no_cache)
         for name in ("requirements.txt", "requirements-tpu.txt"):
             (self.root / name).write_text("numpy\n")
         (self.root / "a file").write_text("kept\n")
         (self.root / ".gitignore").write_text("runs/\n")
-        git = [
-            "git",
-            "-c",
-            "user.name=test",
-            "-c",
-            "user.email=test@localhost",
-            "-C",
-            str(self.root),
-        ]
+        author = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
+        git = ["git", *author, "-C", str(self.root)]
         for words in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", "all"]):
             subprocess.run([*git, *words], check=True)
         self.plan(hosts=hosts)
-        gcloud = folder / "bin/gcloud"
+        # the fake gcloud, and the fake python and training of the hosts
+        gcloud, python = folder / "bin/gcloud", folder / "python of the hosts"
+        train = folder / "train.py"
         gcloud.write_text(
             f"#!/bin/sh\nexec '{sys.executable}' -S '{REPO}/tests/fake_gcloud.py' \"$@\"\n"
         )
-        python = folder / "python of the hosts"
-        (folder / "train.py").write_text(FAKE_TRAIN.format(attempts=str(self.attempts)))
+        train.write_text(FAKE_TRAIN.format(attempts=str(self.attempts)))
         python.write_text(
             FAKE_PYTHON.format(
-                python=f"'{sys.executable}'", log=f"'{self.log}'", train=f"'{folder / 'train.py'}'"
+                python=f"'{sys.executable}'", log=f"'{self.log}'", train=f"'{train}'"
             )
         )
         for file in (gcloud, python):
             file.chmod(0o755)
+        # the environment of the scripts
         inherited = {
             name: value
             for name, value in os.environ.items()
@@ -123,14 +118,13 @@ class Cloud:
     def take_calls(self) -> list[list[str]]:
         """The words of gcloud's calls since the last time, without "compute tpus"."""
         path = self.folder / "calls.jsonl"
-        calls = (
-            [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        )
+        lines = path.read_text().splitlines() if path.exists() else []
         path.unlink(missing_ok=True)
+        calls = [json.loads(line) for line in lines]
         return [words[2:] if words[:2] == ["compute", "tpus"] else words for words in calls]
 
     def changes(self) -> list[list[str]]:
-        """As `take_calls`, without those that only look."""
+        """As `take_calls`, without those that only read."""
         return [words for words in self.take_calls() if words[1] != "describe"]
 
     def home(self, host: int, name: str = "search-1") -> pathlib.Path:
@@ -138,9 +132,8 @@ class Cloud:
 
     def started(self, host: int = 0) -> list[list[str]]:
         """Arguments of the trainings that were started on a host, in order."""
-        files = sorted(
-            self.attempts.glob(f"{host}-*"), key=lambda path: int(path.name.split("-")[1])
-        )
+        number = lambda path: int(path.name.split("-")[1])
+        files = sorted(self.attempts.glob(f"{host}-*"), key=number)
         return [json.loads(file.read_text()) for file in files]
 
 

@@ -1,4 +1,4 @@
-"""Trainings on made-up TPUs: a sweep over two of them, and the real training command on two hosts whose machines vanish."""
+"""Training on fake TPUs: a sweep on two of them, and the real command on two hosts that vanish."""
 
 import importlib.util
 import pathlib
@@ -13,7 +13,7 @@ from pods import NAMES, REPO, TPU, Cloud, preempt, wait_until
 
 
 class PodSweep(sweeping.Bench):
-    """A small sweep, and a cloud with two TPUs on which its points are trained as planned."""
+    """A small sweep, and a cloud with two TPUs that train its points as planned."""
 
     def __init__(self, cloud: Cloud, folder: pathlib.Path, capsys):
         super().__init__(folder, capsys)
@@ -21,16 +21,16 @@ class PodSweep(sweeping.Bench):
         for name in ("pod-a", "pod-b"):
             cloud.set_state("READY", name=name)
             assert cloud.run("launch/pod/setup.sh", **NAMES | {"NAME": name})[0] == 0
-        # The hosts' training is that of the sweep's tests, in the bucket's folder.
+        # The first host runs the training of the sweep's tests, in the bucket's folder.
         bucket = cloud.folder / "buckets"
         (cloud.attempts.parent / "train.py").write_text(f"""
 import os, subprocess, sys
 flags = [flag.replace("--workdir=gs://", "--workdir={bucket}/") for flag in sys.argv[2:]]
-sys.exit(subprocess.run([sys.executable, "{self.train}", *flags]).returncode if sys.argv[1] == "0" else 0)
+if sys.argv[1] == "0":
+    sys.exit(subprocess.run([sys.executable, "{self.train}", *flags]).returncode)
 """)
-        spec = importlib.util.spec_from_file_location(
-            "sweep_pod", cloud.root / "launch/sweep_pod.py"
-        )
+        script = cloud.root / "launch/sweep_pod.py"
+        spec = importlib.util.spec_from_file_location("sweep_pod", script)
         self.command = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(self.command)
 
@@ -43,10 +43,9 @@ sys.exit(subprocess.run([sys.executable, "{self.train}", *flags]).returncode if 
     def run_pods(self, *more: str) -> tuple[int, str, str]:
         """-> (exit status, stdout, stderr)."""
         self.capsys.readouterr()
+        flags = ["--pods=pod-a,pod-b", "--storage=gs://b/my sweep/", *self.arguments(*more)]
         try:
-            status = self.command.main(
-                ["--pods=pod-a,pod-b", "--storage=gs://b/my sweep/", *self.arguments(*more)]
-            )
+            status = self.command.main(flags)
         except SystemExit as end:  # argparse
             status = end.code
         return status, *self.capsys.readouterr()
@@ -54,18 +53,12 @@ sys.exit(subprocess.run([sys.executable, "{self.train}", *flags]).returncode if 
 
 @pytest.fixture
 def pod_sweep(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(
-        sweeping,
-        "CONFIG",
-        sweeping.CONFIG.replace("seed=0,", "seed=0, distributed=dict(processes=1),"),
+    config = sweeping.CONFIG.replace("seed=0,", "seed=0, distributed=dict(processes=1),")
+    sweep = sweeping.define(
+        'add("Full", {}, range(2))', 'add("merged", {"reward.placement": "merged"}, [0])'
     )
-    monkeypatch.setattr(
-        sweeping,
-        "SWEEP",
-        sweeping.define(
-            'add("Full", {}, range(2))', 'add("merged", {"reward.placement": "merged"}, [0])'
-        ),
-    )
+    monkeypatch.setattr(sweeping, "CONFIG", config)
+    monkeypatch.setattr(sweeping, "SWEEP", sweep)
     monkeypatch.setattr(sys, "path", list(sys.path))  # loading the command adds to it
     folder = tmp_path / "bench"
     folder.mkdir()
@@ -78,7 +71,7 @@ def pod_sweep(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_sweep_on_two_tpus(pod_sweep, monkeypatch):
-    """Both are at work at once, a point at a time on each; a point that fails is run again the next time, what is finished is not."""
+    """Both run at once, a point at a time on each; the next sweep repeats failed points alone."""
     monkeypatch.setenv("RESTARTS", "1")
     pod_sweep.change_plan(
         **{"merged-0": dict(fail="no luck", status=1)},
@@ -89,14 +82,11 @@ def test_sweep_on_two_tpus(pod_sweep, monkeypatch):
     assert set(pod_sweep.take_starts()) == set(pod_sweep.plan)
     runs = pod_sweep.cloud.folder / "buckets/b/my sweep/points"
     assert {path.name for path in runs.iterdir()} == set(pod_sweep.plan)
-    assert (pod_sweep.workdir / "points/full-0/metrics.jsonl").read_text() == (
-        runs / "full-0/metrics.jsonl"
-    ).read_text()
-    first = [
-        re.search(r"on (pod-.)", (pod_sweep.workdir / f"points/full-{seed}.log").read_text())[1]
-        for seed in (0, 1)
-    ]
-    assert sorted(first) == ["pod-a", "pod-b"]
+    points = pod_sweep.workdir / "points"
+    copied = (points / "full-0/metrics.jsonl").read_text()
+    assert copied == (runs / "full-0/metrics.jsonl").read_text()
+    logs = [(points / f"full-{seed}.log").read_text() for seed in (0, 1)]
+    assert sorted(re.search(r"on (pod-.)", log)[1] for log in logs) == ["pod-a", "pod-b"]
     table = pod_sweep.read_table()["sweeps"][0]["methods"]
     assert [len([run for run in method["runs"] if run["finished"]]) for method in table] == [2, 0]
     pod_sweep.change_plan(**{"merged-0": dict(fail="")})
@@ -113,10 +103,9 @@ def test_sweep_dry_run_and_bad_input(pod_sweep, monkeypatch):
     status, out, error = pod_sweep.run_pods()
     lines = out.splitlines()
     assert status == 0 and len(lines) == len(pod_sweep.plan), error
-    assert (
-        all(line.startswith("NAME=pod-a|pod-b bash launch/pod/train_pod.sh ") for line in lines)
-        and "'--workdir=gs://b/my sweep/points/full-0'" in lines[0]
-    )
+    command = "NAME=pod-a|pod-b bash launch/pod/train_pod.sh "
+    assert all(line.startswith(command) for line in lines)
+    assert "'--workdir=gs://b/my sweep/points/full-0'" in lines[0]
     monkeypatch.delenv("ZONE")
     status, _, error = pod_sweep.run_pods()
     assert status == 2 and "ZONE is missing" in error
@@ -125,18 +114,23 @@ def test_sweep_dry_run_and_bad_input(pod_sweep, monkeypatch):
 
 @pytest.mark.slow
 def test_real_training_survives_a_preemption_bit_for_bit(tmp_path, tmp_path_factory):
-    """Two hosts train together; their machines vanish after the first checkpoint, the script makes others, and the result is that of a run left alone."""
+    """Two hosts train together; after the first checkpoint their machines vanish.
+
+    The script makes others, and the result equals that of an undisturbed run.
+    """
     import running
 
+    # a repository with the real package, and hosts that run it
     cloud = Cloud(tmp_path, hosts=2)
+    no_cache = shutil.ignore_patterns("__pycache__")
     for name in ("stepsearch_jax", "configs"):
-        shutil.copytree(
-            REPO / name, cloud.root / name, ignore=shutil.ignore_patterns("__pycache__")
-        )
+        shutil.copytree(REPO / name, cloud.root / name, ignore=no_cache)
     (cloud.root / "tests").mkdir()
     shutil.copy(REPO / "tests/tiny_config.py", cloud.root / "tests")
     (cloud.attempts.parent / "train.py").write_text(
-        "import os, sys\nos.execv(sys.executable, [sys.executable, '-m', 'stepsearch_jax.train', *sys.argv[2:]])\n"
+        "import os, sys\n"
+        "command = [sys.executable, '-m', 'stepsearch_jax.train', *sys.argv[2:]]\n"
+        "os.execv(sys.executable, command)\n"
     )
     cloud.environment |= {
         "JAX_PLATFORMS": "cpu",
@@ -158,24 +152,21 @@ def test_real_training_survives_a_preemption_bit_for_bit(tmp_path, tmp_path_fact
     def start(workdir: pathlib.Path) -> subprocess.Popen:
         return cloud.start("launch/pod/train_pod.sh", *flags, f"--workdir={workdir}", **TPU)
 
+    # one run undisturbed, one with a preemption
     process = start(whole)
     out, error = process.communicate(timeout=600)
-    assert process.returncode == 0, error + "".join(
-        log.read_text()[-3000:] for log in cloud.root.glob("runs/pods/*/*/*.log")
-    )
+    logs = cloud.root.glob("runs/pods/*/*/*.log")
+    assert process.returncode == 0, error + "".join(log.read_text()[-3000:] for log in logs)
     process = start(preempted)
     wait_until(lambda: (preempted / "checkpoints/1").is_dir(), 300)
     preempt(cloud)
     out, error = process.communicate(timeout=600)
     assert process.returncode == 0 and "search-1 is PREEMPTED" in error, error
     logs = [path.read_text() for path in sorted(cloud.root.glob("runs/pods/search-1/*/1.log"))]
-    assert (
-        len(logs) == 3
-        and "resumed from iteration" not in logs[1]
-        and "resumed from iteration" in logs[2]
-    )
-    expected, got = running.final_state(whole, 4), running.final_state(preempted, 4)
-    assert expected.keys() == got.keys()
+    assert ["resumed from iteration" in log for log in logs] == [False, False, True]
+    # the same parameters and figures
+    expected, resumed = running.final_state(whole, 4), running.final_state(preempted, 4)
+    assert expected.keys() == resumed.keys()
     for name, leaf in expected.items():
-        assert (leaf == got[name]).all(), name
+        assert (leaf == resumed[name]).all(), name
     assert (whole / "evaluation.json").read_text() == (preempted / "evaluation.json").read_text()

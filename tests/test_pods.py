@@ -1,4 +1,4 @@
-"""The pod scripts against a fake gcloud: what they ask of it, and, on hosts that are folders of this machine, what they really do."""
+"""The pod scripts with a fake gcloud: their calls, and their work on hosts that are folders."""
 
 import os
 import re
@@ -36,12 +36,8 @@ def test_syntax_and_help(script, cloud):
     if script.name != "pod.sh":
         assert os.access(script, os.X_OK)
         status, out, _ = cloud.run(f"launch/pod/{script.name}", "--help")
-        assert (
-            status == 0
-            and f"launch/pod/{script.name}" in out
-            and "pipefail" not in out
-            and "#" not in out
-        )
+        assert status == 0 and f"launch/pod/{script.name}" in out
+        assert "pipefail" not in out and "#" not in out
 
 
 @pytest.mark.parametrize("script", ["create", "setup", "train_pod", "stop", "delete"])
@@ -49,11 +45,8 @@ def test_missing_names_are_named(script, cloud):
     needed = TPU if script in ("create", "train_pod") else NAMES
     arguments = TRAIN[1:] if script == "train_pod" else ()
     for name in needed:
-        status, _, error = cloud.run(
-            f"launch/pod/{script}.sh",
-            *arguments,
-            **{key: value for key, value in needed.items() if key != name},
-        )
+        others = {key: value for key, value in needed.items() if key != name}
+        status, _, error = cloud.run(f"launch/pod/{script}.sh", *arguments, **others)
         assert status == 2 and error.startswith(f"{name} is missing: ") and f"{name}=" in error
     assert cloud.take_calls() == []
 
@@ -71,9 +64,8 @@ def test_host_shows_its_help_where_arguments_lack(arguments, tmp_path):
         text=True,
         timeout=60,
     )
-    assert (done.returncode, done.stderr) == (2, "") and done.stdout.startswith(
-        "What the pod scripts run on every host"
-    )
+    assert (done.returncode, done.stderr) == (2, "")
+    assert done.stdout.startswith("What the pod scripts run on every host")
 
 
 # --- create and delete
@@ -81,29 +73,19 @@ def test_host_shows_its_help_where_arguments_lack(arguments, tmp_path):
 
 @pytest.mark.parametrize("capacity,flags", [("on-demand", []), ("spot", ["--spot"])])
 def test_create(cloud, capacity, flags):
-    status, out, _ = cloud.run(
-        "launch/pod/create.sh", CAPACITY=capacity, CREATE_FLAGS="--network=my-net --reserved", **TPU
-    )
+    more = {"CAPACITY": capacity, "CREATE_FLAGS": "--network=my-net --reserved"}
+    status, out, _ = cloud.run("launch/pod/create.sh", **more, **TPU)
     assert status == 0 and out.splitlines()[-1] == "search-1 is ready"
-    assert cloud.changes() == [
-        [
-            "tpu-vm",
-            "create",
-            "search-1",
-            "--version=v2-alpha-tpuv5-lite",
-            "--accelerator-type=v5litepod-16",
-            "--network=my-net",
-            "--reserved",
-            *flags,
-            *PLACE,
-        ]
-    ]
+    kind = ["--version=v2-alpha-tpuv5-lite", "--accelerator-type=v5litepod-16"]
+    network = ["--network=my-net", "--reserved"]
+    create = ["tpu-vm", "create", "search-1", *kind, *network, *flags, *PLACE]
+    assert cloud.changes() == [create]
     assert cloud.run("launch/pod/create.sh", **TPU)[0] == 0 and cloud.changes() == []  # it is there
 
 
 @pytest.mark.parametrize("capacity,flags", [("queued", []), ("queued-spot", ["--spot"])])
 def test_create_queued(cloud, capacity, flags):
-    """The request waits, then the TPU is made; started again in between, the script only waits."""
+    """The request waits, then the TPU is made; a script started in between only waits."""
     create = [
         "queued-resources",
         "create",
@@ -115,24 +97,19 @@ def test_create_queued(cloud, capacity, flags):
         *flags,
         *PLACE,
     ]
-    assert cloud.run("launch/pod/create.sh", CAPACITY=capacity, **TPU)[
-        0
-    ] == 0 and cloud.changes() == [create]
+    assert cloud.run("launch/pod/create.sh", CAPACITY=capacity, **TPU)[0] == 0
+    assert cloud.changes() == [create]
     assert (cloud.folder / "search-1.tpu-vm").read_text() == "READY"
     (cloud.folder / "search-1.tpu-vm").unlink()
     cloud.set_state("WAITING_FOR_RESOURCES", "queued-resources")
-    assert (
-        cloud.run("launch/pod/create.sh", CAPACITY=capacity, **TPU)[0] == 0
-        and cloud.changes() == []
-    )
+    assert cloud.run("launch/pod/create.sh", CAPACITY=capacity, **TPU)[0] == 0
+    assert cloud.changes() == []
     # The TPU was preempted, its request suspended: both go, and a new request is made.
     cloud.set_state("PREEMPTED")
     cloud.set_state("SUSPENDED", "queued-resources")
     assert cloud.run("launch/pod/create.sh", CAPACITY=capacity, **TPU)[0] == 0
-    assert cloud.changes() == [
-        ["queued-resources", "delete", "search-1", "--force", *PLACE],
-        create,
-    ]
+    delete = ["queued-resources", "delete", "search-1", "--force", *PLACE]
+    assert cloud.changes() == [delete, create]
 
 
 def test_a_failed_request_is_told(cloud):
@@ -159,11 +136,8 @@ def test_errors_of_gcloud_end_the_scripts(cloud):
     assert status == 1 and "no more capacity" in error
     cloud.plan(hosts=1, **{"fail tpu-vm describe": ["PERMISSION_DENIED: no"] * 10})
     status, _, error = cloud.run("launch/pod/create.sh", **TPU)
-    assert (
-        status == 1
-        and "the state of search-1 cannot be read" in error
-        and "PERMISSION_DENIED" in error
-    )
+    assert status == 1 and "the state of search-1 cannot be read" in error
+    assert "PERMISSION_DENIED" in error
     cloud.take_calls()
     cloud.plan(hosts=1, **{"fail tpu-vm describe": ["connection lost"] * 2})
     assert cloud.run("launch/pod/create.sh", **TPU)[0] == 0
@@ -180,9 +154,8 @@ def test_delete_asks_nothing_and_deletes_what_there_is(cloud):
     cloud.set_state("ACTIVE", "queued-resources")
     assert cloud.run("launch/pod/delete.sh", **NAMES)[0] == 0
     assert cloud.changes() == [["queued-resources", "delete", "search-1", "--force", *PLACE]]
-    assert [path.name for path in cloud.folder.glob("*.tpu-vm")] == ["another.tpu-vm"] and not list(
-        cloud.folder.glob("*.queued-resources")
-    )
+    assert [path.name for path in cloud.folder.glob("*.tpu-vm")] == ["another.tpu-vm"]
+    assert not list(cloud.folder.glob("*.queued-resources"))
 
 
 @pytest.mark.parametrize("script", ["create", "delete", "stop"])
@@ -190,24 +163,18 @@ def test_a_name_as_an_argument_touches_no_other_tpu(cloud, script):
     cloud.set_state("READY")
     cloud.take_calls()
     status, _, error = cloud.run(f"launch/pod/{script}.sh", "search-2", **TPU)
-    assert (
-        status == 2
-        and f"{script}.sh takes no arguments (search-2)" in error
-        and cloud.take_calls() == []
-    )
+    assert status == 2 and f"{script}.sh takes no arguments (search-2)" in error
+    assert cloud.take_calls() == []
     if script == "stop":
         status, _, error = cloud.run("launch/pod/stop.sh", WAIT_S="10m", **NAMES)
-        assert (
-            status == 2
-            and "WAIT_S=10m is no number of seconds" in error
-            and cloud.take_calls() == []
-        )
+        assert status == 2 and "WAIT_S=10m" in error and cloud.take_calls() == []
 
 
 # --- set up
 
 
 def test_setup_brings_the_working_tree_and_data_to_every_host(cloud, tmp_path):
+    # a changed working tree, data in a folder and in a bucket
     cloud.set_state("READY")
     (cloud.root / "not committed").write_text("new\n")
     (cloud.root / "a file").write_text("changed\n")
@@ -218,31 +185,19 @@ def test_setup_brings_the_working_tree_and_data_to_every_host(cloud, tmp_path):
     for folder in (data, bucket):
         folder.mkdir(parents=True)
         (folder / "train.jsonl").write_text(folder.name)
-    status, out, error = cloud.run(
-        "launch/pod/setup.sh",
-        f"{data}=data/of mine",
-        "gs://my-bucket/musique $1=data/musique 'x'",
-        **NAMES,
-    )
+    copies = [f"{data}=data/of mine", "gs://my-bucket/musique $1=data/musique 'x'"]
+    status, out, error = cloud.run("launch/pod/setup.sh", *copies, **NAMES)
     assert status == 0, error
+    # every host has the tree, the data and an environment
     for host in (0, 1):
         there = cloud.home(host) / "stepsearch"
-        assert (there / "not committed").read_text() == "new\n" and (
-            there / "a file"
-        ).read_text() == "changed\n"
-        assert (
-            not (there / "launch/test.sh").exists()
-            and not (there / "runs").exists()
-            and not (there / ".git").exists()
-        )
-        assert (there / "data/of mine/train.jsonl").read_text() == "my data" and (
-            there / "data/musique 'x'/train.jsonl"
-        ).read_text() == "musique $1"
-        installed = [
-            line.split(": ")[1]
-            for line in cloud.log.read_text().splitlines()
-            if line.startswith(f"{there}: ")
-        ]
+        assert (there / "not committed").read_text() == "new\n"
+        assert (there / "a file").read_text() == "changed\n"
+        assert not any((there / name).exists() for name in ("launch/test.sh", "runs", ".git"))
+        assert (there / "data/of mine/train.jsonl").read_text() == "my data"
+        assert (there / "data/musique 'x'/train.jsonl").read_text() == "musique $1"
+        lines = cloud.log.read_text().splitlines()
+        installed = [line.split(": ")[1] for line in lines if line.startswith(f"{there}: ")]
         pip = "-m pip install --quiet --disable-pip-version-check -r "
         assert installed == [
             "-m venv --clear .venv",
@@ -254,18 +209,15 @@ def test_setup_brings_the_working_tree_and_data_to_every_host(cloud, tmp_path):
 
 def test_setup_clones_a_commit(cloud):
     cloud.set_state("READY")
-    commit = subprocess.run(
-        ["git", "-C", cloud.root, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    head = ["git", "-C", cloud.root, "rev-parse", "HEAD"]
+    commit = subprocess.check_output(head, text=True).strip()
     (cloud.root / "not committed").touch()
-    for _ in range(2):  # again, over what is there
-        status, _, error = cloud.run(
-            "launch/pod/setup.sh", REPOSITORY=str(cloud.root), COMMIT=commit, **NAMES
-        )
+    source = {"REPOSITORY": str(cloud.root), "COMMIT": commit}
+    for _ in range(2):  # the second time over the first clone
+        status, _, error = cloud.run("launch/pod/setup.sh", **source, **NAMES)
         assert status == 0, error
-        assert (cloud.home(1) / "stepsearch/a file").exists() and not (
-            cloud.home(1) / "stepsearch/not committed"
-        ).exists()
+        assert (cloud.home(1) / "stepsearch/a file").exists()
+        assert not (cloud.home(1) / "stepsearch/not committed").exists()
     status, _, error = cloud.run("launch/pod/setup.sh", REPOSITORY=str(cloud.root), **NAMES)
     assert status == 2 and error.startswith("COMMIT is missing")
 
@@ -290,25 +242,12 @@ def test_setup_refuses_what_is_not_there(cloud):
 
 def test_a_host_without_a_new_python_gets_one(cloud, tmp_path):
     """The images have Python 3.10: uv, which pip installs there, brings another."""
+    # a PATH with these tools and an old python alone
     cloud.set_state("READY")
     tools = tmp_path / "tools"
     tools.mkdir()
-    for name in (
-        "bash",
-        "cat",
-        "dirname",
-        "head",
-        "mkdir",
-        "rm",
-        "cp",
-        "tar",
-        "gzip",
-        "env",
-        "tail",
-        "touch",
-        "setsid",
-        "sh",
-    ):
+    names = "bash cat dirname head mkdir rm cp tar gzip env tail touch setsid sh"
+    for name in names.split():
         (tools / name).symlink_to(shutil.which(name))
     old = tools / "python3"
     old.write_text(f"""#!{shutil.which("bash")}
@@ -319,22 +258,19 @@ case "$*" in
 esac
 """)
     old.chmod(0o755)
-    repository = cloud.root
+    # install on it
     environment = cloud.environment | {"PATH": str(tools), "HOME": str(tmp_path)}
     del environment["PYTHON"]
     done = subprocess.run(
-        [tools / "bash", repository / "launch/pod/host.sh", "install"],
+        [tools / "bash", cloud.root / "launch/pod/host.sh", "install"],
         env=environment,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
     lines = cloud.log.read_text().splitlines()
-    assert (
-        lines[:2]
-        == ["old: -m pip install --quiet --user uv", "old: -m uv python install --quiet 3.12"]
-        and "venv --clear .venv" in lines[2]
-    )
+    install = ["old: -m pip install --quiet --user uv", "old: -m uv python install --quiet 3.12"]
+    assert lines[:2] == install and "venv --clear .venv" in lines[2]
 
 
 # --- train
@@ -357,15 +293,13 @@ def test_train_runs_on_all_hosts_with_a_log_each(pod):
     assert sorted(path.name for path in attempt.iterdir()) == ["0.log", "1.log"]
     assert [(attempt / f"{host}.log").read_text() for host in (0, 1)] == ["hello\n"] * 2
     (call,) = pod.changes()
-    assert (
-        call[:4] == ["tpu-vm", "ssh", "search-1", "--worker=all"]
-        and f"--output-directory=runs/pods/search-1/{attempt.name}" in call
-    )
+    assert call[:4] == ["tpu-vm", "ssh", "search-1", "--worker=all"]
+    assert f"--output-directory=runs/pods/search-1/{attempt.name}" in call
 
 
 @pytest.mark.slow
 def test_a_preempted_tpu_is_replaced_and_the_training_resumed(pod, tmp_path):
-    """In the first attempt the machines vanish with all that was on them; the second one has the data again."""
+    """The machines of the first attempt vanish with their disks; the second has the data again."""
     bucket = pod.folder / "buckets/b/my data"
     bucket.mkdir(parents=True)
     (bucket / "x").touch()
@@ -376,18 +310,11 @@ def test_a_preempted_tpu_is_replaced_and_the_training_resumed(pod, tmp_path):
     out, error = process.communicate(timeout=60)
     assert process.returncode == 0, error
     assert "search-1 is PREEMPTED" in error and out.splitlines()[-1] == "the training is complete"
-    assert (
-        pod.started(0) == pod.started(1)
-        and len(pod.started(0)) == 2
-        and pod.started(0)[0] == pod.started(0)[1]
-    )
+    first, second = pod.started(0)
+    assert pod.started(0) == pod.started(1) and first == second
     changes = [words[:2] for words in pod.changes()]
-    assert changes[:4] == [
-        ["tpu-vm", "ssh"],
-        ["tpu-vm", "delete"],
-        ["tpu-vm", "create"],
-        ["tpu-vm", "scp"],
-    ] and changes[-1] == ["tpu-vm", "ssh"]
+    verbs = ("ssh", "delete", "create", "scp")
+    assert changes[:4] == [["tpu-vm", verb] for verb in verbs] and changes[-1] == ["tpu-vm", "ssh"]
     assert (pod.home(1) / "stepsearch/data/x y/x").exists()
     assert len(list((pod.root / "runs/pods/search-1").iterdir())) == 2
 
@@ -410,16 +337,14 @@ def test_a_failure_of_the_program_stops_with_its_message(pod):
     pod.set_attempts(dict(say="stepsearch_jax: data.path is empty", status=1))
     status, _, error = pod.run(*TRAIN, RESTARTS="2", **TPU)
     assert status == 1 and len(pod.started(0)) == 2
-    assert (
-        error.count("--- the end of") == 2
-        and error.count("stepsearch_jax: data.path is empty") == 2
-    )
+    assert error.count("--- the end of") == 2
+    assert error.count("stepsearch_jax: data.path is empty") == 2
     assert (pod.folder / "search-1.tpu-vm").read_text() == "READY"
 
 
 @pytest.mark.slow
 def test_only_attempts_without_progress_count(pod):
-    """Crashes after a new checkpoint each are no reason to give up; three in a row that begin where the last one did are."""
+    """Crashes after a new checkpoint do not count; three in a row without one end the script."""
     resumed = [
         dict(say=f"12:00:00 resumed from iteration {iteration}", status=70)
         for iteration in (10, 20, 30, 30, 30)
@@ -432,13 +357,11 @@ def test_only_attempts_without_progress_count(pod):
 
 @pytest.mark.slow
 def test_one_host_that_fails_fails_the_attempt(pod):
-    """The other one is ended before the next attempt."""
+    """The other host's training is ended before the next attempt."""
     pod.set_attempts(dict(seconds=0.0))
-    (pod.attempts.parent / "train.py").write_text(
-        FAKE_TRAIN.format(attempts=str(pod.attempts)).replace(
-            "sys.exit(", "sys.exit(9 if sys.argv[1] == '1' and number == 0 else "
-        )
-    )
+    fail_once = "sys.exit(9 if sys.argv[1] == '1' and number == 0 else "
+    train = FAKE_TRAIN.format(attempts=str(pod.attempts)).replace("sys.exit(", fail_once)
+    (pod.attempts.parent / "train.py").write_text(train)
     status, out, error = pod.run(*TRAIN, **TPU)
     assert status == 0 and "ended with status 9; search-1 is READY" in error
     assert sum("host.sh stop 10" in word for words in pod.changes() for word in words) == 1
@@ -463,7 +386,10 @@ def test_a_script_that_ends_leaves_the_training_and_the_next_follows_it(pod):
 
 @pytest.mark.slow
 def test_a_broken_connection_starts_nothing_twice(pod):
-    """gcloud runs a command again when the connection broke: the host follows the training, or tells how it ended."""
+    """gcloud repeats a command after a broken connection: the host then follows the training.
+
+    If the training has ended, it returns the training's exit status.
+    """
     pod.set_attempts(dict(say="going", status=5))
     host = ["bash", "launch/pod/host.sh", "train", "attempt-1", "--config=x", "--workdir=y"]
     environment = pod.environment | {"HOME": str(pod.home(0)), "SLURM_PROCID": "0"}
