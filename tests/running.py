@@ -1,4 +1,4 @@
-"""Runs of the commands for tests: in processes of their own, with a made-up policy that searches, on a data set that all tests share."""
+"""Runs commands for tests: as processes, with a random policy that searches, on shared data."""
 
 from __future__ import annotations
 
@@ -36,12 +36,14 @@ def here(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
 
 def searching_start(tmp_path_factory) -> pathlib.Path:
-    """A start/ folder with a random policy of the tiny model that prefers the search tags, so that there is about one search an episode."""
+    """A start/ folder with a random policy of the tiny model that prefers the search tags.
+
+    An episode has about one search.
+    """
     folder = tmp_path_factory.getbasetemp() / "searching_start"
     if not folder.is_dir():
-        system = build_system(
-            here(tiny_config.get_config(str(shared_cache(tmp_path_factory)))), ["train"]
-        )
+        config = here(tiny_config.get_config(str(shared_cache(tmp_path_factory))))
+        system = build_system(config, ["train"])
         checkpoint.save_params(folder, make_searching_params(system, seed=26))
     return folder
 
@@ -52,43 +54,38 @@ def make_searching_params(system: System, seed: int):
     def draw(path, leaf):
         if path[-1].key == "scale":
             return jnp.ones(leaf.shape)
-        drawn = (
-            rng.normal(scale=scale, size=leaf.shape[::-1]).T
-            if path[-1].key == "lm_head"
-            else rng.normal(scale=scale, size=leaf.shape)
-        )
+        if path[-1].key == "lm_head":
+            drawn = rng.normal(scale=scale, size=leaf.shape[::-1]).T
+        else:
+            drawn = rng.normal(scale=scale, size=leaf.shape)
         return jnp.asarray(drawn, leaf.dtype)
 
-    boxed = jax.eval_shape(
-        lambda: Policy(system.learner_model).init(
-            jax.random.key(0), jnp.zeros((1, 2), jnp.int32), method=Policy.init_all
-        )
-    )
-    params = jax.tree_util.tree_map_with_path(draw, nn.unbox(boxed))
-    params["params"]["trunk"]["embedding"] *= (
-        4.0  # tokens matter more than their neighbours: greedy decoding does not repeat itself
-    )
+    def init():
+        tokens = jnp.zeros((1, 2), jnp.int32)
+        return Policy(system.learner_model).init(jax.random.key(0), tokens, method=Policy.init_all)
+
+    params = jax.tree_util.tree_map_with_path(draw, nn.unbox(jax.eval_shape(init)))
+    # tokens matter more than their neighbours: greedy decoding does not repeat itself
+    params["params"]["trunk"]["embedding"] *= 4.0
     tags = jnp.array([system.tokenizer.encode(tag)[0] for tag in ("<search>", "</search>")])
     params["params"]["lm_head"] = params["params"]["lm_head"].at[:, tags].multiply(8.0)
     return params
 
 
 def start(command: list, *, devices: int = 1, log: pathlib.Path) -> subprocess.Popen:
-    """Starts `python …command` in the repository with so many fake CPU devices, its output in the file `log`, which lies in the test's tmp_path.
+    """Starts `python …command` in the repository with `devices` fake CPU devices.
 
-    Programs are compiled fast rather than well, and kept beside the folders of the tests.
+    log: file for its output, in the test's tmp_path. Programs are compiled without optimisation and
+    cached beside the folders of the tests.
     """
-    flags = f"{COMPILE_FAST} --xla_force_host_platform_device_count={devices}"
-    programs = {
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"{COMPILE_FAST} --xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": f"{REPO}:{REPO / 'tests'}",
         "JAX_COMPILATION_CACHE_DIR": str(log.parents[1] / "programs"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    environment = (
-        os.environ
-        | programs
-        | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": f"{REPO}:{REPO / 'tests'}"}
-    )
-    environment.pop("NPROC", None)  # this process's own setting, by tests/conftest.py
+    environment.pop("NPROC", None)  # tests/conftest.py sets it for this process only
     with log.open("w") as file:
         return subprocess.Popen(
             [sys.executable, *map(str, command)],
@@ -114,7 +111,7 @@ def start_command(
 
 
 def run_command(*arguments, **options) -> str:
-    """Runs a command to its end, which must be a good one -> its output."""
+    """Runs a command, which must succeed -> its output."""
     process = start_command(*arguments, **options)
     log = arguments[2].with_suffix(".log")
     try:
@@ -131,17 +128,13 @@ def free_port() -> int:
 
 
 def read_tree(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    """Every leaf of a saved tree by its path, whatever devices it was saved from."""
+    """Every leaf of a saved tree by its path; the devices that saved it do not matter."""
     with ocp.PyTreeCheckpointer() as checkpointer:
         saved = checkpointer.metadata(folder.resolve()).item_metadata.tree
-        tree = checkpointer.restore(
-            folder.resolve(),
-            restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved),
-        )
-    return {
-        jax.tree_util.keystr(path): np.asarray(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
+        tree = checkpointer.restore(folder.resolve(), restore_args=as_numpy)
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
 def final_state(workdir: pathlib.Path, iteration: int) -> dict[str, np.ndarray]:

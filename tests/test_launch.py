@@ -1,4 +1,4 @@
-"""The launch scripts with a fake Python, and README and docs/architecture.md against the tree, the defaults and the loop that they speak of."""
+"""The launch scripts with a fake Python; README and docs/architecture.md against the tree."""
 
 import ast
 import os
@@ -19,7 +19,7 @@ REPO = pathlib.Path(__file__).resolve().parents[1]
 README = (REPO / "README.md").read_text()
 SCRIPTS = [*sorted((REPO / "launch").glob("*.sh")), REPO / ".ci/run"]
 
-# A python that passes code on to a real one, notes what is run as a module, and lets the training command leave a run.
+# Passes code to a real python, logs which modules are run; its training command leaves a run.
 FAKE_PYTHON = """#!/usr/bin/env bash
 if [[ $1 != -m ]]; then exec {python} "$@"; fi
 shift
@@ -27,7 +27,9 @@ echo "$@" >>{log}
 case $1 in
   venv) mkdir -p "$3/bin"; rm -f "$3"/made-with "$3"/installed-*; cp "$0" "$3/bin/python" ;;
   stepsearch_jax.train)
-    for argument in "$@"; do case $argument in --workdir=*) workdir=${{argument#--workdir=}} ;; esac; done
+    for argument in "$@"; do
+      case $argument in --workdir=*) workdir=${{argument#--workdir=}} ;; esac
+    done
     mkdir -p "$workdir"
     echo '{{}}' >"$workdir/config.json"
     echo "the table" ;;
@@ -50,9 +52,8 @@ class Clone:
         self.set_python(sys.executable)
 
     def set_python(self, python: str, status: int = 0) -> None:
-        self.python.write_text(
-            FAKE_PYTHON.format(python=f"'{python}'", log=f"'{self.log}'", status=status)
-        )
+        text = FAKE_PYTHON.format(python=f"'{python}'", log=f"'{self.log}'", status=status)
+        self.python.write_text(text)
         self.python.chmod(self.python.stat().st_mode | stat.S_IXUSR)
 
     def run(self, script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -91,12 +92,13 @@ def test_syntax(script):
 
 
 PIP = "pip install --quiet --disable-pip-version-check -r "
+PYTEST = "pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15"
 
 
 def test_test_script_installs_only_what_changed(clone):
     checks = [
         "ruff check --quiet --output-format=concise .",
-        "pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15 tests/test_x.py -k a b",
+        f"{PYTEST} tests/test_x.py -k a b",
     ]
     arguments = ("tests/test_x.py", "-k", "a b")
     done = clone.run("launch/test.sh", *arguments)
@@ -143,22 +145,14 @@ def test_failing_check_fails_the_script(clone):
 
 
 def test_ci_runs_the_slow_tests_too(clone):
-    with clone.python.open() as file:
-        text = file.read().replace(
-            'echo "$@"', 'echo "$@ SLOW=${SLOW:-} offline=${HF_HUB_OFFLINE:-}"'
-        )
+    variables = "SLOW=${SLOW:-} offline=${HF_HUB_OFFLINE:-}"
+    text = clone.python.read_text().replace('echo "$@"', f'echo "$@ {variables}"')
     clone.python.write_text(text)
     assert clone.run(".ci/run", CI="true").returncode == 0
-    assert (
-        clone.take_log()[-1]
-        == "pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15 SLOW=1 offline=1"
-    )
+    assert clone.take_log()[-1] == f"{PYTEST} SLOW=1 offline=1"
     clone.run("launch/test.sh", SLOW="0")
-    assert (
-        clone.take_log()[-1]
-        == "pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15 SLOW= offline="
-        + os.environ.get("HF_HUB_OFFLINE", "")
-    )
+    offline = os.environ.get("HF_HUB_OFFLINE", "")
+    assert clone.take_log()[-1] == f"{PYTEST} SLOW= offline={offline}"
 
 
 @pytest.mark.parametrize(
@@ -169,11 +163,8 @@ def test_dry_run_prints_the_commands_and_does_nothing(clone, script, last):
     done = clone.run(script, DRY_RUN="1")
     assert done.returncode == 0, done.stderr
     commands = [line for line in done.stdout.splitlines() if " -m " in line]
-    assert (
-        commands[0].endswith("-m venv --clear .venv ")
-        and PIP + "requirements.txt" in commands[1]
-        and f" -m {last} " in commands[-1]
-    )
+    assert commands[0].endswith("-m venv --clear .venv ")
+    assert PIP + "requirements.txt" in commands[1] and f" -m {last} " in commands[-1]
     assert sorted(clone.root.rglob("*")) == before and clone.take_log() == []
 
 
@@ -186,11 +177,8 @@ def test_old_or_missing_python_is_named(clone, script):
     old.chmod(0o755)
     for python in (str(old), "/no/such/python"):
         done = clone.run(script, PYTHON=python)
-        assert (
-            done.returncode != 0
-            and done.stderr.startswith("Python 3.11 or newer is needed")
-            and python in done.stderr
-        )
+        assert done.returncode != 0
+        assert done.stderr.startswith("Python 3.11") and python in done.stderr
         assert not (clone.root / ".venv").exists()
 
 
@@ -200,7 +188,8 @@ def test_quickstart_trains(clone):
     assert clone.take_log() == [
         "venv --clear .venv",
         PIP + "requirements.txt",
-        "stepsearch_jax.train --config=configs/atlas_quickstart.py --workdir=runs/quickstart --config.seed=1 --config.search.k=2",
+        "stepsearch_jax.train --config=configs/atlas_quickstart.py --workdir=runs/quickstart "
+        "--config.seed=1 --config.search.k=2",
     ]
     assert re.search(r"\nthe table\ntook 0 min \d+ s\n$", done.stdout)
     assert (clone.root / "runs/quickstart").is_dir()
@@ -208,9 +197,9 @@ def test_quickstart_trains(clone):
 
 def test_quickstart_passes_a_variant_on(clone):
     clone.run("launch/quickstart.sh", "one_search", "--config.seed=1")
-    assert (
-        clone.take_log()[-1]
-        == "stepsearch_jax.train --config=configs/atlas_quickstart.py:one_search --workdir=runs/quickstart-one_search --config.seed=1"
+    assert clone.take_log()[-1] == (
+        "stepsearch_jax.train --config=configs/atlas_quickstart.py:one_search "
+        "--workdir=runs/quickstart-one_search --config.seed=1"
     )
 
 
@@ -222,14 +211,13 @@ def test_failed_training_fails_the_quickstart(clone):
     assert done.returncode != 0 and "took" not in done.stdout
 
 
-def test_quickstart_goes_on_or_begins_anew(clone):
+def test_quickstart_resumes_a_run_or_replaces_it(clone):
     workdir = clone.root / "runs/my run"
     clone.run("launch/quickstart.sh", "--workdir=runs/my run")
     (workdir / "checkpoint").touch()
     done = clone.run("launch/quickstart.sh", "--workdir=runs/my run")
-    assert (
-        "going on with the run in runs/my run" in done.stdout and (workdir / "checkpoint").exists()
-    )
+    assert "going on with the run in runs/my run" in done.stdout
+    assert (workdir / "checkpoint").exists()
     done = clone.run("launch/quickstart.sh", "--workdir=runs/my run", "--fresh", DRY_RUN="1")
     assert "rm -r -- runs/my\\ run" in done.stdout and (workdir / "checkpoint").exists()
     done = clone.run("launch/quickstart.sh", "--workdir=runs/my run", "--fresh")
@@ -244,11 +232,8 @@ def test_fresh_removes_no_run_that_is_at_work(clone):
     (workdir / "config.json").touch()
     with lock(workdir):
         done = clone.run("launch/quickstart.sh", "--fresh")
-        assert (
-            done.returncode == 2
-            and "a run is at work in runs/quickstart" in done.stderr
-            and (workdir / "config.json").exists()
-        )
+        assert done.returncode == 2 and "a run is at work in runs/quickstart" in done.stderr
+        assert (workdir / "config.json").exists()
     assert clone.run("launch/quickstart.sh", "--fresh", DRY_RUN="1").returncode == 0
 
 
@@ -260,9 +245,8 @@ def test_fresh_removes_nothing_but_runs(clone):
 
 def test_quickstart_explains_itself_and_refuses_what_it_does_not_know(clone):
     done = clone.run("launch/quickstart.sh", "--help", PYTHON="/no/such/python")
-    assert done.returncode == 0 and all(
-        word in done.stdout for word in ("--fresh", "--workdir", "DRY_RUN", "--config.seed=1")
-    )
+    words = ("--fresh", "--workdir", "DRY_RUN", "--config.seed=1")
+    assert done.returncode == 0 and all(word in done.stdout for word in words)
     assert "pipefail" not in done.stdout and "#" not in done.stdout
     for arguments in (["--sede=1"], ["bogus"], ["seed=1"], ["continued", "shuffled"]):
         done = clone.run("launch/quickstart.sh", *arguments)
@@ -277,12 +261,8 @@ def test_quickstart_knows_the_variants_of_its_config(clone):
 
 def test_test_script_explains_itself(clone):
     done = clone.run("launch/test.sh", "--help", PYTHON="/no/such/python")
-    assert (
-        done.returncode == 0
-        and "SLOW=1" in done.stdout
-        and "pipefail" not in done.stdout
-        and clone.take_log() == []
-    )
+    assert done.returncode == 0 and "SLOW=1" in done.stdout
+    assert "pipefail" not in done.stdout and clone.take_log() == []
 
 
 # --- the README
@@ -312,9 +292,8 @@ def test_every_package_and_module_is_in_the_tree():
         for path in (REPO / "stepsearch_jax").iterdir()
         if path.suffix == ".py" or (path / "__init__.py").is_file()
     ]
-    names = {f"stepsearch_jax/{path.name}{'/' * path.is_dir()}" for path in here} - {
-        "stepsearch_jax/__init__.py"
-    }
+    names = {f"stepsearch_jax/{path.name}{'/' * path.is_dir()}" for path in here}
+    names.remove("stepsearch_jax/__init__.py")
     assert len(names) > 20 and names <= set(list_tree())
 
 

@@ -1,4 +1,4 @@
-"""The presets of configs/base.py, what the choices of rl and reward ask of a config, and whole runs without a value model."""
+"""Presets of configs/base.py, what choices of rl and reward require, runs without a value model."""
 
 import math
 
@@ -18,7 +18,7 @@ from stepsearch_jax.run.checks import check_config
 from stepsearch_jax.run.settings import learner_settings, make_optimizers
 from stepsearch_jax.run.system import build_system
 
-# The closed list in which the released code differs from the paper, with the released script's numbers.
+# All keys in which the released code differs from the paper, with the released script's numbers.
 REFERENCE = {
     "reward.format_gate": "ends_with_answer",
     "reward.format_failure": "minus_one",
@@ -43,11 +43,10 @@ def flatten(config, prefix: str = "") -> dict:
     """Dotted key -> value, of the leaves."""
     keys = {}
     for name, value in config.items():
-        keys |= (
-            flatten(value, f"{prefix}{name}.")
-            if isinstance(value, ml_collections.ConfigDict)
-            else {prefix + name: value}
-        )
+        if isinstance(value, ml_collections.ConfigDict):
+            keys |= flatten(value, f"{prefix}{name}.")
+        else:
+            keys[prefix + name] = value
     return keys
 
 
@@ -58,7 +57,7 @@ def test_reference_is_the_closed_list():
 
 
 def test_unknown_preset():
-    with pytest.raises(ValueError, match="base.py:code is not known; presets are paper, reference"):
+    with pytest.raises(ValueError, match="base.py:code.*paper, reference"):
         base.get_config("code")
 
 
@@ -75,40 +74,28 @@ def check(tmp_path_factory, **change) -> None:
 
 @pytest.mark.parametrize("advantage", ["grpo", "rloo", "turn_return"])
 def test_groups_need_more_than_one_episode(tmp_path_factory, advantage):
-    with pytest.raises(
-        ValueError,
-        match=f"rl.advantage={advantage} compares .* rollout.group_size is 1: set it to 2 or more.*gae or turn_gae",
-    ):
+    with pytest.raises(ValueError, match=f"rl.advantage={advantage} .*rollout.group_size is 1"):
         check(tmp_path_factory, **{"rl.advantage": advantage})
-    check(
-        tmp_path_factory,
-        **{"rl.advantage": advantage, "rl.kl_placement": "loss", "rl.kl_estimator": "k3"},
-        **GROUPS,
-    )
+    kl = {"rl.kl_placement": "loss", "rl.kl_estimator": "k3"}
+    check(tmp_path_factory, **{"rl.advantage": advantage}, **kl, **GROUPS)
 
 
 @pytest.mark.parametrize("advantage", ["grpo", "turn_return"])
 def test_what_divides_by_the_deviation_has_the_kl_in_the_loss(tmp_path_factory, advantage):
     change = {"rl.advantage": advantage, **GROUPS}
-    with pytest.raises(
-        ValueError, match=f"rl.advantage={advantage} divides rewards .*Set rl.kl_placement to loss"
-    ):
+    with pytest.raises(ValueError, match=f"rl.advantage={advantage} .*rl.kl_placement"):
         check(tmp_path_factory, **change)
     check(tmp_path_factory, **change, **{"rl.kl_coef": 0.0})
 
 
 def test_only_token_gae_runs_over_observations(tmp_path_factory):
-    with pytest.raises(
-        ValueError, match="rl.over_observations=True widens token GAE, but rl.advantage is turn_gae"
-    ):
+    with pytest.raises(ValueError, match="rl.over_observations=True.*rl.advantage is turn_gae"):
         check(tmp_path_factory, **{"rl.advantage": "turn_gae", "rl.over_observations": True})
     check(tmp_path_factory, **{"rl.over_observations": True})
 
 
 def test_ratios_to_the_sampler_are_truncated_above_the_clip(tmp_path_factory):
-    with pytest.raises(
-        ValueError, match=r"rl.max_ratio=1.1 must be at least 1 \+ rl.clip_high=1.2"
-    ):
+    with pytest.raises(ValueError, match="rl.max_ratio=1.1 .*rl.clip_high=1.2"):
         check(tmp_path_factory, **{"rl.old_logprobs": "sampler", "rl.max_ratio": 1.1})
     check(tmp_path_factory, **{"rl.max_ratio": 1.1})
     learner_only, sampler = (
@@ -120,19 +107,18 @@ def test_ratios_to_the_sampler_are_truncated_above_the_clip(tmp_path_factory):
 
 @pytest.mark.slow
 def test_without_a_critic_there_is_no_value_model(tmp_path, tmp_path_factory):
-    """No parameters, no optimiser; the policy and the frozen reference are those of a run with one."""
+    """No parameters, no optimiser; policy and frozen reference are those of a run with a critic."""
     states = []
     for change in ({}, {"rl.advantage": "rloo", **GROUPS}):
         config = make_config(tmp_path_factory, **change)
         optimizers = make_optimizers(config, config.iterations)
-        state, reference, checkpoints, _ = start.begin_run(
-            build_system(config, ["train"]), tmp_path / str(len(states))
-        )
+        system, workdir = build_system(config, ["train"]), tmp_path / str(len(states))
+        state, reference, checkpoints, _ = start.begin_run(system, workdir)
         checkpoints.close()
         assert (state.value is None) == (optimizers[1] is None) == bool(change)
         states.append((state.policy, reference))
-    for a, b in zip(*(jax.tree.leaves(state) for state in states)):
-        np.testing.assert_array_equal(a, b)
+    for with_critic, without in zip(*(jax.tree.leaves(state) for state in states)):
+        np.testing.assert_array_equal(with_critic, without)
 
 
 @pytest.mark.slow
@@ -152,28 +138,19 @@ def test_without_a_critic_there_is_no_value_model(tmp_path, tmp_path_factory):
     ids=lambda change: change.get("rl.advantage", "gae over observations"),
 )
 def test_a_run_and_its_continuation(tmp_path, tmp_path_factory, change):
-    """Two iterations at once, and one after the other by way of a checkpoint: the same parameters, and they have moved."""
+    """Two iterations at once, or resumed in between: the same parameters, which have moved."""
     start = str(running.searching_start(tmp_path_factory))
     finals = []
+    change = change | {"sft.checkpoint": start, "policy.warmup": 0.0, "value.warmup": 0.0}
+    change["policy.learning_rate"] = 1e-3
     for name, parts in (("whole", (2,)), ("halves", (1, 2))):
         for iterations in parts:
-            config = make_config(
-                tmp_path_factory,
-                **change,
-                **{
-                    "iterations": iterations,
-                    "sft.checkpoint": start,
-                    "policy.warmup": 0.0,
-                    "value.warmup": 0.0,
-                    "policy.learning_rate": 1e-3,
-                },
-            )
+            config = make_config(tmp_path_factory, **change, iterations=iterations)
             train.train(config, tmp_path / name)
         finals.append(running.final_state(tmp_path / name, 2))
     assert finals[0].keys() == finals[1].keys()
-    assert any("value" in name for name in finals[0]) == (
-        change.get("rl.advantage", "gae") in ("gae", "turn_gae")
-    )
+    has_critic = change.get("rl.advantage", "gae") in ("gae", "turn_gae")
+    assert any("value" in name for name in finals[0]) == has_critic
     for name, leaf in finals[0].items():
         np.testing.assert_array_equal(finals[1][name], leaf, err_msg=name)
     system = build_system(config, ["train"])
@@ -182,6 +159,5 @@ def test_a_run_and_its_continuation(tmp_path, tmp_path_factory, change):
     )
     before = checkpoint.load_params(tmp_path / "whole" / "start", params, "none")
     for path, leaf in jax.tree_util.tree_leaves_with_path(before):
-        assert (
-            finals[0]["['policy']['params']" + jax.tree_util.keystr(path)] != np.asarray(leaf)
-        ).any()
+        after = finals[0]["['policy']['params']" + jax.tree_util.keystr(path)]
+        assert (after != np.asarray(leaf)).any()

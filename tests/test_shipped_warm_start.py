@@ -25,21 +25,25 @@ LOG = REPO / "configs" / "warm_starts" / "atlas.jsonl"
 
 @pytest.fixture(scope="module")
 def held_out(tmp_path_factory):
-    """-> (folder of a policy -> its loss and exactness on the last phase's held-out demonstrations)."""
+    """-> function: folder of a policy -> its loss and exactness.
+
+    Measured on the last phase's held-out demonstrations.
+    """
     config = atlas_quickstart.get_config("anew")
     config.data.cache_dir = str(tmp_path_factory.mktemp("cache"))
-    i = config.sft
-    system = build_system(config, [i.held_out_split])
-    last = len(i.phases) - 1
-    _, rows, single_hop, poor_fraction, _ = i.phases[last]
+    sft_config = config.sft
+    system = build_system(config, [sft_config.held_out_split])
+    last = len(sft_config.phases) - 1
+    _, rows, single_hop, poor_fraction, _ = sft_config.phases[last]
     exam = demonstrate(
         system,
-        i.held_out_split,
-        i.held_out,
+        sft_config.held_out_split,
+        sft_config.held_out,
         single_hop=single_hop,
         poor_fraction=poor_fraction,
         seed=config.seed + 1000 + last,
     )
+    # the loss, whose optimizer is not used
     optimizer = make_sft_optimizer(
         "adamw",
         [(1, 0.0)],
@@ -56,12 +60,8 @@ def held_out(tmp_path_factory):
     )
 
     def measure(folder):
-        loss, exact = held_out_loss(
-            checkpoint.load_params(folder, abstract_params, "none"),
-            exam.tokens,
-            exam.action_mask,
-            rows=rows,
-        )
+        params = checkpoint.load_params(folder, abstract_params, "none")
+        loss, exact = held_out_loss(params, exam.tokens, exam.action_mask, rows=rows)
         return float(loss), float(np.mean(exact))
 
     return measure
@@ -75,24 +75,21 @@ def test_shipped_policy_has_the_loss_that_its_log_ends_with(held_out):
 
 
 def test_shipped_policy_is_small():
-    assert (
-        sum(file.stat().st_size for file in find_checkpoint(atlas_quickstart.WARM_START).rglob("*"))
-        < 8 * 2**20
-    )
+    files = find_checkpoint(atlas_quickstart.WARM_START).rglob("*")
+    assert sum(file.stat().st_size for file in files) < 8 * 2**20
 
 
 @pytest.mark.slow
 def test_command_makes_the_shipped_policy(held_out, tmp_path):
-    """The whole warm start again: the same loss at the first look, and at the end the same within 0.05 nats a token.
+    """The whole warm start again: same first loss, and same last loss within 0.05 nats a token.
 
-    Rounding differs between machines and with the number of threads, and grows over 1,700 steps: with two threads the command ended 0.028 below the shipped
-    policy, which one thread made. The untrained policy stands at several nats, the first look at 0.61, the script's own randomness at 0.07.
+    Rounding differs between machines and with the number of threads, and grows over 1,700 steps:
+    with two threads the command ended 0.028 below the shipped policy, which one thread made. The
+    loss of the untrained policy is several nats, the first logged one 0.61, that of the script's
+    own randomness 0.07.
     """
-    environment = os.environ | {
-        "XLA_FLAGS": "",
-        "JAX_PLATFORMS": "cpu",
-        "NPROC": "1",
-    }  # one thread, as the shipped one was made
+    # one thread, as for the shipped policy
+    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "NPROC": "1"}
     subprocess.run(
         [
             sys.executable,
@@ -108,14 +105,10 @@ def test_command_makes_the_shipped_policy(held_out, tmp_path):
         env=environment,
         check=True,
     )
-    again, shipped = (
-        held_out(tmp_path / "run" / "start"),
-        held_out(find_checkpoint(atlas_quickstart.WARM_START)),
-    )
-    first, logged = (
-        json.loads(path.read_text().splitlines()[0])
-        for path in (tmp_path / "run/metrics.jsonl", LOG)
-    )
+    again = held_out(tmp_path / "run" / "start")
+    shipped = held_out(find_checkpoint(atlas_quickstart.WARM_START))
+    logs = tmp_path / "run/metrics.jsonl", LOG
+    first, logged = (json.loads(path.read_text().splitlines()[0]) for path in logs)
     assert first["held_out_loss"] == pytest.approx(logged["held_out_loss"], rel=1e-3)
     assert again[0] == pytest.approx(shipped[0], abs=0.05)
     assert abs(again[1] - shipped[1]) < 0.1
