@@ -1,4 +1,4 @@
-"""A run's policy as a folder that others load: the parameters of its newest checkpoint, and a tokenizer that cuts texts as ours does."""
+"""A run's policy exported for other libraries: newest checkpoint, and a tokenizer that agrees."""
 
 import pathlib
 import subprocess
@@ -20,7 +20,7 @@ from stepsearch_jax.run.system import build_system
 
 
 def test_a_bucket_is_no_folder():
-    """Where pathlib would make a folder gs: here."""
+    """With pathlib, gs:// would become a local folder gs:"""
     command = [
         sys.executable,
         "-m",
@@ -30,11 +30,9 @@ def test_a_bucket_is_no_folder():
         "--folder=gs://bucket/model",
     ]
     done = subprocess.run(command, cwd=running.REPO, capture_output=True, text=True)
-    assert (
-        done.returncode == 2
-        and done.stderr.startswith("stepsearch_jax: argument --folder: ")
-        and done.stderr.count("\n") == 1
-    ), done.stderr
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("stepsearch_jax: argument --folder: ")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -56,18 +54,18 @@ def test_what_is_no_export_is_not_replaced(tmp_path, files, monkeypatch):
         (folder / name).touch()
     if files is None:
         folder.write_text("a file")
-    with pytest.raises(ValueError, match="there is there and holds no earlier export"):
+    with pytest.raises(ValueError, match=f"{folder} .*no earlier export"):
         export.check_target(folder, config)
-    with pytest.raises(ValueError, match="holds no earlier export"):  # nor is what lies above it
+    with pytest.raises(ValueError, match=f"{tmp_path} .*no earlier export"):
         export.check_target(tmp_path, config)
     config.prompt.tokenizer = str(tmp_path / "tokenizer")
-    with pytest.raises(ValueError, match="is config.prompt.tokenizer, which would be replaced"):
+    with pytest.raises(ValueError, match="config.prompt.tokenizer"):
         export.check_target(tmp_path / "tokenizer", config)
     (tmp_path / "empty").mkdir()
     export.check_target(tmp_path / "empty", config)
     monkeypatch.chdir(tmp_path / "empty")
     for current in ("", ".", str(tmp_path / "empty")):
-        with pytest.raises(ValueError, match="is the current folder"):
+        with pytest.raises(ValueError, match="current folder"):
             export.check_target(pathlib.Path(current), config)
 
 
@@ -78,25 +76,24 @@ def test_a_run_is_exported(tmp_path, tmp_path_factory):
     system = build_system(config, [])
     state, _, checkpoints, _ = start.begin_run(system, tmp_path / "run")
     write_config(tmp_path / "run", config)
-    newer = state.replace(
-        policy=state.policy.replace(params=jax.tree.map(lambda x: x + 0.5, state.policy.params))
-    )
+    params = jax.tree.map(lambda leaf: leaf + 0.5, state.policy.params)
+    newer = state.replace(policy=state.policy.replace(params=params))
     checkpoints.save(1, newer)
     checkpoints.close()
 
-    with pytest.raises(ValueError, match="run is there and holds no earlier export"):
+    with pytest.raises(ValueError, match="run .*no earlier export"):
         export.export(config, tmp_path / "run", tmp_path / "run", "float32", 0.001)
     for _ in range(2):  # an earlier export is replaced
         export.export(config, tmp_path / "run", tmp_path / "model", "float32", 0.001)
-    again = load_policy(
-        open_checkpoint(tmp_path / "model"), system.learner_model, newer.policy.params
-    )
+    exported = open_checkpoint(tmp_path / "model")
+    again = load_policy(exported, system.learner_model, newer.policy.params)
     jax.tree.map(np.testing.assert_array_equal, again, newer.policy.params)
-    # For a config.json of qwen2, AutoTokenizer would cut texts as Qwen2 does, whatever tokenizer.json says.
+    # With a config.json of qwen2, AutoTokenizer would ignore tokenizer.json and tokenize as Qwen2.
     theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path / "model")
-    text = " Question: Who is the founder of the employer of Galine Farnby?\n<search> Galine Farnby employer</search>"
-    assert (
-        theirs(text).input_ids == system.tokenizer.encode(text)
-        and theirs.decode(theirs(text).input_ids) == text
+    text = (
+        " Question: Who is the founder of the employer of Galine Farnby?\n"
+        "<search> Galine Farnby employer</search>"
     )
+    tokens = theirs(text).input_ids
+    assert tokens == system.tokenizer.encode(text) and theirs.decode(tokens) == text
     assert theirs.eos_token_id == system.tokenizer.eos_ids[0]
