@@ -19,6 +19,7 @@ from conftest import COMPILE_FAST
 
 from stepsearch_jax import checkpoint
 from stepsearch_jax.models.transformer import Policy
+from stepsearch_jax.run.folder import FORMAT, write_beginning, write_config
 from stepsearch_jax.run.system import System, build_system
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
@@ -70,6 +71,12 @@ def make_searching_params(system: System, seed: int):
     tags = jnp.array([system.tokenizer.encode(tag)[0] for tag in ("<search>", "</search>")])
     params["params"]["lm_head"] = params["params"]["lm_head"].at[:, tags].multiply(8.0)
     return params
+
+
+def write_run(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
+    """The files that a run writes first: config.json and run.json."""
+    write_config(workdir, config)
+    write_beginning(workdir, {"format": FORMAT, "iterations": config.iterations, "data": {}})
 
 
 def start(command: list, *, devices: int = 1, log: pathlib.Path) -> subprocess.Popen:

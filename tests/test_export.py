@@ -15,7 +15,6 @@ from stepsearch_jax import export
 from stepsearch_jax.models.huggingface import open_checkpoint
 from stepsearch_jax.models.weights import load_policy
 from stepsearch_jax.run import start
-from stepsearch_jax.run.folder import write_config
 from stepsearch_jax.run.system import build_system
 
 
@@ -75,7 +74,7 @@ def test_a_run_is_exported(tmp_path, tmp_path_factory):
         export.export(config, tmp_path / "run", tmp_path / "model", "float32", 0.001)
     system = build_system(config, [])
     state, _, checkpoints, _ = start.begin_run(system, tmp_path / "run")
-    write_config(tmp_path / "run", config)
+    running.write_run(tmp_path / "run", config)
     params = jax.tree.map(lambda leaf: leaf + 0.5, state.policy.params)
     newer = state.replace(policy=state.policy.replace(params=params))
     checkpoints.save(1, newer)

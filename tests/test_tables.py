@@ -14,7 +14,6 @@ from stepsearch_jax.evaluation import tables
 from stepsearch_jax.evaluation.baselines import DIRECT, GOLD, SINGLE_SEARCH, make_baselines
 from stepsearch_jax.models.huggingface import open_checkpoint
 from stepsearch_jax.prompting import templates
-from stepsearch_jax.run.folder import write_config
 from stepsearch_jax.run.system import build_system
 
 
@@ -140,7 +139,7 @@ def read_lines(path):
 def test_a_run_on_two_data_sets(tmp_path_factory, tmp_path, capsys):
     # every question once for each method, in the dumps and in the table
     shutil.copytree(running.searching_start(tmp_path_factory), tmp_path / "start")
-    write_config(tmp_path, configure(tmp_path_factory))
+    running.write_run(tmp_path, configure(tmp_path_factory))
     table = tables.evaluate_datasets(configure(tmp_path_factory), tmp_path)
     folder = tmp_path / "evaluation"
     assert json.loads((folder / "table.json").read_text()) == table
