@@ -16,7 +16,7 @@ from configs import base, musique_qwen2_5
 from stepsearch_jax.preflight import __main__ as preflight
 from stepsearch_jax.preflight import chips, programs, report, verdict
 from stepsearch_jax.preflight.chips import GIB, Chip, describe_slice
-from stepsearch_jax.preflight.hlo import Rates
+from stepsearch_jax.preflight.costs import Rates
 from stepsearch_jax.preflight.lengths import plan_rollout
 from stepsearch_jax.preflight.programs import Compiled, Memory
 from stepsearch_jax.rollout.episode import RolloutSettings

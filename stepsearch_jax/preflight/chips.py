@@ -10,7 +10,7 @@ import re
 import jax
 from jax.experimental import topologies
 
-from stepsearch_jax.preflight.hlo import Rates
+from stepsearch_jax.preflight.costs import Rates
 
 GIB = 2**30
 
