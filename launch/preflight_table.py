@@ -1,9 +1,12 @@
-"""One table of what fits which slice of TPUs: preflight for every size of configs/musique_qwen2_5.py on every slice.
+"""One table of what fits which slice of TPUs, for every size of configs/musique_qwen2_5.py.
 
-    python launch/preflight_table.py --folder=runs/preflight [--sizes=3b,7b] [--slices=v5e:4x4,v5e:8x8]
+    python launch/preflight_table.py --folder=runs/preflight \
+        [--sizes=3b,7b] [--slices=v5e:4x4,v5e:8x8]
 
-Runs `python -m stepsearch_jax.preflight` for each pair whose figures FOLDER does not hold yet (SIZE-SLICE.json; minutes each, see requirements-tpu.txt) and
-prints the table of all, in Markdown. A pair that preflight refuses is named and left out. DRY_RUN=1 prints the commands instead.
+Runs `python -m stepsearch_jax.preflight` for each pair of size and slice without a file
+FOLDER/SIZE-SLICE.json (minutes each, see requirements-tpu.txt) and prints the table of all pairs in
+Markdown. It names each pair that preflight refuses and leaves it out. DRY_RUN=1 prints the commands
+instead.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from stepsearch_jax.preflight.report import render_table
 
 def main(arguments: Sequence[str]) -> int:
     """The command -> exit status: 0 if every pair has figures, whether it fits or not."""
+    # Flags.
     parser = argparse.ArgumentParser(
         prog="python launch/preflight_table.py",
         description=__doc__,
@@ -43,6 +47,7 @@ def main(arguments: Sequence[str]) -> int:
         if unknown := [word for word in given if word not in known]:
             parser.error(f"--{name}: {unknown[0]} is not known, only {', '.join(known)}")
 
+    # The figures: one file for each pair, made if it is not there.
     files = {
         (size, place): options.folder / f"{size}-{place.replace(':', '-')}.json"
         for size in sizes
@@ -57,19 +62,15 @@ def main(arguments: Sequence[str]) -> int:
         with open(files[pair].with_suffix(".log"), "w") as log:
             subprocess.run(make_command(*pair, files[pair]), cwd=REPOSITORY, stdout=log, stderr=log)
         if not files[pair].is_file():
-            print(
-                f"no figures for {pair[0]} on {pair[1]}: see {files[pair].with_suffix('.log')}",
-                file=sys.stderr,
-            )
+            see = files[pair].with_suffix(".log")
+            print(f"no figures for {pair[0]} on {pair[1]}: see {see}", file=sys.stderr)
+
+    # The table of all that there are.
     found = {pair: figures for pair, file in files.items() if (figures := read_json(file))}
-    print(
-        render_table(
-            {
-                size: [figures for (own, _), figures in found.items() if own == size]
-                for size in sizes
-            }
-        )
-    )
+    rows = {
+        size: [found[pair] for pair in files if pair[0] == size and pair in found] for size in sizes
+    }
+    print(render_table(rows))
     return 0 if len(found) == len(files) else 1
 
 

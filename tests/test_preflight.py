@@ -1,4 +1,4 @@
-"""The preflight command: its programs on fake devices, what it makes of them, and the whole of it for a slice of TPUs that is not there."""
+"""The preflight command: its parts on fake devices, and the whole for a slice that is not there."""
 
 import dataclasses
 import json
@@ -61,41 +61,32 @@ def figures():
 
 
 def test_the_longest_episode_and_its_loops():
-    """Context 40: prompt 10, turns of 4 with observations of 7 up to 21, 32 and 36; after that one no observation fits (36 + 7 > 40): 14 + 7 + 4 + 7 + 4.
-    Eight episodes in four slots: two waves of three outer steps, 12 sampled tokens a wave. Prefill, two rows of four tokens at a time: prompts in 3 chunks
-    (9 tokens), observations in 2 (7 tokens, from the action's last on)."""
+    """Context 40: prompt 10, turns of 4 with observations of 7 up to 21, 32 and 36; after that one
+    no observation fits (36 + 7 > 40): 14 + 7 + 4 + 7 + 4. Eight episodes in four slots: two waves
+    of three outer steps, 12 sampled tokens a wave. Prefill, two rows of four tokens at a time:
+    prompts in 3 chunks (9 tokens), observations in 2 (7 tokens, from the action's last on)."""
     plan = plan_rollout(SETTINGS, attention_block=8, episodes=8, slots=4)
-    assert (
-        plan.prompt,
-        plan.sampled,
-        plan.searches,
-        plan.observed,
-        plan.waves,
-        plan.outer_steps,
-    ) == (10, 12, 2, 14, 2, 6)
+    assert (plan.prompt, plan.sampled, plan.searches, plan.observed) == (10, 12, 2, 14)
+    assert (plan.waves, plan.outer_steps) == (2, 6)
     assert plan.decode_steps == 2 * 12 / 6
-    # Sampled at 10-13, 21-24, 32-35 from the token before each, blocks of 8: 2 2 2 2, 3 3 3 3, 4 5 5 5 hold positions up to 9-12, 20-23, 31-34.
+    # Sampled at 10-13, 21-24, 32-35 from the token before each, blocks of 8: 2 2 2 2, 3 3 3 3 and
+    # 4 5 5 5 hold positions up to 9-12, 20-23, 31-34.
     assert plan.decode_blocks == (4 * 2 + 4 * 3 + 4 + 3 * 5) / 12
     assert (plan.start_chunks, plan.start_blocks) == (2 * 3, (1 + 1 + 2) / 3)  # up to 3, 7, 8
-    # Observations are read from 13 and 24 on: up to 16, 19 and 27, 30; twice, and the second wave's prompts.
-    assert (plan.prefill_chunks, plan.prefill_blocks) == (
-        2 * (2 * 4 + 3) / 6,
-        (2 * (3 + 3 + 4 + 4) + 1 + 1 + 2) / 11,
-    )
+    # Observations are read from 13 and 24 on: up to 16, 19 and 27, 30; twice, and the second wave's
+    # prompts.
+    assert plan.prefill_chunks == 2 * (2 * 4 + 3) / 6
+    assert plan.prefill_blocks == (2 * (3 + 3 + 4 + 4) + 1 + 1 + 2) / 11
 
 
 def test_loops_are_known_by_their_functions():
     plan = plan_rollout(SETTINGS, attention_block=8, episodes=8, slots=4)
-    around = ("turn", "run_shard", "rollout")
-    assert plan.trips(("decode_until_wait", *around)) == plan.decode_steps
-    assert (
-        plan.trips(("attend_cached", "extend", "decode_until_wait", *around)) == plan.decode_blocks
-    )
+    decode = ("decode_until_wait", "turn", "run_shard", "rollout")
+    prefill = ("_prefill", "read_observations", "turn", "run_shard", "rollout")
+    assert plan.trips(decode) == plan.decode_steps
+    assert plan.trips(("attend_cached", "extend", *decode)) == plan.decode_blocks
     assert plan.trips(("_prefill", "start_episodes", "_start", "run_shard")) == plan.start_chunks
-    assert (
-        plan.trips(("attend_cached", "_prefill", "read_observations", *around))
-        == plan.prefill_blocks
-    )
+    assert plan.trips(("attend_cached", *prefill)) == plan.prefill_blocks
     assert plan.trips(("run_shard", "rollout")) == plan.outer_steps
     for unknown in ((), ("attend_cached",), ("spin", "turn", "run_shard")):
         with pytest.raises(ValueError, match="no trip count is known"):
@@ -116,22 +107,21 @@ def judge(hbm: float, refused: float = 0.0):
         environment=1.0,
         cache=30.0,
     )
-    compiled = {
-        phase: Compiled(Memory(*sizes), "", 0.0, 1.0)
-        for phase, sizes in dict(
-            copy=(0.5, 5.0, 0.1),
-            rollout=(40.0, 2.0, 0.2),
-            score=(12.0, 3.0, 0.3),
-            update=(25.0, 0.25, 0.4),
-        ).items()
-    }
+    memory = dict(
+        copy=Memory(0.5, 5.0, 0.1),
+        rollout=Memory(40.0, 2.0, 0.2),
+        score=Memory(12.0, 3.0, 0.3),
+        update=Memory(25.0, 0.25, 0.4),
+    )
+    compiled = {phase: Compiled(sizes, "", 0.0, 1.0) for phase, sizes in memory.items()}
     if refused:
         compiled["update"] = Compiled(None, "", refused, 1.0)
     return verdict.judge(parts, compiled, hbm)
 
 
 def test_what_counts_is_the_program_and_all_that_stays():
-    """The learner's 67 and the environment stay throughout, the rollout's copy only in the rollout, its rows (2 + 3) and all code (1) everywhere."""
+    """The learner's 67 and the environment stay throughout, the rollout's copy only in the rollout,
+    its rows (2 + 3) and all code (1) everywhere."""
     found = judge(hbm=121.0)
     assert {phase: need.total for phase, need in found.needs.items()} == pytest.approx(
         {
@@ -146,120 +136,113 @@ def test_what_counts_is_the_program_and_all_that_stays():
 
 
 def test_a_refused_program_counts_its_arguments_once():
-    """The compiler wants 200, of which 57 are state; the other 11 of what stays and the rest come on top."""
+    """The compiler wants 200, 57 of them state; the other 11 of what stays and the rest come on
+    top."""
     found = judge(hbm=150.0, refused=200.0)
     assert found.worst == "update" and not found.fits
-    assert found.needs["update"].total == pytest.approx(
-        68 + (200 - 57) + 5 + 0.6
-    )  # neither its results nor its code are known
+    # Neither its results nor its code are known.
+    assert found.needs["update"].total == pytest.approx(68 + (200 - 57) + 5 + 0.6)
 
 
 def test_the_refusal_of_the_compiler_is_read():
-    text = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 63.80G of 30.75G hbm. Exceeded hbm capacity by …"
+    text = (
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
+        "hbm. Used 63.80G of 30.75G hbm. Exceeded hbm capacity by …"
+    )
     assert programs.read_refusal(text) == 63.80 * 2**30
     assert programs.read_refusal("Used 512.5M of 400.0M hbm") == 512.5 * 2**20
-    text = "Ran out of memory on HBM, the total memory required for HLO temporaries (286.31G) exceeds available HBM (15.75G)."
+    text = (
+        "Ran out of memory on HBM, the total memory required for HLO temporaries (286.31G) exceeds "
+        "available HBM (15.75G)."
+    )
     assert programs.read_refusal(text) == 286.31 * 2**30
     assert programs.read_refusal("INVALID_ARGUMENT: something else") is None
 
 
 def test_levers_are_sorted_by_what_they_save():
-    """A rollout of 8 slots that is too large: half the slots save half the cache, bfloat16 half of cache and copy, twice the chips half of the learner."""
+    """A rollout of 8 slots that is too large: half the slots save half the cache, bfloat16 half of
+    cache and copy, twice the chips half of the learner."""
     config = make_config(**{"rollout.slots": 8})
     parts = programs.describe_parts(config, programs.make_mesh(config, jax.devices()[:4]))
     sizes = parts.bytes_per_chip()
-    big = {
-        phase: Compiled(Memory(100.0 * GIB if phase == "rollout" else 0.0, 0.0, 0.0), "", 0.0, 1.0)
-        for phase in programs.PHASES
-    }
-    levers = verdict.find_levers(config, parts, verdict.judge(sizes, big, GIB))
+
+    def judge_large(large: str):
+        needs = {phase: 100.0 * GIB if phase == large else 0.0 for phase in programs.PHASES}
+        compiled = {
+            phase: Compiled(Memory(need, 0.0, 0.0), "", 0.0, 1.0) for phase, need in needs.items()
+        }
+        return verdict.judge(sizes, compiled, GIB)
+
+    levers = verdict.find_levers(config, parts, judge_large("rollout"))
     saved = {lever.change: lever.saved for lever in levers}
     assert saved["rollout.slots=4"] == sizes["cache"] / 2
     twice = saved["8 chips instead of 4, the new ones along mesh.fsdp"]
     assert twice == (sum(sizes[name] for name in verdict.LEARNER) + sizes["cache"]) / 2
     assert saved["rollout.dtype=bfloat16"] == (sizes["cache"] + sizes["rollout_copy"]) / 2
     assert [lever.saved for lever in levers] == sorted(saved.values(), reverse=True)
-    assert not any(
-        lever.name in ("micro-batch", "remat") for lever in levers
-    )  # they change the learner only
-    learning = {
-        phase: Compiled(Memory(100.0 * GIB if phase == "update" else 0.0, 0.0, 0.0), "", 0.0, 1.0)
-        for phase in programs.PHASES
-    }
-    levers = verdict.find_levers(
-        make_config(**{"rl.microbatch_size": 4}), parts, verdict.judge(sizes, learning, GIB)
-    )
-    assert (
-        levers[0].name == "remat"
-        and {"micro-batch", "mesh"} <= {lever.name for lever in levers}
-        and "slots" not in {lever.name for lever in levers}
-    )
+    # These two change the learner only.
+    assert {"micro-batch", "remat"}.isdisjoint(lever.name for lever in levers)
+
+    microbatches = make_config(**{"rl.microbatch_size": 4})
+    levers = verdict.find_levers(microbatches, parts, judge_large("update"))
+    names = {lever.name for lever in levers}
+    assert levers[0].name == "remat" and {"micro-batch", "mesh"} <= names and "slots" not in names
 
 
 # ---- A tiny run as a whole
 
 
 def test_parts_are_what_a_chip_holds(figures):
-    """By hand, over fsdp 2 and tensor 2: [vocabulary, width] tables and matrices in quarters, but biases of queries, keys and values in halves (tensor alone)
-    and norms whole; the optimiser twice the parameters and its two counts."""
+    """By hand, over fsdp 2 and tensor 2: [vocabulary, width] tables and matrices in quarters, but
+    biases of queries, keys and values in halves (tensor alone) and norms whole; the optimiser twice
+    the parameters and its two counts."""
     layer = (4 * 8 * 32 * 2 + 2 * 8 * 32 * 2 + 3 * 64 * 32) // 4 + (4 * 8 + 2 * 2 * 8) // 2 + 2 * 32
     trunk = 512 * 32 // 4 + 2 * layer + 32
     policy = 4 * (trunk + 512 * 32 // 4)
     assert figures["parts"]["policy"] == figures["parts"]["reference"] == policy
     assert figures["parts"]["policy_optimizer"] == 2 * policy + 2 * 4
     assert figures["parts"]["value"] == 4 * (trunk + 32)
-    assert (
-        figures["parts"]["cache"] == 2 * 4 * 2 * 2 * 1 * 256 * 8
-    )  # k and v, float32, layers, slots, kv heads, positions, width
+    # k and v, float32, layers, slots, kv heads, positions, width
+    assert figures["parts"]["cache"] == 2 * 4 * 2 * 2 * 1 * 256 * 8
     assert figures["parts"]["rollout_copy"] > policy  # over tensor alone
 
 
 def test_every_phase_has_its_costs(figures):
-    """The products of the update are those of the rule and attention's; nothing is computed twice over tensor or fsdp."""
+    """The products of the update are those of the rule and attention's; nothing is computed twice
+    over tensor or fsdp."""
     assert list(figures["phases"]) == list(programs.PHASES) and figures["fits"]
     assert figures["phases"]["copy"]["flops"] == 0 < figures["phases"]["copy"]["bytes"]
-    assert (
-        1 < figures["phases"]["update"]["model_ratio"] < 3
-    )  # attention over 256 tokens is as much as these small layers
+    # Attention over 256 tokens is as much as these small layers.
+    assert 1 < figures["phases"]["update"]["model_ratio"] < 3
     assert 1 < figures["phases"]["score"]["model_ratio"] < 3
     assert figures["phases"]["update"]["collectives"]["all-gather"]["count"] > 0
     for phase in figures["phases"].values():
-        assert phase["need"]["total"] == pytest.approx(
-            sum(size for name, size in phase["need"].items() if name != "total")
-        )
+        sizes = [size for name, size in phase["need"].items() if name != "total"]
+        assert phase["need"]["total"] == pytest.approx(sum(sizes))
         assert phase["seconds"] == pytest.approx(max(phase["seconds_by"].values()), rel=0.999)
-    assert figures["iteration_seconds"] == pytest.approx(
-        sum(phase["seconds"] for phase in figures["phases"].values())
-    )
+    seconds = [phase["seconds"] for phase in figures["phases"].values()]
+    assert figures["iteration_seconds"] == pytest.approx(sum(seconds))
 
 
 @pytest.mark.slow
 def test_the_rollout_follows_its_lengths(figures):
-    """Turns of 32 tokens, not 24, a third more decode steps: of the rollout's products, those of prompts and observations stay."""
-    longer = preflight.measure(
-        make_config(**{"rollout.max_turn_tokens": 32}), "four fakes", CHIP, jax.devices()[:4]
-    )
+    """Turns of 32 tokens, not 24, a third more decode steps: of the rollout's products, those of
+    prompts and observations stay."""
+    config = make_config(**{"rollout.max_turn_tokens": 32})
+    longer = preflight.measure(config, "four fakes", CHIP, jax.devices()[:4])
     assert (figures["lengths"]["sampled"], longer["lengths"]["sampled"]) == (3 * 24, 3 * 32)
     now, then = (f["phases"]["rollout"]["flops"] for f in (figures, longer))
     assert 1.02 * now < then < 1.4 * now
 
 
-def test_the_report_tells_all_of_it(figures):
+def test_the_report_shows_everything(figures):
     text = report.render(figures)
-    for title in (
-        *report.TITLES.values(),
-        *report.PHASE_TITLES.values(),
-        "longest that the config allows",
-        "fits: ",
-    ):
+    for title in (*report.TITLES.values(), *report.PHASE_TITLES.values(), "fits: "):
         assert title in text
-    tight = figures | {
-        "fits": False,
-        "levers": [dict(name="slots", change="rollout.slots=2", saved=0.5 * GIB)],
-    }
-    assert "does not fit" in report.render(
-        tight
-    ) and "  0.50  slots: rollout.slots=2" in report.render(tight)
+    assert figures["assumption"] in text
+    levers = [dict(name="slots", change="rollout.slots=2", saved=0.5 * GIB)]
+    text = report.render(figures | dict(fits=False, levers=levers))
+    assert "does not fit" in text and "  0.50  slots: rollout.slots=2" in text
 
 
 def test_the_table_of_several_slices(figures):
@@ -273,17 +256,13 @@ def test_the_table_of_several_slices(figures):
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (head, small, big)]
     assert [len(row) for row in cells] == [8, 8, 8]
     worst = figures["phases"][figures["worst"]]["need"]["total"] / GIB
-    assert (
-        cells[1][:4] == ["tiny", "four fakes", "1 x 2 x 2", "yes"]
-        and f"**{worst:.2f}**" in cells[1][4]
-        and cells[1][4].count(",") == 3
-    )
-    assert cells[1][7] == f"{figures['iteration_seconds'] / 60:.2f}" and cells[1][6].count("(") == 3
-    assert (
-        cells[2][3] == "no: rollout.slots=2"
-        and cells[2][4].split(", ")[1] == f"**{needs[1]:.2f}**"
-        and cells[2][6:] == ["refused by the compiler", "-"]
-    )
+    assert cells[1][:4] == ["tiny", "four fakes", "1 x 2 x 2", "yes"]
+    assert f"**{worst:.2f}**" in cells[1][4] and cells[1][4].count(",") == 3
+    assert cells[1][6].count("(") == 3
+    assert cells[1][7] == f"{figures['iteration_seconds'] / 60:.2f}"
+    assert cells[2][3] == "no: rollout.slots=2"
+    assert cells[2][4].split(", ")[1] == f"**{needs[1]:.2f}**"
+    assert cells[2][6:] == ["refused by the compiler", "-"]
 
 
 # ---- The command
@@ -304,16 +283,16 @@ def test_the_table_asks_for_what_is_missing(tmp_path):
         for pair in ("3b,v5e:4x4", "3b,v5e:8x8", "7b,v5e:4x4")
     ]
     wrong = run("--sizes=4b")
-    assert wrong.returncode == 2 and "4b is not known, only 0.5b, 1.5b, 3b, 7b" in wrong.stderr
+    assert wrong.returncode == 2 and "--sizes: 4b" in wrong.stderr
+    assert "0.5b, 1.5b, 3b, 7b" in wrong.stderr
 
 
 @pytest.mark.parametrize("fits", [True, False])
 def test_exit_status_and_json(monkeypatch, tmp_path, capsys, figures, fits):
     monkeypatch.setattr(preflight, "describe_slice", lambda name: (CHIP, jax.devices()[:4]))
     monkeypatch.setattr(preflight, "measure", lambda *arguments: figures | {"fits": fits})
-    assert preflight.preflight(make_config(), "v5e:2x2", tmp_path / "figures.json") == (
-        0 if fits else 1
-    )
+    status = preflight.preflight(make_config(), "v5e:2x2", tmp_path / "figures.json")
+    assert status == (0 if fits else 1)
     assert json.loads((tmp_path / "figures.json").read_text())["fits"] is fits
     assert ("does not fit" in capsys.readouterr().out) is not fits
     with pytest.raises(FileNotFoundError, match="--json="):
@@ -324,21 +303,17 @@ def test_exit_status_and_json(monkeypatch, tmp_path, capsys, figures, fits):
     "name", ["v4:2x2x1", "v5e", "v5e:4", "v5e:axb", "", "v5e:4x4x4", "v6e:2x2x1", "v5p:4x4"]
 )
 def test_unknown_slices_are_refused_with_those_that_work(name):
-    with pytest.raises(
-        ValueError, match=r"--topology=.* is not known: .*v5e, v5p, v6e.* such as v5e:4x4"
-    ):
+    with pytest.raises(ValueError, match=r"--topology=.*v5e, v5p, v6e.* v5e:4x4"):
         describe_slice(name)
 
 
-def test_a_missing_libtpu_is_told_with_what_brings_it(monkeypatch):
+def test_a_missing_libtpu_is_named_with_its_requirements(monkeypatch):
     def refuse(**_):
         raise RuntimeError("no libtpu")
 
     monkeypatch.setattr(chips.topologies, "get_topology_desc", refuse)
     monkeypatch.setattr(chips.os, "environ", dict(os.environ))
-    with pytest.raises(
-        ValueError, match="no libtpu .*pip install -r requirements.txt -r requirements-tpu.txt"
-    ):
+    with pytest.raises(ValueError, match="no libtpu .*-r requirements-tpu.txt"):
         describe_slice("v5e:4x4")
 
 
@@ -362,7 +337,8 @@ def test_configs_that_cannot_be_are_refused_in_one_line(monkeypatch, change, com
 
 @pytest.mark.slow
 def test_the_command_for_a_slice_that_is_not_there(tmp_path):
-    """Compiled for four chips of a v5e: once it fits; once the compiler refuses the learner's programs, and the command says what would help."""
+    """Compiled for four chips of a v5e: once it fits; once the compiler refuses the learner's
+    programs, and the command says what would help."""
     pytest.importorskip(
         "libtpu", reason="compiling for TPUs needs libtpu: pip install -r requirements-tpu.txt"
     )
@@ -391,18 +367,16 @@ def test_the_command_for_a_slice_that_is_not_there(tmp_path):
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["hbm"] == 15.75 * GIB and figures["mesh"] == [1, 2, 2]
     assert 1 < figures["phases"]["update"]["model_ratio"] < 4
-    assert (
-        figures["phases"]["rollout"]["collectives"]["all-reduce"]["count"] > 100
-    )  # in every layer of every step
+    # In every layer of every step.
+    assert figures["phases"]["rollout"]["collectives"]["all-reduce"]["count"] > 100
 
     full = run("--config.rollout.context=2097152", "--config.rollout.prompts=64")
     assert full.returncode == 1, full.stderr[-2000:]
-    assert (
-        "refused by the compiler" in full.stdout
-        and "does not fit: the update" in full.stdout
-        and "micro-batch: rl.microbatch_size=" in full.stdout
-    )
-    # The rollout alone: on a chip 256 slots of 65536 positions, in each of two layers 128 numbers of 2 bytes in k and in v, are 16 GiB of cache.
+    assert "refused by the compiler" in full.stdout
+    assert "does not fit: the update" in full.stdout
+    assert "micro-batch: rl.microbatch_size=" in full.stdout
+    # The rollout alone: on a chip 256 slots of 65536 positions, in each of two layers 128 numbers
+    # of 2 bytes in k and in v, are 16 GiB of cache.
     wide = run(
         "--config.model.head_dim=128",
         "--config.rollout.context=65536",
@@ -411,22 +385,15 @@ def test_the_command_for_a_slice_that_is_not_there(tmp_path):
         f"--json={tmp_path / 'wide.json'}",
     )
     assert wide.returncode == 1, wide.stderr[-2000:]
-    assert (
-        "does not fit: the rollout needs most" in wide.stdout
-        and "slots: rollout.slots=256" in wide.stdout
-    )
+    assert "does not fit: the rollout" in wide.stdout
+    assert "slots: rollout.slots=256" in wide.stdout
     figures = json.loads((tmp_path / "wide.json").read_text())
     assert figures["parts"]["cache"] == 16 * GIB and figures["iteration_seconds"] is None
-    assert all(
-        figures["phases"][name]["need"]["total"] < 15.75 * GIB
-        for name in ("copy", "score", "update")
-    )
+    others = [figures["phases"][name]["need"]["total"] for name in ("copy", "score", "update")]
+    assert max(others) < 15.75 * GIB
     wrong = run("--config.mesh.tensor=4", "--config.mesh.fsdp=1")
-    assert (
-        wrong.returncode == 1
-        and len(wrong.stderr.strip().splitlines()) == 1
-        and "kv head" in wrong.stderr
-    )
+    assert wrong.returncode == 1 and "kv head" in wrong.stderr
+    assert len(wrong.stderr.strip().splitlines()) == 1
 
 
 # ---- The real models
@@ -440,29 +407,24 @@ def test_the_sizes_are_those_of_qwen2_5(size, billions):
     for place, count in musique_qwen2_5.SLICES.items():
         config = musique_qwen2_5.get_config(f"{size},{place}")
         for preset in base.VARIANTS:
-            check_config(
-                chosen := musique_qwen2_5.get_config(f"{size},{place},{preset}"),
-                AbstractMesh(tuple(chosen.mesh[axis] for axis in AXES), AXES),
-            )
-        g = config.mesh
-        assert g.data * g.fsdp * g.tensor == count and config.model.num_kv_heads % g.tensor == 0
+            chosen = musique_qwen2_5.get_config(f"{size},{place},{preset}")
+            check_config(chosen, AbstractMesh(tuple(chosen.mesh[axis] for axis in AXES), AXES))
+        mesh = config.mesh
+        assert mesh.data * mesh.fsdp * mesh.tensor == count
+        assert config.model.num_kv_heads % mesh.tensor == 0
     model, _ = describe_models(config, config.model.vocab_size)
+    policy = programs.Policy(model)
     shapes = jax.eval_shape(
-        lambda: programs.Policy(model).init(
-            jax.random.key(0), jax.numpy.zeros((1, 2), int), method=programs.Policy.init_all
-        )
+        lambda: policy.init(jax.random.key(0), jax.numpy.zeros((1, 2), int), method=policy.init_all)
     )
     assert programs.count_parameters(shapes) / 1e9 == pytest.approx(billions, abs=5e-4)
 
 
 def test_the_argument_of_the_real_config():
-    paper, reference = (
-        musique_qwen2_5.get_config(f"3b{preset}") for preset in ("", ",reference,v5e:8x8")
-    )
-    assert (paper.reward.format_failure, reference.reward.format_failure) == (
-        "zero_answer",
-        "minus_one",
-    )
+    paper = musique_qwen2_5.get_config("3b")
+    reference = musique_qwen2_5.get_config("3b,reference,v5e:8x8")
+    failures = paper.reward.format_failure, reference.reward.format_failure
+    assert failures == ("zero_answer", "minus_one")
     assert (paper.mesh.fsdp, reference.mesh.fsdp) == (8, 32)
     for argument, complaint in (
         ("4b", "sizes are 0.5b"),

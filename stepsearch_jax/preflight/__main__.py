@@ -1,10 +1,13 @@
-"""Whether a run fits a slice of TPUs, and how long an iteration takes at best: compiled for the slice, without one.
+"""Whether a run fits a slice of TPUs, and how long an iteration takes at best. No TPU is needed.
 
-    python -m stepsearch_jax.preflight --config=configs/X.py[:arg] --topology=v5e:4x4 [--json=FILE] [--config.key=value …]
+    python -m stepsearch_jax.preflight --config=configs/X.py[:arg] --topology=v5e:4x4 \
+        [--json=FILE] [--config.key=value …]
 
-The programs are those of `train.py`: the rollout with its search callback, the scoring passes, the update, and the copy of the parameters for the rollout.
-Nothing is read but the config: no data, no weights. It ends with status 0 if the run fits the chips' memory, 1 if not, or if something is wrong with the
-config, which it says in one line. Needs libtpu, best in an environment of its own: pip install -r requirements.txt -r requirements-tpu.txt
+It compiles the programs of `train.py` for the slice: the rollout with its search callback, the
+scoring passes, the update, and the copy of the parameters for the rollout. It reads the config
+alone: no data, no weights. It exits with status 0 if the run fits the chips' memory, with 1 if not
+or if the config is wrong, which it says in one line. It needs libtpu, best in an environment of its
+own: pip install -r requirements.txt -r requirements-tpu.txt
 """
 
 from __future__ import annotations
@@ -31,8 +34,10 @@ import ml_collections
 
 from stepsearch_jax import sharding
 from stepsearch_jax.files import check_output, write_json
-from stepsearch_jax.preflight import hlo, lengths, programs, report, verdict
+from stepsearch_jax.preflight import lengths, programs, report, verdict
 from stepsearch_jax.preflight.chips import Chip, describe_slice
+from stepsearch_jax.preflight.costs import count_costs
+from stepsearch_jax.preflight.hlo import Module
 from stepsearch_jax.run.settings import rollout_settings
 
 logger = logging.getLogger("stepsearch_jax")
@@ -41,14 +46,18 @@ logger = logging.getLogger("stepsearch_jax")
 def measure(
     config: ml_collections.ConfigDict, topology: str, chip: Chip, devices: list[jax.Device]
 ) -> dict:
-    """Compiles the programs of a run for these devices -> everything that the report shows, in bytes, operations and seconds of one chip."""
+    """Compiles the programs of a run for these devices -> everything that the report shows.
+
+    Figures are bytes, operations and seconds of one chip.
+    """
+    # Memory: what stays on a chip, and what each program needs beside it.
     mesh = programs.make_mesh(config, devices)
     parts = programs.describe_parts(config, mesh)
-    compiled = programs.compile_programs(
-        config, parts, lambda what: logger.info("%s for %s …", what, topology)
-    )
+    log = lambda what: logger.info("%s for %s …", what, topology)
+    compiled = programs.compile_programs(config, parts, log)
     found = verdict.judge(parts.bytes_per_chip(), compiled, chip.hbm)
 
+    # Time: the loops that data ends run as often as the longest episodes make them.
     rollout_config, shards = config.rollout, sharding.row_shards(mesh)
     episodes = rollout_config.prompts * rollout_config.group_size
     plan = lengths.plan_rollout(
@@ -57,7 +66,7 @@ def measure(
         episodes // shards,
         (rollout_config.slots or episodes) // shards,
     )
-    model = programs.count_model_flops(config, parts, plan)
+    model_flops = programs.count_model_flops(config, parts, plan)
     phases = {}
     for phase, program in compiled.items():
         figures = dict(
@@ -66,7 +75,8 @@ def measure(
             need=_with_total(found.needs[phase]),
         )
         if program.memory:
-            costs = hlo.Module(program.text, plan.trips).costs(chip.rates)
+            costs = count_costs(Module(program.text), plan.trips, chip.rates)
+            rule = model_flops[phase]
             figures |= dict(
                 flops=costs.flops,
                 bytes=costs.bytes,
@@ -74,12 +84,14 @@ def measure(
                 seconds=sum(costs.seconds.values()),
                 seconds_by=costs.seconds,
                 bound=max(costs.seconds, key=costs.seconds.get),
-                model_flops=model[phase] / len(devices),
-                model_ratio=costs.flops * len(devices) / model[phase] if model[phase] else None,
+                model_flops=rule / len(devices),
+                model_ratio=costs.flops * len(devices) / rule if rule else None,
             )
         phases[phase] = figures
+
+    # The verdict, and what would help. No total time without the time of each phase.
     levers = [] if found.fits else verdict.find_levers(config, parts, found)
-    complete = all("seconds" in figures for figures in phases.values())
+    seconds = [figures.get("seconds") for figures in phases.values()]
     return dict(
         topology=topology,
         chips=len(devices),
@@ -94,10 +106,8 @@ def measure(
         episodes=episodes,
         assumption=plan.describe(),
         lengths=dataclasses.asdict(plan),
-        model=dict(parameters=programs.count_parameters(parts.policy), rule=model["rule"]),
-        iteration_seconds=sum(figures["seconds"] for figures in phases.values())
-        if complete
-        else None,
+        model=dict(parameters=programs.count_parameters(parts.policy), rule=model_flops["rule"]),
+        iteration_seconds=None if None in seconds else sum(seconds),
     )
 
 
@@ -106,7 +116,10 @@ def _with_total(need: verdict.Need) -> dict[str, float]:
 
 
 def preflight(config: ml_collections.ConfigDict, topology: str, json: pathlib.Path | None) -> int:
-    """Prints the report, writes it to `json` unless that is None -> exit status: 0 if the run fits. Raises ValueError or OSError for what a user can mend."""
+    """Prints the report and, unless `json` is None, writes its figures there -> exit status.
+
+    0 if the run fits, 1 if not. Raises ValueError or OSError for errors that the user can fix.
+    """
     cli.start_logging()
     check_output("json", json)
     figures = measure(config, topology, *describe_slice(topology))

@@ -1,4 +1,4 @@
-"""TPU chips and slices of them as libtpu describes them, without one: what to compile for, and what each chip can hold and do."""
+"""TPU chips and slices: devices to compile for, described by libtpu without a TPU; peaks."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """hbm: bytes that programs and their arrays can use. rates: peak figures. accelerator: its slices by libtpu's names, with cores: how many a chip has. axes:
-    sizes in the name of a slice."""
+    """One kind of TPU chip."""
 
-    hbm: float
-    rates: Rates
-    accelerator: str
-    cores: int
-    axes: int
+    hbm: float  # bytes that programs and their arrays can use
+    rates: Rates  # peak figures
+    accelerator: str  # libtpu's name of its slices, which the number of cores follows
+    cores: int  # of one chip
+    axes: int  # sizes in the name of a slice
 
 
-# Usable memory: what the compiler names when a program needs more ("Used 17.9G of 15.75G hbm"), of nominally 16 and 32 GB; v5p: its nominal 95. Rates: pages
-# v5e, v5p and v6e of cloud.google.com/tpu/docs: bfloat16, HBM, and ICI in one direction over all links of a chip (1600, 4800 and 3200 Gb/s).
+# Usable memory: what the compiler names when a program needs more ("Used 17.9G of 15.75G hbm"), of
+# nominally 16 and 32 GB; v5p: its nominal 95. Rates: pages v5e, v5p and v6e of
+# cloud.google.com/tpu/docs: bfloat16, HBM, and ICI in one direction over all links of a chip (1600,
+# 4800 and 3200 Gb/s).
 CHIPS = {
     "v5e": Chip(15.75 * GIB, Rates(197e12, 819e9, 200e9), "v5litepod", 1, 2),
     "v5p": Chip(95.0 * GIB, Rates(459e12, 2765e9, 600e9), "v5p", 2, 3),
@@ -37,18 +38,21 @@ CHIPS = {
 
 
 def describe_slice(name: str) -> tuple[Chip, list[jax.Device]]:
-    """-> (its kind of chip, devices to compile for) of a slice such as v5e:4x4. A process can describe slices of one kind only: libtpu reads it once.
+    """-> (its kind of chip, devices to compile for) of a slice such as v5e:4x4.
 
-    Raises ValueError for a name that is not known, or where libtpu is missing.
+    A process can describe slices of one kind only: libtpu reads the kind once.
+    Raises ValueError for an unknown name, or if libtpu is missing.
     """
     kind, _, shape = name.partition(":")
     if kind not in CHIPS or not re.fullmatch("x".join([r"\d+"] * CHIPS[kind].axes), shape):
         raise ValueError(
-            f"--topology={name} is not known: name a kind ({', '.join(CHIPS)}) and a shape, such as v5e:4x4, v5p:2x2x4 or v6e:4x4"
+            f"--topology={name} is not known: name a kind ({', '.join(CHIPS)}) and a shape, "
+            "such as v5e:4x4, v5p:2x2x4 or v6e:4x4"
         )
     chip = CHIPS[kind]
     chips = math.prod(int(size) for size in shape.split("x"))
-    # Set before libtpu is loaded: it then asks no TPU and no metadata server, and several processes may compile at once.
+    # Set before libtpu is loaded: it then looks for no TPU and no metadata server, and several
+    # processes may compile at once.
     os.environ.update(
         TPU_ACCELERATOR_TYPE=f"{chip.accelerator}-{chips * chip.cores}",
         TPU_SKIP_MDS_QUERY="1",
@@ -62,6 +66,7 @@ def describe_slice(name: str) -> tuple[Chip, list[jax.Device]]:
     except (RuntimeError, ValueError) as error:  # what libtpu refuses, or a missing one
         message = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"--topology={name} cannot be described: {message} (compiling for TPUs needs libtpu, best in an environment of its own: "
-            "pip install -r requirements.txt -r requirements-tpu.txt)"
+            f"--topology={name} cannot be described: {message} (compiling for TPUs needs libtpu, "
+            "best in an environment of its own: pip install -r requirements.txt -r "
+            "requirements-tpu.txt)"
         ) from error

@@ -1,4 +1,4 @@
-"""How often the loops of a rollout run that end when the data says so: from the longest episodes that a config allows."""
+"""Trip counts of the rollout's loops that data ends, for the longest episodes of a config."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from stepsearch_jax.rollout.episode import RolloutSettings
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """A rollout on one shard in which every episode is the same: the longest prompt, turns of `max_turn_tokens`, observations of `max_observation_tokens`, as
-    many as the context and `max_turns` allow. Slots go in step; when their episodes end all of them take the next prompts.
+    """A rollout on one shard in which every episode is the same.
 
-    prompt, sampled, observed: tokens of an episode; searches: of an episode. waves: how often the slots are filled.
-    The remaining numbers are means over the loops: decode_steps and prefill_chunks of an outer step, start_chunks before the first, *_blocks of the cache that
-    attention reads in one of them.
+    It has the longest prompt, turns of `max_turn_tokens` and observations of
+    `max_observation_tokens`, as many as the context and `max_turns` allow. Slots go in step; when
+    their episodes end all of them take the next prompts.
+
+    prompt, sampled, observed: tokens of an episode; searches: of an episode. waves: how often the
+    slots are filled. The other numbers are means over the loops: decode_steps and prefill_chunks of
+    an outer step, start_chunks before the first, *_blocks: blocks of the cache that attention reads
+    in one of them.
     """
 
     prompt: int
@@ -36,20 +40,18 @@ class Rollout:
         return self.prompt + self.sampled + self.observed
 
     def trips(self, functions: tuple[str, ...]) -> float:
-        """How often a loop runs that was written in these functions of `rollout/episode.py` and `models/attention.py`, innermost first.
+        """How often a loop runs, from the functions in which it was written, innermost first.
 
-        Raises ValueError for a loop that the rollout is not known to have.
+        They stand in `rollout/episode.py` and `models/attention.py`. Raises ValueError for an
+        unknown loop.
         """
-        innermost = functions[0] if functions else ""
-        within = (
-            "decode"
-            if "decode_until_wait" in functions
-            else "start"
-            if "start_episodes" in functions
-            else "prefill"
-            if "read_observations" in functions
-            else ""
-        )
+        innermost, within = functions[0] if functions else "", ""
+        if "decode_until_wait" in functions:
+            within = "decode"
+        elif "start_episodes" in functions:
+            within = "start"
+        elif "read_observations" in functions:
+            within = "prefill"
         if innermost == "attend_cached" and within:
             return getattr(self, f"{within}_blocks")
         if innermost == "decode_until_wait":
@@ -63,10 +65,13 @@ class Rollout:
         )
 
     def describe(self) -> str:
+        """The assumption about the episodes, for the report."""
+        searches = f"{self.searches} search{'es' if self.searches != 1 else ''}"
+        waves = f"{self.waves} wave{'s' if self.waves != 1 else ''}"
         return (
-            f"every episode is the longest that the config allows: {self.prompt} prompt tokens, {self.sampled} sampled, {self.searches} "
-            f"search{'es' if self.searches != 1 else ''} with {self.observed} observed; slots in step, {self.waves} "
-            f"wave{'s' if self.waves != 1 else ''} of episodes in them"
+            f"every episode is the longest that the config allows: {self.prompt} prompt tokens, "
+            f"{self.sampled} sampled, {searches} with {self.observed} observed; slots in step, "
+            f"{waves} of episodes in them"
         )
 
 
@@ -75,24 +80,19 @@ def plan_rollout(
 ) -> Rollout:
     """The loops of one shard with so many episodes and slots."""
     context, prompt = settings.context, settings.max_prompt_tokens
-    length, sampled, observed = (
-        prompt,
-        [],
-        [],
-    )  # positions of sampled tokens; (first, tokens) of observations
+    # One episode: positions of sampled tokens; (first position, tokens) of observations.
+    length, sampled, observed = prompt, [], []
     for turn in range(settings.turns):
         take = min(settings.max_turn_tokens, context - length)
         sampled += range(length, length + take)
         length += take
-        if (
-            length >= context
-            or turn == settings.turns - 1
-            or length + settings.max_observation_tokens >= context
-        ):
+        last = turn == settings.turns - 1
+        if last or length >= context or length + settings.max_observation_tokens >= context:
             break
         observed.append((length, settings.max_observation_tokens))
         length += settings.max_observation_tokens
 
+    # Blocks of the cache that the last token of each prefill chunk attends to.
     waves = math.ceil(episodes / slots)
     groups = math.ceil(slots / settings.prefill_rows)
     blocks = lambda position: math.ceil((position + 1) / attention_block)
@@ -102,7 +102,7 @@ def plan_rollout(
     ]
     prompts = [blocks(end) for end in ends(0, max(prompt - 1, 1))]
     observations = [blocks(end) for first, count in observed for end in ends(first - 1, count)]
-    absorbed = observations * waves + prompts * (waves - 1)
+    prefilled = observations * waves + prompts * (waves - 1)
     outer = waves * (len(observed) + 1)
     mean = lambda numbers: sum(numbers) / len(numbers) if numbers else 0.0
     return Rollout(
@@ -116,6 +116,6 @@ def plan_rollout(
         decode_blocks=mean([blocks(position - 1) for position in sampled]),
         start_chunks=groups * len(prompts),
         start_blocks=mean(prompts),
-        prefill_chunks=groups * len(absorbed) / outer,
-        prefill_blocks=mean(absorbed),
+        prefill_chunks=groups * len(prefilled) / outer,
+        prefill_blocks=mean(prefilled),
     )

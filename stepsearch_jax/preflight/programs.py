@@ -1,4 +1,4 @@
-"""The jitted programs of `train.py`, compiled for chips that need not be there, from the shapes and places of their arguments alone."""
+"""The jitted programs of `train.py`, compiled for absent chips from shapes and shardings."""
 
 from __future__ import annotations
 
@@ -38,27 +38,29 @@ PHASES = ("copy", "rollout", "score", "update")  # in the order of an iteration
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on one chip that a program needs beside its arguments. fresh: its results, less those that take the place of a donated argument."""
+    """Bytes on one chip that a program needs beside its arguments."""
 
     temporaries: float
-    fresh: float
+    fresh: float  # results, without those that take the place of a donated argument
     code: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """One program. memory, text: None and "" where the compiler refused it because a chip cannot hold it; it then says that it needs `refused` bytes of
-    memory, arguments included. seconds: that compiling took."""
+    """One program. memory is None if the compiler refused it because a chip cannot hold it."""
 
     memory: Memory | None
-    text: str
-    refused: float
-    seconds: float
+    text: str  # optimised HLO, "" if refused
+    refused: float  # bytes that the refusal names, arguments included
+    seconds: float  # that compiling took
 
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What train.py keeps on the device, as shapes with places; and the mesh. The cache is the rollout's own, of one shard of the rows."""
+    """What train.py keeps on the device, as shapes with shardings; and the mesh.
+
+    The cache is the rollout's own, of one shard of the rows.
+    """
 
     mesh: Mesh
     policy: Any
@@ -80,7 +82,7 @@ class Parts:
 
 
 def count_bytes(tree) -> float:
-    """Bytes of a tree of shapes on one chip; those without a place are one chip's own."""
+    """Bytes of a tree of shapes on one chip; those without a sharding are one chip's own."""
 
     def count(leaf) -> float:
         shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
@@ -90,16 +92,20 @@ def count_bytes(tree) -> float:
 
 
 def make_mesh(config: ml_collections.ConfigDict, devices) -> Mesh:
-    """The config's mesh over these devices, checked against the rest of the config. Raises ValueError as `train.py` would."""
+    """The config's mesh over these devices, checked against the rest of the config.
+
+    Raises ValueError as `train.py` does.
+    """
     mesh_config, model_config = config.mesh, config.model
     if config.rollout.search != "callback":
         raise ValueError(
-            f'config.rollout.search is {config.rollout.search!r}; the budget is made for the one program of "callback"'
+            f"config.rollout.search is {config.rollout.search!r}; preflight compiles only the one "
+            'program of "callback"'
         )
     if not model_config.vocab_size:
         raise ValueError(
-            "config.model.vocab_size is 0, which means the tokenizer's size, but no file is read here: set it to the rows of the model's "
-            "embedding (151936 for Qwen2.5 up to 3B)"
+            "config.model.vocab_size is 0, which means the tokenizer's size, but preflight reads "
+            "no file: set it to the rows of the model's embedding (151936 for Qwen2.5 up to 3B)"
         )
     mesh = sharding.make_mesh(
         mesh_config.data,
@@ -115,7 +121,8 @@ def make_mesh(config: ml_collections.ConfigDict, devices) -> Mesh:
 
 
 def describe_parts(config: ml_collections.ConfigDict, mesh: Mesh) -> Parts:
-    """Shapes and places of everything that stays on the device, as `run.start.begin_run` makes them."""
+    """Shapes and shardings of all that stays on the device, as `run.start.begin_run` makes them."""
+    # Learner.
     model, rollout_model = describe_models(config, round_vocabulary(config.model.vocab_size))
     rules = dict(config.mesh.train_rules)
     policy_optimizer, value_optimizer = make_optimizers(config, config.iterations)
@@ -123,17 +130,17 @@ def describe_parts(config: ml_collections.ConfigDict, mesh: Mesh) -> Parts:
     policy = learner.describe_model_state(policy_optimizer, mesh, params, specs)
     value = None
     if value_optimizer is not None:
-        value = learner.describe_model_state(
-            value_optimizer, mesh, *learner.describe_params(Value(model), mesh, rules)
-        )
+        value_params = learner.describe_params(Value(model), mesh, rules)
+        value = learner.describe_model_state(value_optimizer, mesh, *value_params)
+
+    # Rollout: its copy of the policy, and one shard's cache.
     rollout_params, _ = learner.describe_params(Policy(rollout_model), mesh, sharding.ROLLOUT_RULES)
     rollout_copy = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, rollout_model.dtype, sharding=x.sharding),
         rollout_params,
     )
-    slots = (
-        config.rollout.slots or config.rollout.prompts * config.rollout.group_size
-    ) // sharding.row_shards(mesh)
+    episodes = config.rollout.prompts * config.rollout.group_size
+    slots = (config.rollout.slots or episodes) // sharding.row_shards(mesh)
     cache = jax.eval_shape(
         lambda: make_cache(rollout_model.place_on(mesh), slots, config.rollout.context)
     )
@@ -151,8 +158,11 @@ def describe_parts(config: ml_collections.ConfigDict, mesh: Mesh) -> Parts:
 
 
 def describe_environment(config: ml_collections.ConfigDict) -> Environment:
-    """The environment's arrays, for a vocabulary of the model's size. Their texts count a token for each byte, more than any tokenizer makes of them; the
-    automaton's states do not depend on it."""
+    """The environment's arrays, for a vocabulary of the model's size.
+
+    Their texts count one token for each byte, more than any tokenizer makes of them; the
+    automaton's states do not depend on the tokenizer.
+    """
     automaton = make_tag_automaton([bytes([byte]) for byte in range(256)], [])
     fixed = encode_environment(lambda text: list(text.encode()), config.search.k)
     next_state = np.broadcast_to(
@@ -169,24 +179,27 @@ def describe_environment(config: ml_collections.ConfigDict) -> Environment:
 
 
 def _place(tree, mesh: Mesh, spec: PartitionSpec):
-    """Shapes of a tree of arrays or shapes, in one place all."""
+    """Shapes of a tree of arrays or shapes, all with one sharding."""
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)), tree
     )
 
 
 def compile_programs(
-    config: ml_collections.ConfigDict, parts: Parts, tell: Callable[[str], None]
+    config: ml_collections.ConfigDict, parts: Parts, log: Callable[[str], None]
 ) -> dict[str, Compiled]:
-    """Phase -> its program, compiled for the mesh of `parts`. tell: hears of each before it begins, compiling takes minutes."""
+    """Phase -> its program, compiled for the mesh of `parts`.
+
+    log: called before each compilation, which takes minutes.
+    """
     mesh, rollout_config = parts.mesh, config.rollout
     model, rollout_model = describe_models(config, round_vocabulary(config.model.vocab_size))
     settings, optimizers = learner_settings(config), make_optimizers(config, config.iterations)
     compiled = {}
 
     def compile_one(phase: str, function, *arguments):
-        """-> the places of the results, or None."""
-        tell(f"compiling the {phase}")
+        """-> the shardings of the results; None if the compiler refused the program."""
+        log(f"compiling the {phase}")
         begun = time.perf_counter()
         try:
             program = function.lower(*arguments).compile()
@@ -195,25 +208,24 @@ def compile_programs(
                 raise
             compiled[phase] = Compiled(None, "", needed, time.perf_counter() - begun)
             return None
-        m = program.memory_analysis()
+        analysis = program.memory_analysis()
         memory = Memory(
-            m.temp_size_in_bytes,
-            m.output_size_in_bytes - m.alias_size_in_bytes,
-            m.generated_code_size_in_bytes,
+            temporaries=analysis.temp_size_in_bytes,
+            fresh=analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
+            code=analysis.generated_code_size_in_bytes,
         )
         compiled[phase] = Compiled(memory, program.as_text(), 0, time.perf_counter() - begun)
         return program.output_shardings
 
     # The learner's parameters as the rollout reads them.
-    places = jax.tree.map(lambda x: x.sharding, parts.rollout_copy)
-    compile_one("copy", make_rollout_copy(rollout_model, places), parts.policy)
+    shardings = jax.tree.map(lambda x: x.sharding, parts.rollout_copy)
+    compile_one("copy", make_rollout_copy(rollout_model, shardings), parts.policy)
 
     # Episodes. The search is never called.
     episodes = rollout_config.prompts * rollout_config.group_size
-    specs = jax.tree.map(lambda place: place.spec, places)
-    rollout = make_rollout(
-        rollout_model, rollout_settings(config), mesh, specs, lambda *question: question, "callback"
-    )
+    specs = jax.tree.map(lambda place: place.spec, shardings)
+    search = lambda *question: question
+    rollout = make_rollout(rollout_model, rollout_settings(config), mesh, specs, search, "callback")
     row = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(
         (episodes, *shape), dtype, sharding=NamedSharding(mesh, sharding.ROWS)
     )
@@ -230,32 +242,19 @@ def compile_programs(
     # Scores of the whole rollout, at its greatest length.
     integer = _place(jax.ShapeDtypeStruct((), jnp.int32), mesh, PartitionSpec())
     value = None if parts.value is None else learner.ModelState(parts.value, parts.value_optimizer)
-    state = TrainState(
-        learner.ModelState(parts.policy, parts.policy_optimizer),
-        value,
-        integer,
-        integer,
-        scalar,
-        integer,
-    )
+    policy = learner.ModelState(parts.policy, parts.policy_optimizer)
+    state = TrainState(policy, value, integer, integer, scalar, integer)
     turns = rollout_settings(config).turns
     build_batch = learner.make_build_batch(model, settings)
-    arguments = (
-        state,
-        parts.reference,
-        trajectory,
-        row(turns, dtype=jnp.float32),
-        row(dtype=jnp.float32),
-    )
+    rewards = row(turns, dtype=jnp.float32), row(dtype=jnp.float32)  # of steps, of outcomes
+    arguments = (state, parts.reference, trajectory, *rewards)
     found = compile_one("score", build_batch, *arguments)
     batch = jax.eval_shape(build_batch, *arguments)[0]
-    batch = (
-        _place(batch, mesh, sharding.ROWS)
-        if found is None
-        else jax.tree.map(
-            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), batch, found[0]
-        )
-    )
+    if found is None:
+        batch = _place(batch, mesh, sharding.ROWS)
+    else:
+        put = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+        batch = jax.tree.map(put, batch, found[0])
 
     # Optimiser steps.
     compile_one("update", learner.make_update(model, settings, *optimizers), state, batch, scalar)
@@ -263,9 +262,9 @@ def compile_programs(
 
 
 def read_refusal(message: str) -> float | None:
-    """Bytes that a program needs, from the message with which the compiler refuses one that the chip cannot hold; None for other messages.
+    """Bytes that a program needs, from the compiler's message that a chip cannot hold it.
 
-    It refuses a program whose temporaries alone are too large at once, and then names only these.
+    None for other messages. If the temporaries alone are too large, the message names only these.
     """
     found = re.search(r"(?:Used |HLO temporaries \()([\d.]+)([KMGT])(?: of|\) exceeds)", message)
     return float(found[1]) * 2 ** (10 * (1 + "KMGT".index(found[2]))) if found else None
@@ -279,8 +278,12 @@ def count_parameters(tree) -> int:
 def count_model_flops(
     config: ml_collections.ConfigDict, parts: Parts, plan: Rollout
 ) -> dict[str, Any]:
-    """Phase -> operations of all chips by the rule of thumb: 2 for each parameter that multiplies and each token forward, 4 more backward, and 2 more where
-    layers are computed again (6·N·D, or 8·N·D); "rule": that rule in words. Tables from which rows are only looked up do not count."""
+    """Phase -> operations of all chips by the rule of thumb; "rule" -> that rule in words.
+
+    The rule, for each parameter that multiplies and each token: 2 forward, 4 more backward, and 2
+    more if layers are recomputed (6·N·D, or 8·N·D). Tables from which rows are only looked up do
+    not count.
+    """
     looked_up = round_vocabulary(config.model.vocab_size) * config.model.embed_dim
     policy = count_parameters(parts.policy) - (0 if config.model.tie_embeddings else looked_up)
     value = count_parameters(parts.value) - looked_up if parts.value is not None else 0

@@ -1,4 +1,4 @@
-"""The budget as a table for people and as JSON for programs."""
+"""The figures of preflight as text, and those of several slices as one Markdown table."""
 
 from __future__ import annotations
 
@@ -26,108 +26,111 @@ PHASE_TITLES = {
 
 def render(figures: dict) -> str:
     """The figures of `preflight.measure` as text."""
-    f = figures
+    model, hbm = figures["model"], f"{figures['hbm'] / GIB:.2f}"
+    phases = figures["phases"]
+    compiled = {name: phase for name, phase in phases.items() if not phase["refused"]}
+
+    # Memory: what stays on a chip, then what each program adds.
     lines = [
-        f"{f['model']['parameters'] / 1e9:.2f}B parameters on {f['chips']} chips of {f['topology']}, mesh data x fsdp x tensor = "
-        f"{' x '.join(str(n) for n in f['mesh'])}",
+        f"{model['parameters'] / 1e9:.2f}B parameters on {figures['chips']} chips of "
+        f"{figures['topology']}, mesh data x fsdp x tensor = {_mesh(figures)}",
         "",
         "GiB on each chip",
     ]
-    lines += [f"  {TITLES[name]:<42}{size / GIB:8.3f}" for name, size in f["parts"].items()]
+    lines += [f"  {TITLES[name]:<42}{size / GIB:8.3f}" for name, size in figures["parts"].items()]
     lines += [
         "",
-        f"  {'while it runs':<24}{'resident':>10}{'temporary':>11}{'results':>9}{'code':>7}{'total':>8}   of {f['hbm'] / GIB:.2f}",
+        f"  {'while it runs':<24}{'resident':>10}{'temporary':>11}{'results':>9}{'code':>7}"
+        f"{'total':>8}   of {hbm}",
     ]
-    for name, p in f["phases"].items():
-        n = p["need"]
-        sizes = "".join(
-            f"{size / GIB:{width}.3f}"
-            for size, width in zip(
-                (n["kept"] + n["rows"], n["temporaries"], n["fresh"], n["code"], n["total"]),
-                (10, 11, 9, 7, 8),
-            )
-        )
-        lines.append(
-            f"  {PHASE_TITLES[name]:<24}{sizes}"
-            + ("   refused by the compiler" if p["refused"] else "")
-        )
+    for name, phase in phases.items():
+        need = phase["need"]
+        resident = need["kept"] + need["rows"]
+        sizes = (resident, need["temporaries"], need["fresh"], need["code"], need["total"])
+        cells = "".join(f"{size / GIB:{w}.3f}" for size, w in zip(sizes, (10, 11, 9, 7, 8)))
+        refused = "   refused by the compiler" if phase["refused"] else ""
+        lines.append(f"  {PHASE_TITLES[name]:<24}{cells}{refused}")
+
+    # Time.
     lines += [
         "",
-        f"One iteration: {f['episodes']} episodes; {f['assumption']}.",
-        "  Learner: all rows at the full context. Seconds at the chip's peak rates, host time (search, rewards, data) not in them.",
-        f"  {'on each chip':<24}{'TFLOP':>10}{'of model':>10}{'TB of HBM':>11}{'GB sent':>9}{'seconds':>9}  bound by",
+        f"One iteration: {figures['episodes']} episodes; {figures['assumption']}.",
+        "  Learner: all rows at the full context. Seconds at the chip's peak rates, host time "
+        "(search, rewards, data) not in them.",
+        f"  {'on each chip':<24}{'TFLOP':>10}{'of model':>10}{'TB of HBM':>11}{'GB sent':>9}"
+        f"{'seconds':>9}  bound by",
     ]
-    for name, p in f["phases"].items():
-        if p["refused"]:
-            continue
-        ratio = f"{p['model_ratio']:.2f}" if p["model_ratio"] else "-"
-        sent = sum(c["bytes"] for c in p["collectives"].values())
+    for name, phase in compiled.items():
+        ratio = f"{phase['model_ratio']:.2f}" if phase["model_ratio"] else "-"
+        sent = sum(collective["bytes"] for collective in phase["collectives"].values())
         lines.append(
-            f"  {PHASE_TITLES[name]:<24}{p['flops'] / 1e12:10.1f}{ratio:>10}{p['bytes'] / 1e12:11.3f}{sent / 1e9:9.1f}{p['seconds']:9.2f}"
-            f"  {p['bound']}"
+            f"  {PHASE_TITLES[name]:<24}{phase['flops'] / 1e12:10.1f}{ratio:>10}"
+            f"{phase['bytes'] / 1e12:11.3f}{sent / 1e9:9.1f}{phase['seconds']:9.2f}"
+            f"  {phase['bound']}"
         )
-    if f["iteration_seconds"] is not None:
-        lines.append(
-            f"  {'iteration':<24}{'':>10}{'':>10}{'':>11}{'':>9}{f['iteration_seconds']:9.2f}  = {f['iteration_seconds'] / 60:.2f} minutes"
-        )
+    if (seconds := figures["iteration_seconds"]) is not None:
+        lines.append(f"  {'iteration':<64}{seconds:9.2f}  = {seconds / 60:.2f} minutes")
     lines.append(
-        f"  of model: matrix products counted in the program / {f['model']['rule']}; attention, which that leaves out, makes it larger than 1"
+        f"  of model: matrix products counted in the program / {model['rule']}; attention, which "
+        "that leaves out, makes it larger than 1"
     )
+
     lines += ["", "Collectives of one chip (runs, GB sent)"]
-    for name, p in f["phases"].items():
-        if p["refused"]:
-            continue
+    for name, phase in compiled.items():
         shown = ", ".join(
-            f"{kind} {c['count']:,.0f} ({c['bytes'] / 1e9:.2f})"
-            for kind, c in p["collectives"].items()
+            f"{kind} {collective['count']:,.0f} ({collective['bytes'] / 1e9:.2f})"
+            for kind, collective in phase["collectives"].items()
         )
         lines.append(f"  {PHASE_TITLES[name]:<24}{shown or 'none'}")
-    worst = PHASE_TITLES[f["worst"]]
-    need = f["phases"][f["worst"]]["need"]["total"] / GIB
+
+    # Verdict.
+    worst = figures["worst"]
     lines += [
         "",
-        f"{'fits' if f['fits'] else 'does not fit'}: the {worst} needs most, {need:.2f} of {f['hbm'] / GIB:.2f} GiB a chip",
+        f"{'fits' if figures['fits'] else 'does not fit'}: the {PHASE_TITLES[worst]} needs most, "
+        f"{_gib(figures, worst)} of {hbm} GiB a chip",
     ]
-    if not f["fits"]:
+    if not figures["fits"]:
         lines.append("What would help, most first (estimated, not compiled; GiB saved a chip):")
         lines += [
             f"  {lever['saved'] / GIB:6.2f}  {lever['name']}: {lever['change']}"
-            for lever in f["levers"]
+            for lever in figures["levers"]
         ]
     return "\n".join(lines)
 
 
 def render_table(rows: Mapping[str, Sequence[dict]]) -> str:
-    """Name of a model -> its figures (`preflight.measure`), one of each slice: all of them as one Markdown table, a row a slice."""
-    phases = ("rollout", "score", "update")
+    """Model name -> its figures (`preflight.measure`), one of each slice: one Markdown table."""
     lines = [
-        "| model | slice | mesh data x fsdp x tensor | fits | GiB a chip: copy, rollout, scoring, update | of | seconds: rollout, scoring, update | "
-        "minutes an iteration |",
+        "| model | slice | mesh data x fsdp x tensor | fits | GiB a chip: copy, rollout, scoring, "
+        "update | of | seconds: rollout, scoring, update | minutes an iteration |",
         "|" + "---|" * 8,
     ]
-    for model, figures in rows.items():
-        for f in figures:
-            needs = ", ".join(
-                f"**{_gib(f, name)}**" if name == f["worst"] else _gib(f, name)
-                for name in PHASE_TITLES
-            )
-            if f["iteration_seconds"] is not None:
-                seconds = ", ".join(
-                    f"{f['phases'][name]['seconds']:.1f} ({f['phases'][name]['bound']})"
-                    for name in phases
-                )
-                minutes = f"{f['iteration_seconds'] / 60:.2f}"
-            else:
-                seconds, minutes = "refused by the compiler", "-"
-            fits = (
-                "yes"
-                if f["fits"]
-                else "no" + (f": {f['levers'][0]['change']}" if f["levers"] else "")
-            )
-            lines.append(
-                f"| {model} | {f['topology']} | {' x '.join(map(str, f['mesh']))} | {fits} | {needs} | {f['hbm'] / GIB:.2f} | {seconds} | {minutes} |"
-            )
+    for model, slices in rows.items():
+        for figures in slices:
+            cells = (model, figures["topology"], _mesh(figures), *_table_cells(figures))
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _table_cells(figures: dict) -> tuple[str, ...]:
+    """The columns from "fits" on; the largest need in bold."""
+    phases, levers = figures["phases"], figures["levers"]
+    fits = "yes"
+    if not figures["fits"]:
+        fits = "no" + (f": {levers[0]['change']}" if levers else "")
+    needs = {name: _gib(figures, name) for name in PHASE_TITLES}
+    needs[figures["worst"]] = f"**{needs[figures['worst']]}**"
+    seconds, minutes = "refused by the compiler", "-"
+    if figures["iteration_seconds"] is not None:
+        timed = [phases[name] for name in ("rollout", "score", "update")]
+        seconds = ", ".join(f"{phase['seconds']:.1f} ({phase['bound']})" for phase in timed)
+        minutes = f"{figures['iteration_seconds'] / 60:.2f}"
+    return fits, ", ".join(needs.values()), f"{figures['hbm'] / GIB:.2f}", seconds, minutes
+
+
+def _mesh(figures: dict) -> str:
+    return " x ".join(map(str, figures["mesh"]))
 
 
 def _gib(figures: dict, phase: str) -> str:

@@ -1,4 +1,4 @@
-"""Whether a run fits its chips: the largest of its programs beside everything that stays resident, and what would help where it does not."""
+"""Whether a run fits its chips, all that stays resident included, and what would help if not."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from stepsearch_jax.preflight.programs import Compiled, describe_parts, make_mes
 
 LEARNER = ("policy", "policy_optimizer", "value", "value_optimizer", "reference")
 SAMPLER = ("rollout_copy", "environment")
-# What train.py holds on the device while a program runs, and the program's own temporaries, results and code come on top. The rollout's copy is dropped as soon
-# as its episodes are there; a trajectory and a batch stay until the next ones replace them.
+# What train.py holds on the device while a program runs; the program's own temporaries, results and
+# code come on top. The rollout's copy is dropped as soon as its episodes are there; a trajectory
+# and a batch stay until the next ones replace them.
 KEPT = {
     "copy": (*LEARNER, "environment"),
     "rollout": (*LEARNER, *SAMPLER),
     "score": (*LEARNER, "environment"),
     "update": (*LEARNER, "environment"),
 }
-# What of it a program reads.
+# The parts of it that a program reads.
 ARGUMENTS = {
     "copy": ("policy",),
     "rollout": SAMPLER,
@@ -31,7 +32,10 @@ ARGUMENTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """Bytes on one chip while one program runs. A program that the compiler refused has all that it needs, arguments included, as temporaries."""
+    """Bytes on one chip while one program runs.
+
+    A program that the compiler refused has everything except its arguments as temporaries.
+    """
 
     kept: float  # parameters, optimiser state and the like, whether the program reads them or not
     rows: float  # trajectory and batch
@@ -79,18 +83,20 @@ def judge(parts: Mapping[str, float], compiled: Mapping[str, Compiled], hbm: flo
 
 
 def find_levers(config: ml_collections.ConfigDict, parts, verdict: Verdict) -> list[Lever]:
-    """What would lower the need of the worst program, the most helpful first. Estimates, nothing is compiled for them: arrays of known size are counted under
-    the changed config, of a program's other temporaries those of the learner are taken to grow with the rows of a micro-batch."""
+    """What would lower the need of the worst program, the most helpful first.
+
+    Estimates, without compiling: arrays of known size are counted under the changed config; the
+    other temporaries of the learner's programs are assumed to grow with the rows of a micro-batch.
+    """
+    # What the worst program holds: arrays of known size, gradients, and the rest, activations.
     mesh, now, phase = parts.mesh, parts.bytes_per_chip(), verdict.worst
     rollout_config, rl_config, model_config = config.rollout, config.rl, config.model
     shards, chips = sharding.row_shards(mesh), mesh.devices.size
     rollout, learning = phase == "rollout", phase in ("score", "update")
     counted = (*KEPT[phase], *(("cache",) if rollout else ()))
-    gradients = (
-        (now["policy"] + now["value"]) * (2 if rl_config.microbatch_size else 1)
-        if phase == "update"
-        else 0.0
-    )
+    gradients = 0.0
+    if phase == "update":  # micro-batches accumulate them in a second copy
+        gradients = (now["policy"] + now["value"]) * (2 if rl_config.microbatch_size else 1)
     activations = max(0.0, verdict.needs[phase].temporaries - gradients)
     levers = []
 
@@ -99,11 +105,13 @@ def find_levers(config: ml_collections.ConfigDict, parts, verdict: Verdict) -> l
             levers.append(Lever(name, change, saved))
 
     def resized(changed) -> float:
-        """Bytes saved in what is counted, and in gradients, by a config; negative where it has more, 0 where its mesh is refused."""
+        """Bytes that a config saves in what is counted and in gradients.
+
+        Negative if it needs more, 0 if its mesh is refused.
+        """
         try:
-            then = describe_parts(
-                changed, make_mesh(changed, mesh.devices.flatten().tolist())
-            ).bytes_per_chip()
+            changed_mesh = make_mesh(changed, mesh.devices.flatten().tolist())
+            then = describe_parts(changed, changed_mesh).bytes_per_chip()
         except ValueError:
             return 0.0
         learned = (now["policy"] + now["value"]) / max(then["policy"] + then["value"], 1)
@@ -111,43 +119,35 @@ def find_levers(config: ml_collections.ConfigDict, parts, verdict: Verdict) -> l
 
     def changed(**values) -> ml_collections.ConfigDict:
         copy = config.copy_and_resolve_references()
-        copy.update_from_flattened_dict(
-            {key.replace("__", "."): value for key, value in values.items()}
-        )
+        flat = {key.replace("__", "."): value for key, value in values.items()}
+        copy.update_from_flattened_dict(flat)
         return copy
 
-    for tensor in (
-        size
-        for size in (1, 2, 4, 8)
-        if chips % size == 0 and (1, size) != (mesh.shape["data"], mesh.shape["tensor"])
-    ):
-        add(
-            "mesh",
-            f"mesh.data=1 mesh.fsdp={chips // tensor} mesh.tensor={tensor}",
-            resized(changed(mesh__data=1, mesh__fsdp=chips // tensor, mesh__tensor=tensor)),
-        )
-    cut = (
-        sum(now[name] for name in LEARNER) + gradients + (now["cache"] if rollout else 0.0)
-    )  # more groups of chips have fewer slots each
+    # Other meshes of these chips, and twice the chips: more groups of chips have fewer slots each.
+    for tensor in (1, 2, 4, 8):
+        if chips % tensor or (1, tensor) == (mesh.shape["data"], mesh.shape["tensor"]):
+            continue
+        fsdp = chips // tensor
+        saved = resized(changed(mesh__data=1, mesh__fsdp=fsdp, mesh__tensor=tensor))
+        add("mesh", f"mesh.data=1 mesh.fsdp={fsdp} mesh.tensor={tensor}", saved)
+    cut = sum(now[name] for name in LEARNER) + gradients + (now["cache"] if rollout else 0.0)
     add("mesh", f"{2 * chips} chips instead of {chips}, the new ones along mesh.fsdp", cut / 2)
-    slots = rollout_config.slots or rollout_config.prompts * rollout_config.group_size
+
+    # A smaller rollout: half the slots, or a smaller type.
+    episodes = rollout_config.prompts * rollout_config.group_size
+    slots = rollout_config.slots or episodes
     if rollout and slots > shards:
-        add(
-            "slots",
-            f"rollout.slots={max(shards, slots // 2 // shards * shards)}",
-            now["cache"] * (1 - max(shards, slots // 2 // shards * shards) / slots),
-        )
+        half = max(shards, slots // 2 // shards * shards)
+        add("slots", f"rollout.slots={half}", now["cache"] * (1 - half / slots))
     if rollout_config.dtype == "float32" and phase in ("copy", "rollout"):
         add("cache type", "rollout.dtype=bfloat16", resized(changed(rollout__dtype="bfloat16")))
-    rows = rl_config.microbatch_size or rollout_config.prompts * rollout_config.group_size // (
-        rl_config.minibatches if phase == "update" else 1
-    )
+
+    # Fewer activations of the learner: the smallest micro-batch, or recomputed layers.
+    minibatches = rl_config.minibatches if phase == "update" else 1
+    rows = rl_config.microbatch_size or episodes // minibatches
     if learning and rows > shards:
         add("micro-batch", f"rl.microbatch_size={shards}", activations * (1 - shards / rows))
     if phase == "update" and model_config.remat != "layers":
-        add(
-            "remat",
-            "model.remat=layers",
-            activations * (1 - 1 / (8 if model_config.remat == "none" else 5)),
-        )
+        less = 8 if model_config.remat == "none" else 5  # times, a rough estimate
+        add("remat", "model.remat=layers", activations * (1 - 1 / less))
     return sorted(levers, key=lambda lever: -lever.saved)
