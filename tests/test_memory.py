@@ -1,4 +1,4 @@
-"""What a process holds of its corpus: hardly anything that grows with it; and the benchmark that measures this on large ones."""
+"""A process holds hardly anything that grows with its corpus; the benchmark for large corpora."""
 
 import gc
 import json
@@ -15,10 +15,9 @@ from stepsearch_jax.rewards import tfidf
 from stepsearch_jax.run.system import build_system
 from stepsearch_jax.search import corpus_tokens, postings
 
-GROWTH = {
-    "most": 350,
-    "kept": 20,
-}  # bytes a passage. Its text alone has about 600; buffers that small corpora do not fill count among the most
+# Bytes a passage. Its text alone has about 600; "most" includes buffers that small corpora do not
+# fill.
+GROWTH = {"most": 350, "kept": 20}
 
 
 @pytest.fixture
@@ -30,7 +29,10 @@ def config(tmp_path):
 
 
 def trace(work, *arguments):
-    """-> what work(*arguments) returns, the most bytes that were held meanwhile, and those that still are, beyond those from before."""
+    """-> (result of work(*arguments), the most bytes held meanwhile, bytes still held).
+
+    Both beyond those held before.
+    """
     gc.collect()
     tracemalloc.start()
     try:
@@ -43,24 +45,18 @@ def trace(work, *arguments):
 
 
 def test_memory_hardly_grows_with_the_corpus(config, tmp_path, monkeypatch):
-    """From making the data set to scoring, by what Python and NumPy allocate: the most at each stage, and what a system keeps."""
+    """From making the data set to scoring, by what Python and NumPy allocate: the most at each
+    stage, and what a system keeps."""
     monkeypatch.setattr(memory, "QUESTIONS", 8)
-    for module, name in (
-        (postings, "SHARD_WORDS"),
-        (postings, "MERGE_POSTINGS"),
-        (tfidf, "_COUNTED_AT_ONCE"),
-    ):
-        monkeypatch.setattr(
-            module, name, 1 << 14
-        )  # what is worked on at a time is full with the smaller corpus already
+    # Buffers that the smaller corpus fills already.
+    monkeypatch.setattr(postings, "SHARD_WORDS", 1 << 14)
+    monkeypatch.setattr(postings, "MERGE_POSTINGS", 1 << 14)
+    monkeypatch.setattr(tfidf, "_COUNTED_AT_ONCE", 1 << 14)
     monkeypatch.setattr(corpus_tokens, "_CHUNK", 64)
     monkeypatch.setattr(reward, "VOCABULARY", 500)  # memory does grow with the different words
     held = {}
-    for count in (
-        200,
-        201,
-        1000,
-    ):  # the first one's is also what libraries keep when they are first used
+    # The first one's memory is also what libraries keep when they are first used.
+    for count in (200, 201, 1000):
         folder, corpus = tmp_path / str(count), tmp_path / f"{count}.jsonl"
         folder.mkdir()
         write_corpus(corpus, count, seed=0)
@@ -80,22 +76,16 @@ def test_memory_hardly_grows_with_the_corpus(config, tmp_path, monkeypatch):
 
 
 def test_figures_of_the_benchmark(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        memory,
-        "_hold_alone",
-        lambda config, stage: memory.hold(json.loads(config.to_json()), stage),
-    )
+    hold_here = lambda config, stage: memory.hold(json.loads(config.to_json()), stage)
+    monkeypatch.setattr(memory, "_hold_alone", hold_here)
     monkeypatch.setattr(memory, "QUESTIONS", 4)
-    figures = memory.measure(
-        repeats=2, seed=0, passages=[90, 40], folder=tmp_path / "made", config=config
-    )
-    assert [size["passages"] for size in figures["sizes"]] == [40, 90] and set(
-        figures["slopes"]
-    ) == set(memory.STAGES)
-    assert memory.render(figures).splitlines()[2].startswith(
-        "| 40 | "
-    ) and "| bytes a passage | " in memory.render(figures)
+    folder = tmp_path / "made"
+    figures = memory.measure(repeats=2, seed=0, passages=[90, 40], folder=folder, config=config)
+    assert [size["passages"] for size in figures["sizes"]] == [40, 90]
+    assert set(figures["slopes"]) == set(memory.STAGES)
+    table = memory.render(figures)
+    assert table.splitlines()[2].startswith("| 40 | ") and "| bytes a passage | " in table
     with pytest.raises(FileExistsError):
-        memory.measure(repeats=1, seed=0, passages=[40], folder=tmp_path / "made", config=config)
-    with pytest.raises(ValueError, match="--config is needed"):
-        memory.measure(repeats=1, seed=0, passages=[40], folder=tmp_path / "made", config=None)
+        memory.measure(repeats=1, seed=0, passages=[40], folder=folder, config=config)
+    with pytest.raises(ValueError, match="--config"):
+        memory.measure(repeats=1, seed=0, passages=[40], folder=folder, config=None)

@@ -1,8 +1,10 @@
 """Measures parts of this package beside what others use for the same job, both in one run.
 
-    python -m stepsearch_jax.benchmark {rollout,update,reward,retrieval,memory,import,all} [--peer NAME] [--json FILE] [--repeats N] [--seed S]
+    python -m stepsearch_jax.benchmark {rollout,update,reward,retrieval,memory,import,all} \
+        [--peer NAME] [--json FILE] [--repeats N] [--seed S]
 
-Times depend on the machine and on what else runs on it; ratios within one run hardly do. Extra packages: requirements-bench.txt.
+Times depend on the machine and its load; ratios within one run hardly do. Extra packages:
+requirements-bench.txt.
 """
 
 from __future__ import annotations
@@ -23,10 +25,13 @@ from stepsearch_jax.files import check_output, write_json
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """One benchmark. name: of its module in this package, which offers measure(repeats=, seed=, and its flags) -> figures, render(figures) -> text, and a
-    docstring that --help shows; it is only loaded to be run."""
+    """One benchmark, in a module of this package that is loaded only to run it.
 
-    name: str
+    The module has measure(repeats=, seed=, and its flags) -> figures, render(figures) -> text, and
+    a docstring that --help shows.
+    """
+
+    name: str  # of the module
     repeats: int  # timed runs of each side, if --repeats does not say
     flags: tuple[str, ...]
     peers: tuple[str, ...]  # of --peer
@@ -51,11 +56,17 @@ SUBJECTS = {
     "import": Subject("importing", 3, ("model",), ()),
 }
 MADE_UP = ("rollout", "update", "reward")  # what `all` runs: subjects that need no files
-ALL = "Every subject that needs no files, one after another.\n\nA subject that does not know the peer is timed without it."
+ALL = (
+    "Every subject that needs no files, one after another.\n\n"
+    "A subject that does not know the peer is timed without it."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs one benchmark or all, prints the tables and, with --json, writes the figures. What a user can mend ends it with one line (SystemExit)."""
+    """Runs one benchmark or all, prints the tables and, with --json, writes the figures.
+
+    Errors that the user can fix end it with one line (SystemExit).
+    """
     options = cli.parse_flags(_make_parser(), arguments)
     with cli.one_line_errors("no figures were written"):
         figure_path = getattr(options, "figure", None)
@@ -92,23 +103,18 @@ def _make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser("benchmark", __doc__.splitlines()[0])
     subjects = parser.add_subparsers(dest="subject", required=True)
     for name, subject in SUBJECTS.items():
-        _add_subject(
-            subjects, name, subject.text, f"{subject.repeats}", subject.flags, subject.peers
-        )
-    _add_subject(
-        subjects,
-        "all",
-        ALL,
-        "each subject's own",
-        SUBJECTS["rollout"].flags,
-        SUBJECTS["rollout"].peers,
-    )
+        repeats = f"{subject.repeats}"
+        _add_subject(subjects, name, subject.text, repeats, subject.flags, subject.peers)
+    rollout = SUBJECTS["rollout"]
+    _add_subject(subjects, "all", ALL, "each subject's own", rollout.flags, rollout.peers)
     return parser
 
 
 def _add_subject(
     subjects, name: str, text: str, repeats: str, flags: Sequence[str], peers: Sequence[str]
 ) -> None:
+    """Adds a subcommand with the flags that the subject knows."""
+    # Flags of all subjects.
     options = subjects.add_parser(
         name,
         help=text.splitlines()[0],
@@ -131,6 +137,8 @@ def _add_subject(
         default=0,
         help="made-up inputs follow from it (default: %(default)s)",
     )
+
+    # What to run, and how much of it.
     if "case" in flags:
         options.add_argument(
             "--case",
@@ -150,7 +158,8 @@ def _add_subject(
             "--config",
             metavar="FILE",
             help="of rollout and update: random weights of this config's model, such as "
-            "configs/musique_qwen2_5.py:0.5b, instead of the sample model; of memory: the run; --config.KEY=VALUE changes a key",
+            "configs/musique_qwen2_5.py:0.5b, instead of the sample model; of memory: the run; "
+            "--config.KEY=VALUE changes a key",
         )
     if "episodes" in flags:
         options.add_argument(
@@ -191,6 +200,8 @@ def _add_subject(
             metavar="PATH",
             help="Hugging Face folder or .gguf file",
         )
+
+    # The other side.
     if "peer" in flags:
         options.add_argument(
             "--peer",

@@ -30,61 +30,52 @@ class Case:
         )
 
     def resize(self, episodes: int | None) -> Case:
-        """The case with so many episodes; None = as it is. Raises ValueError where its slots do not divide them."""
+        """The case with so many episodes; None = as it is.
+
+        Raises ValueError if they are no multiple of its slots.
+        """
         if episodes and self.slots and episodes % self.slots:
             raise ValueError(
-                f"--episodes={episodes}: the case slots compares groups of {self.slots}; choose a multiple of it"
+                f"--episodes={episodes}: the case slots compares groups of {self.slots}; choose a "
+                f"multiple of {self.slots}"
             )
         return dataclasses.replace(self, episodes=episodes or self.episodes)
 
     @property
     def prefilled(self) -> int:
-        """Tokens that must be read but are not sampled, all but each prompt's last one, which the first decode step reads."""
+        """Tokens that are read and not sampled, without each prompt's last one.
+
+        The first decode step reads that one.
+        """
         return self.episodes * (self.prompt - 1 + (self.turns - 1) * self.observation)
 
 
-CONFIGURED = dict(
-    flush_fraction=0.5, prefill_rows=16, prefill_tokens=200
-)  # as configs/base.py, but tokens for one observation of short, a third of long's
+# As configs/base.py, but tokens for one observation of short, a third of long's.
+CONFIGURED = dict(flush_fraction=0.5, prefill_rows=16, prefill_tokens=200)
 SHORT = Case(
     episodes=16, prompt=128, turns=4, turn_tokens=(64,), observation=192, slots=0, **CONFIGURED
 )
+LONG = Case(
+    episodes=8, prompt=512, turns=6, turn_tokens=(128,), observation=600, slots=0, **CONFIGURED
+)
+DECODE = Case(
+    episodes=64, prompt=128, turns=1, turn_tokens=(512,), observation=1, slots=0, **CONFIGURED
+)
+SLOTS = Case(
+    episodes=64,
+    prompt=128,
+    turns=1,
+    turn_tokens=(64, 128, 256, 512),
+    observation=1,
+    slots=16,
+    flush_fraction=0.05,
+    prefill_rows=2,
+    prefill_tokens=128,
+)
 CASES = {
     "short": (SHORT,),
-    "long": (
-        Case(
-            episodes=8,
-            prompt=512,
-            turns=6,
-            turn_tokens=(128,),
-            observation=600,
-            slots=0,
-            **CONFIGURED,
-        ),
-    ),
+    "long": (LONG,),
     "turns": tuple(dataclasses.replace(SHORT, turns=turns) for turns in (1, 2, 4, 8)),
-    "decode": (
-        Case(
-            episodes=64,
-            prompt=128,
-            turns=1,
-            turn_tokens=(512,),
-            observation=1,
-            slots=0,
-            **CONFIGURED,
-        ),
-    ),
-    "slots": (
-        Case(
-            episodes=64,
-            prompt=128,
-            turns=1,
-            turn_tokens=(64, 128, 256, 512),
-            observation=1,
-            slots=16,
-            flush_fraction=0.05,
-            prefill_rows=2,
-            prefill_tokens=128,
-        ),
-    ),
+    "decode": (DECODE,),
+    "slots": (SLOTS,),
 }

@@ -11,34 +11,24 @@ OURS, PEER, SOFT = "#0072B2", "#D55E00", "#666666"
 
 
 def draw_turns(figures: dict) -> Figure:
-    """Of the contents of --json with the case "turns": seconds, and tokens run through the model without being sampled, against the number of turns.
+    """Seconds and prefilled tokens against the number of turns. figures: --json with case "turns".
 
-    A loop that calls a sampler once a turn reads everything so far again: its tokens are counted from the sizes of the case.
+    Prefilled: run through the model without being sampled. A loop that calls a sampler once a turn
+    reads everything so far again; its tokens are counted from the sizes of the case.
     """
     parts = figures["cases"]["turns"]["parts"]
     turns = [part["size"]["turns"] for part in parts]
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     seconds, tokens = figure.subplots(1, 2)
-    lines = {
-        "this package": (
-            OURS,
-            "o",
-            [part["ours_s"] for part in parts],
-            [part["prefilled_tokens"] for part in parts],
-        )
-    }
+    column = lambda name: [part[name] for part in parts]
+    lines = {"this package": (OURS, "o", column("ours_s"), column("prefilled_tokens"))}
     if parts[0]["peer_s"] is not None:
-        lines[figures["peer"]] = (
-            PEER,
-            "s",
-            [part["peer_s"] for part in parts],
-            [count_read_again(part["size"]) for part in parts],
-        )
+        read = [count_read_again(part["size"]) for part in parts]
+        lines[figures["peer"]] = (PEER, "s", column("peer_s"), read)
     for label, (color, marker, spent, read) in lines.items():
         seconds.plot(turns, spent, color=color, marker=marker, label=label)
-        tokens.plot(
-            turns, [count / 1000 for count in read], color=color, marker=marker, label=label
-        )
+        thousands = [count / 1000 for count in read]
+        tokens.plot(turns, thousands, color=color, marker=marker, label=label)
     for axes, title in ((seconds, "seconds"), (tokens, "thousand tokens prefilled")):
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_xlabel("turns", color=SOFT)
@@ -51,7 +41,10 @@ def draw_turns(figures: dict) -> Figure:
 
 
 def count_read_again(size: dict) -> int:
-    """Tokens that a sampler called once a turn reads, of all episodes: before turn n the prompt, and n turns with their observations."""
+    """Tokens that a sampler called once a turn reads, of all episodes.
+
+    Before turn n: the prompt, and n turns with their observations.
+    """
     turn = size["turn_tokens"][0] + size["observation"]
     return size["episodes"] * sum(size["prompt"] + number * turn for number in range(size["turns"]))
 

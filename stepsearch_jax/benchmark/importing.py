@@ -1,8 +1,10 @@
-"""Importing a pretrained model and exporting it again: seconds, host memory, and whether transformers then computes the same logits.
+"""Importing a pretrained model and exporting it again: seconds, host memory, equal logits.
 
---model names a Hugging Face folder or a .gguf file. It is read as a run reads it, tensor by tensor into float32 arrays; the host's memory is looked at
-meanwhile, and what it holds at most beyond the parameters themselves is reported (on CPU the parameters are in the host's memory, too). Then it is written with
-`export`'s function, read by transformers (torch), and the logits of made-up tokens, half of the rows padded, must agree to 1e-3, or the run ends with an error.
+--model names a Hugging Face folder or a .gguf file. It is read as a run reads it, tensor by tensor
+into float32 arrays. Meanwhile the host's memory is watched: the report has the most that it holds
+beyond the parameters themselves (on CPU these are in the host's memory, too). Then the model is
+written with `export`'s function and read by transformers (torch). The logits of made-up tokens,
+half of the rows padded, must agree to 1e-3, or the run ends with an error.
 """
 
 from __future__ import annotations
@@ -32,9 +34,10 @@ LOOK_S = 0.002  # between two looks at the host's memory
 
 
 def measure(*, repeats: int, seed: int, model: pathlib.Path) -> dict:
-    """-> figures: seconds ("_s", medians over `repeats` for the import), MiB of host memory ("_mib"), and the largest difference of logits.
+    """-> figures: seconds ("_s", the import's are medians), MiB of host memory ("_mib"), logits.
 
-    Raises ImportError without torch, ValueError for a model that is not supported and where the logits differ, FileNotFoundError where it is not there.
+    Raises ImportError without torch, ValueError for an unsupported model or logits that differ,
+    FileNotFoundError for a model that is not there.
     """
     try:  # before the work
         import torch  # noqa: F401
@@ -44,33 +47,28 @@ def measure(*, repeats: int, seed: int, model: pathlib.Path) -> dict:
             "this benchmark needs torch and transformers: pip install -r requirements-bench.txt"
         ) from error
 
+    # The shapes of its parameters, on one device.
     open_s, weights = time_call(open_checkpoint, model)
     config = weights.model_config(
         weights.fields["vocab_size"], dtype=jnp.float32, remat="none", attention_block=256
     )
-    policy, mesh = (
-        Policy(config),
-        sharding.make_mesh(1, 1, 1, 1, config.num_kv_heads, devices=jax.devices()[:1]),
-    )
-    abstract_params, _ = describe_params(
-        policy,
-        mesh,
-        {
-            name: None
-            for name in ("vocab", "embed", "heads", "kv_heads", "head_dim", "ffn", "norm", "layers")
-        },
-    )
+    policy = Policy(config)
+    mesh = sharding.make_mesh(1, 1, 1, 1, config.num_kv_heads, devices=jax.devices()[:1])
+    axes = ("vocab", "embed", "heads", "kv_heads", "head_dim", "ffn", "norm", "layers")
+    abstract_params, _ = describe_params(policy, mesh, dict.fromkeys(axes))
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract_params))
+
+    # The import, with the host's memory.
     seconds, beyond = [], []
     for _ in range(repeats):
         params = None  # the last ones make room
         with HostMemory() as memory:
-            spent, params = time_call(
-                lambda: jax.block_until_ready(load_policy(weights, config, abstract_params))
-            )
+            load = lambda: jax.block_until_ready(load_policy(weights, config, abstract_params))
+            spent, params = time_call(load)
         seconds.append(spent)
         beyond.append(memory.risen - (size if jax.default_backend() == "cpu" else 0))
 
+    # The export, read again by transformers.
     tokens, length = make_texts(seed, config.vocab_size)
     ours = np.asarray(jax.jit(partial(policy.apply, method=Policy.init_all))(params, tokens))
     with tempfile.TemporaryDirectory() as folder:
@@ -111,26 +109,23 @@ def measure(*, repeats: int, seed: int, model: pathlib.Path) -> dict:
 
 def render(figures: dict) -> str:
     """The figures as text."""
-    f = figures
-    return "\n".join(
-        [
-            f"{f['model']}: {f['parameters'] / 1e6:.1f}M parameters, {f['parameters_mib']:.0f} MiB as float32",
-            f"opened in {f['open_s']:.2f} s, imported in {f['import_s']:.2f} s (median of {f['repeats']}), exported in {f['export_s']:.2f} s",
-            f"host memory at most {f['beyond_mib']:.0f} MiB beyond the parameters; the largest tensor has {f['tensor_mib']:.0f} MiB as float32",
-            f"largest difference between our logits and those of transformers on the export: {f['largest_difference']:.1e} (they spread by "
-            f"{f['logit_spread']:.1f})",
-        ]
-    )
+    return (
+        "{model}: {millions:.1f}M parameters, {parameters_mib:.0f} MiB as float32\n"
+        "opened in {open_s:.2f} s, imported in {import_s:.2f} s (median of {repeats}), exported in "
+        "{export_s:.2f} s\n"
+        "host memory at most {beyond_mib:.0f} MiB beyond the parameters; the largest tensor has "
+        "{tensor_mib:.0f} MiB as float32\n"
+        "largest difference between our logits and those of transformers on the export: "
+        "{largest_difference:.1e} (they spread by {logit_spread:.1f})"
+    ).format(millions=figures["parameters"] / 1e6, **figures)
 
 
 def make_texts(seed: int, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
-    """-> (tokens [ROWS, TOKENS], length [ROWS]): every other row is half as long and filled up with zeros."""
+    """-> (tokens [ROWS, TOKENS], length [ROWS]): every other row is half as long, then zeros."""
     rng = np.random.default_rng(seed)
     length = np.where(np.arange(ROWS) % 2, TOKENS // 2, TOKENS)
-    tokens = np.where(
-        np.arange(TOKENS) < length[:, None], rng.integers(vocabulary, size=(ROWS, TOKENS)), 0
-    )
-    return tokens.astype(np.int32), length
+    tokens = rng.integers(vocabulary, size=(ROWS, TOKENS))
+    return np.where(np.arange(TOKENS) < length[:, None], tokens, 0).astype(np.int32), length
 
 
 def compute_peer_logits(folder: pathlib.Path, tokens: np.ndarray, length: np.ndarray) -> np.ndarray:
@@ -139,15 +134,16 @@ def compute_peer_logits(folder: pathlib.Path, tokens: np.ndarray, length: np.nda
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    mask = np.arange(tokens.shape[1]) < length[:, None]
+    mask = torch.from_numpy(np.arange(tokens.shape[1]) < length[:, None]).long()
     with torch.no_grad():
-        return model(
-            torch.from_numpy(tokens).long(), attention_mask=torch.from_numpy(mask).long()
-        ).logits.numpy()
+        return model(torch.from_numpy(tokens).long(), attention_mask=mask).logits.numpy()
 
 
 class HostMemory:
-    """How far this process's own memory (without mapped files) rises in a `with` block: `risen`, bytes; 0 where the system does not tell (not Linux)."""
+    """How far this process's memory, without mapped files, rises in a `with` block.
+
+    risen: bytes; 0 if the system does not say (not Linux).
+    """
 
     def __enter__(self) -> HostMemory:
         self._start = self._peak = read_own_memory()
@@ -167,7 +163,7 @@ class HostMemory:
 
 
 def read_own_memory() -> int:
-    """Bytes of this process's memory that no file backs; 0 where the system does not tell."""
+    """Bytes of this process's memory that no file backs; 0 if the system does not say."""
     status = pathlib.Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.is_file() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)

@@ -1,8 +1,9 @@
-"""What a process of a run holds of its corpus in memory, mapped files apart: while data set and index are made, and when it finds them made.
+"""Memory that a run holds for its corpus, mapped files apart: at its first start and at later ones.
 
-For each size of --passages a corpus is made up as for `retrieval`, with questions about its first passages. Three processes follow one another: one stores the
-data set, one makes what a run makes of it once (index, token ids, counted words), one finds all that, searches for every question and scores what came back.
---config names tokenizer, search and rewards.
+For each size of --passages a corpus is made up as for `retrieval`, with questions about its first
+passages. Three processes follow one another: the first stores the data set, the second makes what a
+run makes of it once (index, token ids, counted words), the third finds all that, searches for every
+question and scores the results. --config names tokenizer, search and rewards.
 """
 
 from __future__ import annotations
@@ -35,14 +36,18 @@ def measure(
     folder: pathlib.Path,
     config: ml_collections.ConfigDict | None,
 ) -> dict:
-    """-> sizes: passages and, by stage, the most MiB held beyond what the process began with (of a later start the largest of `repeats`); and slopes: by stage,
-    bytes a passage between the smallest and the largest size, where there are two. Corpora and what is made of them stay in `folder`.
+    """-> sizes: passages and, by stage, the most MiB held beyond what the process began with.
 
-    Raises ValueError without a config, FileExistsError where `folder` holds what an earlier run made.
+    Of a later start that is the largest of `repeats`. Also slopes: by stage, bytes a passage
+    between the smallest and the largest size, if there are two. Corpora and what is made of them
+    stay in `folder`.
+
+    Raises ValueError without a config, FileExistsError if `folder` has the files of an earlier run.
     """
     if config is None:
         raise ValueError(
-            "--config is needed, such as configs/atlas_quickstart.py: its tokenizer, search and rewards are used"
+            "--config is needed, such as configs/atlas_quickstart.py: its tokenizer, search and "
+            "rewards are used"
         )
     sizes = []
     for count in sorted(passages):
@@ -59,20 +64,17 @@ def measure(
             train_split="train",
             train_questions=0,
         )
-        risen = {
-            stage: max(
-                _hold_alone(config, stage) for _ in range(repeats if stage == STAGES[-1] else 1)
-            )
-            for stage in STAGES
-        }
-        sizes.append({"passages": count, **{stage: value / MIB for stage, value in risen.items()}})
-    first, last = sizes[0], sizes[-1]
-    apart = last["passages"] - first["passages"]
+        size = {"passages": count}
+        for stage in STAGES:
+            times = repeats if stage == STAGES[-1] else 1
+            size[stage] = max(_hold_alone(config, stage) for _ in range(times)) / MIB
+        sizes.append(size)
+    first, last, slopes = sizes[0], sizes[-1], {}
+    if apart := last["passages"] - first["passages"]:
+        slopes = {stage: (last[stage] - first[stage]) * MIB / apart for stage in STAGES}
     return {
         "sizes": sizes,
-        "slopes": {stage: (last[stage] - first[stage]) * MIB / apart for stage in STAGES}
-        if apart
-        else {},
+        "slopes": slopes,
         "questions": QUESTIONS,
         "repeats": repeats,
         "seed": seed,
@@ -83,18 +85,15 @@ def write_questions(corpus: pathlib.Path, file: pathlib.Path) -> None:
     """Rows in StepSearch's form, each with two sub-questions about passages of the corpus."""
     with open(corpus) as lines:
         passages = [json.loads(line) for line in itertools.islice(lines, 2 * QUESTIONS)]
+    query = lambda passage: passage["title"] + " " + passage["text"][:40]
+    document = lambda passage: {"title": passage["title"], "paragraph_text": passage["text"]}
     rows = [
         {
             "question": f"{one['title']}, {two['title']}?",
             "final_answer": two["title"],
             "answer_aliases": [],
-            "sub_searchs": [
-                [passage["title"] + " " + passage["text"][:40]] for passage in (one, two)
-            ],
-            "sub_support_docs": [
-                {"title": passage["title"], "paragraph_text": passage["text"]}
-                for passage in (one, two)
-            ],
+            "sub_searchs": [[query(one)], [query(two)]],
+            "sub_support_docs": [document(one), document(two)],
         }
         for one, two in zip(passages[::2], passages[1::2])
     ]
@@ -107,7 +106,7 @@ def _hold_alone(config: ml_collections.ConfigDict, stage: str) -> int:
 
 
 def hold(settings: dict, stage: str) -> int:
-    """Does the work of one stage -> bytes, as `HostMemory` tells them."""
+    """Does the work of one stage -> bytes by which memory rose (`HostMemory`)."""
     config = ml_collections.ConfigDict(settings)
     with HostMemory() as memory:
         if stage == "data set":
@@ -120,25 +119,20 @@ def hold(settings: dict, stage: str) -> int:
 
 
 def score_all(system: System) -> StepScores:
-    """Rewards of an episode of every question, in which each accepted query is searched for and the question itself is the answer."""
+    """Rewards of one episode for each question.
+
+    It searches for the first accepted query of each sub-question, and answers with the question.
+    """
     episodes = []
     for question in system.splits["train"].questions:
         queries = [sub.queries[0] for sub in question.sub_questions]
-        turns = [
-            Turn(
-                TurnStatus.SEARCH,
-                f"<search>{query}</search>",
-                query,
-                None,
-                tuple(int(i) for i in found if i >= 0),
-            )
-            for query, found in zip(queries, system.search_documents(queries), strict=True)
-        ]
-        turns.append(
-            Turn(
-                TurnStatus.ANSWER, f"<answer>{question.question}</answer>", None, question.question
-            )
-        )
+        turns = []
+        for query, found in zip(queries, system.search_documents(queries), strict=True):
+            ids = tuple(int(i) for i in found if i >= 0)
+            text = f"<search>{query}</search>"
+            turns.append(Turn(TurnStatus.SEARCH, text, query, None, ids))
+        answer = question.question
+        turns.append(Turn(TurnStatus.ANSWER, f"<answer>{answer}</answer>", None, answer))
         episodes.append(Episode(question, "", tuple(turns), finished=True, truncated=False))
     return system.score(episodes)
 
@@ -149,11 +143,9 @@ def render(figures: dict) -> str:
         f"| passages | {' | '.join(f'{stage}, MiB' for stage in STAGES)} |",
         "|---|" + "---|" * len(STAGES),
     ]
-    rows = {f"{size['passages']:,}": size for size in figures["sizes"]} | (
-        {"bytes a passage": figures["slopes"]} if figures["slopes"] else {}
-    )
-    lines += [
-        f"| {name} | {' | '.join(f'{row[stage]:.0f}' for stage in STAGES)} |"
-        for name, row in rows.items()
-    ]
+    rows = {f"{size['passages']:,}": size for size in figures["sizes"]}
+    if figures["slopes"]:
+        rows["bytes a passage"] = figures["slopes"]
+    for name, row in rows.items():
+        lines.append(f"| {name} | {' | '.join(f'{row[stage]:.0f}' for stage in STAGES)} |")
     return "\n".join(lines)

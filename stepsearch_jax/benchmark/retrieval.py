@@ -1,9 +1,11 @@
 """BM25 over made-up corpora of any size, and a search server under load and under attack.
 
-For each size of --passages: passages of about 100 words with the frequencies of a language are written to --folder, `prepare index` makes an index of them in
-a process of its own (time, peak memory, size), and queries of 5 words are timed one by one and 64 at a time. Then `serve` holds the index of the first
-size: 32 clients send requests of one query until --requests are answered, while others send bodies that are malformed, too large, or never end.
-Every answer is compared with the index's own; the run ends with an error if one is lost or wrong.
+For each size of --passages: passages of about 100 words with the frequencies of a language are
+written to --folder, `prepare index` makes an index of them in a process of its own (time, peak
+memory, size), and queries of 5 words are timed one by one and 64 at a time. Then `serve` holds the
+index of the first size: 32 clients send requests of one query until --requests are answered, while
+others send bodies that are malformed, too large, or never end. Every answer is compared with the
+index's own; the run ends with an error if one is lost or wrong.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ HOSTILE = (  # bodies that the server must refuse
 def measure(
     *, repeats: int, seed: int, passages: Sequence[int], requests: int, folder: pathlib.Path
 ) -> dict:
-    """All figures; corpora and indexes stay in `folder`. `repeats` is the number of times that the queries are timed."""
+    """All figures; corpora and indexes stay in `folder`. The queries are timed `repeats` times."""
     folder.mkdir(parents=True, exist_ok=True)
     figures = {"indexes": [measure_index(folder, count, seed, repeats) for count in passages]}
     if requests:
@@ -61,12 +63,13 @@ def measure(
 
 
 def measure_index(folder: pathlib.Path, count: int, seed: int, repeats: int) -> dict:
-    """Of one size: documents, minutes, peak_bytes, bytes, vocabulary, and queries per second by batch (the best of `repeats`)."""
-    corpus, out, figures_file = (
-        folder / f"corpus-{count}-{seed}.jsonl",
-        folder / f"index-{count}",
-        folder / f"index-{count}.json",
-    )
+    """Of one size: documents, minutes, peak_bytes, bytes, vocabulary, and queries per second.
+
+    The last by batch, the best of `repeats`.
+    """
+    # Corpus and index, if they are not there.
+    corpus, out = folder / f"corpus-{count}-{seed}.jsonl", folder / f"index-{count}"
+    figures_file = folder / f"index-{count}.json"
     if not corpus.exists():
         write_corpus(corpus, count, seed)
     if not figures_file.exists():
@@ -80,11 +83,10 @@ def measure_index(folder: pathlib.Path, count: int, seed: int, repeats: int) -> 
             f"--json={figures_file}",
         ]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    built, index, queries = (
-        json.loads(figures_file.read_text()),
-        load_index(out),
-        draw_queries(64, seed),
-    )
+
+    # Queries; a first search does not count.
+    built, index = json.loads(figures_file.read_text()), load_index(out)
+    queries = draw_queries(64, seed)
     index.search(queries, K)
     rates = {}
     for batch, asked in ((1, queries[:16]), (64, queries)):
@@ -95,13 +97,8 @@ def measure_index(folder: pathlib.Path, count: int, seed: int, repeats: int) -> 
                 index.search(asked[first : first + batch], K)
             seconds.append(time.perf_counter() - start)
         rates[str(batch)] = len(asked) / min(seconds)
-    return {
-        **{
-            name: built[name]
-            for name in ("documents", "vocabulary", "minutes", "peak_bytes", "bytes")
-        },
-        "queries_per_second": rates,
-    }
+    names = ("documents", "vocabulary", "minutes", "peak_bytes", "bytes")
+    return {name: built[name] for name in names} | {"queries_per_second": rates}
 
 
 def write_corpus(path: pathlib.Path, count: int, seed: int) -> None:
@@ -110,17 +107,13 @@ def write_corpus(path: pathlib.Path, count: int, seed: int) -> None:
     temporary = path.with_suffix(".part")
     with open(temporary, "w") as file:
         for _ in tqdm(range(count), desc="writing passages", unit=" passages"):
-            file.write(
-                json.dumps(
-                    {"title": texts.write(2), "text": texts.write(int(rng.integers(80, 121)))}
-                )
-                + "\n"
-            )
+            row = {"title": texts.write(2), "text": texts.write(int(rng.integers(80, 121)))}
+            file.write(json.dumps(row) + "\n")
     temporary.rename(path)
 
 
 def draw_queries(count: int, seed: int) -> list[str]:
-    """Queries of the corpus' own words, other ones than its first passages."""
+    """Queries in the words of the corpus, but not in the texts of its first passages."""
     texts = Texts(seed)
     for _ in range(1000):
         texts.write(QUERY_WORDS)
@@ -159,12 +152,18 @@ def run_server(index: pathlib.Path, log: pathlib.Path, *flags: str) -> Iterator[
 
 
 def measure_server(folder: pathlib.Path, seed: int, requests: int) -> dict:
-    """-> requests, hostile (bodies sent meanwhile), by_status of these, seconds, p50_ms and p99_ms of the requests. Raises ValueError for a wrong answer."""
+    """-> figures of requests, and of hostile bodies that are sent meanwhile.
+
+    requests, seconds, p50_ms, p99_ms: of the requests; hostile, by_status: numbers of the bodies.
+    Raises ValueError for a wrong answer.
+    """
+    # What the server should answer.
     index = load_index(folder)
     queries = draw_queries(64, seed + 1)
     expected = [answer_of(index, query) for query in queries]
     stop, statuses = threading.Event(), {}
     with run_server(folder, folder.with_suffix(".log")) as url, ThreadPoolExecutor(CLIENTS) as pool:
+        # Two threads send hostile bodies, CLIENTS threads send requests.
         http = urllib3.PoolManager(maxsize=CLIENTS, retries=False)
         attackers = [
             threading.Thread(target=attack, args=(url, stop, statuses, n), daemon=True)
@@ -174,32 +173,21 @@ def measure_server(folder: pathlib.Path, seed: int, requests: int) -> dict:
             thread.start()
 
         def ask(n: int) -> float:
+            body = {"queries": [queries[n % 64]], "topk": K, "return_scores": True}
             start = time.perf_counter()
-            answer = http.request(
-                "POST",
-                f"{url}/retrieve",
-                json={"queries": [queries[n % 64]], "topk": K, "return_scores": True},
-                timeout=120,
-            )
+            answer = http.request("POST", f"{url}/retrieve", json=body, timeout=120)
             took = time.perf_counter() - start
-            found = (
-                [(entry["document"]["id"], entry["score"]) for entry in answer.json()["result"][0]]
-                if answer.status == 200
-                else answer.status
-            )
+            found = answer.status
+            if found == 200:
+                entries = answer.json()["result"][0]
+                found = [(entry["document"]["id"], entry["score"]) for entry in entries]
             if found != expected[n % 64]:
                 raise ValueError(f"request {n} was answered {found}; expected {expected[n % 64]}")
             return took
 
         start = time.perf_counter()
-        took = list(
-            tqdm(
-                pool.map(ask, range(requests)),
-                total=requests,
-                desc="asking the server",
-                unit=" requests",
-            )
-        )
+        answers = pool.map(ask, range(requests))
+        took = list(tqdm(answers, total=requests, desc="asking the server", unit=" requests"))
         seconds = time.perf_counter() - start
         stop.set()
         for thread in attackers:
@@ -220,15 +208,16 @@ def measure_server(folder: pathlib.Path, seed: int, requests: int) -> dict:
 def answer_of(index: Bm25Index, query: str) -> list[tuple[str, float]]:
     """What the server should answer."""
     ids, scores = index.search([query], K)
-    return [
-        (str(i), score)
-        for i, score in zip(ids[0].tolist(), scores[0].tolist(), strict=True)
-        if i >= 0
-    ]
+    pairs = zip(ids[0].tolist(), scores[0].tolist(), strict=True)
+    return [(str(i), score) for i, score in pairs if i >= 0]
 
 
 def attack(url: str, stop: threading.Event, statuses: dict[str, int], number: int) -> None:
-    """Sends hostile bodies one after another and counts the answers by status; every eighth is begun and left alone."""
+    """Sends hostile bodies one after another and counts the answers by status.
+
+    Every eighth body is begun and never finished.
+    """
+    unfinished = b"POST /retrieve HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n{"
     host, port = url.removeprefix("http://").split(":")
     http, turn = urllib3.PoolManager(retries=False), number
     while not stop.is_set():
@@ -236,16 +225,12 @@ def attack(url: str, stop: threading.Event, statuses: dict[str, int], number: in
         try:
             if turn % 8 == 0:
                 with socket.create_connection((host, int(port)), 10) as left:
-                    left.sendall(
-                        b"POST /retrieve HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n{"
-                    )
+                    left.sendall(unfinished)
                 status = "left"
             else:
-                status = str(
-                    http.request(
-                        "POST", f"{url}/retrieve", body=HOSTILE[turn % len(HOSTILE)], timeout=60
-                    ).status
-                )
+                body = HOSTILE[turn % len(HOSTILE)]
+                answer = http.request("POST", f"{url}/retrieve", body=body, timeout=60)
+                status = str(answer.status)
         except (urllib3.exceptions.HTTPError, OSError):
             status = "closed"  # the server hangs up on a body that is too long
         statuses[status] = statuses.get(status, 0) + 1
@@ -255,22 +240,27 @@ def attack(url: str, stop: threading.Event, statuses: dict[str, int], number: in
 def render(figures: dict) -> str:
     """The figures as Markdown tables."""
     lines = [
-        "| passages | different words | minutes | peak memory, GiB | index and passages, GiB | queries/s, one by one | 64 at a time |",
+        "| passages | different words | minutes | peak memory, GiB | index and passages, GiB "
+        "| queries/s, one by one | 64 at a time |",
         "|---|---|---|---|---|---|---|",
     ]
-    for x in figures["indexes"]:
-        rates = x["queries_per_second"]
+    gib = lambda size: f"{size / 2**30:.2f}"
+    for index in figures["indexes"]:
+        rates = index["queries_per_second"]
         lines.append(
-            f"| {x['documents']:,} | {x['vocabulary']:,} | {x['minutes']:.1f} | {x['peak_bytes'] / 2**30:.2f} | {x['bytes'] / 2**30:.2f} | "
-            f"{rates['1']:.1f} | {rates['64']:.1f} |"
+            f"| {index['documents']:,} | {index['vocabulary']:,} | {index['minutes']:.1f} "
+            f"| {gib(index['peak_bytes'])} | {gib(index['bytes'])} "
+            f"| {rates['1']:.1f} | {rates['64']:.1f} |"
         )
     if "serve" in figures:
-        x = figures["serve"]
+        serve = figures["serve"]
         lines += [
             "",
-            "| server over | requests | clients | lost or wrong | hostile bodies meanwhile | seconds | p50, ms | p99, ms |",
+            "| server over | requests | clients | lost or wrong | hostile bodies meanwhile "
+            "| seconds | p50, ms | p99, ms |",
             "|---|---|---|---|---|---|---|---|",
-            f"| {x['documents']:,} | {x['requests']:,} | {x['clients']} | 0 | {x['hostile']:,} ({x['by_status']}) | {x['seconds']:.0f} | "
-            f"{x['p50_ms']:.0f} | {x['p99_ms']:.0f} |",
+            f"| {serve['documents']:,} | {serve['requests']:,} | {serve['clients']} | 0 "
+            f"| {serve['hostile']:,} ({serve['by_status']}) | {serve['seconds']:.0f} "
+            f"| {serve['p50_ms']:.0f} | {serve['p99_ms']:.0f} |",
         ]
     return "\n".join(lines)

@@ -1,17 +1,20 @@
-"""Rewards of a batch of episodes, against refitting scikit-learn's TfidfVectorizer for every retrieved document.
+"""Rewards of a batch of episodes, against refitting scikit-learn for every retrieved document.
 
-Ours is everything that `rewards.scoring.score_episodes` does, step rewards, answers, queries and formats, of 64 episodes with 4 searches for 3 documents
-of 100 words each and 3 gold documents. The peer is the information gain alone as the released code finds it: a vectoriser is fitted on
-{document} ∪ gold documents for each of the 768 retrieved documents. With tfidf_fit="pair" both compute the same numbers; the run
-ends with an error unless they agree to 1e-6.
+Ours is everything that `rewards.scoring.score_episodes` does, step rewards, answers, queries and
+formats, of 64 episodes with 4 searches for 3 documents of 100 words each and 3 gold documents. The
+peer is the information gain alone as the released code finds it: a TfidfVectorizer is fitted on
+{document} ∪ gold documents for each of the 768 retrieved documents. With tfidf_fit="pair" both
+compute the same numbers; the run ends with an error unless they agree to 1e-6.
 
-As in training, the similarity is fitted once for the corpus, the questions recur, and every batch holds new episodes of them: queries and answers not seen
-before, documents dealt anew. The first batch, whose questions are new as well, is reported apart.
+As in training, the similarity is fitted once for the corpus, the questions recur, and every batch
+holds new episodes of them: queries and answers not seen before, documents dealt again. The first
+batch, whose questions are new as well, is reported apart.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import platform
 import statistics
 
@@ -56,77 +59,61 @@ class Texts:
 
     def write(self, words: int) -> str:
         """A text of so many words."""
-        return " ".join(
-            self._words[
-                np.searchsorted(self._cumulative, self._rng.random(words) * self._cumulative[-1])
-            ]
-        )
+        places = self._rng.random(words) * self._cumulative[-1]
+        return " ".join(self._words[np.searchsorted(self._cumulative, places)])
 
     def make_corpus(self, size: Size) -> list[str]:
         """The gold documents of every question, then as many others as one batch retrieves."""
-        return [
-            self.write(size.words)
-            for _ in range(size.episodes * (size.gold + size.turns * size.documents))
-        ]
+        count = size.episodes * (size.gold + size.turns * size.documents)
+        return [self.write(size.words) for _ in range(count)]
 
     def make_questions(self, size: Size) -> list[Question]:
-        """A question an episode: one sub-question with three accepted queries for each gold document."""
+        """A question for each episode, with a sub-question for each gold document.
+
+        Every sub-question has three accepted queries.
+        """
         gold = np.arange(size.episodes * size.gold).reshape(size.episodes, size.gold).tolist()
-        subs = [
-            tuple(
-                SubQuestion(
-                    self.write(8), self.write(2), (), (i,), tuple(self.write(6) for _ in range(3))
-                )
-                for i in ids
-            )
-            for ids in gold
-        ]
+        subs = [tuple(self._make_sub_question(i) for i in ids) for ids in gold]
         return [
             Question(f"q{b}", self.write(15), self.write(2), (self.write(3),), own)
             for b, own in enumerate(subs)
         ]
 
+    def _make_sub_question(self, gold: int) -> SubQuestion:
+        question, answer = self.write(8), self.write(2)
+        queries = tuple(self.write(6) for _ in range(3))
+        return SubQuestion(question, answer, (), (gold,), queries)
+
     def make_episodes(self, questions: list[Question], size: Size) -> list[Episode]:
-        """An episode of each question: new queries, a new answer, and the documents that are nobody's gold dealt anew, each to one search."""
-        dealt = len(questions) * size.gold + self._rng.permutation(
-            len(questions) * size.turns * size.documents
-        )
-        return [
-            self._make_episode(*pair)
-            for pair in zip(
-                questions, dealt.reshape(len(questions), size.turns, size.documents).tolist()
-            )
-        ]
+        """An episode of each question: new queries, a new answer, other documents.
+
+        The documents that are nobody's gold are dealt again, each to one search.
+        """
+        shape = (len(questions), size.turns, size.documents)
+        dealt = len(questions) * size.gold + self._rng.permutation(math.prod(shape))
+        pairs = zip(questions, dealt.reshape(shape).tolist())
+        return [self._make_episode(question, retrieved) for question, retrieved in pairs]
 
     def _make_episode(self, question: Question, retrieved: list[list[int]]) -> Episode:
         queries, answer = [self.write(6) for _ in retrieved], self.write(3)
-        turns = [
-            Turn(
-                TurnStatus.SEARCH,
-                f"<think>{self.write(30)}</think>\n<search>{query}</search>",
-                query,
-                None,
-                tuple(ids),
-            )
-            for query, ids in zip(queries, retrieved)
-        ]
-        turns.append(
-            Turn(
-                TurnStatus.ANSWER,
-                f"<think>{self.write(30)}</think>\n<answer>{answer}</answer>",
-                None,
-                answer,
-            )
-        )
+        turns = []
+        for query, ids in zip(queries, retrieved):
+            text = f"<think>{self.write(30)}</think>\n<search>{query}</search>"
+            turns.append(Turn(TurnStatus.SEARCH, text, query, None, tuple(ids)))
+        text = f"<think>{self.write(30)}</think>\n<answer>{answer}</answer>"
+        turns.append(Turn(TurnStatus.ANSWER, text, None, answer))
         return Episode(question, "", tuple(turns), finished=True, truncated=False)
 
 
 def measure(*, repeats: int, seed: int, size: Size = SIZE) -> dict:
-    """Times both sides, alternating -> figures: seconds ("_s", medians over `repeats` batches but for "fit_s" and "first_s") and ratios.
+    """Times both sides, alternating -> figures: seconds ("_s") and ratios.
 
-    "ours_s", "peer_s" and "ratio" compare like with like: tfidf_fit="pair" and the peer on the same episodes. tfidf_fit="corpus" gets questions of its own,
-    so that its first batch is a first one, too. Raises ImportError without scikit-learn, ValueError where the gains differ.
+    Seconds are medians over `repeats` batches, except "fit_s" and "first_s". "ours_s", "peer_s" and
+    "ratio" compare like with like: tfidf_fit="pair" and the peer on the same episodes.
+    tfidf_fit="corpus" gets questions of its own, so that its first batch is a first one, too.
+    Raises ImportError without scikit-learn, ValueError if the gains differ.
     """
+    # Made-up texts, and the similarity fitted once.
     vectorizer = _import_vectorizer()
     texts = Texts(seed)
     corpus = texts.make_corpus(size)
@@ -136,9 +123,9 @@ def measure(*, repeats: int, seed: int, size: Size = SIZE) -> dict:
         fit_seconds[tfidf_fit], fits[tfidf_fit] = time_call(
             fit_similarity, corpus, tfidf_fit=tfidf_fit
         )
-    fit_and_gain(
-        texts.make_episodes(questions["pair"], size)[:1], corpus, vectorizer
-    )  # what scikit-learn does at its first use does not count
+
+    # Batches of new episodes. What scikit-learn does at its first use does not count.
+    fit_and_gain(texts.make_episodes(questions["pair"], size)[:1], corpus, vectorizer)
     seconds, differences = {"pair": [], "corpus": [], "peer": []}, []
     for _ in range(repeats + 1):
         episodes = {
@@ -153,8 +140,11 @@ def measure(*, repeats: int, seed: int, size: Size = SIZE) -> dict:
         differences.append(float(np.abs(scores["pair"].gain - gain).max()))
     if not max(differences) <= TOLERANCE:
         raise ValueError(
-            f"the information gains differ from scikit-learn's by {max(differences):.1e}, more than {TOLERANCE:.0e}: one side is wrong"
+            f"the information gains differ from scikit-learn's by {max(differences):.1e}, more "
+            f"than {TOLERANCE:.0e}: one side is wrong"
         )
+
+    # The first batch apart, medians of the others.
     first = {side: runs.pop(0) for side, runs in seconds.items()}
     median = {side: statistics.median(runs) for side, runs in seconds.items()}
     ours = {
@@ -187,25 +177,17 @@ def render(figures: dict) -> str:
     rows = [("", "fit, once", "first batch", "a batch", "peer / first", "peer / a batch")]
     for tfidf_fit in ("pair", "corpus"):
         ours = figures[tfidf_fit]
-        times, ratios = (
-            (ours["fit_s"], ours["first_s"], ours["batch_s"]),
-            (ours["first_ratio"], ours["ratio"]),
-        )
-        rows.append(
-            (
-                f'ours, tfidf_fit="{tfidf_fit}"',
-                *(f"{1e3 * x:.1f} ms" for x in times),
-                *(f"{x:.0f}x" for x in ratios),
-            )
-        )
+        times = [f"{1e3 * ours[name]:.1f} ms" for name in ("fit_s", "first_s", "batch_s")]
+        ratios = [f"{ours[name]:.0f}x" for name in ("first_ratio", "ratio")]
+        rows.append((f'ours, tfidf_fit="{tfidf_fit}"', *times, *ratios))
     rows.append(("peer, scikit-learn refitted", "", "", f"{1e3 * figures['peer_s']:.1f} ms"))
-    size = "{episodes} episodes x {turns} turns x {documents} documents of {words} words, {gold} gold documents".format(
-        **figures["size"]
-    )
+    size = (
+        "{episodes} episodes x {turns} turns x {documents} documents of {words} words, {gold} gold "
+        "documents"
+    ).format(**figures["size"])
     lines = [f"{name:28}" + "".join(f"{cell:>16}" for cell in cells) for name, *cells in rows]
-    last = (
-        f"largest difference between our gains and the peer's: {figures['largest_difference']:.1e}"
-    )
+    difference = figures["largest_difference"]
+    last = f"largest difference between our gains and the peer's: {difference:.1e}"
     return "\n".join([f"{size}; medians of {figures['repeats']} batches", *lines, last])
 
 
@@ -232,9 +214,10 @@ def score(episodes: list[Episode], similarity: Similarity, turns: int) -> StepSc
 
 
 def fit_and_gain(episodes: list[Episode], corpus: list[str], vectorizer) -> np.ndarray:
-    """The peer: information gain [B, K], a vectoriser fitted for each retrieved document (Reference: the released code).
+    """The peer: information gain [B, K], a vectoriser fitted for each retrieved document.
 
-    Kinder to scikit-learn than its own cosine function would be: rows have unit length, so one product of dense rows gives the cosines.
+    Reference: the released code. Faster than scikit-learn's own cosine function: rows have unit
+    length, so one product of dense rows gives the cosines.
     """
     cosines = []
     for episode in episodes:
@@ -243,10 +226,9 @@ def fit_and_gain(episodes: list[Episode], corpus: list[str], vectorizer) -> np.n
             for i in turn.doc_ids:
                 rows = vectorizer().fit_transform([corpus[i], *gold]).toarray()
                 cosines.append(rows[1:] @ rows[0])
-    turn = episodes[0].search_turns
-    best = np.reshape(cosines, (len(episodes), len(turn), len(turn[0].doc_ids), -1)).max(
-        2
-    )  # [B, K, n]
+    turns = episodes[0].search_turns
+    shape = (len(episodes), len(turns), len(turns[0].doc_ids), -1)
+    best = np.reshape(cosines, shape).max(2)  # [B, K, n]
     return np.diff(np.maximum.accumulate(best, 1).mean(2), prepend=0)
 
 

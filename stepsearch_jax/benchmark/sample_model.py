@@ -1,4 +1,4 @@
-"""The models that the benchmarks of rollout and update run, and made-up weights of them that both sides read."""
+"""The models that the benchmarks of rollout and update run, with made-up weights for both sides."""
 
 from __future__ import annotations
 
@@ -34,34 +34,37 @@ MODEL = ModelConfig(
     remat="none",
     attention_block=256,
 )
-LOGIT_TOLERANCE = (
-    1e-3  # largest difference between our logits and a peer's, which spread by about 1
-)
+# Largest difference between our logits and a peer's, which spread by about 1.
+LOGIT_TOLERANCE = 1e-3
 
 
 def choose_models(
     config: ml_collections.ConfigDict | None, peer: str
 ) -> tuple[ModelConfig, ModelConfig]:
-    """-> the model as the learner computes it, and as the rollout does: the config's sizes and types, or MODEL without one.
+    """-> the model as the learner computes it, and as the rollout does.
 
-    On CPUs MODEL's learner keeps matrix products for the backward pass (model.remat=dots), the faster way there. Raises ValueError for a config that
-    has no vocabulary of its own, and for a model that the peer does not run.
+    They have the config's sizes and types, or those of MODEL without a config. MODEL's learner
+    keeps matrix products for the backward pass (model.remat=dots), the faster way on CPUs. Raises
+    ValueError for a config without a vocabulary size, and for a model that the peer does not run.
     """
     if config is None:
         return dataclasses.replace(MODEL, remat="dots"), MODEL
     if not config.model.vocab_size:
         raise ValueError(
-            "config.model.vocab_size is 0, and a benchmark reads no tokenizer: set it to the rows of the embedding"
+            "config.model.vocab_size is 0, and a benchmark reads no tokenizer: set it to the rows "
+            "of the embedding"
         )
     check_config(config, sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1]))
     learner, rollout = describe_models(config, config.model.vocab_size)
     if peer != "none" and (not rollout.qkv_bias or rollout.qk_norm or rollout.rope_scaling):
         raise ValueError(
-            "peers run models of the form of Qwen2 only: model.qkv_bias=True, model.qk_norm=False, model.rope_scaling.kind=none"
+            "peers run models of the form of Qwen2 only: model.qkv_bias=True, "
+            "model.qk_norm=False, model.rope_scaling.kind=none"
         )
     if peer == "tunix" and {learner.dtype, rollout.dtype} != {jnp.dtype("float32")}:
         raise ValueError(
-            "the peer tunix computes in float32: add --config.model.dtype=float32 --config.rollout.dtype=float32"
+            "the peer tunix computes in float32: add --config.model.dtype=float32 "
+            "--config.rollout.dtype=float32"
         )
     return learner, rollout
 
@@ -75,7 +78,10 @@ def box_params(model):
 
 
 def draw_params(model, seed: int):
-    """Random parameters as NumPy: none is 0 or 1, so that biases and norms count, too, where two sides are compared; logits spread by about 1."""
+    """Random parameters as NumPy arrays; logits spread by about 1.
+
+    None is 0 or 1, so that biases and norms count when two sides are compared.
+    """
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
@@ -83,9 +89,7 @@ def draw_params(model, seed: int):
         if name == "scale":
             return rng.normal(1, 0.1, leaf.shape).astype(np.float32)
         fan_in = leaf.shape[0 if name == "lm_head" else -1]
-        if (
-            name == "kernel"
-        ):  # stacked by layer; those of attention's output have two axes of inputs
+        if name == "kernel":  # stacked by layer; attention's output has two axes of inputs
             fan_in = leaf.shape[1] * (leaf.shape[2] if parent == "o" else 1)
         return rng.normal(0, fan_in**-0.5, leaf.shape).astype(np.float32)
 
@@ -106,10 +110,14 @@ def describe(config: ModelConfig) -> dict:
 
 
 def check_logits(name: str, ours: np.ndarray, peers: np.ndarray) -> float:
-    """-> the largest difference. Raises ValueError where it is above LOGIT_TOLERANCE: then the two do not run the same model."""
+    """-> the largest difference.
+
+    Raises ValueError if it is above LOGIT_TOLERANCE: then the two do not run the same model.
+    """
     difference = float(np.abs(ours - peers).max()) if ours.shape == peers.shape else float("nan")
     if not difference <= LOGIT_TOLERANCE:
         raise ValueError(
-            f"the logits of the peer {name} differ from ours by {difference:.1e}, more than {LOGIT_TOLERANCE:.0e}: it runs another model"
+            f"the logits of the peer {name} differ from ours by {difference:.1e}, more than "
+            f"{LOGIT_TOLERANCE:.0e}: it runs another model"
         )
     return difference

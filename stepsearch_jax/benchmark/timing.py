@@ -1,4 +1,4 @@
-"""What the benchmarks share: one timed call, and medians over runs of several sides that take turns."""
+"""One timed call, and medians over runs of several sides that take turns."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ def time_call(function, *arguments, **keywords):
 
 
 def alternate(sides: dict[str, Callable[[], float]], repeats: int) -> dict[str, dict]:
-    """Runs the sides in turn, `repeats` times after a round that does not count, which compiles -> for each side "runs_s" and their "median_s".
+    """Runs the sides in turn -> for each side "runs_s" and their "median_s".
 
-    sides: name -> one run, which returns its seconds. What else happens on the machine thus meets all sides alike.
+    `repeats` rounds count, after a first one that compiles. sides: name -> one run, which returns
+    its seconds. Taking turns, all sides meet the machine's other load alike.
     """
     runs = {name: [] for name in sides}
     for _ in range(repeats + 1):

@@ -1,14 +1,18 @@
-"""One PPO step and its updates against tunix's PPO learner, the arithmetic that the updates reach, and the memory that they need beyond their results.
+"""One PPO step and its updates against tunix's PPO learner; FLOP rate and memory of the updates.
 
-Both sides: 16 rows (--episodes) of a prompt of 128 tokens and 128 sampled ones, the rollout benchmark's model (--config) as policy and reference, a value
-model of the same size, one device (on CPU with a thread a core), float32 unless --config says otherwise, one minibatch, one epoch, AdamW behind clipping.
-"step" is everything that an iteration does on the device: rollout, log-probabilities of policy and reference, values, advantages, both updates; "updates" is
-the two optimiser steps alone. Ours also finds the entropy, which the peer leaves out, and without --config keeps only matrix products for the backward pass
-(model.remat=dots), the faster way on CPUs. The run ends with an error unless both sides' logits after the prompts agree to 1e-3.
+Both sides: 16 rows (--episodes) of a prompt of 128 tokens and 128 sampled ones, the rollout
+benchmark's model (--config) as policy and reference, a value model of the same size, one device (on
+CPU with one thread for each core), float32 unless --config says otherwise, one minibatch, one
+epoch, AdamW after clipping. "step" is everything that an iteration does on the device: rollout,
+log-probabilities of policy and reference, values, advantages, both updates; "updates" is the two
+optimiser steps alone. Ours also computes the entropy, which the peer leaves out, and without
+--config keeps only matrix products for the backward pass (model.remat=dots), the faster way on
+CPUs. The run ends with an error unless both sides' logits after the prompts agree to 1e-3.
 
-Model FLOPs of the updates are counted without recomputation and compared with the rate of the model's own matmuls at as many tokens
-(benchmark/roofline.py). Temporaries are those of the compiled update at vocabulary 151936 and 4 x 2048 tokens, with a small trunk, less one
-gradient of each model: what is left is compared with the [B, T, V] float32 logits that a plain cross-entropy would hold.
+Model FLOPs of the updates are counted without recomputation and compared with the rate of the
+model's own matmuls at as many tokens (benchmark/roofline.py). Temporaries are those of the compiled
+update at vocabulary 151936 and 4 x 2048 tokens, with a small trunk, less one gradient of each
+model. The rest is compared with the [B, T, V] float32 logits that a plain cross-entropy would hold.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ from stepsearch_jax import sharding
 from stepsearch_jax.benchmark import roofline, sample_model
 from stepsearch_jax.benchmark.cases import CONFIGURED, Case
 from stepsearch_jax.benchmark.peers.process import Peer
-from stepsearch_jax.benchmark.rollout import Inputs, find_logits, make_run, start
+from stepsearch_jax.benchmark.scripted import Inputs, find_logits, make_run, start
 from stepsearch_jax.benchmark.timing import alternate, time_call
 from stepsearch_jax.models.architecture import ModelConfig
 from stepsearch_jax.models.transformer import Policy, Value
@@ -43,6 +47,7 @@ CASE = Case(
     slots=0,
     **CONFIGURED | {"prefill_tokens": 128},
 )
+# The settings of both sides.
 RULES = dict(
     policy_rate=7e-7,
     value_rate=7e-6,
@@ -55,7 +60,7 @@ RULES = dict(
     kl_coef=1e-3,
     clip=0.2,
     value_clip=0.5,
-)  # what both sides are told
+)
 SETTINGS = learner.LearnerSettings(
     advantage="gae",
     gamma=RULES["gamma"],
@@ -119,50 +124,55 @@ def measure(
     model: ModelConfig | None = None,
     memory: MemoryCase = MEMORY,
 ) -> dict:
-    """-> figures: "ours_s", "peer_s" (medians) and "ratio" = peer / ours of the whole step, the same of "updates", FLOP rates, and bytes of temporaries.
+    """-> figures: "ours_s", "peer_s" (medians) and "ratio" = peer / ours of the whole step.
 
-    peer: "none" or "tunix"; peer_python: the interpreter that has it; config: whose model to run, None = `sample_model.MODEL`; episodes: instead of the
-    case's own. Raises ImportError where the peer is not installed, ValueError where it computes something else.
+    The same of "updates", FLOP rates, and bytes of temporaries.
+
+    peer: "none" or "tunix"; peer_python: the interpreter that has it; config: whose model to run,
+    None = `sample_model.MODEL`; episodes: instead of the case's own.
+    Raises ImportError if the peer is not installed, ValueError if it computes something else.
     """
     case = case.resize(episodes)
     start()
     model, sampler = (model, model) if model else sample_model.choose_models(config, peer)
     inputs = Inputs.draw(model, case, seed)
     with contextlib.ExitStack() as stack:
+        # The peer's process, with our weights and prompts. It must compute our logits.
         other = None
         if peer != "none":
             job = RULES | dict(model=sample_model.describe(model), tokens=case.turn_tokens[0])
             arrays = sample_model.name_arrays(inputs.params) | {"prompts": inputs.prompts}
             other = stack.enter_context(Peer(f"{peer}_update", peer_python, job, arrays))
-            difference = sample_model.check_logits(
-                peer, find_logits(model, inputs), other.checks["logits"]
-            )
+            logits = find_logits(model, inputs)
+            difference = sample_model.check_logits(peer, logits, other.checks["logits"])
+
+        # Both sides in turn: the whole step, then the updates alone.
         step, updates = make_steps(model, sampler, case, inputs, seed)
         found = {}
         for name, run in (("step", step), ("updates", updates)):
-            sides = {"ours": lambda run=run: time_call(run)[0]} | (
-                {"peer": lambda name=name: other.run(name)} if other else {}
-            )
+            sides = {"ours": lambda run=run: time_call(run)[0]}
+            if other:
+                sides["peer"] = lambda name=name: other.run(name)
             times = alternate(sides, repeats)
-            ours, theirs = (
-                times[side]["median_s"] if side in times else None for side in ("ours", "peer")
-            )
+            ours = times["ours"]["median_s"]
+            theirs = times["peer"]["median_s"] if other else None
             found[name] = {
                 "ours_s": ours,
                 "peer_s": theirs,
                 "ratio": theirs / ours if other else None,
-                "runs_s": {k: v["runs_s"] for k, v in times.items()},
+                "runs_s": {side: runs["runs_s"] for side, runs in times.items()},
             }
+
+    # The FLOP rate of the updates beside that of the model's matmuls.
     length = case.context
     flops = sum(
         roofline.update_flops(model, case.episodes, length, unembeds=unembeds)
         for unembeds in (True, False)
     )
     held = count_parameter_bytes(model)
-    rates = roofline.Rates(
-        roofline.measure_copy(held),
-        roofline.measure_matmuls(model, case.episodes * length, unembeds=True),
-    )
+    copy_rate = roofline.measure_copy(held)
+    matmul_rate = roofline.measure_matmuls(model, case.episodes * length, unembeds=True)
+    rates = roofline.Rates(copy_rate, matmul_rate)
     least = rates.describe([roofline.Work(flops, roofline.update_bytes(held))])
     reached = flops / found["updates"]["ours_s"]
     return (
@@ -188,10 +198,12 @@ def measure(
 
 
 def make_steps(model: ModelConfig, sampler: ModelConfig, case: Case, inputs: Inputs, seed: int):
-    """model: as the learner computes it; sampler: as the rollout does -> (a run of the whole step, a run of both updates on a batch that is ready).
+    """-> (a run of the whole step, a run of both updates on a batch that is ready).
 
-    Each run goes on from the parameters that the one before left.
+    model: as the learner computes it; sampler: as the rollout does. Each run starts with the
+    parameters that the previous run left.
     """
+    # The learner's state on one device.
     value_params = sample_model.draw_params(Value(model), seed + 1)
     optimizers = make_optimizers()
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
@@ -210,18 +222,14 @@ def make_steps(model: ModelConfig, sampler: ModelConfig, case: Case, inputs: Inp
         skipped=jnp.int32(0),
     )
     state = TrainState(*models, **jax.device_put(scalars, sharding.replicated(mesh)))
+
+    # The programs, and made-up rewards.
     collect, _ = make_run(sampler, case, inputs, case.episodes, mesh)
-    build_batch, update = (
-        learner.make_build_batch(model, SETTINGS),
-        learner.make_update(model, SETTINGS, *optimizers),
-    )
-    step_rewards, outcome_rewards = sharding.rows_to_mesh(
-        mesh,
-        (
-            np.zeros((case.episodes, case.turns), np.float32),
-            np.linspace(0.0, 1.0, case.episodes, dtype=np.float32),
-        ),
-    )
+    build_batch = learner.make_build_batch(model, SETTINGS)
+    update = learner.make_update(model, SETTINGS, *optimizers)
+    no_steps = np.zeros((case.episodes, case.turns), np.float32)
+    outcomes = np.linspace(0.0, 1.0, case.episodes, dtype=np.float32)
+    step_rewards, outcome_rewards = sharding.rows_to_mesh(mesh, (no_steps, outcomes))
     held = {"state": state}  # the state is donated from one update to the next
 
     def build():
@@ -233,19 +241,19 @@ def make_steps(model: ModelConfig, sampler: ModelConfig, case: Case, inputs: Inp
         return metrics
 
     ready = jax.block_until_ready(build())
-    if int(ready.action_mask.sum()) != case.episodes * case.turn_tokens[0]:
-        raise ValueError(
-            f"the rollout sampled {int(ready.action_mask.sum())} tokens instead of {case.episodes * case.turn_tokens[0]}"
-        )
-    apply(
-        ready
-    )  # arrays that an update has returned are placed otherwise than those made here, for which every program is compiled once more:
-    apply(build())  # only from here on nothing is
+    sampled, asked = int(ready.action_mask.sum()), case.episodes * case.turn_tokens[0]
+    if sampled != asked:
+        raise ValueError(f"the rollout sampled {sampled} tokens instead of {asked}")
+
+    # Arrays that an update returns have other shardings than those made here, so every program is
+    # compiled once more. After these two calls nothing is compiled.
+    apply(ready)
+    apply(build())
     return lambda: apply(build()), lambda: apply(ready)
 
 
 def make_optimizers():
-    """-> (policy's, value model's): AdamW behind clipping, at constant rates."""
+    """-> (policy's, value model's): AdamW after clipping, at constant rates."""
     make = lambda rate: learner.make_optimizer(
         "adamw",
         rate,
@@ -270,7 +278,11 @@ def count_parameter_bytes(model: ModelConfig) -> int:
 
 
 def measure_memory(memory: MemoryCase) -> dict:
-    """Compiles the update at this size, on shapes alone -> bytes of its temporaries, of one gradient of each model, of the rest, of [B, T, V]."""
+    """Compiles the update at this size, from shapes alone -> figures in bytes.
+
+    Its temporaries, one gradient of each model, the rest, and [B, T, V] in float32.
+    """
+    # The learner's state and a batch as shapes.
     optimizers = make_optimizers()
     shapes = [nn.unbox(sample_model.box_params(kind(memory.model))) for kind in (Policy, Value)]
     states = [
@@ -285,24 +297,18 @@ def measure_memory(memory: MemoryCase) -> dict:
         kl_coef=number(jnp.float32),
         skipped=number(jnp.int32),
     )
-    kinds = {"tokens": jnp.int32} | dict.fromkeys(
-        ("token_mask", "action_mask", "value_mask"), jnp.bool_
-    )
-    batch = Batch(
-        **{
-            field.name: jax.ShapeDtypeStruct(
-                (memory.rows, memory.length), kinds.get(field.name, jnp.float32)
-            )
-            for field in dataclasses.fields(Batch)
-        }
-    )
+    masks = ("token_mask", "action_mask", "value_mask")
+    kinds = {"tokens": jnp.int32} | dict.fromkeys(masks, jnp.bool_)
+    shape = (memory.rows, memory.length)
+    batch = {
+        field.name: jax.ShapeDtypeStruct(shape, kinds.get(field.name, jnp.float32))
+        for field in dataclasses.fields(Batch)
+    }
+
+    # The compiled program, and what to compare its temporaries with.
     update = learner.make_update(memory.model, SETTINGS, *optimizers)
-    temporary = (
-        update.lower(state, batch, number(jnp.float32))
-        .compile()
-        .memory_analysis()
-        .temp_size_in_bytes
-    )
+    compiled = update.lower(state, Batch(**batch), number(jnp.float32)).compile()
+    temporary = compiled.memory_analysis().temp_size_in_bytes
     gradients = count_parameter_bytes(memory.model)
     logits = 4 * memory.rows * memory.length * memory.model.vocab_size
     return {
@@ -323,22 +329,18 @@ def render(figures: dict) -> str:
     number = lambda value, unit: "" if value is None else f"{value:.2f}{unit}"
     for name in ("step", "updates"):
         part = figures[name]
-        rows.append(
-            (
-                name,
-                number(part["ours_s"], " s"),
-                number(part["peer_s"], " s"),
-                number(part["ratio"], "x"),
-            )
-        )
+        times = number(part["ours_s"], " s"), number(part["peer_s"], " s")
+        rows.append((name, *times, number(part["ratio"], "x")))
     memory = figures["memory"]
     return "\n".join(
         [
             f"medians of {figures['repeats']} alternating runs",
             *("".join(f"{cell:>20}" for cell in row) for row in rows),
-            f"the updates reach {figures['reached_flops_s'] / 1e9:.1f} GFLOP/s, {figures['matmul_fraction']:.0%} of the model's own matmuls'",
+            f"the updates reach {figures['reached_flops_s'] / 1e9:.1f} GFLOP/s, "
+            f"{figures['matmul_fraction']:.0%} of the model's own matmuls'",
             roofline.render("both updates", figures["roofline"]),
-            f"temporaries beyond gradients at vocabulary {memory['vocab_size']} and {memory['rows']} x {memory['length']} tokens: "
-            f"{memory['beyond_bytes'] / 2**20:.0f} MiB, {memory['share_of_logits']:.1%} of [B, T, V] float32",
+            f"temporaries beyond gradients at vocabulary {memory['vocab_size']} and "
+            f"{memory['rows']} x {memory['length']} tokens: {memory['beyond_bytes'] / 2**20:.0f} "
+            f"MiB, {memory['share_of_logits']:.1%} of [B, T, V] float32",
         ]
     )

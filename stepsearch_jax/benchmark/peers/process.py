@@ -1,8 +1,10 @@
 """A peer in a process of its own, perhaps of another interpreter: the two ends of its pipe.
 
-The benchmark (`Peer`) writes a job into a folder, starts `python -m stepsearch_jax.benchmark.peers.NAME FOLDER` and asks it for one run at a time. The peer's
-process (`serve`) prepares, answers with what the benchmark compares before it times anything, and then with the seconds of each run. Between runs it sleeps.
-This file imports nothing beyond NumPy: it must load in the peer's environment.
+The benchmark (`Peer`) writes a job into a folder, starts
+`python -m stepsearch_jax.benchmark.peers.NAME FOLDER` and asks it for one run at a time. The peer's
+process (`serve`) prepares, answers with the arrays that the benchmark compares before it times
+anything, and then with the seconds of each run. Between runs it sleeps. This file imports nothing
+beyond NumPy: it must load in the peer's environment.
 """
 
 from __future__ import annotations
@@ -21,17 +23,23 @@ import numpy as np
 from stepsearch_jax.benchmark.timing import time_call
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
-INSTALL = "pip install -r requirements-bench.txt (which says when a peer needs an environment of its own; --peer-python names its interpreter)"
+INSTALL = (
+    "pip install -r requirements-bench.txt (which says when a peer needs an environment of its "
+    "own; --peer-python names its interpreter)"
+)
 
 
 class Peer:
     """A peer's process, ready to run. A context manager: the process ends with it.
 
-    name: of its module in this package; python: its interpreter; job: sizes and numbers, as JSON has them; arrays: weights and inputs by name.
-    Raises ImportError where its packages are missing, ChildProcessError where it fails, FileNotFoundError without that interpreter.
+    name: of its module in this package; python: its interpreter; job: sizes and numbers, as JSON
+    has them; arrays: weights and inputs by name.
+    Raises ImportError if its packages are missing, ChildProcessError if it fails, FileNotFoundError
+    without that interpreter.
     """
 
     def __init__(self, name: str, python: str, job: dict, arrays: dict[str, np.ndarray]):
+        # The job's files.
         self._name = name
         self._folder = tempfile.TemporaryDirectory(prefix="stepsearch-peer-")
         folder = pathlib.Path(self._folder.name)
@@ -43,6 +51,8 @@ class Peer:
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
         }
+
+        # The process, and its first answer.
         command = [python, "-m", f"stepsearch_jax.benchmark.peers.{name}", str(folder)]
         try:
             with self._log.open("w") as log:
@@ -76,14 +86,18 @@ class Peer:
     def _answer(self) -> dict:
         line = self._process.stdout.readline()
         if not line:
-            silent = f"it ended without a word; --peer-python={self._process.args[0]} must be a Python interpreter"
+            silent = (
+                f"it ended without a word; --peer-python={self._process.args[0]} must be a Python "
+                "interpreter"
+            )
             last = (self._log.read_text().strip().splitlines() or [silent])[-1]
             answer = {"missing" if last.startswith("ModuleNotFoundError") else "failed": last}
         else:
             answer = json.loads(line)
         if "missing" in answer:
             raise ImportError(
-                f"the peer {self._name} needs packages that are not installed ({answer['missing']}): {INSTALL}"
+                f"the peer {self._name} needs packages that are not installed "
+                f"({answer['missing']}): {INSTALL}"
             )
         if "failed" in answer:
             raise ChildProcessError(f"the peer {self._name} failed: {answer['failed']}")
@@ -106,7 +120,10 @@ def serve(
         tuple[dict, dict[str, np.ndarray], dict[str, Callable[[], object]]],
     ],
 ) -> None:
-    """The peer's end: make(job, arrays) -> (versions of its packages, arrays to compare, runs by name). What is printed meanwhile goes to the log."""
+    """The peer's end. Its printed output goes to the log.
+
+    make(job, arrays) -> (versions of its packages, arrays to compare, runs by name).
+    """
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 

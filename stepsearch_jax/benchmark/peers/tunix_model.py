@@ -1,4 +1,4 @@
-"""Our parameters in tunix's Qwen2, and what its sampler and cluster ask for in the place of a tokenizer."""
+"""Our parameters in tunix's Qwen2, and a stand-in for the tokenizer of its sampler and cluster."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 
 class Tokenizer:
-    """Texts are token ids in decimal, so that nothing depends on words; no id ends or pads a text."""
+    """Texts are token ids in decimal, independent of words; no id ends or pads a text."""
 
     def encode(self, text: str, **_) -> list[int]:
         return [int(token) for token in text.split()]
@@ -27,24 +27,27 @@ class Tokenizer:
 
 
 def load_model(job: dict, weights: dict[str, np.ndarray]):
-    """A tunix Qwen2 with our parameters (names joined by "/", layers stacked), float32, nothing recomputed in its backward pass."""
+    """A tunix Qwen2 with our parameters (names joined by "/", layers stacked), in float32.
+
+    Its backward pass recomputes nothing.
+    """
     import jax.numpy as jnp
     from flax import nnx
     from tunix.models.qwen2 import model as qwen2
 
-    m = job["model"]
+    model_config = job["model"]
     model = qwen2.Qwen2(
         qwen2.ModelConfig(
-            num_layers=m["num_layers"],
-            vocab_size=m["vocab_size"],
-            embed_dim=m["embed_dim"],
-            hidden_dim=m["ffn_dim"],
-            num_heads=m["num_heads"],
-            head_dim=m["head_dim"],
-            num_kv_heads=m["num_kv_heads"],
-            rope_theta=m["rope_theta"],
-            norm_eps=m["norm_eps"],
-            use_tied_embedding=m["tie_embeddings"],
+            num_layers=model_config["num_layers"],
+            vocab_size=model_config["vocab_size"],
+            embed_dim=model_config["embed_dim"],
+            hidden_dim=model_config["ffn_dim"],
+            num_heads=model_config["num_heads"],
+            head_dim=model_config["head_dim"],
+            num_kv_heads=model_config["num_kv_heads"],
+            rope_theta=model_config["rope_theta"],
+            norm_eps=model_config["norm_eps"],
+            use_tied_embedding=model_config["tie_embeddings"],
             remat_config=qwen2.RematConfig.NONE,
             dtype=jnp.float32,
             param_dtype=jnp.float32,
@@ -62,10 +65,10 @@ def load_model(job: dict, weights: dict[str, np.ndarray]):
     trunk = "params/trunk/"
     put(model.embedder.input_embedding, weights[trunk + "embedding"])
     put(model.final_norm.w, weights[trunk + "final_norm/scale"])
-    if not m["tie_embeddings"]:
+    if not model_config["tie_embeddings"]:
         put(model.lm_head.w, weights["params/lm_head"])
     for i, layer in enumerate(model.layers):
-        own = lambda name: weights[f"{trunk}layers/{name}"][i]  # noqa: B023 - used before the next turn
+        own = lambda name: weights[f"{trunk}layers/{name}"][i]  # noqa: B023 - used in this turn
         for name in "qkv":
             put(getattr(layer.attn, f"{name}_proj").w, own(f"{name}/kernel"))
             put(getattr(layer.attn, f"{name}_bias"), own(f"{name}/bias").reshape(-1))

@@ -1,7 +1,8 @@
 """Multi-turn sampling with tunix's sampler, called once a turn on the whole context again.
 
-Its best use: a sampler for each turn, whose cache has exactly that turn's length and whose programs are compiled once; prompts as arrays rather than texts; no
-padding, no end token, top_p = 1, which spares it all sorting.
+Its best use: a sampler for each turn, with a cache of exactly that turn's length and programs that
+are compiled once; prompts as arrays rather than texts; no padding, no end token, top_p = 1, which
+needs no sorting.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from stepsearch_jax.benchmark.peers.tunix_model import (
 
 
 def make(job: dict, arrays: dict[str, np.ndarray]):
-    """As `process.serve` wants it; compared are the logits after the prompts [B, V]."""
+    """As `process.serve` wants it. To compare: logits after the prompts [B, V]."""
     from tunix.generate import sampler
 
     class ArraySampler(sampler.Sampler):
@@ -27,20 +28,15 @@ def make(job: dict, arrays: dict[str, np.ndarray]):
         def tokenize(self, input_string):
             return input_string
 
-    model, m = load_model(job, arrays), job["model"]
+    model, model_config = load_model(job, arrays), job["model"]
     prompts, observation, tokens = arrays["prompts"], arrays["observation"], job["turn_tokens"]
     observations = np.broadcast_to(observation, (len(prompts), len(observation)))
     lengths = [
         prompts.shape[1] + turn * (tokens + len(observation)) for turn in range(job["turns"])
     ]
-    samplers = [
-        ArraySampler(
-            model,
-            Tokenizer(),
-            sampler.CacheConfig(length + tokens, m["num_layers"], m["num_kv_heads"], m["head_dim"]),
-        )
-        for length in lengths
-    ]
+    sizes = [model_config[name] for name in ("num_layers", "num_kv_heads", "head_dim")]
+    caches = [sampler.CacheConfig(length + tokens, *sizes) for length in lengths]
+    samplers = [ArraySampler(model, Tokenizer(), cache) for cache in caches]
 
     def run():
         context = prompts

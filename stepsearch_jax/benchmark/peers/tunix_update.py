@@ -1,7 +1,10 @@
-"""One PPO step of tunix: its PPO learner on an RLCluster, with policy, reference and value model of the same size.
+"""One PPO step of tunix: its PPO learner on an RLCluster, with three models of the same size.
 
-"step" is what its learner does for one batch: rollout, log-probabilities of policy and reference, values, advantages, one optimiser step of both models, and
-the sampler's new weights. "updates" is the two optimiser steps alone, on a batch that is ready.
+The models are policy, reference and value model.
+
+"step" is what its learner does for one batch: rollout, log-probabilities of policy and reference,
+values, advantages, one optimiser step of both models, and the sampler's new weights. "updates" is
+the two optimiser steps alone, on a batch that is ready.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from stepsearch_jax.benchmark.peers.tunix_model import (
 
 
 def make(job: dict, arrays: dict[str, np.ndarray]):
-    """As `process.serve` wants it; compared are the logits after the prompts [B, V]."""
+    """As `process.serve` wants it. To compare: logits after the prompts [B, V]."""
     import jax
     import optax
     from tunix.rl import rl_cluster
@@ -26,6 +29,7 @@ def make(job: dict, arrays: dict[str, np.ndarray]):
     from tunix.rl.ppo import ppo_learner
     from tunix.rl.rollout import base_rollout
 
+    # A cluster on one device, and its PPO learner.
     actor = load_model(job, arrays)
     logits = find_logits(actor, arrays["prompts"])
     prompts = [" ".join(map(str, row)) for row in arrays["prompts"].tolist()]
@@ -72,15 +76,15 @@ def make(job: dict, arrays: dict[str, np.ndarray]):
             0.0, 1.0, len(completions)
         ).tolist(),
     )
-    learner._rollout_micro_batch_size = learner._compute_logps_micro_batch_size = (
-        rows  # as its train() sets them for one batch
-    )
+    # As its train() sets them for one batch.
+    learner._rollout_micro_batch_size = learner._compute_logps_micro_batch_size = rows
+
+    # The batch for "updates", and both runs.
     collect = lambda: learner._generate_and_compute_advantage({"prompts": prompts})
     ready = collect()
     if ready.completion_ids.shape != (rows, tokens):
-        raise ValueError(
-            f"its completions have the shape {ready.completion_ids.shape} instead of {(rows, tokens)}"
-        )
+        shape = ready.completion_ids.shape
+        raise ValueError(f"its completions have the shape {shape} instead of {(rows, tokens)}")
 
     def update(example):
         cluster.update_actor([example], None)
