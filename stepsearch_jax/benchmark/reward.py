@@ -7,8 +7,8 @@ peer is the information gain alone as the released code finds it: a TfidfVectori
 compute the same numbers; the run ends with an error unless they agree to 1e-6.
 
 As in training, the similarity is fitted once for the corpus, the questions recur, and every batch
-holds new episodes of them: queries and answers not seen before, documents dealt again. The first
-batch, whose questions are new as well, is reported apart.
+holds new episodes of them: queries and answers not seen before, documents dealt again.
+The first batch, whose questions are new as well, is reported apart.
 """
 
 from __future__ import annotations
