@@ -11,6 +11,7 @@ import pathlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 
+from stepsearch_jax.files import write_json
 from stepsearch_jax.records import Document
 
 MANIFEST = "manifest.json"
@@ -58,9 +59,7 @@ def read_manifest(folder: pathlib.Path) -> dict | None:
 
 def write_manifest(folder: pathlib.Path, manifest: dict, name: str = MANIFEST) -> None:
     """Writes what the folder was made from, whole or not at all."""
-    temporary = folder / f".{name}.{os.getpid()}"
-    temporary.write_text(json.dumps(manifest, indent=1) + "\n")
-    temporary.replace(folder / name)
+    write_json(folder / name, manifest)
 
 
 def link_file(file: pathlib.Path, place: pathlib.Path) -> None:
