@@ -1,15 +1,19 @@
 """Serves a search index over HTTP, with the request and the answer of Search-R1's /retrieve.
 
-    python -m stepsearch_jax.serve --index FOLDER [--port 8000]                  an index that `python -m stepsearch_jax.prepare index` made
-    python -m stepsearch_jax.serve --config=configs/X.py [--config.key=value …]    the corpus of a config, by its search.kind: bm25 or dense
+    python -m stepsearch_jax.serve --index FOLDER [--port 8000]
+        an index that `python -m stepsearch_jax.prepare index` made
+    python -m stepsearch_jax.serve --config=configs/X.py [--config.key=value …]
+        the corpus of a config, by its search.kind: bm25 or dense
 
 POST /retrieve  {"queries": ["…"], "topk": 3, "return_scores": true}
-             -> {"result": [[{"document": {"id", "title", "text", "contents"}, "score": 9.1}, …], …], "manifest": …}, one list for each query; without scores,
-                plain documents. An id is a row of the corpus.
-GET /health     the manifest: corpus (its hash), documents, retriever, k, settings          GET /metrics    counts and times, for Prometheus
+             -> {"result": [[{"document": {"id", "title", "text", "contents"}, "score": 9.1}, …],
+                 …], "manifest": …}, one list for each query; without scores, plain documents.
+                An id is a row of the corpus.
+GET /health     the manifest: corpus (its hash), documents, retriever, k, settings
+GET /metrics    counts and times, for Prometheus
 
-A request that is not understood gets status 400, 408 (too slow) or 413 (too large) with {"error": …}; 503 means: busy, try again; 500: the index failed.
-Clients that send or read too slowly are cut off.
+A bad request gets status 400, 408 (too slow) or 413 (too large) with {"error": …}; 503 means: busy,
+try again; 500: the index failed. Clients that send or read too slowly are cut off.
 """
 
 from __future__ import annotations
@@ -48,7 +52,7 @@ BACKLOG = 2048  # connections that may wait to be accepted
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a request may ask for, and how much is done at once; the flags of the command, which explains them."""
+    """What a request may ask for, and how much is done at once. FLAGS explains each."""
 
     body_bytes: int
     transfer_seconds: float
@@ -61,7 +65,7 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """What is served. search: queries, k -> (ids [q, k], scores [q, k]); describe: k -> manifest."""
+    """What is served. search: queries, k -> ids and scores [q, k]; describe: k -> manifest."""
 
     search: Callable[[Sequence[str], int], tuple[np.ndarray, np.ndarray]]
     documents: Sequence[Document]
@@ -77,18 +81,16 @@ class RefusedError(Exception):
 
 
 def parse_request(body: bytes, default_topk: int, limits: Limits) -> tuple[list[str], int, bool]:
-    """-> queries, topk, whether scores are wanted. Raises RefusedError for anything else than a request within the limits."""
+    """-> queries, topk, whether scores are wanted. Raises RefusedError for anything else than a
+    request within the limits."""
     try:
         asked = json.loads(body)
     except (ValueError, RecursionError):
         raise RefusedError(400, "the body is not JSON") from None
     if not isinstance(asked, dict):
         raise RefusedError(400, "the body must be an object with the field 'queries'")
-    queries, topk, scores = (
-        asked.get("queries"),
-        asked.get("topk"),
-        asked.get("return_scores", False),
-    )
+    queries, topk = asked.get("queries"), asked.get("topk")
+    scores = asked.get("return_scores", False)
     if not isinstance(queries, list) or not all(isinstance(query, str) for query in queries):
         raise RefusedError(400, "'queries' must be a list of strings")
     if not 1 <= len(queries) <= limits.queries:
@@ -110,6 +112,8 @@ def make_app(engine: Engine, default_topk: int, limits: Limits) -> Starlette:
     """The application, for any ASGI server."""
     threads = ThreadPoolExecutor(limits.searches, "serve")
     busy = 0  # requests under way; only touched by the event loop
+
+    # What is counted, for /metrics.
     registry = prometheus_client.CollectorRegistry()
     requests = prometheus_client.Counter(
         "stepsearch_requests", "requests to /retrieve", ["status"], registry=registry
@@ -125,10 +129,10 @@ def make_app(engine: Engine, default_topk: int, limits: Limits) -> Starlette:
     ).set_function(lambda: busy)
 
     def answer(value, status: int = 200) -> Response:
-        return Response(
-            json.dumps(value), status, media_type="application/json"
-        )  # escaped, so that halves of surrogate pairs pass
+        # ASCII only, so that halves of surrogate pairs pass.
+        return Response(json.dumps(value), status, media_type="application/json")
 
+    # A request's way: its body, read within the limits; the search, in a thread; the answer.
     async def read_body(request: Request) -> bytes:
         body = bytearray()
         try:
@@ -189,6 +193,7 @@ def make_app(engine: Engine, default_topk: int, limits: Limits) -> Starlette:
         seconds.observe(time.perf_counter() - start)
         return response
 
+    # The other two addresses.
     async def health(request: Request) -> Response:
         return answer({"status": "ok", **engine.describe(default_topk)})
 
@@ -208,10 +213,11 @@ def make_app(engine: Engine, default_topk: int, limits: Limits) -> Starlette:
 
 
 def make_protocol(seconds: float) -> type[AutoHTTPProtocol]:
-    """uvicorn's side of a connection, with an end to its patience.
+    """uvicorn's side of a connection, with a time limit for the client.
 
-    By itself it would wait for ever for the rest of a request's headers, for a body that nobody reads, and for a client to take its answer. Here a connection
-    on which no request is being answered is cut off after so many seconds; uvicorn closes one that is idle sooner.
+    By itself it would wait for ever for the rest of a request's headers, for a body that nobody
+    reads, and for a client to take its answer. Here a connection on which no request is being
+    answered is cut off after so many seconds; uvicorn closes one that is idle sooner.
     """
 
     class Protocol(AutoHTTPProtocol):
@@ -226,7 +232,8 @@ def make_protocol(seconds: float) -> type[AutoHTTPProtocol]:
             self._limit_wait()
 
         def _limit_wait(self) -> None:
-            last = self.cycle  # the request that was answered last; with the headers of the next another one takes its place
+            # The request that was answered last; the headers of the next one replace it.
+            last = self.cycle
             if self._timer:
                 self._timer.cancel()
             if last is None or last.response_complete:
@@ -242,7 +249,8 @@ FLAGS = {  # of the limits: default, help
     "queries": (512, "queries a request"),
     "transfer_seconds": (
         10.0,
-        "time for a request's headers to arrive, again for its body, and again for its answer to be taken",
+        "time for a request's headers to arrive, again for its body, and again for its answer to "
+        "be taken",
     ),
     "query_characters": (MAX_QUERY_CHARACTERS, "longest query"),
     "topk": (100, "most documents a query"),
@@ -263,11 +271,10 @@ def open_engine(options: argparse.Namespace) -> Engine:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that takes connections. Raises OSError, with the address, where that is not possible."""
+    """A socket that takes connections. Raises OSError, with the address, if that is impossible."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
@@ -281,6 +288,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Serves until it is stopped. What a user can mend ends it with one line (SystemExit)."""
+    # The flags.
     parser = cli.make_parser("serve", __doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
@@ -302,7 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--topk",
         type=int,
         default=3,
-        help="documents a query where a request does not say (default: %(default)s)",
+        help="documents a query if a request does not say (default: %(default)s)",
     )
     for name, (default, text) in FLAGS.items():
         parser.add_argument(
@@ -314,7 +322,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     options = cli.parse_flags(parser, arguments)
     limits = Limits(**{name: getattr(options, f"max_{name}") for name in FLAGS})
-    with cli.one_line_errors("the same command begins anew with what is not kept"):
+    # What can be wrong with them, the index and the address: found before anything is served.
+    with cli.one_line_errors("run the same command again; what is already prepared is kept"):
         for name, value in dataclasses.asdict(limits).items():
             if not value >= (0 if name == "waiting" else 1e-3 if name == "transfer_seconds" else 1):
                 raise ValueError(f"--max-{name.replace('_', '-')}={value} is too little")
@@ -324,6 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise ValueError(f"--port={options.port} must lie in 1 to 65535")
         engine = open_engine(options)
         listener = listen(options.host, options.port)
+    # The server, until Ctrl-C or a signal ends it.
     count = len(engine.documents)
     print(
         f"serving {count} document{'s' * (count > 1)} at http://{options.host}:{options.port}",

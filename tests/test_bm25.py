@@ -1,4 +1,4 @@
-"""BM25: Lucene's formula by hand and against plain Python, ties, limits; saved folders; recall on real questions."""
+"""BM25: Lucene's formula by hand and against plain Python, ties, limits; saved folders; recall."""
 
 import collections
 import gzip
@@ -40,9 +40,10 @@ def score_by_loops(documents, query, k1, b):
 
 
 def test_score_by_hand(tmp_path):
-    """Two documents of 2 and 4 words (mean 3); "rome" is in one of them: idf = ln(1 + 1.5/1.5) = ln 2.
+    """Two documents of 2 and 4 words (mean 3); "rome" is in one: idf = ln(1 + 1.5/1.5) = ln 2.
 
-    Document 1: tf 2, length 4: ln 2 * 2 / (2 + 0.9 * (1 - 0.4 + 0.4 * 4/3)) = 0.6931 * 2 / 3.02 = 0.4590.
+    Document 1: tf 2, length 4:
+    ln 2 * 2 / (2 + 0.9 * (1 - 0.4 + 0.4 * 4/3)) = 0.6931 * 2 / 3.02 = 0.4590.
     """
     index = build_index(make_documents("the po", "Rome, ROME the city"), tmp_path / "index", K1, B)
     ids, scores = index.search(["rome"], 2)
@@ -84,12 +85,8 @@ def test_agrees_with_loops(tmp_path_factory, texts, queries, k):
 
 
 def test_ties_stand_in_the_order_of_ids(tmp_path):
-    index = build_index(
-        make_documents(*["po", "rome", "rome city", "rome", "po", "rome", "rome"]),
-        tmp_path / "index",
-        K1,
-        B,
-    )
+    documents = make_documents("po", "rome", "rome city", "rome", "po", "rome", "rome")
+    index = build_index(documents, tmp_path / "index", K1, B)
     assert index.search(["rome"], 3)[0].tolist() == [[1, 3, 5]]
     assert index.search(["rome"], 9)[0].tolist() == [[1, 3, 5, 6, 2, -1, -1, -1, -1]]
 
@@ -122,17 +119,14 @@ def test_results_do_not_depend_on_the_other_queries(tmp_path):
 
 def test_bad_corpora_are_refused_and_leave_nothing(tmp_path):
     for documents, message in (
-        ([], "the corpus is empty"),
-        (
-            [Document(0, "", "a"), Document(7, "", "b")],
-            "document in row 1 of the corpus has the id 7",
-        ),
-        (make_documents("?", "!"), "no document of the corpus holds a word"),
+        ([], "empty"),
+        ([Document(0, "", "a"), Document(7, "", "b")], "row 1 .* id 7"),
+        (make_documents("?", "!"), "word"),
     ):
         with pytest.raises(ValueError, match=message):
             build_index(documents, tmp_path / "index", K1, B)
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(FileNotFoundError, match="holds no search index"):
+    with pytest.raises(FileNotFoundError, match="prepare index"):
         load_index(tmp_path / "index")
 
 
@@ -181,9 +175,8 @@ def test_a_faster_process_may_finish_first(tmp_path):
         (path / "data").write_text("ours")
 
     assert cache.prepare_folder(folder, {"version": 1}, write_while_another_finishes)
-    assert (folder / "data").read_text() == "theirs" and [
-        path.name for path in tmp_path.iterdir()
-    ] == ["thing"]
+    assert (folder / "data").read_text() == "theirs"
+    assert [path.name for path in tmp_path.iterdir()] == ["thing"]
 
 
 def test_hash_knows_where_texts_end():
@@ -191,22 +184,22 @@ def test_hash_knows_where_texts_end():
     assert len(set(hashes)) == len(hashes)
 
 
-def test_importing_the_host_rooms_imports_neither_jax_nor_bm25s():
-    program = (
-        "import sys; import stepsearch_jax.search.bm25, stepsearch_jax.search.callback, stepsearch_jax.search.corpus_tokens;"
-        "import stepsearch_jax.prompting.templates, stepsearch_jax.prompting.tokenizers;"
-        "print([m for m in ('jax', 'bm25s') if m in sys.modules])"
-    )
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        == "[]"
-    )
+def test_importing_the_host_layers_imports_neither_jax_nor_bm25s():
+    program = """
+import sys
+import stepsearch_jax.search.bm25, stepsearch_jax.search.callback
+import stepsearch_jax.search.corpus_tokens
+import stepsearch_jax.prompting.templates, stepsearch_jax.prompting.tokenizers
+print([name for name in ("jax", "bm25s") if name in sys.modules])
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_recall_on_real_questions(shared_data, tmp_path):
-    """MuSiQue: the gold passage of each of 475 gold sub-questions, earlier answers filled in, among 13,196 passages. Measured 0.792 at 3."""
+    """MuSiQue: the gold passage of each of 475 gold sub-questions, earlier answers filled in, among
+    13,196 passages. Measured 0.792 at 3."""
 
     def read(name):
         with gzip.open(shared_data / "musique" / name, "rt") as file:
@@ -222,14 +215,9 @@ def test_recall_on_real_questions(shared_data, tmp_path):
     for row in read("validation.jsonl.gz"):
         hops = row["question_decomposition"]
         paragraphs = {paragraph["idx"]: paragraph for paragraph in row["paragraphs"]}
+        answer = lambda match, hops=hops: hops[int(match[1]) - 1]["answer"]
         for hop in hops:
-            queries.append(
-                re.sub(
-                    r"#(\d)",
-                    lambda match, hops=hops: hops[int(match[1]) - 1]["answer"],
-                    hop["question"],
-                )
-            )
+            queries.append(re.sub(r"#(\d)", answer, hop["question"]))
             paragraph = paragraphs[hop["paragraph_support_idx"]]
             gold.append(row_of[paragraph["title"], paragraph["paragraph_text"]])
     ids, _ = build_index(documents, tmp_path / "index", K1, B).search(queries, 3)

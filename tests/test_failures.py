@@ -1,4 +1,5 @@
-"""A search that raises, hangs or kills its process ends the run soon, with a message that names it, on one process and on several."""
+"""A search that raises, hangs or kills its process ends the run soon, with a message that names it,
+on one process and on several."""
 
 import json
 import time
@@ -8,7 +9,8 @@ import running
 
 LIMIT = 60.0  # seconds from the fault to the end of the last process
 
-# A run whose search goes wrong on one process: python driver.py CACHE START WORKDIR MODE FAULTY_PROCESS HEALTHY_CALLS PROCESS PROCESSES PORT
+# A run whose search goes wrong on one process:
+# driver.py CACHE START WORKDIR MODE FAULTY_PROCESS HEALTHY_CALLS PROCESS PROCESSES PORT
 # Two calls of the search, one a split, measure the retrieval before the run begins.
 DRIVER = """
 import os, pathlib, signal, sys, time
@@ -24,8 +26,9 @@ config.sft.checkpoint = start
 config.search.timeout_s, config.distributed.heartbeat_s = 3.0, 10
 config.search.max_failure_fraction = float(mode == "tolerated")
 if processes > 1:
-    d = config.distributed
-    d.coordinator, d.processes, d.process_id = f"localhost:{port}", processes, process
+    distributed = config.distributed
+    distributed.coordinator = f"localhost:{port}"
+    distributed.processes, distributed.process_id = processes, process
 calls = 0
 
 def search(queries):
@@ -58,7 +61,7 @@ def run_with_fault(
     healthy_calls: int = 2,
     devices: int = 1,
 ):
-    """-> (exit codes, outputs of the processes, seconds from the fault to the end of the last process)."""
+    """-> (exit codes, outputs of the processes, seconds from the fault to the last one's end)."""
     (tmp_path / "driver.py").write_text(DRIVER)
     folders = [
         running.shared_cache(tmp_path_factory),
@@ -66,21 +69,9 @@ def run_with_fault(
         tmp_path / "run",
     ]
     port, logs = running.free_port(), [tmp_path / f"{process}.log" for process in range(processes)]
+    command = [tmp_path / "driver.py", *folders, mode, faulty, healthy_calls]
     started = [
-        running.start(
-            [
-                tmp_path / "driver.py",
-                *folders,
-                mode,
-                faulty,
-                healthy_calls,
-                process,
-                processes,
-                port,
-            ],
-            devices=devices,
-            log=log,
-        )
+        running.start([*command, process, processes, port], devices=devices, log=log)
         for process, log in enumerate(logs)
     ]
     try:
@@ -89,11 +80,8 @@ def run_with_fault(
         for process in started:
             process.kill()
     fault = tmp_path / "fault"
-    return (
-        codes,
-        [log.read_text() for log in logs],
-        time.time() - fault.stat().st_mtime if fault.exists() else None,
-    )
+    seconds = time.time() - fault.stat().st_mtime if fault.exists() else None
+    return codes, [log.read_text() for log in logs], seconds
 
 
 NAMED = {  # what the faulty process says, and its exit code
@@ -116,10 +104,8 @@ def test_one_process(mode, tmp_path, tmp_path_factory):
     assert codes == [code] and message in output, output[-3000:]
     assert "Traceback" not in output and seconds < LIMIT
     if mode == "raises":
-        assert (
-            "RuntimeError: the retriever is down" in output
-            and "config.search.max_failure_fraction=0.0" in output
-        )
+        assert "RuntimeError: the retriever is down" in output
+        assert "config.search.max_failure_fraction=0.0" in output
 
 
 @pytest.mark.slow
@@ -137,7 +123,8 @@ def test_one_process(mode, tmp_path, tmp_path_factory):
     ],
 )
 def test_several_processes(mode, faulty, processes, tmp_path, tmp_path_factory):
-    """The other processes end as well. What they say depends on who notices first: this program or jax, which then ends the process itself."""
+    """The other processes end as well. What they say depends on who notices first: this program or
+    jax, which then ends the process itself."""
     codes, outputs, seconds = run_with_fault(tmp_path, tmp_path_factory, mode, faulty, processes)
     message, code = NAMED[mode]
     assert codes[faulty] == code and message in outputs[faulty], outputs[faulty][-3000:]
@@ -148,9 +135,8 @@ def test_several_processes(mode, faulty, processes, tmp_path, tmp_path_factory):
             if mode == "raises"
             else [f"process {process} of {processes} ends", "another task died"]
         )
-        assert codes[process] != 0 and any(text in outputs[process] for text in expected), outputs[
-            process
-        ][-3000:]
+        output = outputs[process]
+        assert codes[process] != 0 and any(text in output for text in expected), output[-3000:]
 
 
 def test_a_search_that_fails_before_the_run_begins(tmp_path, tmp_path_factory):
@@ -158,11 +144,8 @@ def test_a_search_that_fails_before_the_run_begins(tmp_path, tmp_path_factory):
     codes, (output,), _ = run_with_fault(
         tmp_path, tmp_path_factory, "raises", faulty=0, processes=1, healthy_calls=0
     )
-    assert (
-        codes == [1]
-        and output.splitlines()[-1]
-        == "stepsearch_jax: the search failed: RuntimeError: the retriever is down"
-    )
+    assert codes == [1]
+    assert output.splitlines()[-1].endswith("RuntimeError: the retriever is down")
 
 
 def read_lines(path) -> list[dict]:
@@ -186,9 +169,8 @@ def test_tolerated_failures_are_counted_and_earn_nothing(tmp_path, tmp_path_fact
         for turn in episode["turns"]
         if turn["status"] == "search"
     ]
-    asked = [
-        turn for turn in turns if turn["query"]
-    ]  # an empty query finds nothing, and that is no failure
+    # An empty query finds nothing, and that is no failure.
+    asked = [turn for turn in turns if turn["query"]]
     assert asked and all(
         not turn["search_ok"] and "The search failed." in turn["observation"] for turn in asked
     )

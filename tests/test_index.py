@@ -1,4 +1,5 @@
-"""Indexes of corpora of any size: bm25s' own files to the byte however the corpus is cut, restartable after a kill, in bounded memory, searched by bm25s."""
+"""Indexes of corpora of any size: bm25s' own files to the byte however the corpus is cut,
+restartable after a kill, in bounded memory, searched by bm25s."""
 
 import gzip
 import json
@@ -44,28 +45,15 @@ def draw_documents(count: int, seed: int, vocabulary: int = 60) -> list[Document
     """Documents of 0 to 20 words, common ones and rare ones; many are equal, so that scores tie."""
     rng = np.random.default_rng(seed)
     share = 1 / np.arange(1, vocabulary + 1)
-    return [
-        Document(
-            i,
-            f"title {i % 7}",
-            " ".join(
-                f"w{w}é"
-                for w in rng.choice(vocabulary, rng.choice([0, 1, 2, 20]), p=share / share.sum())
-            ),
-        )
-        for i in range(count)
-    ]
+    draw = lambda: rng.choice(vocabulary, rng.choice([0, 1, 2, 20]), p=share / share.sum())
+    return [Document(i, f"title {i % 7}", " ".join(f"w{w}é" for w in draw())) for i in range(count)]
 
 
 def write_corpus(path, documents):
     with gzip.open(path, "wt") if path.suffix == ".gz" else open(path, "w") as file:
         for document in documents:
-            file.write(
-                json.dumps(
-                    {"id": f"x{document.id}", "title": document.title, "text": document.text or "?"}
-                )
-                + "\n\n"
-            )
+            name, title, text = f"x{document.id}", document.title, document.text or "?"
+            file.write(json.dumps({"id": name, "title": title, "text": text}) + "\n\n")
     return path
 
 
@@ -74,13 +62,8 @@ def build_with_bm25s(documents, folder):
     import bm25s
 
     vocabulary: dict[str, int] = {}
-    rows = [
-        [
-            vocabulary.setdefault(word, len(vocabulary))
-            for word in split_words(f"{d.title}\n{d.text}")
-        ]
-        for d in documents
-    ]
+    texts = [split_words(f"{document.title}\n{document.text}") for document in documents]
+    rows = [[vocabulary.setdefault(word, len(vocabulary)) for word in words] for words in texts]
     scorer = bm25s.BM25(k1=K1, b=B, method="lucene", backend="numpy", csc_backend="numpy")
     scorer.index((rows, vocabulary), create_empty_token=False, show_progress=False)
     scorer.save(folder, show_progress=False)
@@ -109,10 +92,8 @@ def test_equal_to_bm25s_to_the_byte(tmp_path_factory, seed, count, vocabulary):
 def test_ties_equal_bm25s_in_memory(tmp_path, small_pieces):
     """All scores by the library, sorted in a plain way: best first, then by id."""
     documents = draw_documents(300, 5, 12)
-    index, scorer = (
-        build_index(documents, tmp_path / "index", K1, B),
-        build_with_bm25s(documents, tmp_path / "oracle"),
-    )
+    index = build_index(documents, tmp_path / "index", K1, B)
+    scorer = build_with_bm25s(documents, tmp_path / "oracle")
     queries, tied = ["w0é w3é", "w1é", "title w5é w5é", "7 w2é"], 0
     ids, scores = index.search(queries, 20)
     for row, query in enumerate(queries):
@@ -132,25 +113,19 @@ def test_files_and_memory_give_the_same_index(tmp_path, small_pieces):
     ]
     index = index_files(paths, tmp_path / "index", K1, B)
     first = {(d.title, d.text) for d in drawn[:70]}  # is not taken again from the second file
-    documents = [
-        Document(i, d.title, d.text)
-        for i, d in enumerate(
-            drawn[:70] + [d for d in drawn[70:] if (d.title, d.text) not in first]
-        )
-    ]
+    kept = drawn[:70] + [d for d in drawn[70:] if (d.title, d.text) not in first]
+    documents = [Document(i, d.title, d.text) for i, d in enumerate(kept)]
     assert 70 < len(documents) < 120
     check_equal(tmp_path / "index", documents, tmp_path / "oracle")
-    assert (
-        index.describe(3)
-        == build_index(documents, tmp_path / "other", K1, B).describe(3)
-        == {
-            "corpus": hash_documents(documents),
-            "documents": len(documents),
-            "retriever": "bm25-lucene",
-            "k": 3,
-            "settings": {"k1": K1, "b": B},
-        }
-    )
+    manifest = {
+        "corpus": hash_documents(documents),
+        "documents": len(documents),
+        "retriever": "bm25-lucene",
+        "k": 3,
+        "settings": {"k1": K1, "b": B},
+    }
+    assert index.describe(3) == manifest
+    assert build_index(documents, tmp_path / "other", K1, B).describe(3) == manifest
     assert [index.documents[i] for i in range(len(index.documents))] == documents
     for bad in (-1, len(documents)):
         with pytest.raises(IndexError, match=f"document {bad} of {len(documents)}"):
@@ -163,12 +138,10 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("after", [0, 1, 37, 119])
 def test_an_interrupted_build_goes_on(tmp_path, small_pieces, monkeypatch, after):
-    """Shards that are complete are not split into words again, and the files are those of an uninterrupted build."""
-    documents, real, split = (
-        [Document(d.id, d.title, d.text or "?") for d in draw_documents(120, 1)],
-        postings.split_words,
-        [],
-    )
+    """Complete shards are not split into words again, and the files are those of an uninterrupted
+    build."""
+    documents = [Document(d.id, d.title, d.text or "?") for d in draw_documents(120, 1)]
+    real, split = postings.split_words, []
     path = write_corpus(tmp_path / "c.jsonl", documents)
 
     def split_some(text):
@@ -207,12 +180,8 @@ index.main(sys.argv[1:])
 def test_a_killed_process_goes_on(tmp_path):
     """SIGKILL, twice, in the middle of the shards; then the same command to its end."""
     documents = [Document(d.id, d.title, d.text or "?") for d in draw_documents(2000, 2, 3000)]
-    arguments = [
-        "--corpus",
-        write_corpus(tmp_path / "c.jsonl", documents),
-        "--out",
-        tmp_path / "index",
-    ]
+    corpus = write_corpus(tmp_path / "c.jsonl", documents)
+    arguments = ["--corpus", corpus, "--out", tmp_path / "index"]
     environment = os.environ | {"PYTHONPATH": str(running.REPO)}
     begun = tmp_path / "index.unfinished" / "begun"
     for shards in (2, 5):
@@ -258,43 +227,32 @@ index.main(sys.argv[1:])
     ids=["kill", "ctrl-c", "full disk", "copied"],
 )
 def test_an_end_at_the_last_step_loses_nothing(tmp_path, small_pieces, monkeypatch, how, links):
-    """All is there but the manifest, after which the folder gets its name; then the same once more, to its end."""
+    """All is there but the manifest, after which the folder gets its name; then the same again, to
+    its end."""
     documents = [Document(d.id, d.title, d.text or "?") for d in draw_documents(120, 1)]
     path = write_corpus(tmp_path / "c.jsonl", documents)
 
     def refuse(*_):
         raise how
 
+    def link(*_):
+        raise PermissionError(1, "Operation not permitted")
+
     if not links:
-        monkeypatch.setattr(
-            os,
-            "link",
-            lambda *_: (_ for _ in ()).throw(PermissionError(1, "Operation not permitted")),
-        )
+        monkeypatch.setattr(os, "link", link)
     if how == signal.SIGKILL:
-        command = [
-            sys.executable,
-            "-c",
-            KILLED_AT_LAST,
-            "--corpus",
-            path,
-            "--out",
-            tmp_path / "index",
-        ]
-        assert (
-            subprocess.run(
-                command,
-                env=os.environ | {"PYTHONPATH": str(running.REPO)},
-                stderr=subprocess.DEVNULL,
-                timeout=120,
-            ).returncode
-            == -how
+        flags = ["--corpus", path, "--out", tmp_path / "index"]
+        done = subprocess.run(
+            [sys.executable, "-c", KILLED_AT_LAST, *flags],
+            env=os.environ | {"PYTHONPATH": str(running.REPO)},
+            stderr=subprocess.DEVNULL,
+            timeout=120,
         )
+        assert done.returncode == -how
     else:
         with monkeypatch.context() as patch, pytest.raises(type(how)):
-            patch.setattr(
-                cache, "write_manifest", refuse
-            )  # of the whole index: what stands in begun/ is written by others
+            # That of the whole index: other modules write what stands in begun/.
+            patch.setattr(cache, "write_manifest", refuse)
             index_files([path], tmp_path / "index", K1, B)
     assert not (tmp_path / "index").exists()
     monkeypatch.setattr(postings, "split_words", refuse)  # nothing of the first pass is done again
@@ -360,26 +318,15 @@ def test_other_files_or_settings_begin_anew(tmp_path, small_pieces, monkeypatch)
     "flags,content,message",
     [
         ([], '{"title": "a", "text": "b"}\n{"title": ', r"c\.jsonl, line 2: not JSON"),
-        (
-            [],
-            '\n\n{"title": 3, "text": "b"}\n',
-            r"c\.jsonl, line 3: field 'title' should be str, not int",
-        ),
-        ([], "", "the file is empty"),
+        ([], '\n\n{"title": 3, "text": "b"}\n', r"c\.jsonl, line 3: .*'title'"),
+        ([], "", r"c\.jsonl.* empty"),
         ([], '{"title": "?", "text": "!"}\n', "no document of the corpus holds a word"),
-        (["--b=2"], "{}", r"its b is 2, and must lie in \[0, 1\]"),
+        (["--b=2"], "{}", "its b is 2.*--b"),
         (["--corpus=none"], "{}", "none is not there"),
-        (["--corpus=configs"], "{}", "configs is a folder: name the files in it"),
-        *(
-            ([f"--k1={k1}"], "{}", f"BM25's k1 is {k1}, and must be finite and not negative")
-            for k1 in ("nan", "inf", "-1")
-        ),
-        (
-            ["--json=nowhere/x.json"],
-            "{}",
-            "--json=nowhere/x.json: name a file in a folder that is there",
-        ),
-        (["--out=."], "{}", "is there and holds no index"),
+        (["--corpus=configs"], "{}", "configs is a folder"),
+        *(([f"--k1={k1}"], "{}", f"k1 is {k1}.*--k1") for k1 in ("nan", "inf", "-1")),
+        (["--json=nowhere/x.json"], "{}", "--json=nowhere/x.json"),
+        (["--out=."], "{}", "holds no index"),
     ],
 )
 def test_mistakes_are_named_and_leave_nothing(tmp_path, flags, content, message):
@@ -406,10 +353,8 @@ def test_the_folder_that_one_stands_in_becomes_the_index(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     assert len(index_files([path], pathlib.Path("."), K1, B)) == 9
-    assert (
-        sorted(name.name for name in tmp_path.iterdir()) == ["c.jsonl", "here"]
-        and len(load_index(tmp_path / "here")) == 9
-    )
+    assert sorted(name.name for name in tmp_path.iterdir()) == ["c.jsonl", "here"]
+    assert len(load_index(tmp_path / "here")) == 9
 
 
 @pytest.mark.parametrize("name", [*BM25S_FILES, "corpus.jsonl", "corpus.offsets.npy"])
@@ -427,10 +372,8 @@ def test_a_damaged_index_is_named_with_what_to_do(tmp_path, name, damage):
     file.unlink()
     if damage:
         file.write_bytes(damage(raw))
-    with pytest.raises(
-        (ValueError, FileNotFoundError),
-        match=r"index (is damaged \(.*\): remove this folder, and|holds no search index; .* makes one)",
-    ):
+    message = r"/index (is damaged \(.*\): remove|.*prepare index)"
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         load_index(tmp_path / "index")
 
 
@@ -469,28 +412,18 @@ prepare.main(["index", "--corpus", sys.argv[1], "--out", sys.argv[2], "--json", 
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
-    """Ten times the documents, less than 60 MB more (mapped files and offsets); held at once, their words alone would be 300 MB more."""
+    """Ten times the documents, less than 60 MB more (mapped files and offsets); held at once, their
+    words alone would be 300 MB more."""
     peaks = []
     for count in (10_000, 100_000):
         rng = np.random.default_rng(0)
         with open(tmp_path / "c.jsonl", "w") as file:
             for words in rng.zipf(1.3, (count, 100)):
-                file.write(
-                    json.dumps(
-                        {"title": "t", "text": " ".join(f"w{w}" for w in np.minimum(words, 30_000))}
-                    )
-                    + "\n"
-                )
-        command = [
-            sys.executable,
-            "-c",
-            MEASURE,
-            tmp_path / "c.jsonl",
-            tmp_path / f"index-{count}",
-            tmp_path / "out.json",
-        ]
+                text = " ".join(f"w{w}" for w in np.minimum(words, 30_000))
+                file.write(json.dumps({"title": "t", "text": text}) + "\n")
+        paths = [tmp_path / name for name in ("c.jsonl", f"index-{count}", "out.json")]
         subprocess.run(
-            command,
+            [sys.executable, "-c", MEASURE, *paths],
             capture_output=True,
             check=True,
             env=os.environ | {"PYTHONPATH": str(running.REPO), "MALLOC_ARENA_MAX": "1"},

@@ -1,8 +1,10 @@
-"""BM25 over a corpus of any size: an index in bm25s' own files, memory-mapped and searched by bm25s without randomness.
+"""BM25 over a corpus of any size: an index in bm25s' own files, memory-mapped and searched by bm25s
+without randomness.
 
-`bm25s` is imported inside functions only: importing it initialises the JAX backend, after which a run on several processes can no longer be set up.
-It scores; selecting the best documents is done here, so that ties are broken by document id. It cannot build an index that does not fit into memory:
-`postings.py` does, and the files are those that bm25s would have written.
+`bm25s` is imported inside functions only: importing it initialises the JAX backend, after which a
+run on several processes can no longer be set up. It scores; selecting the best documents is done
+here, so that ties are broken by document id. It cannot build an index that does not fit into
+memory: `postings.py` does, and the files are those that bm25s would have written.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ KIND = "bm25-lucene"
 
 
 class Bm25Index:
-    """A loaded index over N documents; made by `build_index` or `load_index`. May be searched from several threads at once, and uses several itself.
+    """A loaded index over N documents; made by `build_index` or `load_index`. May be searched from
+    several threads at once, and uses several itself.
 
     documents: the corpus itself, memory-mapped.
     """
@@ -57,20 +60,16 @@ class Bm25Index:
         return len(self._vocabulary)
 
     def describe(self, k: int) -> dict:
-        """The manifest of results for k documents (`prepared.describe_search`)."""
-        return describe_search(
-            self._manifest["corpus"],
-            len(self),
-            KIND,
-            k,
-            {name: self._manifest[name] for name in ("k1", "b")},
-        )
+        """The manifest of results for k documents (`cache.describe_search`)."""
+        settings = {name: self._manifest[name] for name in ("k1", "b")}
+        return describe_search(self._manifest["corpus"], len(self), KIND, k, settings)
 
     def search(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k best documents for each of q queries, several at a time.
 
-        Returns (ids [q, k] int32, best first, -1 where there are no more; scores [q, k] float32, 0 there). Documents with equal scores stand in the
-        order of their ids; a document that shares no word with the query is never returned.
+        Returns (ids [q, k] int32, best first, -1 where there are no more; scores [q, k] float32, 0
+        there). Documents with equal scores stand in the order of their ids; a document that shares
+        no word with the query is never returned.
         """
         ids = np.full((len(queries), k), -1, np.int32)
         scores = np.zeros((len(queries), k), np.float32)
@@ -87,16 +86,14 @@ class Bm25Index:
                 ids[row, : len(best)] = best
                 scores[row, : len(best)] = of_all[best]
 
-        list(
-            self._threads.map(search_row, range(len(queries)))
-            if len(queries) > 1
-            else map(search_row, range(len(queries)))
-        )
+        each = self._threads.map if len(queries) > 1 else map
+        list(each(search_row, range(len(queries))))
         return ids, scores
 
 
 def select_best(scores: np.ndarray, k: int) -> np.ndarray:
-    """Indices of the at most k largest positive entries of scores [N], largest first, equal ones in the order of their indices."""
+    """Indices of the at most k largest positive entries of scores [N], largest first, equal ones in
+    the order of their indices."""
     count = min(k, len(scores))
     threshold = np.partition(scores, len(scores) - count)[len(scores) - count]
     candidates = np.flatnonzero((scores >= threshold) & (scores > 0))
@@ -104,28 +101,31 @@ def select_best(scores: np.ndarray, k: int) -> np.ndarray:
 
 
 def check_settings(k1: float, b: float) -> None:
-    """Raises ValueError for what is no BM25."""
+    """Raises ValueError for k1 or b out of range."""
     if not 0 <= k1 < math.inf or not 0 <= b <= 1:
         raise ValueError(
-            f"BM25's k1 is {k1:g}, and must be finite and not negative; its b is {b:g}, and must lie in [0, 1]: change config.search.bm25_k1 and "
-            "bm25_b, or --k1 and --b"
+            f"BM25's k1 is {k1:g}, and must be finite and not negative; its b is {b:g}, and must "
+            "lie in [0, 1]: change config.search.bm25_k1 and bm25_b, or --k1 and --b"
         )
 
 
 def build_index(
     documents: Sequence[Document], folder: str | pathlib.Path, k1: float, b: float
 ) -> Bm25Index:
-    """Indexes title and text of each document into `folder` and loads the index; a folder that already holds this very index is only loaded.
+    """Indexes title and text of each document into `folder` and loads the index; a folder that
+    already holds this very index is only loaded.
 
-    k1, b: term saturation and length normalisation, in Lucene's form of BM25 (idf = ln(1 + (N - n + 0.5) / (n + 0.5))).
-    Raises ValueError if there are no documents, if their ids are not their rows, or if they hold no words.
+    k1, b: term saturation and length normalisation, in Lucene's form of BM25
+    (idf = ln(1 + (N - n + 0.5) / (n + 0.5))). Raises ValueError if there are no documents, if their
+    ids are not their rows, or if they hold no words.
     """
 
     def read() -> Iterator[tuple[str, str]]:
         for row, document in enumerate(documents):
             if document.id != row:
                 raise ValueError(
-                    f"the document in row {row} of the corpus has the id {document.id}; ids must be rows"
+                    f"the document in row {row} of the corpus has the id {document.id}; "
+                    "ids must be rows"
                 )
             yield document.title, document.text
 
@@ -139,10 +139,12 @@ def stream_index(
     k1: float,
     b: float,
 ) -> Bm25Index:
-    """As `build_index`, from read() -> (title, text) of every document, in memory that does not grow with their number.
+    """As `build_index`, from read() -> (title, text) of every document. Memory does not grow with
+    their number.
 
-    made_from: identifies the documents without reading them, as JSON. What is not finished stands beside the folder, as FOLDER.unfinished, and is gone on
-    with, to the same result. A second process that wants the same index waits.
+    made_from: identifies the documents without reading them, as JSON. Unfinished work stands beside
+    the folder, in FOLDER.unfinished, and is resumed, to the same result. A second process that
+    wants the same index waits.
     """
     folder = pathlib.Path(folder)
     wanted = {"kind": KIND, "made_from": made_from, "k1": k1, "b": b}
@@ -158,7 +160,7 @@ def stream_index(
                     write_manifest(begun, wanted)
                 try:
                     _build(read(), begun, folder, wanted)
-                except ValueError:  # wrong documents: there is nothing to go on with
+                except ValueError:  # wrong documents: there is nothing to resume
                     shutil.rmtree(unfinished, ignore_errors=True)
                     raise
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -183,7 +185,7 @@ def _build(
         begins = merge_shards(collected, begun, write, wanted["k1"], wanted["b"])
 
     def finish(made: pathlib.Path) -> None:
-        """bm25s writes everything but the two long arrays, which take the places of empty ones."""
+        """bm25s writes everything but the two long arrays, which replace empty ones."""
         scorer = bm25s.BM25(
             k1=wanted["k1"], b=wanted["b"], method="lucene", backend="numpy", csc_backend="numpy"
         )
@@ -195,48 +197,37 @@ def _build(
             "num_docs": collected.documents,
         }
         scorer.save(made, show_progress=False)
-        for name, part, dtype in (
-            ("data", "scores", np.float32),
-            ("indices", "documents", np.int32),
-        ):
-            _save_raw(
-                made / f"{name}.csc.index.npy", begun / part, np.dtype(dtype), int(begins[-1])
-            )
+        parts = (("data", "scores", np.float32), ("indices", "documents", np.int32))
+        for name, part, dtype in parts:
+            path = made / f"{name}.csc.index.npy"
+            _save_raw(path, begun / part, np.dtype(dtype), int(begins[-1]))
         for name in (CORPUS, OFFSETS):
-            link_file(
-                begun / name, made / name
-            )  # the shards are nothing without them, until the index is whole
+            # The shards need these files too, until the index is whole.
+            link_file(begun / name, made / name)
 
-    prepare_folder(
-        folder,
-        {**wanted, "corpus": collected.corpus, "documents": collected.documents},
-        finish,
-        begun.parent,
-    )
+    manifest = {**wanted, "corpus": collected.corpus, "documents": collected.documents}
+    prepare_folder(folder, manifest, finish, begun.parent)
 
 
 def _save_raw(path: pathlib.Path, raw: pathlib.Path, dtype: np.dtype, count: int) -> None:
     """Writes `count` numbers that lie in the file `raw` as np.save would."""
     with open(path, "wb") as out, open(raw, "rb") as numbers:
-        np.lib.format.write_array_header_1_0(
-            out,
-            {
-                "descr": np.lib.format.dtype_to_descr(dtype),
-                "fortran_order": False,
-                "shape": (count,),
-            },
-        )
+        descr = np.lib.format.dtype_to_descr(dtype)
+        header = {"descr": descr, "fortran_order": False, "shape": (count,)}
+        np.lib.format.write_array_header_1_0(out, header)
         shutil.copyfileobj(numbers, out, 1 << 20)
     raw.unlink()
 
 
 def holds_index(folder: pathlib.Path) -> bool:
-    """Whether it is the complete folder of an index that `stream_index` made, and not of something else that has a manifest."""
+    """Whether it is the complete folder of an index that `stream_index` made, and not of something
+    else that has a manifest."""
     return (read_manifest(folder) or {}).get("kind") == KIND and (folder / OFFSETS).is_file()
 
 
 def load_index(folder: str | pathlib.Path) -> Bm25Index:
-    """Opens a saved index, its postings and documents memory-mapped. Raises FileNotFoundError if `folder` holds none, ValueError for a damaged one."""
+    """Opens a saved index, its postings and documents memory-mapped. Raises FileNotFoundError if
+    `folder` holds none, ValueError for a damaged one."""
     folder = pathlib.Path(folder)
     manifest = read_manifest(folder)
     if manifest is None or not holds_index(folder):
@@ -246,12 +237,10 @@ def load_index(folder: str | pathlib.Path) -> Bm25Index:
     import bm25s
 
     try:
-        return Bm25Index(
-            bm25s.BM25.load(folder, mmap=True, show_progress=False),
-            StoredDocuments(folder),
-            manifest,
-        )
+        scorer = bm25s.BM25.load(folder, mmap=True, show_progress=False)
+        return Bm25Index(scorer, StoredDocuments(folder), manifest)
     except (OSError, EOFError, ValueError, LookupError, TypeError) as error:
         raise ValueError(
-            f"the index {folder} is damaged ({type(error).__name__}: {error}): remove this folder, and make it again"
+            f"the index {folder} is damaged ({type(error).__name__}: {error}): "
+            "remove this folder, and make it again"
         ) from error

@@ -1,4 +1,7 @@
-"""Folders that are computed from a corpus once and reused: written whole or not at all, and made again when what they were made from has changed."""
+"""Folders that are computed from a corpus once and reused.
+
+They are written whole or not at all, and made again when what they were made from has changed.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,8 @@ def hash_documents(documents: Iterable[Document]) -> str:
 
 
 def describe_search(corpus: str, documents: int, retriever: str, k: int, settings: dict) -> dict:
-    """The manifest that every result of a search carries: what was searched (hash and number of its documents), by what, for how many, and how it was set."""
+    """The manifest that every result of a search carries: what was searched (hash and number of its
+    documents), by which retriever, for how many documents k, and with which settings."""
     return {
         "corpus": corpus,
         "documents": documents,
@@ -63,7 +67,7 @@ def write_manifest(folder: pathlib.Path, manifest: dict, name: str = MANIFEST) -
 
 
 def link_file(file: pathlib.Path, place: pathlib.Path) -> None:
-    """Puts a file into a second place; the first keeps it. Only where the file system knows no links it is copied."""
+    """Puts a file into a second place; the first keeps it. Copies it if it cannot be linked."""
     try:
         os.link(file, place)
     except OSError:
@@ -76,11 +80,13 @@ def prepare_folder(
     write: Callable[[pathlib.Path], None],
     aside: pathlib.Path | None = None,
 ) -> bool:
-    """Makes `folder` with `write`, unless it is there and its manifest says the same. Returns whether it was made.
+    """Makes `folder` with `write`, unless it is there and its manifest says the same. Returns
+    whether it was made.
 
-    `write` gets an empty folder, which takes the final place by renaming when it is complete. It lies beside the final one, and several processes may prepare
-    the same folder at once: the last one to finish wins, and all have written the same. Or it lies in `aside`, a folder on the same disk in which one process
-    at a time works: what a kill leaves there is gone with it.
+    `write` gets an empty folder, which is renamed to the final one when it is complete. It lies
+    beside the final one, and several processes may prepare the same folder at once: the last one to
+    finish wins, and all have written the same. Or it lies in `aside`, a folder on the same disk in
+    which one process at a time works; what a kill leaves there goes when `aside` is removed.
     """
     if read_manifest(folder) == manifest:
         return False
@@ -112,10 +118,12 @@ def prepare_folder(
 
 @contextlib.contextmanager
 def one_at_a_time(folder: pathlib.Path) -> Iterator[None]:
-    """Of the processes that share `folder`, one at a time runs the body: the first makes what is not there yet, the others find it.
+    """Of the processes that share `folder`, one at a time runs the body: the first makes what is
+    missing, the others find it.
 
-    Hosts with disks of their own do not wait for each other, and a process that ends gives way. Where the file system knows no locks nobody waits: the work
-    may be done several times, with the same result.
+    Hosts with disks of their own do not wait for each other, and a process that ends gives way. On
+    a file system without locks nobody waits: the work may be done several times, with the same
+    result.
     """
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
@@ -126,7 +134,8 @@ def one_at_a_time(folder: pathlib.Path) -> Iterator[None]:
 
 
 def lock_cache(cache_dir: str) -> contextlib.AbstractContextManager:
-    """Of the processes that share config.data.cache_dir, one at a time runs the body. Raises ValueError for one that is no folder, nor can become one."""
+    """Of the processes that share config.data.cache_dir, one at a time runs the body. Raises
+    ValueError if it is no folder and cannot become one."""
     if not cache_dir:
         raise ValueError("config.data.cache_dir is empty: name a folder for prepared data")
     folder = pathlib.Path(cache_dir)
@@ -134,7 +143,8 @@ def lock_cache(cache_dir: str) -> contextlib.AbstractContextManager:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(
-            f"config.data.cache_dir={folder} cannot be made a folder ({error.strerror}): name another one"
+            f"config.data.cache_dir={folder} cannot be made a folder ({error.strerror}): "
+            "name another one"
         ) from error
     return one_at_a_time(folder)
 

@@ -1,7 +1,8 @@
-"""The bridge's view of searching: arrays of fixed shape in, arrays of fixed shape out, and no exception ever.
+"""Searching as device programs see it: arrays of fixed shape in and out, and no exception ever.
 
-Called from inside device programs, by several device threads at once. An exception there can hang an accelerator, so a failure becomes a flag, a
-count and a remembered message; the caller decides afterwards whether to go on.
+Called from inside device programs, by several device threads at once. An exception there can hang
+an accelerator, so a failure becomes a flag, a count and a remembered message; the caller decides
+afterwards whether to continue.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ import numpy as np
 from stepsearch_jax.search.observations import EnvironmentTokens, build_observation
 from stepsearch_jax.search.watchdog import Watchdog
 
-MAX_QUERY_CHARACTERS = 4096  # the beginning of a query that engines see, of whatever kind; a search server takes no longer ones
+# All engines see only the beginning of a longer query, and a search server refuses it.
+MAX_QUERY_CHARACTERS = 4096
 
 
 class SomeFailedError(ValueError):
-    """A search that failed for some of its queries alone. found: what it would return, for the others; failures: place of a query -> why it failed."""
+    """A search that failed for some of its queries only. found: the result, valid for the others;
+    failures: place of a query -> why it failed."""
 
     def __init__(self, found: np.ndarray, failures: dict[int, str]):
         super().__init__(next(iter(failures.values())))
@@ -29,9 +32,11 @@ class SomeFailedError(ValueError):
 
 
 class SearchResult(NamedTuple):
-    """observation_tokens [b, O] int32, 0 beyond the length; observation_length [b] int32; doc_ids [b, D] int32, best first, -1 = none; ok [b] bool.
+    """observation_tokens [b, O] int32, 0 beyond the length; observation_length [b] int32; doc_ids
+    [b, D] int32, best first, -1 = none; ok [b] bool.
 
-    Rows that were not wanted: length 0, no documents, ok. Failed rows: the observation says so, no documents, not ok.
+    Rows that were not wanted: length 0, no documents, ok. Failed rows: the observation says so, no
+    documents, not ok.
     """
 
     observation_tokens: np.ndarray
@@ -42,7 +47,8 @@ class SearchResult(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SearchCounts:
-    """What happened since the last `take_counts`. seconds: summed over calls, which may overlap. first_error: the first failure's message, or ""."""
+    """What happened since the last `take_counts`. seconds: summed over calls, which may overlap.
+    first_error: the first failure's message, or ""."""
 
     calls: int = 0
     searches: int = 0
@@ -52,7 +58,7 @@ class SearchCounts:
 
 
 class SearchCallback:
-    """Searches for the rows that want it. Made by `make_search_callback`, which describes the fields."""
+    """Searches for the rows that want it. `make_search_callback` describes the fields."""
 
     def __init__(
         self,
@@ -83,8 +89,8 @@ class SearchCallback:
     ) -> tuple[np.ndarray, ...]:
         """Searches for the rows in `wanted`; returns the fields of `SearchResult` as a plain tuple.
 
-        query_tokens [b, Q] int32: the last tokens of each row's action, up to its closing tag; query_length [b] int32: how many of them; wanted [b]
-        bool.
+        query_tokens [b, Q] int32: the last tokens of each row's action, up to its closing tag;
+        query_length [b] int32: how many of them; wanted [b] bool.
         """
         start = time.perf_counter()
         rows = len(wanted)
@@ -101,10 +107,7 @@ class SearchCallback:
                 self._fill(
                     result, np.asarray(query_tokens), np.asarray(query_length), wanted, failures
                 )
-            except (
-                Exception,
-                SystemExit,
-            ) as error:  # SystemExit, too, would leave the device program waiting
+            except (Exception, SystemExit) as error:  # either would leave the device waiting
                 failures = dict.fromkeys(np.flatnonzero(wanted).tolist(), _describe(error))
         for row in failures:
             _put(result, row, self._failed, ())
@@ -120,13 +123,13 @@ class SearchCallback:
         wanted: np.ndarray,
         failures: dict[int, str],
     ) -> None:
-        """Writes the rows that want documents; those whose query cannot be read or fails alone go to `failures` (row -> message) and do not disturb others."""
+        """Writes the rows that want documents. Rows whose query cannot be read or fails alone go to
+        `failures` (row -> message) and do not disturb others."""
         rows_of: dict[str, list[int]] = {}
         for row in np.flatnonzero(wanted).tolist():
             try:
-                rows_of.setdefault(
-                    self._decode_query(tokens[row, : length[row]])[:MAX_QUERY_CHARACTERS], []
-                ).append(row)
+                query = self._decode_query(tokens[row, : length[row]])
+                rows_of.setdefault(query[:MAX_QUERY_CHARACTERS], []).append(row)
             except Exception as error:
                 failures[row] = _describe(error)
         for row in rows_of.pop("", []):
@@ -137,9 +140,11 @@ class SearchCallback:
             found, failed = np.asarray(self._search(list(rows_of))), {}
         except SomeFailedError as error:
             found, failed = error.found, error.failures
-        if found.shape != (len(rows_of), self.k) or found.dtype.kind != "i":
+        shape = (len(rows_of), self.k)
+        if found.shape != shape or found.dtype.kind != "i":
             raise ValueError(
-                f"the search returned {found.dtype} {found.shape}; expected integer ids of shape {(len(rows_of), self.k)}"
+                f"the search returned {found.dtype} {found.shape}; "
+                f"expected integer ids of shape {shape}"
             )
         for place, (ids, rows) in enumerate(zip(found, rows_of.values(), strict=True)):
             if place in failed:
@@ -184,14 +189,17 @@ def make_search_callback(
 ) -> SearchCallback:
     """A search callback for the rollout.
 
-    search: q distinct, non-empty queries of at most MAX_QUERY_CHARACTERS -> corpus ids [q, k], best first, -1 = none; SomeFailedError if only some failed.
-    decode_query: token ids -> query, "" for an empty one (which finds nothing and is no failure). document_tokens: corpus id -> token ids.
-    max_observation_tokens: O, the width of an observation. k: D, documents a search. Raises ValueError if the environment's texts do not fit into an
-    observation or have no prefix for each rank.
+    search: q distinct, non-empty queries of at most MAX_QUERY_CHARACTERS -> corpus ids [q, k], best
+    first, -1 = none; SomeFailedError if only some failed. decode_query: token ids -> query, "" for
+    an empty one (which finds nothing and is no failure). document_tokens: corpus id -> token ids.
+    max_observation_tokens: O, the width of an observation. k: D, documents a search. Raises
+    ValueError if the environment's texts do not fit into an observation or have no prefix for each
+    rank.
     """
     if len(environment.ranks) != k:
         raise ValueError(
-            f"the environment has texts for {len(environment.ranks)} ranks, but a search returns {k} documents"
+            f"the environment has texts for {len(environment.ranks)} ranks, "
+            f"but a search returns {k} documents"
         )
     return SearchCallback(
         search, decode_query, document_tokens, environment, max_observation_tokens, k, watchdog

@@ -11,13 +11,12 @@ import tqdm
 
 from stepsearch_jax.search.cache import hash_texts, prepare_folder
 
-_CHUNK = (
-    2048  # texts encoded at a time: enough to keep all cores busy, little enough to show progress
-)
+# Texts encoded at a time: enough to keep all cores busy, little enough to show progress.
+_CHUNK = 2048
 
 
 class DocumentTokens:
-    """Token ids of N documents: `tokens[i]` is a read-only int32 array of document i's, without copying."""
+    """Token ids of N documents: `tokens[i]` is a read-only int32 view of those of document i."""
 
     def __init__(self, folder: pathlib.Path):
         self._offsets = np.load(folder / "offsets.npy", mmap_mode="r")
@@ -40,10 +39,12 @@ def tokenize_corpus(
     encode_batch: Callable[[list[str]], list[list[int]]],
     fingerprint: str,
 ) -> DocumentTokens:
-    """Encodes the rendered text of each document into `folder` and opens the result; a folder made from the same texts and tokenizer is only opened.
+    """Encodes the rendered text of each document into `folder` and opens the result; a folder made
+    from the same texts and tokenizer is only opened.
 
-    texts: one for each document, as it stands in an observation. encode_batch: texts -> ids. fingerprint: identifies the tokenizer.
-    Raises ValueError if there are no texts or one has no tokens.
+    texts: one for each document, as it stands in an observation. encode_batch: texts -> ids.
+    fingerprint: identifies the tokenizer. Raises ValueError if there are no texts or one has no
+    tokens.
     """
     folder = pathlib.Path(folder)
     if not texts:
@@ -67,8 +68,9 @@ def tokenize_corpus(
                 chunk = list(texts[start : start + _CHUNK])
                 for ids in encode_batch(chunk):
                     if not ids:
+                        document = len(lengths)
                         raise ValueError(
-                            f"document {len(lengths)} has no tokens: its text is {texts[len(lengths)]!r}"
+                            f"document {document} has no tokens: its text is {texts[document]!r}"
                         )
                     np.array(ids, np.int32).tofile(file)
                     lengths.append(len(ids))

@@ -1,4 +1,7 @@
-"""One vector for each document of a corpus, in a memory-mapped file that grows shard by shard: a run that is killed goes on from its last whole shard."""
+"""One vector for each document of a corpus, in a memory-mapped file that grows shard by shard.
+
+After a kill, the next run resumes from the last whole shard.
+"""
 
 from __future__ import annotations
 
@@ -32,10 +35,12 @@ def embed_corpus(
     shard_rows: int,
     fingerprint: str,
 ) -> np.ndarray:
-    """Embeds each text into `folder` and opens the result: a read-only memory map [N, width] of `dtype`.
+    """Embeds each text into `folder` and opens the result: a read-only memory map [N, width] of
+    `dtype`.
 
-    embed: texts -> float32 vectors [n, width], called with `shard_rows` texts at a time. fingerprint: identifies the encoder and all that it is told.
-    A folder made from the same texts and encoder is only opened. What is not finished stands beside it, as FOLDER.unfinished, and is gone on with.
+    embed: texts -> float32 vectors [n, width], called with `shard_rows` texts at a time.
+    fingerprint: identifies the encoder and its settings. A folder made from the same texts and
+    encoder is only opened. Unfinished work stands beside it, in FOLDER.unfinished, and is resumed.
     Raises ValueError if there are no texts, or for vectors of another shape or that are not finite.
     """
     folder = pathlib.Path(folder)
@@ -74,7 +79,7 @@ def _write_shards(
     dtype: np.dtype,
     shard_rows: int,
 ) -> None:
-    """Appends what the file lacks. Rows of a shard that was being written when the last process ended are written again."""
+    """Appends what the file lacks. An incomplete last shard is written again."""
     row_bytes = width * dtype.itemsize
     with (
         open(file, "ab") as out,
@@ -89,8 +94,8 @@ def _write_shards(
             vectors = embed(shard)
             if vectors.shape != (len(shard), width) or not np.isfinite(vectors).all():
                 raise ValueError(
-                    f"the encoder gave vectors of shape {vectors.shape} for documents {start} to {start + len(shard) - 1}; expected finite ones "
-                    f"of shape {(len(shard), width)}"
+                    f"the encoder gave vectors of shape {vectors.shape} for documents {start} to "
+                    f"{start + len(shard) - 1}; expected finite ones of shape {(len(shard), width)}"
                 )
             out.write(np.ascontiguousarray(vectors, dtype).tobytes())
             out.flush()

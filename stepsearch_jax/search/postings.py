@@ -1,8 +1,10 @@
-"""The postings of BM25 from a stream of documents, in memory that does not grow with their number, and restartable.
+"""The postings of BM25 from a stream of documents: restartable, in memory that does not grow with
+their number.
 
-First pass: documents are read into *shards*, whose postings (document, count) stand word by word; a shard that is complete is never made again. Second pass:
-a range of words at a time, the shards' postings are put one behind the other, with their scores. Shards follow one another as documents do, so the documents
-of a word stay in order. Only the vocabulary is held whole, as it is for searching.
+First pass: documents are read into *shards*, whose postings (document, count) stand word by word; a
+complete shard is never made again. Second pass: a range of words at a time, the shards' postings
+are put one behind the other, with their scores. Shards follow one another as documents do, so the
+documents of a word stay in order. Only the vocabulary is held whole, as it is for searching.
 """
 
 from __future__ import annotations
@@ -22,21 +24,22 @@ import tqdm
 from stepsearch_jax.data.documents import CORPUS, encode_passage, write_offsets
 from stepsearch_jax.search.cache import add_text, write_manifest
 
-SHARD_WORDS = (
-    1 << 23
-)  # a shard ends with the document that reaches so many words: about half a GiB while it is sorted
+# A shard ends with the document that reaches so many words: about half a GiB while it is sorted.
+SHARD_WORDS = 1 << 23
 MERGE_POSTINGS = 1 << 23  # postings put together at a time; at least those of one word
 _WORD = re.compile(r"\w+")
 
 
 def split_words(text: str) -> list[str]:
-    """The words of a document or query: runs of letters, digits and underscores, lower case; nothing stemmed, nothing left out."""
+    """The words of a document or query: runs of letters, digits and underscores, in lower case;
+    nothing stemmed, nothing left out."""
     return _WORD.findall(text.lower())
 
 
 @dataclasses.dataclass(frozen=True)
 class Collected:
-    """What the first pass leaves: corpus, the hash of all texts; vocabulary; and of each shard how many documents stand before its end, and its words."""
+    """What the first pass leaves. corpus: the hash of all texts. vocabulary: word -> its number.
+    ends: for each shard, how many documents stand before its end. words: of all documents."""
 
     corpus: str
     vocabulary: dict[str, int]
@@ -45,16 +48,19 @@ class Collected:
 
     @property
     def documents(self) -> int:
-        """Their number."""
+        """The number of documents."""
         return self.ends[-1]
 
 
 def collect_shards(documents: Iterable[tuple[str, str]], folder: pathlib.Path) -> Collected:
-    """Reads (title, text) of every document into shards in `folder`, behind those that are there already from the same documents.
+    """Reads (title, text) of every document into shards in `folder`, behind those that are there
+    already from the same documents.
 
-    Words are numbered as they first appear. Also writes the documents themselves (data/documents.py). Shards whose documents are not there are made anew.
-    Raises ValueError if there are none, or no words.
+    Words are numbered as they first appear. Also writes the documents themselves
+    (data/documents.py). Shards whose documents are missing are made again. Raises ValueError if
+    there are no documents, or no words.
     """
+    # The shards of an interrupted build, without which everything starts from the first document.
     shards = [
         json.loads((folder / f"{n}.json").read_text())
         for n in range(len(list(folder.glob("[0-9]*.json"))))
@@ -64,6 +70,7 @@ def collect_shards(documents: Iterable[tuple[str, str]], folder: pathlib.Path) -
         for n in reversed(range(len(shards))):
             (folder / f"{n}.json").unlink()
         shards = []
+    # Their words, in the order of their numbers.
     vocabulary: dict[str, int] = {}
     for n in range(len(shards)):
         for word in (folder / f"{n}.words").read_text(encoding="utf-8").splitlines():
@@ -76,15 +83,14 @@ def collect_shards(documents: Iterable[tuple[str, str]], folder: pathlib.Path) -
     with open(folder / CORPUS, "ab") as corpus:
         corpus.truncate(shards[-1]["bytes"] if shards else 0)
 
+        # A shard counts once its manifest is written, last.
         def close_shard() -> None:
             nonlocal done, total
             corpus.flush()
             number = len(shards)
             _write_shard(
                 folder / str(number),
-                np.array(words, np.int32),
-                np.array(lengths, np.int32),
-                np.array(sizes, np.int32),
+                *(np.array(values, np.int32) for values in (words, lengths, sizes)),
             )
             known = sum(shard["new"] for shard in shards)
             new = list(vocabulary)[known:]
@@ -99,6 +105,7 @@ def collect_shards(documents: Iterable[tuple[str, str]], folder: pathlib.Path) -
             for values in (words, lengths, sizes):
                 del values[:]
 
+        # Every document enters the hash; those of complete shards are not split into words again.
         for title, text in tqdm.tqdm(documents, desc="indexing", unit=" documents", disable=None):
             whole = f"{title}\n{text}"
             add_text(digest, whole)
@@ -117,20 +124,18 @@ def collect_shards(documents: Iterable[tuple[str, str]], folder: pathlib.Path) -
         raise ValueError("the corpus is empty: there is nothing to search")
     if not vocabulary:
         raise ValueError("no document of the corpus holds a word")
-    write_offsets(
-        np.concatenate([np.fromfile(folder / f"{n}.sizes", np.int32) for n in range(len(shards))]),
-        folder,
-    )
-    return Collected(
-        digest.hexdigest(), vocabulary, [shard["documents"] for shard in shards], total
-    )
+    # The offsets of all documents, from the sizes that each shard keeps.
+    of_shards = [np.fromfile(folder / f"{n}.sizes", np.int32) for n in range(len(shards))]
+    write_offsets(np.concatenate(of_shards), folder)
+    ends = [shard["documents"] for shard in shards]
+    return Collected(digest.hexdigest(), vocabulary, ends, total)
 
 
 def _write_shard(
     stem: pathlib.Path, words: np.ndarray, lengths: np.ndarray, sizes: np.ndarray
 ) -> None:
-    """STEM.numbers: its words, in order; .ends: where each one's postings end; .documents, .counts: the postings; .lengths, .sizes: words and bytes of each
-    document."""
+    """STEM.numbers: its words, in order; .ends: where each one's postings end; .documents, .counts:
+    the postings; .lengths, .sizes: words and bytes of each document."""
     key = words.astype(np.int64)  # word, then document
     key *= len(lengths)
     key += np.repeat(np.arange(len(lengths)), lengths)
@@ -158,11 +163,14 @@ def merge_shards(
     k1: float,
     b: float,
 ) -> np.ndarray:
-    """Calls write(documents [n] int32, scores [n] float32) with the postings of one range of words after the other -> where each word's begin, [V + 1] int64.
+    """Calls write(documents [n] int32, scores [n] float32) with the postings of one range of words
+    after the other -> where each word's begin, [V + 1] int64.
 
-    A score is idf * n / (n + k1 * (1 - b + b * length / mean length)) with idf = ln(1 + (N - df + 0.5) / (df + 0.5)), in float64 but for the idf, which is
-    rounded to float32 first, like the score itself: BM25S's arithmetic, to the bit.
+    A score is idf * n / (n + k1 * (1 - b + b * length / mean length)) with
+    idf = ln(1 + (N - df + 0.5) / (df + 0.5)), in float64 but for the idf, which is rounded to
+    float32 first, like the score itself: BM25S's arithmetic, to the bit.
     """
+    # All shards memory-mapped, and where each word's postings begin in the whole.
     shards, total = range(len(collected.ends)), collected.documents
     parts = {
         name: [_map_array(folder / f"{n}.{name}", dtype) for n in shards]
@@ -178,10 +186,9 @@ def merge_shards(
         total=int(begins[-1]), desc="merging", unit=" postings", unit_scale=True, disable=None
     ) as bar:
         while start < len(begins) - 1:
-            stop = max(
-                start + 1,
-                int(np.searchsorted(begins, begins[start] + MERGE_POSTINGS, side="right")) - 1,
-            )
+            # The next range of words: as many as MERGE_POSTINGS allow, at least one.
+            fitting = np.searchsorted(begins, begins[start] + MERGE_POSTINGS, side="right")
+            stop = max(start + 1, int(fitting) - 1)
             local = begins[start : stop + 1] - begins[start]
             idf = np.array(
                 [math.log(1 + (total - df + 0.5) / (df + 0.5)) for df in np.diff(local).tolist()],
@@ -189,25 +196,19 @@ def merge_shards(
             )
             documents, scores = np.empty(local[-1], np.int32), np.empty(local[-1], np.float32)
             free = local[:-1].copy()  # the place of each word's next posting
+            # Each shard's postings of these words go behind those of the shards before it.
             for shard, base in zip(shards, [0, *collected.ends], strict=False):
                 numbers, ends = parts["numbers"][shard], parts["ends"][shard]
                 low, high = np.searchsorted(numbers, (start, stop)).tolist()
                 if low == high:
                     continue
                 bounds = np.concatenate([[int(ends[low - 1]) if low else 0], ends[low:high]])
-                counts, words, rows = (
-                    np.diff(bounds),
-                    numbers[low:high] - start,
-                    int(bounds[-1] - bounds[0]),
-                )
-                places = np.repeat(free[words] - (bounds[:-1] - bounds[0]), counts) + np.arange(
-                    rows
-                )
+                counts, words = np.diff(bounds), numbers[low:high] - start
+                first, rows = int(bounds[0]), int(bounds[-1] - bounds[0])
+                places = np.repeat(free[words] - (bounds[:-1] - first), counts) + np.arange(rows)
                 free[words] += counts
                 document, n = (
-                    np.fromfile(
-                        folder / f"{shard}.{name}", np.int32, rows, offset=4 * int(bounds[0])
-                    )
+                    np.fromfile(folder / f"{shard}.{name}", np.int32, rows, offset=4 * first)
                     for name in ("documents", "counts")
                 )
                 n = n.astype(np.float32)

@@ -1,6 +1,8 @@
-"""Search by a server with Search-R1's /retrieve, such as `python -m stepsearch_jax.serve`: time limits, repeated attempts, many queries a request.
+"""Search by a server with Search-R1's /retrieve, such as `python -m stepsearch_jax.serve`: time
+limits, repeated attempts, many queries a request.
 
-The server must hold the same corpus, so that its ids are this program's: a document that it sends is compared with the one that has the same id here.
+The server must hold the same corpus, so that its ids are this program's: a document that it sends
+is compared with the one that has the same id here.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from stepsearch_jax.search.callback import SomeFailedError
 from stepsearch_jax.search.time_limit import limit_connections, limit_time
 
 MAX_ANSWER_BYTES = 1 << 26
-MAX_BODY_BYTES = 1 << 20  # of a request, unless a server is told otherwise
+MAX_BODY_BYTES = 1 << 20  # of a request, in a server's default settings
 _AT_ONCE = 32  # requests under way
 _SAID = {"corpus": str, "retriever": str, "settings": dict}  # of a manifest: what must not change
 _SERVER_AT_FAULT = (408, 429, 500, 502, 503, 504)  # worth another attempt
@@ -28,12 +30,13 @@ _QUERY_AT_FAULT = (400, 413)  # perhaps: worth an attempt for each half of the q
 
 
 def render_contents(document: Document) -> str:
-    """Title and text in one string, as Search-R1's corpora have them: the first line, in quotes, is the title, however many lines it has here."""
+    """Title and text in one string, as Search-R1's corpora have them: the first line is the title,
+    in quotes, with its line ends as spaces."""
     return f'"{" ".join(document.title.split())}"\n{document.text}'
 
 
 def _spell(contents: str) -> str:
-    """What two forms of one document have in common: a title may stand in quotes or not, and white space does not count."""
+    """What two forms of one document have in common: quotes and white space do not count."""
     return "".join(contents.replace('"', "").split())
 
 
@@ -42,14 +45,16 @@ class _RefusedError(ValueError):
 
 
 def read_address(url: str) -> str:
-    """A server's address in one form; Search-R1's own, which ends with /retrieve, does as well. Raises ValueError for what is none."""
+    """A server's address in one form; it may end with /retrieve, as Search-R1's does. Raises
+    ValueError for anything that is no address."""
     try:
         parsed = urllib3.util.parse_url(url.rstrip("/").removesuffix("/retrieve"))
     except urllib3.exceptions.LocationParseError:
         parsed = urllib3.util.Url()
     if parsed.scheme not in ("http", "https") or not parsed.host or parsed.query or parsed.fragment:
         raise ValueError(
-            f"{url!r} is not the address of a search server, such as http://localhost:8000 (config.search.url, or an engine remote:URL)"
+            f"{url!r} is not the address of a search server, such as http://localhost:8000 "
+            "(config.search.url, or an engine remote:URL)"
         )
     return parsed.url.rstrip("/")
 
@@ -57,9 +62,11 @@ def read_address(url: str) -> str:
 class RemoteIndex:
     """N documents that a server searches. May be searched from several threads at once.
 
-    documents: the same ones, here; corpus: their hash. attempt_s: time for one attempt's connection and again for its answer; attempts: before a search has
-    failed; backoff_s: longest first pause between two, doubled each time; batch: queries in one request. ended: is called whenever a request is answered or
-    given up. Raises ValueError for an address that is none, and for numbers that are too small.
+    documents: the same ones, here; corpus: their hash. attempt_s: time for one attempt's connection
+    and again for its answer; attempts: before a search has failed; backoff_s: longest first pause
+    between two, doubled each time; batch: queries in one request. ended: is called whenever a
+    request is answered or given up. Raises ValueError for a bad address and for numbers that are
+    too small.
     """
 
     def __init__(
@@ -75,27 +82,23 @@ class RemoteIndex:
     ):
         if not (attempt_s > 0 and attempts >= 1 and backoff_s >= 0 and batch >= 1):
             raise ValueError(
-                f"config.search.attempt_s={attempt_s} must be more than 0, attempts={attempts} and batch={batch} at least 1, and "
-                f"backoff_s={backoff_s} at least 0"
+                f"config.search.attempt_s={attempt_s} must be more than 0, attempts={attempts} and "
+                f"batch={batch} at least 1, and backoff_s={backoff_s} at least 0"
             )
         self._url, self._documents, self._ended = read_address(url), documents, ended
-        self._attempt_s, self._attempts, self._backoff_s, self._batch = (
-            attempt_s,
-            attempts,
-            backoff_s,
-            batch,
-        )
+        self._attempt_s, self._attempts, self._backoff_s = attempt_s, attempts, backoff_s
+        self._batch = batch
         self._http = limit_connections(urllib3.PoolManager(maxsize=_AT_ONCE, retries=False))
         self._threads = ThreadPoolExecutor(_AT_ONCE, "remote search")
-        self._about = {
-            "corpus": corpus
-        }  # and retriever and settings, once the server has said them
+        # Also holds retriever and settings, once the server has said them.
+        self._about = {"corpus": corpus}
 
     def __len__(self) -> int:
         return len(self._documents)
 
     def check(self) -> None:
-        """Asks the server what it holds. Raises ValueError if it does not answer or names another corpus; a server without /health is taken at its word."""
+        """Asks the server what it holds. Raises ValueError if it does not answer or names another
+        corpus; a server without /health passes."""
         try:
             manifest = self._repeat("GET", "/health", None)
         except urllib3.exceptions.HTTPError as error:
@@ -107,68 +110,59 @@ class RemoteIndex:
         self._about |= self._read_manifest(manifest)
 
     def _read_manifest(self, manifest: object) -> dict:
-        """What a server says of itself, with every answer and in /health, as far as it does: corpus, retriever and settings.
+        """The corpus, retriever and settings that a server names in /health and with every answer;
+        each may be missing.
 
-        Raises ValueError if that is another corpus than here, or a retriever or settings other than at first: another index may have taken the server's place.
+        Raises ValueError if the corpus is another one than here, or if retriever or settings have
+        changed: another index may have taken the server's place.
         """
-        said = (
-            {
-                name: manifest[name]
-                for name, kind in _SAID.items()
-                if isinstance(manifest.get(name), kind)
-            }
-            if isinstance(manifest, dict)
-            else {}
-        )
+        manifest = manifest if isinstance(manifest, dict) else {}
+        said = {
+            name: manifest[name]
+            for name, kind in _SAID.items()
+            if isinstance(manifest.get(name), kind)
+        }
         for name, value in said.items():
             first = self._about.get(name, value)
             if value != first and name == "corpus":
                 raise ValueError(
-                    f"the search server at {self._url} holds the corpus {value}, but this run needs {first}: serve an index of the same "
-                    "documents in the same order"
+                    f"the search server at {self._url} holds the corpus {value}, but this run "
+                    f"needs {first}: serve an index of the same documents in the same order"
                 )
             if value != first:
                 raise ValueError(
-                    f"the search server at {self._url} has changed: its {name}, at first {first}, is now {value}: serve the first index again, or "
-                    "start this run anew"
+                    f"the search server at {self._url} has changed: its {name}, at first {first}, "
+                    f"is now {value}: serve the first index again, or start a new run"
                 )
         return said
 
     def describe(self, k: int) -> dict:
-        """The manifest of results for k documents (`prepared.describe_search`), with what the server says of its retriever."""
-        settings = {
-            "url": self._url,
-            "retriever": self._about.get("retriever"),
-            **self._about.get("settings", {}),
-        }
+        """The manifest of results for k documents (`cache.describe_search`), with the server's
+        retriever and settings."""
+        settings = {"url": self._url, "retriever": self._about.get("retriever")}
+        settings |= self._about.get("settings", {})
         return describe_search(self._about["corpus"], len(self), "remote", k, settings)
 
     def search(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The server's k documents for each of q queries: (ids [q, k] int32, best first, -1 where there are no more; scores [q, k] float32, 0 there).
+        """The server's k documents for each of q queries: (ids [q, k] int32, best first, -1 where
+        there are no more; scores [q, k] float32, 0 there).
 
-        Raises urllib3's HTTPError when all attempts have failed, ValueError for an answer that makes no sense, or whose manifest is of another index, and
-        SomeFailedError (with the ids) where the server refuses some of the queries even alone.
+        Raises urllib3's HTTPError when all attempts have failed, ValueError for an answer that
+        makes no sense or comes from another index, and SomeFailedError (with the ids) if the server
+        refuses some of the queries even alone.
         """
-        ids, scores, refused = (
-            np.full((len(queries), k), -1, np.int32),
-            np.zeros((len(queries), k), np.float32),
-            {},
-        )
-        batches = [
-            range(start, min(start + self._batch, len(queries)))
-            for start in range(0, len(queries), self._batch)
-        ]
+        ids, scores = self._make_empty(len(queries), k)
+        refused: dict[int, str] = {}
+        every = range(len(queries))
+        batches = [every[start : start + self._batch] for start in every[:: self._batch]]
+        search_rows = lambda rows: self._search_batch(queries[rows.start : rows.stop], k)
         while batches:
-            answers = list(
-                self._threads.map(
-                    lambda rows: self._search_batch(queries[rows.start : rows.stop], k), batches
-                )
-            )
+            answers = list(self._threads.map(search_rows, batches))
             halves = []
             for rows, answer in zip(batches, answers):
                 if not isinstance(answer, str):
                     ids[rows.start : rows.stop], scores[rows.start : rows.stop] = answer
-                elif len(rows) > 1:  # perhaps for one of them alone
+                elif len(rows) > 1:  # perhaps because of only one of them
                     halves += [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
                 else:
                     refused[rows.start] = answer
@@ -181,7 +175,10 @@ class RemoteIndex:
         """Ids and scores, or why these queries cannot be asked for together."""
         body = json.dumps({"queries": list(queries), "topk": k, "return_scores": True})
         if len(body) > MAX_BODY_BYTES:
-            return f"a request of {len(body)} bytes is longer than the {MAX_BODY_BYTES} that a server takes"
+            return (
+                f"a request of {len(body)} bytes is longer than the {MAX_BODY_BYTES} "
+                "that a server takes"
+            )
         try:
             answer = self._repeat("POST", "/retrieve", body)
         except _RefusedError as refusal:
@@ -189,29 +186,22 @@ class RemoteIndex:
         finally:
             self._ended()
         self._read_manifest(answer.get("manifest") if isinstance(answer, dict) else None)
-        ids, scores = (
-            np.full((len(queries), k), -1, np.int32),
-            np.zeros((len(queries), k), np.float32),
-        )
+        ids, scores = self._make_empty(len(queries), k)
         try:
-            for row, found in enumerate(zip(answer["result"], queries, strict=True)):
-                for place, entry in enumerate(found[0]):
-                    ids[row, place], scores[row, place] = (
-                        self._read_id(entry["document"]),
-                        entry["score"],
-                    )
-        except (
-            TypeError,
-            KeyError,
-            IndexError,
-            AttributeError,
-            ValueError,
-            OverflowError,
-        ) as error:
+            for row, (found, _) in enumerate(zip(answer["result"], queries, strict=True)):
+                for place, entry in enumerate(found):
+                    ids[row, place] = self._read_id(entry["document"])
+                    scores[row, place] = entry["score"]
+        except (TypeError, LookupError, AttributeError, ValueError, OverflowError) as error:
             raise ValueError(
-                f"the answer of {self._url} has not the form of /retrieve ({type(error).__name__}: {error})"
+                f"the answer of {self._url} has not the form of /retrieve "
+                f"({type(error).__name__}: {error})"
             ) from None
         return ids, scores
+
+    @staticmethod
+    def _make_empty(queries: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+        return np.full((queries, k), -1, np.int32), np.zeros((queries, k), np.float32)
 
     def _read_id(self, shown: dict) -> int:
         number = int(shown["id"])
@@ -219,11 +209,10 @@ class RemoteIndex:
             raise ValueError(
                 f"document {number} is none of the {len(self._documents)} of the corpus"
             )
-        sent = (
-            shown["contents"]
-            if "contents" in shown
-            else render_contents(Document(number, shown["title"], shown["text"]))
-        )
+        if "contents" in shown:
+            sent = shown["contents"]
+        else:
+            sent = render_contents(Document(number, shown["title"], shown["text"]))
         if _spell(sent) != _spell(render_contents(self._documents[number])):
             raise ValueError(
                 f"document {number} of the server is another one than here: it holds another corpus"
@@ -231,7 +220,8 @@ class RemoteIndex:
         return number
 
     def _repeat(self, method: str, path: str, body: str | None):
-        """The answer of the first attempt that succeeds. Pauses are random, so that many clients do not come back at once."""
+        """The answer of the first attempt that succeeds. Pauses are random, so that many clients do
+        not return at once."""
         for attempt in range(self._attempts):
             try:
                 return self._ask(method, path, body)
@@ -272,7 +262,8 @@ class RemoteIndex:
             return json.loads(raw)
         except (ValueError, RecursionError) as error:
             raise ValueError(
-                f"the answer of {self._url} is not JSON ({error}): {raw[:200].decode(errors='replace')!r}"
+                f"the answer of {self._url} is not JSON ({error}): "
+                f"{raw[:200].decode(errors='replace')!r}"
             ) from None
 
 
@@ -286,7 +277,7 @@ def open_remote(
     batch: int,
     ended: Callable[[], None] = lambda: None,
 ) -> RemoteIndex:
-    """A `RemoteIndex` whose server has been asked what it holds. Raises ValueError as that does."""
+    """A `RemoteIndex` after its `check`. Raises ValueError as both do."""
     index = RemoteIndex(url, documents, corpus, attempt_s, attempts, backoff_s, batch, ended)
     index.check()
     return index

@@ -1,4 +1,5 @@
-"""A time limit for a whole HTTP request. urllib3 and requests only limit each wait for the other side, which may send a byte now and then for ever."""
+"""A time limit for a whole HTTP request. urllib3 and requests only limit each wait for the other
+side, which may send a byte now and then for ever."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 
 import urllib3
 
-_of_thread = threading.local()  # limit: the one under which this thread works
+_of_thread = threading.local()  # .limit: the one under which this thread works
 
 
 class _Limit:
@@ -51,17 +52,11 @@ def limit_connections(manager: urllib3.PoolManager) -> urllib3.PoolManager:
     """The manager; its connections from now on obey `limit_time`, and work within it alone."""
 
     def limit(pool: type) -> type:
-        if issubclass(pool.ConnectionCls, _Limited):
+        connection = pool.ConnectionCls
+        if issubclass(connection, _Limited):
             return pool
-        return type(
-            pool.__name__,
-            (pool,),
-            {
-                "ConnectionCls": type(
-                    pool.ConnectionCls.__name__, (_Limited, pool.ConnectionCls), {}
-                )
-            },
-        )
+        limited = type(connection.__name__, (_Limited, connection), {})
+        return type(pool.__name__, (pool,), {"ConnectionCls": limited})
 
     manager.pool_classes_by_scheme = {
         scheme: limit(pool) for scheme, pool in manager.pool_classes_by_scheme.items()
@@ -71,9 +66,11 @@ def limit_connections(manager: urllib3.PoolManager) -> urllib3.PoolManager:
 
 @contextlib.contextmanager
 def limit_time(seconds: float) -> Iterator[None]:
-    """Within the context this thread's request may take so long, up to the last byte that is read of its answer; then urllib3's TimeoutError is raised.
+    """Within the context this thread's request may take so long, up to the last byte of its answer;
+    then urllib3's TimeoutError is raised.
 
-    Only the attempt to connect is not cut short: urllib3 has a time limit for it, for each address of the server's name and for TLS.
+    Only the attempt to connect is not cut short: urllib3 has a time limit for it, for each address
+    of the server's name and for TLS.
     """
     limit = _of_thread.limit = _Limit()
     timer = threading.Timer(seconds, limit.end)
@@ -89,9 +86,6 @@ def limit_time(seconds: float) -> Iterator[None]:
     finally:
         timer.cancel()
         del _of_thread.limit
-    if (
-        limit.over
-    ):  # also without an error: an answer of no given length ends where its socket is shut
-        raise urllib3.exceptions.TimeoutError(
-            f"the answer took longer than {seconds:g} s"
-        ) from error
+    if limit.over:  # also without an error: an answer of no given length ends with its socket
+        message = f"the answer took longer than {seconds:g} s"
+        raise urllib3.exceptions.TimeoutError(message) from error
