@@ -132,7 +132,7 @@ def make_app(engine: Engine, default_topk: int, limits: Limits) -> Starlette:
         # ASCII only, so that halves of surrogate pairs pass.
         return Response(json.dumps(value), status, media_type="application/json")
 
-    # A request's way: its body, read within the limits; the search, in a thread; the answer.
+    # A request: its body is read within the limits, a thread searches, the answer is sent.
     async def read_body(request: Request) -> bytes:
         body = bytearray()
         try:
@@ -322,7 +322,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     options = cli.parse_flags(parser, arguments)
     limits = Limits(**{name: getattr(options, f"max_{name}") for name in FLAGS})
-    # What can be wrong with them, the index and the address: found before anything is served.
+    # Bad flags, a missing index and a taken address are reported before anything is served.
     with cli.one_line_errors("run the same command again; what is already prepared is kept"):
         for name, value in dataclasses.asdict(limits).items():
             if not value >= (0 if name == "waiting" else 1e-3 if name == "transfer_seconds" else 1):

@@ -378,7 +378,7 @@ def test_a_damaged_index_is_named_with_what_to_do(tmp_path, name, damage):
 
 
 def test_odd_characters(tmp_path):
-    """JSON may hold line separators and pairs of surrogates, and Search-R1's corpus holds contents only."""
+    """JSON may hold line separators and surrogate pairs. Search-R1's corpus has contents only."""
     rows = [
         {"id": "0", "contents": '"Po"\nThe Po is \U0001f30a a river.'},
         {"title": "Rome", "text": "a\u2028city"},

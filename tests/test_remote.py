@@ -240,8 +240,8 @@ def test_the_end_of_every_request_is_reported(url, index):
 
 
 def test_many_long_queries_are_asked_for_in_requests_that_servers_take(url, index):
-    """4,096 characters, the longest allowed, take up to 49,152 bytes of a request; a server may hang
-    up on a longer request before it is sent."""
+    """4,096 characters, the longest allowed, take up to 49,152 bytes of a request. A server may
+    hang up on a longer request before it is sent."""
     queries = [
         ("w1é " + sign * 5000)[: MAX_QUERY_CHARACTERS - n] for n, sign in enumerate("漢😀" * 32)
     ]

@@ -1,4 +1,5 @@
-"""The search callback: fixed shapes, observations from integer copies, failures that never raise; the watchdog; the corpus as tokens."""
+"""The search callback: fixed shapes, observations from integer copies, failures that never raise;
+the corpus as tokens."""
 
 import functools
 import threading
@@ -50,33 +51,25 @@ def make_callback(search, budget=20, documents=DOCUMENTS):
 
 
 def call(callback, *queries):
-    """Calls with one row for each query (a list of token ids, or None = not wanted); returns rows as lists: (observation, doc_ids, ok)."""
-    tokens = np.full(
-        (len(queries), 4), 7, np.int32
-    )  # what stands beyond a query's length must not matter
+    """Calls with one row for each query (a list of token ids, or None = not wanted) -> rows as
+    lists: (observation, doc_ids, ok)."""
+    # The 7 beyond a query's length must not matter.
+    tokens = np.full((len(queries), 4), 7, np.int32)
     for row, query in enumerate(queries):
         tokens[row, : len(query or ())] = query or ()
-    out = callback(
-        tokens, array(*(len(q or ()) for q in queries)), np.array([q is not None for q in queries])
-    )
-    observations, lengths, doc_ids, ok = out
-    rows = len(queries)
-    assert [a.shape for a in out] == [
-        (rows, callback.max_observation_tokens),
-        (rows,),
-        (rows, 2),
-        (rows,),
-    ]
-    assert [a.dtype for a in out] == [np.int32, np.int32, np.int32, bool]
-    for observation, length in zip(observations, lengths, strict=True):
+    lengths = array(*(len(query or ()) for query in queries))
+    out = callback(tokens, lengths, np.array([query is not None for query in queries]))
+    rows, width = len(queries), callback.max_observation_tokens
+    assert [field.shape for field in out] == [(rows, width), (rows,), (rows, 2), (rows,)]
+    assert [field.dtype for field in out] == [np.int32, np.int32, np.int32, bool]
+    results = []
+    for observation, length, doc_ids, ok in zip(*out, strict=True):
         assert (observation[length:] == 0).all()
-    return [
-        (o[:n].tolist(), d.tolist(), bool(k))
-        for o, n, d, k in zip(observations, lengths, doc_ids, ok, strict=True)
-    ]
+        results.append((observation[:length].tolist(), doc_ids.tolist(), bool(ok)))
+    return results
 
 
-# ---- observations --------------------------------------------------------------------------------------------------------------------------------
+# ---- observations ----
 
 
 @pytest.mark.parametrize(
@@ -84,14 +77,10 @@ def call(callback, *queries):
     [
         (20, [1, 11, 100, 101, 102, 12, 300, 301, 302, 303, 304, 305, 2, 3]),  # everything fits
         (14, [1, 11, 100, 101, 102, 12, 300, 301, 302, 303, 304, 305, 2, 3]),  # exactly
-        (
-            12,
-            [1, 11, 100, 101, 102, 12, 300, 301, 302, 303, 2, 3],
-        ),  # 7 tokens: 3 of document 0, which leaves 4
-        (
-            10,
-            [1, 11, 100, 101, 102, 12, 300, 301, 2, 3],
-        ),  # 5 tokens: the odd one goes to the better document
+        # 7 tokens: 3 of document 0, which leaves 4.
+        (12, [1, 11, 100, 101, 102, 12, 300, 301, 302, 303, 2, 3]),
+        # 5 tokens: the odd one goes to the better document.
+        (10, [1, 11, 100, 101, 102, 12, 300, 301, 2, 3]),
         (5, [1, 11, 12, 2, 3]),
     ],
 )
@@ -102,15 +91,14 @@ def test_documents_share_the_budget(budget, expected):
 def test_fewer_documents_and_none():
     assert build_observation(ENVIRONMENT, [DOCUMENTS[1]], 20).tolist() == [1, 11, 200, 2, 3]
     assert build_observation(ENVIRONMENT, [], 20).tolist() == NOTHING
-    with pytest.raises(
-        ValueError, match="fixed texts take 5 tokens, more than max_observation_tokens=4"
-    ):
+    with pytest.raises(ValueError, match="5 tokens, .*max_observation_tokens=4"):
         build_observation(ENVIRONMENT, [], 4)
 
 
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=6), st.integers(0, 90))
 def test_share_out_by_single_tokens(lengths, room):
-    """Oracle: hand out one token at a time, in rounds, best rank first, to every document that still wants one."""
+    """Oracle: hand out one token at a time, in rounds, best rank first, to every document that
+    still wants one."""
     shares = [0] * len(lengths)
     while room > 0 and shares != lengths:
         for i in range(len(lengths)):
@@ -120,7 +108,7 @@ def test_share_out_by_single_tokens(lengths, room):
     assert share_out(lengths, sum(shares) + room) == shares
 
 
-# ---- the callback --------------------------------------------------------------------------------------------------------------------------------
+# ---- the callback ----
 
 
 def test_rows_by_hand_and_duplicates_searched_once():
@@ -142,23 +130,16 @@ def test_rows_by_hand_and_duplicates_searched_once():
         (NOTHING, [-1, -1], True),  # an empty query: never searched
     ]
     counts = callback.take_counts()
-    assert (counts.calls, counts.searches, counts.failed, counts.first_error) == (
-        1,
-        5,
-        0,
-        "",
-    ) and counts.seconds > 0
+    assert (counts.calls, counts.searches, counts.failed, counts.first_error) == (1, 5, 0, "")
+    assert counts.seconds > 0
     assert callback.take_counts() == SearchCounts()
 
 
 def test_nothing_wanted_searches_nothing():
     rows = call(make_callback(lambda queries: pytest.fail("searched")), None, None)
     assert rows == [([], [-1, -1], True)] * 2
-    assert call(make_callback(lambda queries: pytest.fail("searched")), [], None)[0] == (
-        NOTHING,
-        [-1, -1],
-        True,
-    )
+    rows = call(make_callback(lambda queries: pytest.fail("searched")), [], None)
+    assert rows[0] == (NOTHING, [-1, -1], True)
 
 
 def test_gaps_in_the_ids_are_closed():
@@ -187,14 +168,8 @@ def raise_error(error):
         (lambda queries: raise_error(RuntimeError("index gone")), "RuntimeError: index gone"),
         (lambda queries: raise_error(SystemExit(3)), "SystemExit: 3"),
         (lambda queries: np.array([[3, -1]]), "IndexError"),  # no such document
-        (
-            lambda queries: np.array([[1, 0, 2]]),
-            "ValueError: the search returned int64 (1, 3); expected integer ids of shape (1, 2)",
-        ),
-        (
-            lambda queries: np.array([[1.0, 0.0]]),
-            "ValueError: the search returned float64 (1, 2); expected integer ids of shape (1, 2)",
-        ),
+        (lambda queries: np.array([[1, 0, 2]]), "ValueError: the search returned int64 (1, 3)"),
+        (lambda queries: np.array([[1.0, 0.0]]), "ValueError: the search returned float64 (1, 2)"),
         (lambda queries: None, "ValueError: the search returned object ()"),
     ],
 )
@@ -207,15 +182,12 @@ def test_failures_never_raise(search, message):
     ]
     call(callback, None)
     counts = callback.take_counts()
-    assert (counts.calls, counts.searches, counts.failed) == (
-        2,
-        2,
-        2,
-    ) and counts.first_error.startswith(message)
+    assert (counts.calls, counts.searches, counts.failed) == (2, 2, 2)
+    assert counts.first_error.startswith(message)
 
 
 def test_a_failure_halfway_leaves_no_half_written_rows():
-    """The first query's documents are fine, the second's do not exist: all rows of the call fail alike."""
+    """The first query's documents are fine, the second's do not exist: all rows fail alike."""
     callback = make_callback(lambda queries: np.array([[1, 0], [9, -1]]))
     assert call(callback, [1], [2]) == [(FAILED, [-1, -1], False)] * 2
 
@@ -226,10 +198,8 @@ def test_queries_may_fail_alone():
         raise SomeFailedError(np.array([[1, 0], [-1, -1], [2, -1]]), {1: "ValueError: too odd"})
 
     callback = make_callback(search)
-    first, third = (
-        ([1, 11, 200, 12, 100, 101, 102, 2, 3], [1, 0], True),
-        ([1, 11, 300, 301, 302, 303, 304, 305, 2, 3], [2, -1], True),
-    )
+    first = ([1, 11, 200, 12, 100, 101, 102, 2, 3], [1, 0], True)
+    third = ([1, 11, 300, 301, 302, 303, 304, 305, 2, 3], [2, -1], True)
     assert call(callback, [1], [1, 2], [2], [1, 2]) == [
         first,
         (FAILED, [-1, -1], False),
@@ -247,15 +217,9 @@ def test_engines_see_the_beginning_of_a_long_query():
         "é" * MAX_QUERY_CHARACTERS + "a",
         "é" * MAX_QUERY_CHARACTERS + "b",
     ]
-    callback = make_search_callback(
-        lambda queries: asked.append(queries) or np.array([[1, -1]] * len(queries)),
-        lambda ids: texts[ids[0]],
-        DOCUMENTS,
-        ENVIRONMENT,
-        20,
-        2,
-        WATCHDOG,
-    )
+    search = lambda queries: asked.append(queries) or np.array([[1, -1]] * len(queries))
+    read = lambda ids: texts[ids[0]]
+    callback = make_search_callback(search, read, DOCUMENTS, ENVIRONMENT, 20, 2, WATCHDOG)
     assert [ok for _, _, ok in call(callback, [0], [1], [2])] == [True] * 3
     assert asked == [["x" * MAX_QUERY_CHARACTERS, "é" * MAX_QUERY_CHARACTERS]]
 
@@ -295,12 +259,11 @@ def test_threads_at_once():
 
 
 def test_environment_must_fit():
-    with pytest.raises(ValueError, match="texts for 2 ranks, but a search returns 3 documents"):
-        make_search_callback(
-            lambda queries: None, read_letters, DOCUMENTS, ENVIRONMENT, 20, 3, WATCHDOG
-        )
-    with pytest.raises(ValueError, match="more than max_observation_tokens=4"):
-        make_callback(lambda queries: None, budget=4)
+    search = lambda queries: None
+    with pytest.raises(ValueError, match="2 ranks, .* 3 documents"):
+        make_search_callback(search, read_letters, DOCUMENTS, ENVIRONMENT, 20, 3, WATCHDOG)
+    with pytest.raises(ValueError, match="max_observation_tokens=4"):
+        make_callback(search, budget=4)
 
 
 def test_with_a_real_index_and_tokenizer(tmp_path):
@@ -319,26 +282,20 @@ def test_with_a_real_index_and_tokenizer(tmp_path):
     index = build_index(documents, tmp_path / "index", 0.9, 0.4)
     environment = templates.encode_environment(tokenizer.encode, 2)
     decode = functools.partial(decode_query, token_bytes=tokenizer.token_bytes)
-    callback = make_search_callback(
-        lambda queries: index.search(queries, 2)[0],
-        decode,
-        document_tokens,
-        environment,
-        64,
-        2,
-        WATCHDOG,
-    )
+    search = lambda queries: index.search(queries, 2)[0]
+    callback = make_search_callback(search, decode, document_tokens, environment, 64, 2, WATCHDOG)
     ids = tokenizer.encode("<search> city of Rome</search>\n")
     query = np.zeros((2, 40), np.int32)
     query[0, : len(ids)] = ids
     tokens, length, doc_ids, ok = callback(query, array(len(ids), 0), np.array([True, False]))
     assert ok.tolist() == [True, True] and doc_ids.tolist() == [[1, 2], [-1, -1]] and length[1] == 0
     assert tokenizer.decode(tokens[0, : length[0]]) == (
-        "\n<information>\n Doc 1 <## Title: Rome ##> Rome is a city.\n Doc 2 <## Title: City ##> A city is large.\n</information>\n"
+        "\n<information>\n Doc 1 <## Title: Rome ##> Rome is a city.\n"
+        " Doc 2 <## Title: City ##> A city is large.\n</information>\n"
     )
 
 
-# ---- the corpus as tokens ------------------------------------------------------------------------------------------------------------------------
+# ---- the corpus as tokens ----
 
 
 def test_corpus_tokens_round_trip_and_reuse(tmp_path):

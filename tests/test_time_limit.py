@@ -25,7 +25,7 @@ DRIPS = {  # what is sent at once, and what again and again
 
 @contextlib.contextmanager
 def dripping(before: bytes, drop: bytes):
-    """A server that answers every request with `before`, and then with a drop now and then -> its address."""
+    """A server that answers every request with `before`, then repeats `drop` -> its address."""
     listener, stop = socket.create_server(("127.0.0.1", 0)), threading.Event()
 
     def answer(client):

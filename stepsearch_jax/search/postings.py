@@ -60,7 +60,7 @@ def collect_shards(documents: Iterable[tuple[str, str]], folder: pathlib.Path) -
     (data/documents.py). Shards whose documents are missing are made again. Raises ValueError if
     there are no documents, or no words.
     """
-    # The shards of an interrupted build, without which everything starts from the first document.
+    # Shards that an interrupted build left; useless if the documents that belong to them are gone.
     shards = [
         json.loads((folder / f"{n}.json").read_text())
         for n in range(len(list(folder.glob("[0-9]*.json"))))

@@ -194,7 +194,7 @@ class RemoteIndex:
                     scores[row, place] = entry["score"]
         except (TypeError, LookupError, AttributeError, ValueError, OverflowError) as error:
             raise ValueError(
-                f"the answer of {self._url} has not the form of /retrieve "
+                f"the answer of {self._url} does not have the form of /retrieve "
                 f"({type(error).__name__}: {error})"
             ) from None
         return ids, scores
