@@ -134,7 +134,7 @@ def test_index_is_kept_while_nothing_changes_and_rebuilt_otherwise(tmp_path):
     folder = tmp_path / "deep" / "index"
 
     def build(texts, b):
-        """Whether the folder was made anew, and where "po" is."""
+        """Whether the folder was made again, and where "po" is."""
         if folder.is_dir():
             (folder / "mark").touch()
         found = build_index(make_documents(*texts), folder, K1, b).search(["po"], 1)[0].item()

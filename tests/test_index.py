@@ -264,7 +264,7 @@ def test_an_end_at_the_last_step_loses_nothing(tmp_path, small_pieces, monkeypat
     assert sorted(file.name for file in tmp_path.iterdir()) == ["c.jsonl", "index", "oracle"]
 
 
-def test_shards_without_their_documents_are_made_anew(tmp_path, small_pieces, monkeypatch):
+def test_shards_without_their_documents_are_made_again(tmp_path, small_pieces, monkeypatch):
     from stepsearch_jax.search import bm25
 
     documents = [Document(d.id, d.title, d.text or "?") for d in draw_documents(120, 1)]
@@ -296,7 +296,7 @@ def test_a_build_interrupted_while_merging_splits_nothing_again(
     assert len(index_files([path], tmp_path / "index", K1, B)) == 120
 
 
-def test_other_files_or_settings_begin_anew(tmp_path, small_pieces, monkeypatch):
+def test_other_files_or_settings_start_over(tmp_path, small_pieces, monkeypatch):
     from stepsearch_jax.search import bm25
 
     documents = draw_documents(120, 1)

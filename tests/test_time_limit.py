@@ -77,7 +77,7 @@ def test_answers_in_time_and_other_errors_are_left_alone():
         for _ in range(2):
             with limit_time(0.2):
                 assert http.request("GET", url).data == b"ok"
-            time.sleep(0.3)  # the limit would be over; the connection goes on
+            time.sleep(0.3)  # longer than the limit; the connection stays
         assert http.connection_from_url(url).num_connections == 1
         with pytest.raises(KeyError), limit_time(5.0):
             raise KeyError
