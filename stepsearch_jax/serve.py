@@ -287,7 +287,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Serves until it is stopped. An error that a user can correct ends it with one line (SystemExit)."""
+    """Serves until it is stopped. An error that a user can correct ends it with one line."""
     # The flags.
     parser = cli.make_parser("serve", __doc__)
     what = parser.add_mutually_exclusive_group(required=True)
