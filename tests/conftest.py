@@ -3,8 +3,12 @@
 import os
 import pathlib
 
-# optimised compiling would take most of the tests' time
-COMPILE_FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+# Compiling takes most of the tests' time: without optimisation, and with XLA's older emitters, it
+# takes half as long.
+COMPILE_FAST = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    " --xla_cpu_use_fusion_emitters=false"
+)
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
@@ -16,27 +20,29 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
-LONGEST = (
-    "test_shipped_warm_start.py"  # runs first: as the last, it would keep one worker busy alone
-)
+MARKERS = ("slow", "nightly")  # tests with one of them run on request only
+# Files that take long run first: as the last, they would keep one worker busy alone.
+LONGEST = ("test_shipped_warm_start.py", "test_learner.py", "test_models.py")
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--slow",
-        action="store_true",
-        default=os.environ.get("SLOW") == "1",
-        help="also run the tests marked slow",
-    )
+    for marker in MARKERS:
+        parser.addoption(
+            f"--{marker}",
+            action="store_true",
+            default=os.environ.get(marker.upper()) == "1",
+            help=f"also run the tests marked {marker}",
+        )
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--slow"):
-        skip = pytest.mark.skip(reason="slow: run with --slow or SLOW=1")
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(skip)
-    items.sort(key=lambda item: item.path.name != LONGEST)
+    for marker in MARKERS:
+        if not config.getoption(f"--{marker}"):
+            reason = f"{marker}: run with --{marker} or {marker.upper()}=1"
+            for item in items:
+                if marker in item.keywords:
+                    item.add_marker(pytest.mark.skip(reason=reason))
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(scope="session")
