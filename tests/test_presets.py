@@ -12,7 +12,7 @@ import tiny_config
 from configs import base
 from stepsearch_jax import checkpoint, sharding, train
 from stepsearch_jax.models.transformer import Policy
-from stepsearch_jax.rl import learner
+from stepsearch_jax.rl.model_state import init_params
 from stepsearch_jax.run import start
 from stepsearch_jax.run.checks import check_config
 from stepsearch_jax.run.settings import learner_settings, make_optimizers
@@ -154,7 +154,7 @@ def test_a_run_and_its_continuation(tmp_path, tmp_path_factory, change):
     for name, leaf in finals[0].items():
         np.testing.assert_array_equal(finals[1][name], leaf, err_msg=name)
     system = build_system(config, ["train"])
-    params, _ = learner.init_params(
+    params, _ = init_params(
         Policy(system.learner_model), system.mesh, dict(config.mesh.train_rules), jax.random.key(0)
     )
     before = checkpoint.load_params(tmp_path / "whole" / "start", params, "none")

@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from stepsearch_jax import checkpoint, sharding
 from stepsearch_jax.models.transformer import Policy, Value
 from stepsearch_jax.rl import learner
+from stepsearch_jax.rl.model_state import init_model_state
 from stepsearch_jax.types import TrainState
 
 TRAIN_RULES = tiny.ROLLOUT_RULES | {"embed": "fsdp"}
@@ -294,7 +295,7 @@ def make_state(mesh, seed: int) -> TrainState:
     for model in (Policy(tiny.CONFIG), Value(tiny.CONFIG)):
         specs = sharding.partition_specs(tiny.make_boxes(model), TRAIN_RULES)
         params = jax.device_put(tiny.draw_params(model, seed), sharding.shardings(mesh, specs))
-        states.append(learner.init_model_state(optimizer, mesh, params, specs))
+        states.append(init_model_state(optimizer, mesh, params, specs))
     numbers = dict(
         iteration=jnp.int32(0), position=jnp.int32(0), kl_coef=jnp.float32(0), skipped=jnp.int32(0)
     )

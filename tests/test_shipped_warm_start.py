@@ -15,7 +15,7 @@ from conftest import REPO
 from configs import atlas_quickstart
 from stepsearch_jax import checkpoint
 from stepsearch_jax.models.transformer import Policy
-from stepsearch_jax.rl import learner
+from stepsearch_jax.rl.model_state import init_params
 from stepsearch_jax.rl.sft import make_sft, make_sft_optimizer
 from stepsearch_jax.run.demonstrations import demonstrate
 from stepsearch_jax.run.system import build_system
@@ -57,7 +57,7 @@ def held_out(tmp_path_factory):
     )
     _, held_out_loss = make_sft(system.learner_model, optimizer)
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    abstract_params, _ = learner.init_params(
+    abstract_params, _ = init_params(
         Policy(system.learner_model), mesh, dict(config.mesh.train_rules), jax.random.key(0)
     )
 

@@ -16,7 +16,7 @@ from stepsearch_jax.evaluation import greedy
 from stepsearch_jax.models.huggingface import export_policy
 from stepsearch_jax.models.transformer import Policy
 from stepsearch_jax.records import TurnStatus
-from stepsearch_jax.rl import learner
+from stepsearch_jax.rl.model_state import describe_params, init_params
 from stepsearch_jax.rollout.scripted import PERFECT, run_script
 from stepsearch_jax.rollout.text import to_episodes
 from stepsearch_jax.run import start
@@ -358,7 +358,7 @@ def test_the_start_is_given_kept_and_read_again(system, tmp_path):
         jax.random.key(2),
         dict(system.config.mesh.train_rules),
     )
-    abstract_params, specs = learner.describe_params(policy, system.mesh, rules)
+    abstract_params, specs = describe_params(policy, system.mesh, rules)
 
     def start(checkpoint_folder):
         with system.config.unlocked():
@@ -376,7 +376,7 @@ def test_the_start_is_given_kept_and_read_again(system, tmp_path):
         np.testing.assert_array_equal(
             start(folder)["params"]["lm_head"], given["params"]["lm_head"]
         )
-    fresh, _ = learner.init_params(policy, system.mesh, rules, key)
+    fresh, _ = init_params(policy, system.mesh, rules, key)
     jax.tree.map(
         np.testing.assert_array_equal,
         warm_start(system, abstract_params, specs, key, tmp_path / "other"),

@@ -26,7 +26,7 @@ from stepsearch_jax.benchmark.timing import time_call
 from stepsearch_jax.models.huggingface import export_policy, open_checkpoint
 from stepsearch_jax.models.transformer import Policy
 from stepsearch_jax.models.weights import load_policy
-from stepsearch_jax.rl.learner import describe_params
+from stepsearch_jax.rl.model_state import describe_params
 
 ROWS, TOKENS = 4, 64  # of the made-up texts
 MIB = 2**20

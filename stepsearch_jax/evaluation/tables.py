@@ -38,7 +38,7 @@ from stepsearch_jax.files import write_json, write_text
 from stepsearch_jax.models.transformer import Policy
 from stepsearch_jax.models.weights import load_policy
 from stepsearch_jax.report.page import format_number, write_report
-from stepsearch_jax.rl.learner import describe_params
+from stepsearch_jax.rl.model_state import describe_params
 from stepsearch_jax.run.corpus import read_texts
 from stepsearch_jax.run.folder import check_readable
 from stepsearch_jax.run.start import begin_run, make_sampler

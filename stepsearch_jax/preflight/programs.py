@@ -21,6 +21,7 @@ from stepsearch_jax.preflight.lengths import Rollout
 from stepsearch_jax.prompting.tags import make_tag_automaton
 from stepsearch_jax.prompting.templates import encode_environment
 from stepsearch_jax.rl import learner
+from stepsearch_jax.rl.model_state import describe_model_state, describe_params
 from stepsearch_jax.rollout.episode import Environment, Prompts
 from stepsearch_jax.rollout.programs import make_rollout, make_rollout_copy
 from stepsearch_jax.run.checks import check_config, check_sampling
@@ -126,15 +127,15 @@ def describe_parts(config: ml_collections.ConfigDict, mesh: Mesh) -> Parts:
     model, rollout_model = describe_models(config, round_vocabulary(config.model.vocab_size))
     rules = dict(config.mesh.train_rules)
     policy_optimizer, value_optimizer = make_optimizers(config, config.iterations)
-    params, specs = learner.describe_params(Policy(model), mesh, rules)
-    policy = learner.describe_model_state(policy_optimizer, mesh, params, specs)
+    params, specs = describe_params(Policy(model), mesh, rules)
+    policy = describe_model_state(policy_optimizer, mesh, params, specs)
     value = None
     if value_optimizer is not None:
-        value_params = learner.describe_params(Value(model), mesh, rules)
-        value = learner.describe_model_state(value_optimizer, mesh, *value_params)
+        value_params = describe_params(Value(model), mesh, rules)
+        value = describe_model_state(value_optimizer, mesh, *value_params)
 
     # Rollout: its copy of the policy, and one shard's cache.
-    rollout_params, _ = learner.describe_params(Policy(rollout_model), mesh, sharding.ROLLOUT_RULES)
+    rollout_params, _ = describe_params(Policy(rollout_model), mesh, sharding.ROLLOUT_RULES)
     rollout_copy = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, rollout_model.dtype, sharding=x.sharding),
         rollout_params,

@@ -1,16 +1,19 @@
-"""The mathematics of StePPO as pure jitted functions: advantages and losses. docs/losses.md derives them and shows their use."""
+"""The mathematics of StePPO as pure jitted functions: advantages and losses.
+
+docs/losses.md derives them and shows their use.
+"""
 
 from stepsearch_jax.rl.advantages import (
-    adapt_kl_coef,
     estimate_advantages,
     gae,
     grpo,
-    kl_penalty,
     rloo,
     stepwise_advantages,
     turn_gae,
     turn_return,
+    uses_critic,
 )
+from stepsearch_jax.rl.kl import adapt_kl_coef, bounded_log_ratio, kl_penalty
 from stepsearch_jax.rl.losses import (
     aggregate,
     entropy_bonus,
@@ -24,6 +27,7 @@ from stepsearch_jax.rl.losses import (
 __all__ = [
     "adapt_kl_coef",
     "aggregate",
+    "bounded_log_ratio",
     "entropy_bonus",
     "estimate_advantages",
     "gae",
@@ -37,5 +41,6 @@ __all__ = [
     "stepwise_ppo_loss",
     "turn_gae",
     "turn_return",
+    "uses_critic",
     "value_loss",
 ]

@@ -1,7 +1,8 @@
 """The learner: scoring a rollout, and the optimiser steps on it, as jitted functions on the mesh.
 
-Rows are only ever split by stride (row r belongs to part r mod n), which is local to every shard and the same on every mesh; losses are divided by the count
-of the whole minibatch, so neither the mesh nor the micro-batch size changes an update.
+Rows are only ever split by stride (row r belongs to part r mod n), which is local to every shard
+and the same on every mesh. Losses are divided by the count of the whole minibatch. So neither the
+mesh nor the micro-batch size changes an update.
 """
 
 from __future__ import annotations
@@ -9,19 +10,17 @@ from __future__ import annotations
 import dataclasses
 from functools import partial
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from stepsearch_jax import sharding
 from stepsearch_jax.choices import check_choice
 from stepsearch_jax.masking import masked_mean, masked_var
 from stepsearch_jax.models.architecture import ModelConfig
 from stepsearch_jax.models.scoring import score_answers, score_tokens, score_values
 from stepsearch_jax.models.transformer import Policy, Value
-from stepsearch_jax.rl.advantages import adapt_kl_coef, stepwise_advantages, uses_critic
+from stepsearch_jax.rl.advantages import stepwise_advantages, uses_critic
+from stepsearch_jax.rl.kl import adapt_kl_coef
 from stepsearch_jax.rl.losses import (
     entropy_bonus,
     kl_loss,
@@ -34,7 +33,10 @@ from stepsearch_jax.types import Batch, ModelState, TrainState, Trajectory
 
 @dataclasses.dataclass(frozen=True)
 class LearnerSettings:
-    """The static choices of an update; meanings in `configs/base.py` (rl, and of reward placement and outcome_overwrites)."""
+    """The static choices of an update, as configs/base.py explains them.
+
+    They are keys of config.rl, and placement and outcome_overwrites of config.reward.
+    """
 
     advantage: str
     gamma: float
@@ -71,11 +73,14 @@ def make_optimizer(
     weight_decay: float,
     max_grad_norm: float,
 ) -> optax.GradientTransformation:
-    """AdamW or SGD behind global-norm clipping; the rate rises linearly over the first `warmup` share of the iterations, then stays.
+    """AdamW or SGD behind global-norm clipping, with a linear warm-up and then a constant rate.
 
-    Schedules count iterations, as the released code's do: an optimiser step of iteration i uses rate * min(1, (i + 1) / (warmup * iterations)). A step that is
-    skipped is not counted.
-    Reference: the paper's rates are 7e-7 (policy) and 7e-6 (value) with warm-ups of 0.285 and 0.015; the released script's 5e-7 for both, with 0.285 and 0.05.
+        rate_i = learning_rate * min(1, (i + 1) / (warmup * iterations))    in iteration i
+
+    warmup: share of the iterations. Schedules count iterations, as the released code's do; a
+    skipped step is not counted.
+    Reference: the paper's rates are 7e-7 (policy) and 7e-6 (value) with warm-ups of 0.285 and
+      0.015; the released script's are 5e-7 for both, with 0.285 and 0.05.
     """
 
     def schedule(step):
@@ -104,102 +109,20 @@ def join_rows(tree):
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
 
 
-def _init(model, key: jax.Array):
-    return model.init(
-        key,
-        jnp.zeros((1, 2), jnp.int32),
-        method=Policy.init_all if isinstance(model, Policy) else None,
-    )
-
-
-def describe_params(model, mesh: Mesh, rules: dict):
-    """-> (like, specs): a model's parameters as ShapeDtypeStructs with their places on the mesh, and their PartitionSpecs."""
-    boxed = jax.eval_shape(partial(_init, model), jax.random.key(0))
-    specs = sharding.partition_specs(boxed, rules)
-    place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-    return jax.tree.map(place, nn.unbox(boxed), sharding.shardings(mesh, specs)), specs
-
-
-def init_params(model, mesh: Mesh, rules: dict, key: jax.Array):
-    """-> (params, specs): fresh parameters, made in their place on the mesh, and their PartitionSpecs."""
-    abstract_params, specs = describe_params(model, mesh, rules)
-    return jax.jit(
-        lambda key: nn.unbox(_init(model, key)),
-        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract_params),
-    )(key), specs
-
-
-def describe_model_state(
-    optimizer: optax.GradientTransformation, mesh: Mesh, params, specs
-) -> ModelState:
-    """Parameters, or what they look like, and what the optimiser state beside them looks like, with its places on the mesh.
-
-    Whatever mirrors a parameter is sharded as it is, the rest is replicated.
-    """
-    names = lambda path: tuple(
-        entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)
-    )
-    is_spec = lambda x: isinstance(x, PartitionSpec)
-    spec_of = {
-        names(path): spec
-        for path, spec in jax.tree_util.tree_leaves_with_path(specs, is_leaf=is_spec)
-    }
-    shape_of = {
-        names(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
-
-    def find_spec(path, leaf):
-        keys = names(path)  # an optimiser may put its own names before the parameter's
-        mirrored = [keys[n:] for n in range(len(keys)) if shape_of.get(keys[n:]) == leaf.shape]
-        return spec_of[mirrored[0]] if mirrored else PartitionSpec()
-
-    place = lambda path, leaf: jax.ShapeDtypeStruct(
-        leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, find_spec(path, leaf))
-    )
-    return ModelState(
-        params, jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, params))
-    )
-
-
-def init_model_state(
-    optimizer: optax.GradientTransformation, mesh: Mesh, params, specs
-) -> ModelState:
-    """Optimiser state beside parameters, made in its place (`describe_model_state`)."""
-    abstract_params = describe_model_state(optimizer, mesh, params, specs).opt_state
-    return ModelState(
-        params,
-        jax.jit(
-            optimizer.init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract_params)
-        )(params),
-    )
-
-
-def init_value_params(model: Value, mesh: Mesh, rules: dict, key: jax.Array, policy_params):
-    """-> (params, specs): the value model at its start, a copy of the policy's trunk under a fresh head. No other trunk is made on the way."""
-    abstract_params, specs = describe_params(model, mesh, rules)
-    head = jax.jit(
-        lambda key: nn.unbox(_init(model, key))["params"]["head"],
-        out_shardings=abstract_params["params"]["head"].sharding,
-    )(key)
-    return {
-        "params": {"head": head, "trunk": jax.tree.map(jnp.copy, policy_params["params"]["trunk"])}
-    }, specs
-
-
 def make_build_batch(model: ModelConfig, settings: LearnerSettings):
-    """-> build_batch(state, reference_params, trajectory, step_rewards [B, K], outcome_rewards [B]) -> (Batch, metrics).
+    """-> build_batch(state, reference_params, trajectory, step_rewards, outcome_rewards).
 
-    One forward pass of policy, reference and value model, if there is one; then rewards to tokens, advantages and returns. The whole rollout is one batch
-    here, so that groups are whole, however it is split afterwards. With old_logprobs "sampler" the policy has no pass: the log-probabilities with which the
-    tokens were sampled stand in, entropy is found in the updates, and how far the two are apart shows there, in `approx_kl` and `truncated_fraction`.
-    Reference: the paper is silent on this; its released code has the pass.
+    build_batch: step_rewards [B, K], outcome_rewards [B] -> (Batch, metrics). One forward pass of
+    policy, reference and value model (if there is one), then `stepwise_advantages`. It takes the
+    whole rollout, so groups are complete however the batch is split afterwards.
+
+    With old_logprobs "sampler" the policy has no pass: the log-probabilities recorded while
+    sampling take its place. The updates then compute the entropy and show the difference between
+    learner and sampler in `approx_kl` and `truncated_fraction`.
+    Reference: the paper does not mention this; its released code has the pass.
     """
-    policy, value, critic, by_learner = (
-        Policy(model),
-        Value(model),
-        uses_critic(settings.advantage),
-        settings.old_logprobs == "learner",
-    )
+    policy, value = Policy(model), Value(model)
+    critic, by_learner = uses_critic(settings.advantage), settings.old_logprobs == "learner"
 
     @jax.jit
     def build_batch(
@@ -208,23 +131,19 @@ def make_build_batch(model: ModelConfig, settings: LearnerSettings):
         def score(tokens):
             old = score_tokens(policy, state.policy.params, tokens) if by_learner else ()
             ref_logprobs = score_tokens(policy, reference_params, tokens)[0]
-            return (
-                *old,
-                ref_logprobs,
-                score_values(value, state.value.params, tokens)
-                if critic
-                else jnp.zeros_like(ref_logprobs),
-            )
+            if critic:
+                return *old, ref_logprobs, score_values(value, state.value.params, tokens)
+            return *old, ref_logprobs, jnp.zeros_like(ref_logprobs)
 
+        # Forward passes over so many rows at a time.
         rows = trajectory.tokens.shape[0]
         parts = 1 if not settings.microbatch_size else max(1, rows // settings.microbatch_size)
         *old, ref_logprobs, old_values = join_rows(
             jax.lax.map(score, split_rows(trajectory.tokens, parts))
         )
-        old_logprobs, mask = (
-            old[0] if by_learner else trajectory.sampler_logprobs,
-            trajectory.action_mask,
-        )
+        old_logprobs = old[0] if by_learner else trajectory.sampler_logprobs
+        mask = trajectory.action_mask
+        # Rewards at their tokens, advantages and returns.
         advantages, returns, value_mask, metrics = stepwise_advantages(
             old_logprobs,
             ref_logprobs,
@@ -247,6 +166,7 @@ def make_build_batch(model: ModelConfig, settings: LearnerSettings):
             over_observations=settings.over_observations,
             whiten_advantages=settings.whiten_advantages,
         )
+        # What only the forward passes can tell.
         metrics["action_tokens"] = mask.sum()
         if by_learner:
             metrics["entropy"] = masked_mean(old[1], mask)
@@ -271,7 +191,10 @@ def make_build_batch(model: ModelConfig, settings: LearnerSettings):
 
 
 def explained_variance(values: jax.Array, returns: jax.Array, mask: jax.Array) -> jax.Array:
-    """values, returns, mask [B, T] -> []: 1 - mean squared error / variance of the returns, 1 at best; NaN where all returns are equal."""
+    """1 - mean squared error / variance of the returns: values, returns, mask [B, T] -> [].
+
+    1 at best; NaN if all returns are equal.
+    """
     variance = masked_var(returns, mask)
     return jnp.where(
         variance > 1e-8, 1 - masked_mean(jnp.square(values - returns), mask) / variance, jnp.nan
@@ -279,13 +202,18 @@ def explained_variance(values: jax.Array, returns: jax.Array, mask: jax.Array) -
 
 
 def make_answer_gain(model: ModelConfig, opening: int, microbatch_size: int):
-    """-> answer_gain(policy_params, trajectory, answers [B, A], answer_length [B]) -> [B, K]: what each search did for the answer's log-probability.
+    """-> answer_gain(policy_params, trajectory, answers [B, A], answer_length [B]) -> gain [B, K].
 
-    answers: right-padded tokens of which `opening` are given (`models.scoring.score_answers`). With L_0 the mean log-probability per scored token behind the
-    prompt, and L_k behind everything up to the end of turn k's observation, turn k gains L_k - L_{k-1}. 0 on turns without a successful search, whose
-    share goes to no one. microbatch_size: rows of one forward pass; 0 = all.
-    Source: IGPO, arXiv 2510.14967, section 3, which takes the difference of probabilities; of log-probabilities the sum over turns telescopes as well, and
-      early searches, when the answer is still unlikely, are not lost beside later ones.
+        gain_k = L_k - L_{k-1}
+
+    L_0 is the answer's mean log-probability per scored token after the prompt, L_k the same after
+    everything up to the end of turn k's observation. 0 on turns without a successful search; no
+    other turn gets their share.
+    answers: right-padded tokens, the first `opening` of which are given, not scored
+    (`models.scoring.score_answers`). microbatch_size: rows of one forward pass; 0 = all.
+    Source: IGPO, arXiv 2510.14967, section 3, which takes differences of probabilities. Differences
+      of log-probabilities telescope too, and early searches, when the answer is still unlikely,
+      weigh as much as later ones.
     """
     policy = Policy(model)
 
@@ -294,21 +222,17 @@ def make_answer_gain(model: ModelConfig, opening: int, microbatch_size: int):
         policy_params, trajectory: Trajectory, answers: jax.Array, answer_length: jax.Array
     ) -> jax.Array:
         B, K = trajectory.search_end.shape
-        until = trajectory.token_mask[:, None] & (
-            trajectory.turn_ids[:, None] < jnp.arange(K + 1)[:, None]
-        )  # [B, K + 1, T]
+        # [B, K + 1, T]: the tokens before turn k.
+        turns = jnp.arange(K + 1)[:, None]
+        until = trajectory.token_mask[:, None] & (trajectory.turn_ids[:, None] < turns)
         score = lambda part: score_answers(
             policy, policy_params, *part[:3], jnp.int32(opening), part[3]
         )
         parts = max(1, B // microbatch_size) if microbatch_size else 1
-        found = join_rows(
-            jax.lax.map(
-                score, split_rows((trajectory.tokens, until.sum(-1), answers, answer_length), parts)
-            )
-        )  # [B, K + 1]
-        return jnp.where(
-            (trajectory.search_end >= 0) & trajectory.search_ok, jnp.diff(found, axis=1), 0
-        )
+        rows = trajectory.tokens, until.sum(-1), answers, answer_length
+        levels = join_rows(jax.lax.map(score, split_rows(rows, parts)))  # [B, K + 1]
+        searched = (trajectory.search_end >= 0) & trajectory.search_ok
+        return jnp.where(searched, jnp.diff(levels, axis=1), 0)
 
     return answer_gain
 
@@ -316,10 +240,12 @@ def make_answer_gain(model: ModelConfig, opening: int, microbatch_size: int):
 def make_gradients(model: ModelConfig, settings: LearnerSettings):
     """-> gradients(params, minibatch, kl_coef) -> (gradients, metrics), accumulated over micro-batches.
 
-    params, gradients: of "policy" and, with an estimator that reads values, of "value". kl_coef []: read with kl_placement "loss" only.
+    params, gradients: dicts of "policy" and, with an estimator that reads values, "value".
+    kl_coef []: read only with kl_placement "loss".
     """
     policy, value, aggregation = Policy(model), Value(model), settings.aggregation
 
+    # What each model minimises on a part of a minibatch.
     def policy_objective(params, part: Batch, normalizer, kl_coef):
         logprobs, entropy = score_tokens(policy, params, part.tokens)
         over_actions = dict(aggregation=aggregation, normalizer=normalizer)
@@ -335,7 +261,7 @@ def make_gradients(model: ModelConfig, settings: LearnerSettings):
         )
         bonus, entropy_metrics = entropy_bonus(entropy, part.action_mask, **over_actions)
         objective, metrics = loss - settings.entropy_coef * bonus, metrics | {"policy_loss": loss}
-        if settings.old_logprobs == "sampler":  # otherwise `make_build_batch` finds it
+        if settings.old_logprobs == "sampler":  # otherwise `make_build_batch` reports it
             metrics |= entropy_metrics
         if settings.kl_placement == "loss":
             kl, kl_metrics = kl_loss(
@@ -368,28 +294,29 @@ def make_gradients(model: ModelConfig, settings: LearnerSettings):
             "policy": (policy_objective, minibatch.action_mask),
             "value": (value_objective, minibatch.value_mask),
         }
+        # Counts of the whole minibatch, so that the gradients of its parts add up to its own.
         normalizers = {
             name: loss_normalizer(terms[name][1], aggregation=aggregation) for name in params
         }
 
         def of_part(part):
-            found, metrics = {}, {}
+            part_gradients, metrics = {}, {}
             for name in params:
-                found[name], own = jax.grad(terms[name][0], has_aux=True)(
+                differentiate = jax.grad(terms[name][0], has_aux=True)
+                part_gradients[name], own = differentiate(
                     params[name], part, normalizers[name], kl_coef
                 )
                 metrics |= own
-            return found, metrics
+            return part_gradients, metrics
 
         if parts == 1:
             return of_part(minibatch)
+        # One micro-batch after the other; gradients and metrics are summed.
         add = lambda total, part: (jax.tree.map(jnp.add, total, of_part(part)), None)
-        micro = split_rows(minibatch, parts)
-        zeros = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype),
-            jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], micro)),
-        )
-        return jax.lax.scan(add, zeros, micro)[0]
+        microbatches = split_rows(minibatch, parts)
+        shapes = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], microbatches))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return jax.lax.scan(add, zeros, microbatches)[0]
 
     return gradients
 
@@ -400,10 +327,11 @@ def make_update(
     policy_optimizer: optax.GradientTransformation,
     value_optimizer: optax.GradientTransformation | None,
 ):
-    """-> update(state, batch, mean_kl) -> (state, metrics): all optimiser steps of an iteration. The state is donated.
+    """-> update(state, batch, mean_kl) -> (state, metrics): all optimiser steps of an iteration.
 
-    A step whose gradient is not finite changes nothing and is counted in `state.skipped`; with the numbers that a config may hold (`settings.RANGES`) a finite
-    one makes a finite step. mean_kl []: drives the adaptive coefficient.
+    The state is donated. A step whose gradient is not finite changes nothing and is counted in
+    `state.skipped`; with numbers in the ranges of a config (`checks.RANGES`) a finite gradient
+    makes a finite step. mean_kl []: drives the adaptive coefficient. metrics: means over the steps.
     Without a value model state.value and value_optimizer are None.
     """
     gradients = make_gradients(model, settings)
@@ -411,25 +339,26 @@ def make_update(
         {"value": value_optimizer} if uses_critic(settings.advantage) else {}
     )
 
+    # One model's step, or its old state if any gradient is not finite.
     def apply(optimizer, model_state: ModelState, gradient, finite):
         updates, opt_state = optimizer.update(gradient, model_state.opt_state, model_state.params)
         new = ModelState(optax.apply_updates(model_state.params, updates), opt_state)
         return jax.tree.map(partial(jnp.where, finite), new, model_state)
 
+    # One minibatch; both models move or neither does.
     def step(state: TrainState, minibatch: Batch):
         models = {name: getattr(state, name) for name in optimizers}
-        found, metrics = gradients(
-            {name: models[name].params for name in models}, minibatch, state.kl_coef
-        )
-        norms = {name: optax.global_norm(found[name]) for name in models}
+        params = {name: models[name].params for name in models}
+        grads, metrics = gradients(params, minibatch, state.kl_coef)
+        norms = {name: optax.global_norm(grads[name]) for name in models}
         finite = jnp.isfinite(jnp.stack(list(norms.values()))).all()
-        new = {name: apply(optimizers[name], models[name], found[name], finite) for name in models}
-        return state.replace(**new, skipped=state.skipped + ~finite), metrics | {
-            f"{name}_grad_norm": norm for name, norm in norms.items()
-        }
+        new = {name: apply(optimizers[name], models[name], grads[name], finite) for name in models}
+        metrics |= {f"{name}_grad_norm": norm for name, norm in norms.items()}
+        return state.replace(**new, skipped=state.skipped + ~finite), metrics
 
     @partial(jax.jit, donate_argnums=0)
     def update(state: TrainState, batch: Batch, mean_kl: jax.Array):
+        # Every pass takes the minibatches in the same order.
         minibatches = split_rows(batch, settings.minibatches)
         if settings.ppo_epochs > 1:
             minibatches = jax.tree.map(
@@ -446,8 +375,7 @@ def make_update(
                     num_episodes=len(batch.tokens),
                 )
             )
-        return state.replace(iteration=state.iteration + 1), jax.tree.map(
-            lambda x: x.mean(0), metrics
-        )
+        metrics = jax.tree.map(lambda x: x.mean(0), metrics)
+        return state.replace(iteration=state.iteration + 1), metrics
 
     return update

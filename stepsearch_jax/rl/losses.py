@@ -1,8 +1,13 @@
-"""The losses of PPO with step-wise rewards: pure jitted functions of arrays and keyword scalars (device).
+"""The losses of PPO with step-wise rewards, as pure jitted functions (device).
 
-Every loss is an `aggregate` of what its tokens contribute, divided by `normalizer`, the `loss_normalizer` of everything that one optimiser step sees. The
-parts of a minibatch, whole rows each, divided by the whole's normalizer, add up to the whole: loss, metrics and gradient. All arrays are [B, T], indexed by
-the token they describe; nothing outside a loss's mask reaches its result or a gradient. Over an empty mask everything is 0.
+    loss = Σ_bt term_bt / normalizer    over the tokens of a mask
+
+normalizer is the `loss_normalizer` of everything that one optimiser step sees; without it a loss is
+the mean over its own mask. If a minibatch is split by rows and each part uses the minibatch's
+normalizer, then losses, metrics and gradients of the parts add up to those of the minibatch. All
+arrays are [B, T], indexed by the token they describe. Entries outside a loss's mask affect neither
+its result nor a gradient. Over an empty mask everything is 0. The defaults are the paper's setting
+(configs/base.py).
 """
 
 from __future__ import annotations
@@ -15,12 +20,8 @@ import jax.numpy as jnp
 
 from stepsearch_jax.choices import check_choice
 from stepsearch_jax.masking import masked_mean, masked_sum
-from stepsearch_jax.rl.advantages import (
-    bounded_log_ratio,
-    kl_penalty,
-    stepwise_advantages,
-    uses_critic,
-)
+from stepsearch_jax.rl.advantages import stepwise_advantages, uses_critic
+from stepsearch_jax.rl.kl import bounded_log_ratio, kl_penalty
 
 Metrics = dict[str, jax.Array]
 
@@ -33,13 +34,15 @@ def aggregate(
     aggregation: str = "token_mean",
     normalizer: jax.Array | None = None,
 ) -> jax.Array:
-    """x, mask [B, T] -> [], the mean of x where mask.
+    """Mean of x over mask: x, mask [B, T] -> [].
 
-        token_mean      Σ_bt x_bt / normalizer             every token counts the same, a long episode more
-        sequence_mean   Σ_b mean_t(x_bt) / normalizer      every episode counts the same, its tokens less the more they are
+        token_mean      Σ_bt x_bt / normalizer           all tokens weigh the same
+        sequence_mean   Σ_b mean_t(x_bt) / normalizer    all episodes weigh the same
 
-    normalizer []: `loss_normalizer` of the whole minibatch, of which x may be a part; None: of this mask.
-    Reference: the paper and its code take token means; GRPO (arXiv 2402.03300, eq. 3) takes sequence means.
+    normalizer []: `loss_normalizer` of the whole minibatch, of which x may be a part; None: of this
+    mask.
+    Reference: the paper and its code take token means; GRPO (arXiv 2402.03300, eq. 3) takes
+      sequence means.
     Raises ValueError on an unknown aggregation.
     """
     check_choice("rl.aggregation", aggregation)
@@ -53,7 +56,10 @@ def aggregate(
 
 @functools.partial(jax.jit, static_argnames=("aggregation",))
 def loss_normalizer(mask: jax.Array, *, aggregation: str = "token_mean") -> jax.Array:
-    """mask [B, T] -> []: its number of tokens (token_mean), or of rows that have any (sequence_mean). Raises ValueError on an unknown aggregation."""
+    """Number of tokens (token_mean), or of rows with tokens (sequence_mean): mask [B, T] -> [].
+
+    Raises ValueError on an unknown aggregation.
+    """
     check_choice("rl.aggregation", aggregation)
     return mask.sum() if aggregation == "token_mean" else mask.any(axis=1).sum()
 
@@ -71,32 +77,34 @@ def policy_loss(
     aggregation: str = "token_mean",
     normalizer: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
-    """logprobs, old_logprobs, advantages, action_mask [B, T] -> (loss [], metrics) (Schulman et al. 2017, eq. 7; minimised, hence the sign).
+    """Clipped surrogate of PPO (Schulman et al. 2017, eq. 7), negated because it is minimised.
 
-        rho = exp(logprobs - old_logprobs), at most max_ratio
+        rho = min(exp(logprobs - old_logprobs), max_ratio)
         loss = -aggregate(min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A))
 
-    Differentiable in logprobs; advantages and old_logprobs are constants. log rho is limited to ±20. A rho that is cut to max_ratio keeps its gradient, with
-    that weight, max_ratio A ∇logprobs: the clip leaves what is to become less likely (A < 0) without a bound above, and one token far from the policy that
-    sampled it could outweigh a batch. max_ratio: 1 + clip_high or more; inf = nothing is cut.
-    metrics: `clip_fraction`, share of tokens where the clipped term is the smaller; `truncated_fraction`, share of those with rho > max_ratio; `approx_kl`, k3
-    estimate of KL(old || new) per token; all aggregated as the loss is.
-    Reference: the paper and its code have one bound for both sides, 0.2, and cut no ratio; two bounds are from DAPO (arXiv 2503.14476, 3.1). Weights truncated
-      from above: Ionides 2008, "Truncated importance sampling"; V-trace has them for lagging samplers (arXiv 1802.01561, 4.1).
+    logprobs, old_logprobs, advantages A, action_mask [B, T] -> (loss [], metrics).
+
+    Differentiable in logprobs; advantages and old_logprobs are constants. log rho is clipped to
+    ±20. A truncated rho keeps the gradient max_ratio A ∇logprobs. Without truncation rho has no
+    upper bound at A < 0, and one token far from the policy that sampled it could outweigh a batch.
+    max_ratio: at least 1 + clip_high; inf = no truncation.
+    metrics, aggregated like the loss: `clip_fraction`, share of tokens whose clipped term is the
+    smaller one; `truncated_fraction`, share with rho > max_ratio; `approx_kl`, k3 estimate of
+    KL(old || new) per token.
+    Reference: the paper and its code clip both sides at 0.2 and truncate nothing; separate bounds
+      are from DAPO (arXiv 2503.14476, section 3.1). Weights truncated from above: Ionides 2008,
+      "Truncated importance sampling"; V-trace uses them for lagging samplers (arXiv 1802.01561,
+      section 4.1).
     """
     old_logprobs, advantages = jax.lax.stop_gradient((old_logprobs, advantages))
-    # Zeros stand in outside the mask before exp: whatever lies there (padding at -inf) must not poison the gradient.
-    logprobs, old_logprobs = (
-        jnp.where(action_mask, logprobs, 0),
-        jnp.where(action_mask, old_logprobs, 0),
-    )
+    # Zeros outside the mask before exp: padding at -inf must not poison the gradient.
+    logprobs = jnp.where(action_mask, logprobs, 0)
+    old_logprobs = jnp.where(action_mask, old_logprobs, 0)
     ratio = jnp.exp(bounded_log_ratio(logprobs, old_logprobs))
     truncated = action_mask & (ratio > max_ratio)
     ratio = ratio * jax.lax.stop_gradient(jnp.minimum(1, max_ratio / ratio))
-    unclipped, clipped = (
-        ratio * advantages,
-        jnp.clip(ratio, 1 - clip_low, 1 + clip_high) * advantages,
-    )
+    unclipped = ratio * advantages
+    clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high) * advantages
     mean = functools.partial(
         aggregate, mask=action_mask, aggregation=aggregation, normalizer=normalizer
     )
@@ -120,15 +128,18 @@ def value_loss(
     aggregation: str = "token_mean",
     normalizer: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
-    """values, old_values, returns, value_mask [B, T] -> (loss [], metrics).
+    """Half the squared error of the values, the larger of the clipped and the unclipped one.
 
         v_clip = old_values + clip(values - old_values, -value_clip, value_clip)
         loss = aggregate(max((values - returns)^2, (v_clip - returns)^2) / 2)
 
-    value_mask: the tokens whose values the advantages were made from (`estimate_advantages`); normalizer counts these.
-    Differentiable in values; old_values and returns are constants.
-    metrics: `value_clip_fraction`, share of tokens where the clipped term is the larger; `value_error`, mean squared error without clipping.
-    Reference: the paper does not speak of clipping values; its released code does, with 0.5.
+    values, old_values, returns, value_mask [B, T] -> (loss [], metrics).
+
+    value_mask: the tokens whose values the estimator reads (`estimate_advantages`); normalizer
+    counts these. Differentiable in values; old_values and returns are constants.
+    metrics: `value_clip_fraction`, share of tokens whose clipped term is the larger one;
+    `value_error`, mean squared error without clipping.
+    Reference: the paper does not mention clipping of values; its released code clips at 0.5.
     """
     old_values, returns = jax.lax.stop_gradient((old_values, returns))
     values, old_values, returns = (
@@ -140,12 +151,10 @@ def value_loss(
         aggregate, mask=value_mask, aggregation=aggregation, normalizer=normalizer
     )
     loss = 0.5 * mean(jnp.maximum(unclipped, clipped))
-    clips = (jnp.abs(values - old_values) > value_clip) & (
-        clipped > unclipped
-    )  # within the range both are the same number but for rounding
-    return loss, jax.lax.stop_gradient(
-        {"value_clip_fraction": mean(clips), "value_error": mean(unclipped)}
-    )
+    # Within the range both terms are the same number but for rounding.
+    clips = (jnp.abs(values - old_values) > value_clip) & (clipped > unclipped)
+    metrics = {"value_clip_fraction": mean(clips), "value_error": mean(unclipped)}
+    return loss, jax.lax.stop_gradient(metrics)
 
 
 @functools.partial(jax.jit, static_argnames=("aggregation",))
@@ -156,8 +165,11 @@ def entropy_bonus(
     aggregation: str = "token_mean",
     normalizer: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
-    """entropy, action_mask [B, T] -> (bonus [], metrics): the mean of the policy's entropy, to be subtracted from a loss with its weight.
+    """Mean entropy of the policy, which a loss subtracts with a weight.
 
+        bonus = aggregate(entropy)
+
+    entropy, action_mask [B, T] -> (bonus [], metrics).
     Reference: only the released code has it (weight 1e-3); the paper does not.
     """
     bonus = aggregate(entropy, action_mask, aggregation=aggregation, normalizer=normalizer)
@@ -174,20 +186,24 @@ def kl_loss(
     aggregation: str = "token_mean",
     normalizer: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
-    """logprobs, ref_logprobs, action_mask [B, T] -> (loss [], metrics): the mean of `kl_penalty`, to be added to a loss with its weight.
+    """Mean KL penalty against the reference, which a loss adds with a weight.
 
-    Differentiable in logprobs; ref_logprobs is a constant. Which divergence goes down depends on the estimator, because the tokens are the policy's own and
-    the gradient does not see that. In expectation over them it is, with x = logprobs - ref_logprobs,
+        loss = aggregate(kl_penalty(logprobs, ref_logprobs))
+
+    logprobs, ref_logprobs, action_mask [B, T] -> (loss [], metrics).
+
+    Differentiable in logprobs; ref_logprobs is a constant. The gradient ignores that the tokens
+    are the policy's own samples, so the estimator decides which divergence falls. In expectation,
+    with x = logprobs - ref_logprobs, the gradient is
         k1    E[∇ log p] = 0: pure noise. Use it in the reward, not here.
         k2    E[x ∇ log p] = ∇ KL(policy || reference)
-        k3    E[(1 - exp(-x)) ∇ log p] = ∇ KL(reference || policy), what GRPO charges (arXiv 2402.03300, eq. 4)
-    Reference: the paper and its code charge the KL in the reward; a loss term is GRPO's way.
+        k3    E[(1 - exp(-x)) ∇ log p] = ∇ KL(reference || policy), as in GRPO
+    Reference: the paper and its code charge the KL in the reward; the loss term is GRPO's (arXiv
+      2402.03300, eq. 4), and so is the default estimator.
     """
     # As in policy_loss: nothing outside the mask may reach the gradient.
-    logprobs, ref_logprobs = (
-        jnp.where(action_mask, logprobs, 0),
-        jnp.where(action_mask, jax.lax.stop_gradient(ref_logprobs), 0),
-    )
+    logprobs = jnp.where(action_mask, logprobs, 0)
+    ref_logprobs = jnp.where(action_mask, jax.lax.stop_gradient(ref_logprobs), 0)
     loss = aggregate(
         kl_penalty(logprobs, ref_logprobs, estimator=estimator),
         action_mask,
@@ -243,22 +259,37 @@ def stepwise_ppo_loss(
     outcome_overwrites: bool = False,
     over_observations: bool = False,
 ) -> tuple[jax.Array, Metrics]:
-    """StePPO's whole objective on one batch, with its baselines and variants -> (loss [], metrics) (arXiv 2505.15107).
+    """The whole objective of StePPO and its baselines (arXiv 2505.15107) -> (loss [], metrics).
 
-    logprobs, old_logprobs, ref_logprobs: of the tokens under the current, the sampling and the frozen reference policy; values, old_values: of the
-    value model now and at sampling; entropy: of the current policy; token_mask: bool, not padding; action_mask: bool, sampled by the policy; turn_ids: int, the
-    turn of the token, -1 in prompt and padding; all [B, T]. group_ids [B]: int, episodes of one question share it. search_end [B, K]: int, index of the token
-    that closes turn k's search, -1 = none; step_rewards [B, K]; outcome_rewards [B]. Keywords: the keys of config.rl, and of config.reward placement and
-    outcome_overwrites; value_coef is 1 in the learner, which has an optimiser for each model.
+        r_token = place_rewards(step, outcome) - kl_coef * KL(old || reference)
+        A, returns, value_mask = estimate_advantages(r_token, old_values, …)
+        loss = policy_loss + value_coef * value_loss - entropy_coef * entropy_bonus
 
-        loss = policy_loss + value_coef * value_loss - entropy_coef * entropy_bonus [+ kl_coef * kl_loss]
+    With kl_placement "loss" r_token has no KL term and the loss has + kl_coef * kl_loss.
 
-    on the advantages, returns and value_mask of `stepwise_advantages`: step rewards at their turn's search_end, the outcome at the last action token
-    (`place_rewards`), minus kl_coef * KL(old || reference) unless kl_placement is "loss", then one of the estimators of `estimate_advantages`. With one that
-    has no value model there is no value_loss; values and old_values are not read and may be None. Differentiable in logprobs, values and entropy;
-    rewards, advantages and returns carry no gradient. All-masked rows, no searches, no action tokens at all: defined, they add nothing.
+    logprobs, old_logprobs, ref_logprobs [B, T]: of the tokens, under the current policy, the one
+      that sampled and the frozen reference
+    values, old_values [B, T]: of the value model, now and at sampling
+    entropy [B, T]: of the current policy
+    token_mask, action_mask [B, T] bool: not padding; sampled by the policy
+    turn_ids [B, T] int: turn of the token, -1 in prompt and padding
+    group_ids [B] int: episodes of one question share an id
+    search_end [B, K] int: index of the token that closes turn k's search, -1 = no search
+    step_rewards [B, K], outcome_rewards [B]
+
+    Defaults: the paper's setting, as in configs/base.py; the paper does not state gamma,
+    gae_lambda, whiten_advantages and value_clip, which are the released code's. The keywords are
+    keys of config.rl, and placement and outcome_overwrites of config.reward. Two differ: value_coef
+    is no key, because the learner has one optimiser per model; config.rl.max_ratio applies only to
+    log-probabilities of the sampler, otherwise nothing is truncated, as here.
+
+    Differentiable in logprobs, values and entropy; rewards, advantages and returns are constants.
+    An estimator without a value model (grpo, rloo, turn_return) has no value_loss; values and
+    old_values are not read and may be None. Rows without action tokens or searches add nothing, and
+    a batch of such rows is defined.
     Raises ValueError on an unknown word.
     """
+    # Rewards at their tokens, then advantages: constants of the update.
     advantages, returns, value_mask, metrics = jax.lax.stop_gradient(
         stepwise_advantages(
             old_logprobs,
@@ -283,6 +314,7 @@ def stepwise_ppo_loss(
             whiten_advantages=whiten_advantages,
         )
     )
+    # The policy's terms, over action tokens.
     over_actions = dict(
         aggregation=aggregation, normalizer=loss_normalizer(action_mask, aggregation=aggregation)
     )
@@ -299,6 +331,7 @@ def stepwise_ppo_loss(
     bonus, entropy_metrics = entropy_bonus(entropy, action_mask, **over_actions)
     loss = policy - entropy_coef * bonus
     metrics |= {"policy_loss": policy} | policy_metrics | entropy_metrics
+    # The value model's term, over the tokens whose values the estimator reads.
     if uses_critic(advantage):
         normalizer = loss_normalizer(value_mask, aggregation=aggregation)
         value, value_metrics = value_loss(
@@ -312,6 +345,7 @@ def stepwise_ppo_loss(
         )
         loss += value_coef * value
         metrics |= {"value_loss": value} | value_metrics
+    # The KL as a loss term instead of a reward.
     if kl_placement == "loss":
         kl, kl_metrics = kl_loss(
             logprobs, ref_logprobs, action_mask, estimator=kl_estimator, **over_actions

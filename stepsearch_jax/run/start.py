@@ -12,6 +12,7 @@ import numpy as np
 from stepsearch_jax import checkpoint, sharding
 from stepsearch_jax.models.transformer import Policy, Value
 from stepsearch_jax.rl import learner
+from stepsearch_jax.rl.model_state import describe_params, init_model_state, init_value_params
 from stepsearch_jax.rollout.programs import make_rollout, make_rollout_copy
 from stepsearch_jax.run.settings import make_optimizers
 from stepsearch_jax.run.system import System
@@ -77,15 +78,15 @@ def begin_run(system: System, workdir: pathlib.Path):
     config, mesh, model = system.config, system.mesh, system.learner_model
     rules = dict(config.mesh.train_rules)
     policy_key, value_key, rollout_key = jax.random.split(jax.random.key(config.seed), 3)
-    abstract_params, specs = learner.describe_params(Policy(model), mesh, rules)
+    abstract_params, specs = describe_params(Policy(model), mesh, rules)
     reference_params = warm_start(system, abstract_params, specs, policy_key, workdir)
     policy_optimizer, value_optimizer = make_optimizers(config, config.iterations)
     value = None
     if value_optimizer is not None:
-        value_params, value_specs = learner.init_value_params(
+        value_params, value_specs = init_value_params(
             Value(model), mesh, rules, value_key, reference_params
         )
-        value = learner.init_model_state(value_optimizer, mesh, value_params, value_specs)
+        value = init_model_state(value_optimizer, mesh, value_params, value_specs)
     scalars = dict(
         iteration=jnp.int32(0),
         position=jnp.int32(0),
@@ -93,7 +94,7 @@ def begin_run(system: System, workdir: pathlib.Path):
         skipped=jnp.int32(0),
     )
     state = TrainState(
-        policy=learner.init_model_state(
+        policy=init_model_state(
             policy_optimizer, mesh, jax.tree.map(jnp.copy, reference_params), specs
         ),
         value=value,

@@ -20,7 +20,7 @@ from stepsearch_jax.files import in_bucket
 from stepsearch_jax.metrics import MetricsWriter, progress
 from stepsearch_jax.models.transformer import Policy, set_previous_token_heads
 from stepsearch_jax.models.weights import load_policy
-from stepsearch_jax.rl.learner import init_model_state, init_params
+from stepsearch_jax.rl.model_state import init_model_state, init_params
 from stepsearch_jax.rl.sft import make_sft, make_sft_optimizer
 from stepsearch_jax.run.config_file import find_file
 from stepsearch_jax.run.demonstrations import demonstrate
@@ -34,7 +34,7 @@ def warm_start(system: System, abstract_params, specs, key: jax.Array, workdir: 
     """-> the parameters with which RL starts, kept in WORKDIR/start.
 
     abstract_params, specs: shapes of the parameters, and their PartitionSpecs
-    (`learner.describe_params`). key: makes random ones if the config names no others.
+    (`rl.model_state.describe_params`). key: makes random ones if the config names no others.
     """
     sft_config, start, model = system.config.sft, workdir / "start", system.learner_model
     if checkpoint.has_params(start):
