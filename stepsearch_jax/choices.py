@@ -1,12 +1,13 @@
-"""The words that a config key may have as its value: the only list of them."""
+"""The values that a config key with a choice of words accepts, listed only here."""
 
 from __future__ import annotations
 
-CRITIC_ESTIMATORS = ("gae", "turn_gae")  # of rl.advantage: those that read values
-GROUP_ESTIMATORS = ("grpo", "rloo", "turn_return")  # those that compare the episodes of a group
+# Values of rl.advantage: those that read values, and those that compare the episodes of a group.
+CRITIC_ESTIMATORS = ("gae", "turn_gae")
+GROUP_ESTIMATORS = ("grpo", "rloo", "turn_return")
 DTYPES = ("float32", "bfloat16")
 
-CHOICES = {  # config key -> its words; configs/base.py says what they mean
+CHOICES = {  # config key -> its values; configs/base.py explains them
     "search.kind": ("bm25", "dense", "remote"),
     "search.embedding_dtype": DTYPES,
     "model.rope_scaling.kind": ("none", "linear", "llama3", "yarn"),
@@ -33,6 +34,6 @@ CHOICES = {  # config key -> its words; configs/base.py says what they mean
 
 
 def check_choice(key: str, value: str) -> None:
-    """Raises ValueError, which names key and words, if `value` is none of the words of `key`."""
+    """Raises ValueError with the key and its values if `value` is not one of them."""
     if value not in CHOICES[key]:
         raise ValueError(f"config.{key} is {value!r}; it must be one of {', '.join(CHOICES[key])}")

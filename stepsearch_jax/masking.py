@@ -1,6 +1,6 @@
-"""Statistics over the entries that a mask keeps, defined (as 0) when it keeps none.
+"""Statistics over the entries that a mask keeps (device); 0 when it keeps none.
 
-Entries outside a mask may be anything, NaN too: they touch neither the results nor their gradients.
+Entries outside a mask may be anything, even NaN: they affect neither results nor gradients.
 """
 
 from __future__ import annotations
@@ -30,10 +30,12 @@ def masked_var(x: jax.Array, mask: jax.Array, axis=None) -> jax.Array:
 def whiten(
     x: jax.Array, mask: jax.Array, *, shift_mean: bool = True, epsilon: float = 1e-8
 ) -> jax.Array:
-    """`x` scaled to variance 1 over `mask`, and shifted to mean 0 there if `shift_mean`; 0 outside.
+    """`x` scaled to variance 1 over `mask`, with mean 0 there if `shift_mean`; 0 outside.
 
-    x, mask: same shape. (x - mean) / sqrt(variance + epsilon): entries that are all equal, or only one, become 0 up to rounding (or the mean,
-    unshifted).
+        (x - mean) / sqrt(variance + epsilon) [+ mean, unless shift_mean]
+
+    x, mask: same shape. A single entry, or entries that are all equal, become 0 up to rounding (or
+    the mean, unshifted).
     """
     mean = masked_mean(x, mask)
     whitened = (jnp.where(mask, x, 0) - mean) * jax.lax.rsqrt(masked_var(x, mask) + epsilon)
@@ -43,11 +45,13 @@ def whiten(
 def standardize_in_groups(
     x: jax.Array, mask: jax.Array, group_ids: jax.Array, *, epsilon: float
 ) -> jax.Array:
-    """x, mask [B, N], group_ids [B] -> [B, N]: (x - mean) / (standard deviation + epsilon) where `mask`, 0 elsewhere.
+    """Entries standardised within their groups: x, mask [B, N], group_ids [B] -> [B, N].
 
-    Both statistics are those of all kept entries, of whatever row, of the row's group: the rows with the same id, in any order and number. The deviation is the
-    population's. A group whose entries are all equal, or only one, becomes exactly 0: entries are measured from the group's least, so no rounding is left
-    for a small epsilon to blow up.
+        (x - mean) / (std + epsilon)    over all kept entries of the row's group; 0 outside mask
+
+    A group is all rows with the same id, in any order. std is the population's. A group with a
+    single entry, or with equal ones, becomes exactly 0: entries are measured from the group's
+    minimum, which leaves no rounding error for a small epsilon to magnify.
     """
     same = group_ids[:, None] == group_ids  # [B, B]
 

@@ -1,7 +1,9 @@
-"""What is reported of each evaluated question, and of all of them together: shares with bootstrap intervals (host).
+"""Measures of evaluated questions and their means with bootstrap intervals (host).
 
-Every measure of a question is a pair (amount, weight), and of many questions Σ amount / Σ weight: a mean over those for which it is defined (weight 0 where
-not), or a share of all their turns.
+    mean over questions = Σ amount / Σ weight
+
+A measure of one question is a pair (amount, weight), with weight 0 if it is undefined. The mean is
+over the questions that define it, or a share of all their turns.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ LEVEL = 0.95  # share of the bootstrap's means that lie within an interval
 
 
 class Estimate(NamedTuple):
-    """A measure of many questions, with its interval; all None where it is defined for none of them."""
+    """A measure over many questions with its interval; all None if no question defines it."""
 
     mean: float | None
     low: float | None
@@ -43,14 +45,14 @@ def list_measures(hops: int) -> list[str]:
 def measure_episode(
     episode: Episode, given: Sequence[int] | None, texts: Sequence[str], hops: int
 ) -> np.ndarray:
-    """[len(list_measures(hops)), 2] float64: amount and weight of each measure of one episode.
+    """Amount and weight of each measure of one episode -> [len(list_measures(hops)), 2] float64.
 
-    given: corpus ids of documents that stood in the prompt; None: there were none to be had, nor could the episode search. They count as retrieved. texts[i]:
-    document i, title and text.
+    given: corpus ids of documents in the prompt, which count as retrieved; None: the episode had no
+    documents and could not search. texts[i]: document i, title and text.
 
     em, f1, cover_em       the answer against the accepted ones, 0 for none
     answer_in_evidence     1 if a retrieved document holds an accepted answer as whole words
-    gold_recall            share of the gold documents that were retrieved; undefined where none are known
+    gold_recall            share of the gold documents retrieved; undefined if none are known
     gold_recall_hop_i      the same of sub-question i alone
     searches               search turns, failed ones included
     invalid_turns          share of turns without a valid action
@@ -58,11 +60,12 @@ def measure_episode(
     """
     question = episode.question
     evidence = None if given is None else {*given, *episode.doc_ids}
-    found = lambda gold: (
-        (0.0, 0.0)
-        if evidence is None or not gold
-        else (len(evidence.intersection(gold)) / len(set(gold)), 1.0)
-    )
+
+    def recall(gold):
+        if evidence is None or not gold:
+            return 0.0, 0.0
+        return len(evidence.intersection(gold)) / len(set(gold)), 1.0
+
     held = evidence is not None and any(holds_answer(texts[i], question.answers) for i in evidence)
     of_hops = [sub.gold_ids for sub in question.sub_questions[:hops]]
     of_hops += [()] * (hops - len(of_hops))
@@ -71,8 +74,8 @@ def measure_episode(
         [
             *[(score, 1.0) for score in compare_answer(episode.answer, question.answers)],
             (held, evidence is not None),
-            found(question.gold_ids),
-            *map(found, of_hops),
+            recall(question.gold_ids),
+            *map(recall, of_hops),
             (len(episode.search_turns), 1.0),
             (invalid, len(episode.turns)),
             (episode.truncated, 1.0),
@@ -82,10 +85,11 @@ def measure_episode(
 
 
 def estimate(pairs: np.ndarray, resamples: int, seed: int) -> list[Estimate]:
-    """Of pairs [n questions, M measures, 2], as `measure_episode` gives them: each measure with its percentile bootstrap interval (Efron 1979).
+    """Each measure's mean with its percentile bootstrap interval (Efron 1979).
 
-    n questions are drawn with replacement `resamples` times, the same ones for all measures; a draw in which a measure is undefined does not count for it.
-    0 resamples: the intervals are the means.
+    pairs [n questions, M measures, 2]: from `measure_episode`. n questions are drawn with
+    replacement `resamples` times, the same ones for all measures; a measure skips draws that leave
+    it undefined. With 0 resamples the intervals are the means.
     """
     rng, draws = np.random.default_rng(seed), []
     for _ in range(resamples):

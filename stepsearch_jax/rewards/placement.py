@@ -1,4 +1,7 @@
-"""From rewards of turns and episodes to rewards of tokens (device). Axis letters: B episodes, K turns, T tokens."""
+"""From rewards of turns and episodes to rewards of tokens (device).
+
+Axis letters: B episodes, K turns, T tokens.
+"""
 
 from __future__ import annotations
 
@@ -20,29 +23,30 @@ def place_rewards(
     placement: str = "step",
     outcome_overwrites: bool = False,
 ) -> jax.Array:
-    """step_rewards [B, K], outcome_rewards [B], search_end [B, K], action_mask [B, T] -> token rewards [B, T] (arXiv 2505.15107).
+    """Rewards at their tokens (StepSearch, arXiv 2505.15107).
 
-        r_token[b, search_end[b, k]] += step_rewards[b, k]        the token that closes turn k's search
+        r_token[b, search_end[b, k]] += step_rewards[b, k]
         r_token[b, last action token] += outcome_rewards[b]
 
-    placement "merged" puts the same total on the last action token: the control that separates what is rewarded from where.
-    search_end is -1 on turns without a search; what stands in step_rewards there is ignored, as is an end that is not an action token. An episode
-    without action tokens gets nothing. Positions come from sampling; no text is tokenised again.
+    step_rewards [B, K], outcome_rewards [B], search_end [B, K], action_mask [B, T] -> [B, T].
 
-    Reference (`outcome_overwrites=True`): the released code assigns the global reward where it should add it, so a step reward on the very last
-      action token is lost (from the merged total as well).
+    search_end: index of the token that closes turn k's search, -1 = no search. Step rewards at -1
+    or at a token that is not an action token are ignored; an episode without action tokens gets
+    nothing. Positions are recorded while sampling; no text is tokenised again.
+    placement "merged" puts the same total on the last action token: the control that separates
+    what is rewarded from where.
+
+    Reference (`outcome_overwrites=True`): the released code assigns the global reward instead of
+      adding it, so a step reward on the last action token is lost (from the merged total too).
     Raises ValueError on an unknown placement.
     """
     check_choice("reward.placement", placement)
     position = jnp.arange(action_mask.shape[1])
-    last = jnp.where(action_mask, position, -1).max(
-        axis=1, keepdims=True
-    )  # [B, 1], -1 without action tokens
+    # [B, 1], -1 without action tokens
+    last = jnp.where(action_mask, position, -1).max(axis=1, keepdims=True)
     is_last = position == last  # [B, T]
     at_end = search_end[:, :, None] == position  # [B, K, T]
-    step = jnp.where(at_end & action_mask[:, None, :], step_rewards[:, :, None], 0).sum(
-        axis=1
-    )  # [B, T]
+    step = jnp.where(at_end & action_mask[:, None, :], step_rewards[:, :, None], 0).sum(axis=1)
     kept = jnp.where(is_last, 0, step) if outcome_overwrites else step
     rewards = kept + jnp.where(is_last, outcome_rewards[:, None], 0)
     if placement == "merged":

@@ -1,6 +1,7 @@
-"""How well one text answers for another: word F1, exact match, cover match (host; method of SQuAD, Rajpurkar et al. 2016, section 6.1).
+"""Word F1, exact match and cover match of two texts (host).
 
-Accepted answers and queries come from the data set and recur, so what they consist of is kept; what a policy wrote does not, and is not.
+The method is SQuAD's (Rajpurkar et al. 2016, section 6.1). Accepted answers and queries recur, so
+their normalised form is cached; texts of a policy are not.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class AnswerScores(NamedTuple):
 
 
 def compare_answer(prediction: str | None, answers: Sequence[str]) -> AnswerScores:
-    """How well `prediction` answers; 0 throughout for a missing one (None) or without accepted answers."""
+    """Scores of `prediction`; all 0 if it is None or if there are no accepted answers."""
     if prediction is None:
         return AnswerScores(0.0, 0.0, 0.0)
     text, words = _read(prediction)
@@ -39,7 +40,10 @@ def compare_answer(prediction: str | None, answers: Sequence[str]) -> AnswerScor
 
 
 def match_queries(queries: Sequence[str], accepted: Sequence[Sequence[str]]) -> list[list[float]]:
-    """F1 of every query (rows) with the best of each group of accepted queries (columns); 0 for an empty group."""
+    """Best F1 of every query (rows) with each group of accepted queries (columns).
+
+    0 for an empty group.
+    """
     groups = [[_read_accepted(text)[1] for text in texts] for texts in accepted]
     return [
         [_best_f1(words, group) for group in groups]
@@ -48,40 +52,51 @@ def match_queries(queries: Sequence[str], accepted: Sequence[Sequence[str]]) -> 
 
 
 def f1(a: str, b: str) -> float:
-    """Word-level F1 of two texts after normalisation, in [0, 1]: 2 |a ∩ b| / (|a| + |b|) over bags of words.
+    """Word-level F1 of two texts after normalisation, in [0, 1].
 
-    Two texts that are both empty after normalisation are equal (1), as in exact match; one empty text against a full one is 0.
+        F1 = 2 |a ∩ b| / (|a| + |b|)    over bags of words
+
+    Two texts that are both empty after normalisation have 1, as in exact match; an empty text and a
+    non-empty one have 0.
     """
     return _best_f1(_read(a)[1], [_read(b)[1]])
 
 
 def holds_answer(text: str, answers: Sequence[str]) -> bool:
-    """Whether a document's text holds one of the answers as whole words, both normalised; an answer without words is held by none."""
+    """Whether a text holds one of the answers as whole words, both normalised.
+
+    No text holds an answer without words.
+    """
     padded = f" {normalize(text)} "
     return any(answer and f" {answer} " in padded for answer, _ in map(_read_accepted, answers))
 
 
 def normalize(text: str) -> str:
-    """SQuAD normalisation: lower case, ASCII punctuation removed, the words a, an, the removed, white space collapsed."""
+    """SQuAD normalisation.
+
+    Lower case, without ASCII punctuation and the words a, an, the; white space collapsed.
+    """
     return " ".join(_split(text))
 
 
 def _split(text: str) -> list[str]:
     """The words of the normalised text."""
-    if (
-        text.isascii() and text.isprintable()
-    ):  # all but punctuation are letters, digits and spaces, so articles are whole words: the same, three times faster
+    # Without punctuation such a text is letters, digits and spaces, so articles are whole words:
+    # the same result, three times faster.
+    if text.isascii() and text.isprintable():
         words = text.lower().encode().translate(None, _PUNCTUATION_BYTES).decode().split()
-        return (
-            words
-            if _ARTICLE_WORDS.isdisjoint(words)
-            else [word for word in words if word not in _ARTICLE_WORDS]
-        )
+        if _ARTICLE_WORDS.isdisjoint(words):
+            return words
+        return [word for word in words if word not in _ARTICLE_WORDS]
     return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
 
 
 def _read(text: str) -> tuple[str, frozenset]:
-    """-> the normalised text, and its bag of words as a set: a word's n-th repetition stands as (word, n), so that bags share what their sets share."""
+    """-> the normalised text, and its bag of words as a set.
+
+    The n-th repetition of a word is the element (word, n), so intersections of sets are those of
+    bags.
+    """
     words = _split(text)
     bag = frozenset(words)
     if len(bag) < len(words):

@@ -1,14 +1,20 @@
 """Cosine similarity of tf-idf vectors between gold and retrieved documents, by corpus id (host).
 
-A document is a row of `texts`. Tokens, weights and norm are scikit-learn's `TfidfVectorizer` defaults: lower case, `\\b\\w\\w+\\b`, raw term counts,
-smooth idf(w) = ln((1 + N) / (1 + df(w))) + 1, l2 norm. What differs is the collection that N and df count:
-  `CorpusTfidf`  the whole corpus, once;
-  `PairTfidf`    {document} ∪ gold documents, anew for every document, in closed form.
-Reference: the paper does not say what the idf is fitted on; the released code refits a vectoriser for every retrieved document ("pair"), which makes
-  one similarity depend on the number of gold documents and gives unrelated texts about 0.1.
+    x_w = count(w) * idf(w),    idf(w) = ln((1 + N) / (1 + df(w))) + 1
+    cos(x, y) = Σ_w x_w y_w / (|x| |y|)
 
-Words are counted once for a corpus; a whole batch of questions is then compared in one pass over arrays. Every sum runs over the words of one
-document in the order in which it names them, so a similarity is the same to the last bit whatever else is asked for in the same call.
+A document is a row of `texts`. Tokens (lower case, `\\b\\w\\w+\\b`), weights and norm are the
+defaults of scikit-learn's `TfidfVectorizer`. The two fits differ in the collection that N and df
+count:
+  `CorpusTfidf`  the whole corpus, once;
+  `PairTfidf`    {document} ∪ gold documents, for every document, in closed form.
+Reference: the paper does not say what the idf is fitted on; the released code refits a vectoriser
+  for every retrieved document ("pair"), which makes a similarity depend on the number of gold
+  documents and gives unrelated texts about 0.1.
+
+Words are counted once per corpus; a batch of questions is then compared in one pass over arrays.
+Every sum runs over the words of one document in the order of their first occurrence, so a
+similarity does not depend, to the last bit, on the other documents in the call.
 """
 
 from __future__ import annotations
@@ -32,7 +38,7 @@ from stepsearch_jax.choices import check_choice
 from stepsearch_jax.search.cache import hash_texts, prepare_folder
 
 _COUNTED_AT_ONCE = 1 << 20  # entries in memory before they are written
-_LOOKED_AT = 100  # texts, evenly spread, by which counted words are known for those of the same reading of a corpus
+_LOOKED_AT = 100  # texts, evenly spread, whose hash tells apart two readings of one corpus
 _TOKEN = re.compile(r"\b\w\w+\b")
 
 
@@ -42,34 +48,33 @@ class Similarity(Protocol):
     def similarity(
         self, gold_ids: Sequence[Sequence[int]], doc_ids: Sequence[Sequence[int]]
     ) -> np.ndarray:
-        """gold_ids[b] and doc_ids[b] of B questions -> [n, R] float64 in [0, 1], R = Σ_b len(doc_ids[b]), n the largest number of gold documents.
+        """gold_ids[b] and doc_ids[b] of B questions -> cosines [n, R] float64 in [0, 1].
 
-        Entry (i, r) compares the r-th of all doc_ids, one question after the other, with gold document i of its own question; 0 where there is none.
+        R = Σ_b len(doc_ids[b]); n is the largest number of gold documents. Entry (i, r) compares
+        the r-th of all doc_ids, question after question, with gold document i of its own question;
+        0 if the question has fewer.
         """
 
 
 def fit_similarity(
     texts: Sequence[str], *, tfidf_fit: str, folder: pathlib.Path | None = None, corpus: str = ""
 ) -> Similarity:
-    """The similarity over a corpus whose document i reads `texts[i]`; `tfidf_fit` is "corpus" or "pair".
+    """The similarity over a corpus whose document i is `texts[i]`.
 
-    folder: keeps the words of the documents, counted once and memory-mapped; None: they are counted in memory. corpus: identifies the texts in the folder.
-    Raises ValueError on another fit, or if there are no texts.
+    tfidf_fit: "corpus" or "pair". folder: keeps the term counts on disk, memory-mapped; None: they
+    are counted in memory. corpus: identifies the texts in the folder.
+    Raises ValueError on another fit, if there are no texts, or if the folder is damaged.
     """
     check_choice("reward.tfidf_fit", tfidf_fit)
     if not len(texts):
         raise ValueError("the corpus holds no documents; tf-idf needs at least one")
     if folder is None:
-        terms, counts = io.BytesIO(), io.BytesIO()
-        ends, frequencies = _count_terms(texts, terms, counts)
-        return _FITS[tfidf_fit](
-            _TermCounts(
-                *(np.frombuffer(file.getbuffer(), np.int32) for file in (terms, counts)),
-                ends,
-                frequencies,
-            )
-        )
+        files = io.BytesIO(), io.BytesIO()
+        ends, frequencies = _count_terms(texts, *files)
+        terms, counts = (np.frombuffer(file.getbuffer(), np.int32) for file in files)
+        return _FITS[tfidf_fit](_TermCounts(terms, counts, ends, frequencies))
 
+    # Count the terms unless the folder holds those of the same texts, counted by the same code.
     def write(made: pathlib.Path) -> None:
         with open(made / "terms.bin", "wb") as terms, open(made / "counts.bin", "wb") as counts:
             for name, values in zip(("ends", "frequencies"), _count_terms(texts, terms, counts)):
@@ -77,17 +82,9 @@ def fit_similarity(
 
     some = hash_texts(texts[i] for i in range(0, len(texts), -(-len(texts) // _LOOKED_AT)))
     code = hash_texts([inspect.getsource(sys.modules[__name__])])
-    prepare_folder(
-        folder,
-        {
-            "kind": "term-counts",
-            "corpus": corpus,
-            "documents": len(texts),
-            "texts": some,
-            "code": code,
-        },
-        write,
-    )
+    key = dict(kind="term-counts", corpus=corpus, documents=len(texts), texts=some, code=code)
+    prepare_folder(folder, key, write)
+    # Map the files into memory; an empty one cannot be mapped.
     try:
         ends, frequencies = (
             np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("ends", "frequencies")
@@ -100,7 +97,8 @@ def fit_similarity(
         ]
     except (ValueError, OSError, EOFError) as error:
         raise ValueError(
-            f"the counted words in {folder} are damaged ({error}): remove this folder, and they are counted again"
+            f"the counted words in {folder} are damaged ({error}): remove this folder, and they are"
+            " counted again"
         ) from error
     return _FITS[tfidf_fit](_TermCounts(*map(np.asarray, (*files, ends, frequencies))))
 
@@ -108,15 +106,14 @@ def fit_similarity(
 def _count_terms(
     texts: Sequence[str], terms_file: BinaryIO, counts_file: BinaryIO
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Writes the terms of every document and their counts, int32 -> ends and frequencies, as in `_TermCounts`. Memory grows with the different words."""
+    """Writes every document's terms and counts, int32 -> `ends`, `frequencies` of `_TermCounts`.
+
+    Memory grows with the number of distinct words.
+    """
     vocabulary: defaultdict[str, int] = defaultdict()
     vocabulary.default_factory = vocabulary.__len__  # an unknown word gets the next free term id
-    terms, counts, ends, frequencies = (
-        array.array("i"),
-        array.array("i"),
-        array.array("q", [0]),
-        np.zeros(0, np.int64),
-    )
+    terms, counts, ends = array.array("i"), array.array("i"), array.array("q", [0])
+    frequencies = np.zeros(0, np.int64)
 
     def flush() -> np.ndarray:
         held = np.bincount(np.array(terms, np.int64), minlength=len(vocabulary))
@@ -140,25 +137,32 @@ def _count_terms(
 
 @dataclasses.dataclass(frozen=True)
 class _TermCounts:
-    """Sparse term counts of every document: 8 bytes a distinct word, about 0.6 kB for a passage of 100 words."""
+    """Sparse term counts of every document.
+
+    8 bytes per distinct word of a document, about 0.6 kB for a passage of 100 words.
+    """
 
     terms: np.ndarray  # [E] int32
-    counts: np.ndarray  # [E] int32: how often the document names the term
+    counts: np.ndarray  # [E] int32: occurrences of the term in the document
     ends: np.ndarray  # [documents + 1] int64: document i owns entries ends[i] to ends[i + 1]
-    frequencies: np.ndarray  # [V] int64: how many documents name the term
+    frequencies: np.ndarray  # [V] int64: number of documents with the term
 
     @property
     def documents(self) -> int:
-        """Their number."""
+        """Number of documents."""
         return len(self.ends) - 1
 
     def gather(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Entries of the documents `ids` [m], one document after the other -> (their terms [e], their counts [e] float64, where each document begins and the
-        last one ends [m + 1]). ValueError if the corpus lacks an id."""
+        """Entries of documents ids [m] -> (terms [e], counts [e] float64, bounds [m + 1]).
+
+        The entries stand document after document; document i owns bounds[i] to bounds[i + 1].
+        Raises ValueError if the corpus lacks an id.
+        """
         wrong = (ids < 0) | (ids >= self.documents)
         if wrong.any():
             raise ValueError(
-                f"document id {ids[wrong][0]} is not in the corpus of {self.documents} documents; are gold ids and corpus from one data set?"
+                f"document id {ids[wrong][0]} is not in the corpus of {self.documents} documents;"
+                " are gold ids and corpus from one data set?"
             )
         starts, stops = self.ends[ids], self.ends[ids + 1]
         places = list(map(slice, starts.tolist(), stops.tolist()))
@@ -170,10 +174,12 @@ class _TermCounts:
 
 
 class _Match:
-    """Where the words of B questions' gold documents (m in all) occur in the documents that the questions retrieved (R in all).
+    """Words of B questions' gold documents (m in all) in the retrieved documents (R in all).
 
-    A column is a word of one question's gold documents. It bears the number of an entry in which they name it, so C = number of their entries, and
-    columns stay unused where several name the same word. Words that no gold document of the question holds have no column: they add nothing to dot products.
+    A column is a word of one question's gold documents. Its index is that of one entry of the word
+    in them, so C is the number of their entries; if several hold a word, the other columns stay
+    unused. Words in none of the question's gold documents have no column: they add nothing to dot
+    products.
     """
 
     def __init__(
@@ -185,25 +191,17 @@ class _Match:
         self.gold_ids, self.gold_question, gold_ends = _flatten(gold_ids)  # [m], [m], [B + 1]
         self.doc_ids, self.doc_question, doc_ends = _flatten(doc_ids)  # [R], [R], [B + 1]
         self.gold_number = np.diff(gold_ends)  # [B]
-        self.gold_place = (
-            np.arange(len(self.gold_ids)) - gold_ends[self.gold_question]
-        )  # [m] among its question's
-        self.gold_terms, self.gold_counts, gold_starts = counts.gather(
-            self.gold_ids
-        )  # [C], [C], [m + 1]
-        self.doc_terms, self.doc_counts, doc_starts = counts.gather(
-            self.doc_ids
-        )  # [e], [e], [R + 1]
+        # [m]: place of the gold document among those of its question.
+        self.gold_place = np.arange(len(self.gold_ids)) - gold_ends[self.gold_question]
+        # [C], [C], [m + 1] and [e], [e], [R + 1]
+        self.gold_terms, self.gold_counts, gold_starts = counts.gather(self.gold_ids)
+        self.doc_terms, self.doc_counts, doc_starts = counts.gather(self.doc_ids)
 
         # Columns, question by question, through a table over all words.
-        numbers, column_of = (
-            np.arange(len(self.gold_terms), dtype=np.int32),
-            np.full(len(counts.frequencies), -1, np.int32),
-        )
-        self.gold_column, doc_column = (
-            np.empty(len(self.gold_terms), np.int32),
-            np.empty(len(self.doc_terms), np.int32),
-        )
+        numbers = np.arange(len(self.gold_terms), dtype=np.int32)
+        column_of = np.full(len(counts.frequencies), -1, np.int32)
+        self.gold_column = np.empty(len(self.gold_terms), np.int32)
+        doc_column = np.empty(len(self.doc_terms), np.int32)
         gold_bounds, doc_bounds = gold_starts[gold_ends].tolist(), doc_starts[doc_ends].tolist()
         for gold_start, gold_end, doc_start, doc_end in zip(
             gold_bounds, gold_bounds[1:], doc_bounds, doc_bounds[1:]
@@ -214,30 +212,27 @@ class _Match:
             doc_column[doc_start:doc_end] = column_of.take(self.doc_terms[doc_start:doc_end])
             column_of[terms] = -1
 
-        self.gold_row = np.repeat(
-            np.arange(len(self.gold_ids)), np.diff(gold_starts)
-        )  # [C] which gold document
-        self.table = np.zeros(
-            (self.gold_number.max(initial=0), len(numbers))
-        )  # [n, C] counts, by place of the gold document
+        # [C]: the gold document of an entry; [n, C]: counts, by place of the gold document.
+        self.gold_row = np.repeat(np.arange(len(self.gold_ids)), np.diff(gold_starts))
+        self.table = np.zeros((self.gold_number.max(initial=0), len(numbers)))
         self.table[self.gold_place.take(self.gold_row), self.gold_column] = self.gold_counts
 
-        shared = np.flatnonzero(
-            doc_column >= 0
-        )  # [s] entries of retrieved documents that have a column
-        self.doc_row = np.repeat(
-            np.arange(len(self.doc_ids)), np.diff(doc_starts)
-        )  # [e] which document
+        # [e]: the retrieved document of an entry; [s]: entries that have a column.
+        self.doc_row = np.repeat(np.arange(len(self.doc_ids)), np.diff(doc_starts))
+        shared = np.flatnonzero(doc_column >= 0)
         self.row = self.doc_row.take(shared)  # [s]
         self.column = doc_column.take(shared).astype(np.int64)  # [s]
-        self.counts = self.doc_counts.take(shared)  # [s] in the retrieved document
+        self.counts = self.doc_counts.take(shared)  # [s]
 
     def sum_shared(self, values: np.ndarray) -> np.ndarray:
-        """[s] -> [R]: sums over the entries of each retrieved document that have a column."""
+        """Sums over the entries of each retrieved document that have a column: [s] -> [R]."""
         return np.bincount(self.row, values, len(self.doc_ids))
 
     def spread_gold(self, values: np.ndarray) -> np.ndarray:
-        """Values of gold documents [m] -> [n, R]: for each retrieved document those of its question's gold documents, 0 where there are fewer."""
+        """Values of gold documents [m] -> those of each retrieved document's question [n, R].
+
+        0 if the question has fewer gold documents.
+        """
         table = np.zeros((len(self.table), len(self.gold_number)))
         table[self.gold_place, self.gold_question] = values
         return table[:, self.doc_question]
@@ -248,9 +243,8 @@ class CorpusTfidf:
 
     def __init__(self, counts: _TermCounts):
         self._counts = counts
-        self._idf_squares = (
-            np.log((1 + counts.documents) / (1 + counts.frequencies)) + 1
-        ) ** 2  # [V]
+        # [V]
+        self._idf_squares = (np.log((1 + counts.documents) / (1 + counts.frequencies)) + 1) ** 2
 
     def similarity(
         self, gold_ids: Sequence[Sequence[int]], doc_ids: Sequence[Sequence[int]]
@@ -261,28 +255,24 @@ class CorpusTfidf:
         dots = np.zeros((len(match.table), len(match.doc_ids)))
         for i, gold in enumerate(match.table):
             dots[i] = match.sum_shared(gold.take(match.column) * weighted)
-        gold_squares = np.bincount(
-            match.gold_row,
-            self._idf_squares.take(match.gold_terms) * match.gold_counts**2,
-            len(match.gold_ids),
-        )
-        doc_squares = np.bincount(
-            match.doc_row,
-            self._idf_squares.take(match.doc_terms) * match.doc_counts**2,
-            len(match.doc_ids),
-        )
+        gold_terms = self._idf_squares.take(match.gold_terms) * match.gold_counts**2
+        gold_squares = np.bincount(match.gold_row, gold_terms, len(match.gold_ids))
+        doc_terms = self._idf_squares.take(match.doc_terms) * match.doc_counts**2
+        doc_squares = np.bincount(match.doc_row, doc_terms, len(match.doc_ids))
         return _divide(dots, match.spread_gold(gold_squares) * doc_squares)
 
 
 class PairTfidf:
-    """tf-idf fitted on {document} ∪ gold documents for every document, without fitting anything.
+    """tf-idf fitted on {document} ∪ gold documents for every document, in closed form.
 
-    With n gold documents, N = n + 1. Let g(w) be the number of gold documents that hold w, c_x(w) the count of w in x, and
-    idf(f) = ln((2 + n) / (1 + f)) + 1. A word of the document has frequency g(w) + 1, any other word g(w), so
-      dot(gold_i, d)  = Σ_w c_i c_d idf(g + 1)^2                                 (only shared words count)
-      |d|^2           = Σ_w c_d^2 idf(1)^2 + Σ_{w shared} c_d^2 (idf(g + 1)^2 - idf(1)^2)
-      |gold_i|^2      = Σ_w c_i^2 idf(g)^2 + Σ_{w shared} c_i^2 (idf(g + 1)^2 - idf(g)^2)
-    where a word is shared if d and any gold document hold it. The collection is a list: a document that is itself gold counts twice.
+        dot(gold_i, d)  = Σ_w c_i c_d idf(g + 1)^2
+        |d|^2           = Σ_w c_d^2 idf(1)^2 + Σ_{w shared} c_d^2 (idf(g + 1)^2 - idf(1)^2)
+        |gold_i|^2      = Σ_w c_i^2 idf(g)^2 + Σ_{w shared} c_i^2 (idf(g + 1)^2 - idf(g)^2)
+
+    n gold documents make N = n + 1 documents and idf(f) = ln((2 + n) / (1 + f)) + 1. c_x(w) is the
+    count of w in x, g(w) the number of gold documents that hold w. A word of the document has
+    frequency g(w) + 1, any other word g(w). A word is shared if d and any gold document hold it.
+    The collection is a list: a document that is itself gold counts twice.
     """
 
     def __init__(self, counts: _TermCounts):
@@ -296,21 +286,21 @@ class PairTfidf:
         frequency = np.count_nonzero(match.table, axis=0)  # [C] g
         total = 2.0 + match.gold_number  # [B]
         of_column = total[match.gold_question[match.gold_row]]  # [C]
-        without = np.square(np.log(of_column / (1 + frequency)) + 1)[
-            match.gold_column
-        ]  # [C] idf(g)^2, of each entry's word
+        # [C]: idf(g)^2 of each entry's word
+        without = np.square(np.log(of_column / (1 + frequency)) + 1)[match.gold_column]
         within = np.square(np.log(of_column / (2 + frequency)) + 1)  # [C] idf(g + 1)^2
         alone = np.square(np.log(total / 2) + 1)[match.doc_question]  # [R] idf(1)^2
 
         weighted = match.counts * within.take(match.column)  # [s]
         shared_squares = match.sum_shared(match.counts**2)
         squares = np.bincount(match.doc_row, match.doc_counts**2, len(match.doc_ids))
-        doc_squares = alone * (squares - shared_squares) + match.sum_shared(
-            match.counts * weighted
-        )  # whole numbers: an exact difference
-        gold_squares = match.spread_gold(
-            np.bincount(match.gold_row, match.gold_counts**2 * without, len(match.gold_ids))
-        )  # [n, R] if d held none of it
+        own_squares = squares - shared_squares  # whole numbers: an exact difference
+        doc_squares = alone * own_squares + match.sum_shared(match.counts * weighted)
+        # [n, R]: first as if d held none of the words, then corrected for the shared ones.
+        gold_squares = np.bincount(
+            match.gold_row, match.gold_counts**2 * without, len(match.gold_ids)
+        )
+        gold_squares = match.spread_gold(gold_squares)
         dots = np.zeros_like(gold_squares)
         for i, gold in enumerate(match.table):
             dots[i] = match.sum_shared(gold.take(match.column) * weighted)
@@ -319,13 +309,13 @@ class PairTfidf:
 
 
 def _flatten(ids: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """-> all ids, one question after the other [m], the question of each [m], and where each question begins and the last one ends [B + 1]."""
-    ends = np.cumsum([0, *map(len, ids)])
-    return (
-        np.fromiter(itertools.chain.from_iterable(ids), np.int64, ends[-1]),
-        np.repeat(np.arange(len(ids)), np.diff(ends)),
-        ends,
-    )
+    """-> all ids, question after question [m], the question of each [m], and bounds [B + 1].
+
+    Question b owns bounds[b] to bounds[b + 1].
+    """
+    bounds = np.cumsum([0, *map(len, ids)])
+    flat = np.fromiter(itertools.chain.from_iterable(ids), np.int64, bounds[-1])
+    return flat, np.repeat(np.arange(len(ids)), np.diff(bounds)), bounds
 
 
 def _divide(dots: np.ndarray, squared_norms: np.ndarray) -> np.ndarray:

@@ -238,7 +238,7 @@ def make_answer_gain(model: ModelConfig, opening: int, microbatch_size: int):
 
 
 def make_gradients(model: ModelConfig, settings: LearnerSettings):
-    """-> gradients(params, minibatch, kl_coef) -> (gradients, metrics), accumulated over micro-batches.
+    """-> gradients(params, minibatch, kl_coef) -> (gradients, metrics), summed over micro-batches.
 
     params, gradients: dicts of "policy" and, with an estimator that reads values, "value".
     kl_coef []: read only with kl_placement "loss".
