@@ -1,6 +1,7 @@
-"""The losses: by hand, the whole objective against a loop over Python floats, and the laws that a policy gradient must obey."""
+"""The losses by hand, the whole objective against a loop, and the laws of a policy gradient."""
 
 import functools
+import inspect
 import math
 import pathlib
 import re
@@ -17,12 +18,14 @@ from episodes import (
     draw_episodes,
     insert_observation,
     list_turns,
-    loop_estimate,
     pad_rows_and_tokens,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loop_loss import loop_loss
 
+from configs import base
+from stepsearch_jax import rl
 from stepsearch_jax.rl import (
     aggregate,
     entropy_bonus,
@@ -62,7 +65,7 @@ STATIC = (
     "outcome_overwrites",
     "over_observations",
 )
-# What a config may ask for, so that every word stands in some case.
+# Every word that a config may use is in some case.
 CASES = {
     "gae": {},
     "truncated": dict(max_ratio=1.4),
@@ -102,96 +105,68 @@ def gradients_of(batch, **change):
     return [np.asarray(gradients[name]) for name in ("logprobs", "values", "entropy")]
 
 
-def penalty(x: float, estimator: str) -> float:
-    return {"k1": x, "k2": x * x / 2, "k3": math.exp(-x) - 1 + x}[estimator]
+# The defaults
 
 
-def loop_loss(
-    batch,
-    *,
-    clip_low,
-    clip_high,
-    max_ratio=math.inf,
-    aggregation,
-    value_clip,
-    value_coef,
-    entropy_coef,
-    kl_coef,
-    kl_placement,
-    kl_estimator,
-    placement,
-    outcome_overwrites,
-    over_observations,
-    advantage,
-    **estimating,
-):
-    """The objective from its definition, one Python float at a time. step_rewards None: plain outcome-only PPO."""
-    mask, f = batch["action_mask"], lambda name, b, t: float(batch[name][b, t])
-    rewards = np.zeros(mask.shape)
-    for b in range(B):
-        kept, rewarded = np.flatnonzero(mask[b]), {}
-        for k in range(K) if batch["step_rewards"] is not None else ():
-            if batch["search_end"][b, k] >= 0:
-                rewarded[int(batch["search_end"][b, k])] = f("step_rewards", b, k)
-        if len(kept):
-            rewarded[kept[-1]] = float(batch["outcome_rewards"][b]) + (
-                0 if outcome_overwrites else rewarded.get(kept[-1], 0.0)
-            )
-            if placement == "merged":
-                rewarded = {kept[-1]: sum(rewarded.values())}
-        for t in kept:
-            charged = (
-                kl_coef * penalty(f("old_logprobs", b, t) - f("ref_logprobs", b, t), kl_estimator)
-                if kl_placement == "reward"
-                else 0.0
-            )
-            rewards[b, t] = rewarded.get(int(t), 0.0) - charged
-    credit = batch["token_mask"] & (batch["turn_ids"] >= 0) if over_observations else mask
-    advantages, returns, value_mask = loop_estimate(
-        rewards,
-        batch["old_values"],
-        mask,
-        credit,
-        batch["turn_ids"],
-        batch["group_ids"],
-        estimator=advantage,
-        **estimating,
-    )
+def paper_keywords() -> dict:
+    """Every keyword of `stepwise_ppo_loss`, as configs/base.py has it for the paper.
 
-    def mean(term, over):
-        rows = [[term(b, t) for t in range(T) if over[b, t]] for b in range(B)]
-        rows = [row for row in rows if row]
-        return (
-            np.mean(
-                [np.mean(row) for row in rows] if aggregation == "sequence_mean" else sum(rows, [])
-            )
-            if rows
-            else 0.0
-        )
+    value_coef is no key, because the learner has an optimiser for each model. rl.max_ratio is for
+    log-probabilities of the sampler; the paper takes the learner's, and truncates nothing.
+    """
+    config = base.get_config("paper")
+    assert config.rl.old_logprobs == "learner"
+    parameters = inspect.signature(stepwise_ppo_loss).parameters.values()
+    keys = [key.name for key in parameters if key.kind is key.KEYWORD_ONLY]
+    keywords = {key: config.rl[key] for key in keys if key in config.rl}
+    keywords |= {key: config.reward[key] for key in keys if key in config.reward}
+    keywords |= dict(value_coef=1.0, max_ratio=math.inf)
+    assert keywords.keys() == set(keys)
+    return keywords
 
-    def policy_term(b, t):
-        ratio = min(math.exp(f("logprobs", b, t) - f("old_logprobs", b, t)), max_ratio)
-        return -min(
-            ratio * advantages[b, t],
-            min(max(ratio, 1 - clip_low), 1 + clip_high) * advantages[b, t],
-        )
 
-    def value_term(b, t):
-        new, old, target = f("values", b, t), f("old_values", b, t), returns[b, t]
-        return 0.5 * max(
-            (new - target) ** 2, (min(max(new, old - value_clip), old + value_clip) - target) ** 2
-        )
+@pytest.mark.parametrize("seed", range(3))
+def test_stepwise_ppo_loss_of_its_arrays_alone_is_the_papers(seed):
+    batch = draw_episodes(seed)
+    spelled_out, alone = differentiate(batch, **paper_keywords()), differentiate(batch)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-8)
+    jax.tree.map(close, alone, spelled_out)
 
-    loss = (
-        mean(policy_term, mask)
-        + value_coef * mean(value_term, value_mask)
-        - entropy_coef * mean(lambda b, t: f("entropy", b, t), mask)
-    )
-    if kl_placement == "loss":
-        loss += kl_coef * mean(
-            lambda b, t: penalty(f("logprobs", b, t) - f("ref_logprobs", b, t), kl_estimator), mask
-        )
-    return loss
+
+def test_every_default_is_the_papers():
+    keywords = paper_keywords()
+    for function in (getattr(rl, name) for name in rl.__all__):
+        for key in inspect.signature(function).parameters.values():
+            if key.name in keywords and key.default is not key.empty:
+                assert key.default == keywords[key.name], (function, key)
+
+
+def test_losses_without_a_normalizer_are_means_over_their_own_masks():
+    batch = draw_episodes(2)
+    mask, returns = batch["action_mask"], batch["entropy"]
+    x, old = batch["logprobs"], batch["old_logprobs"]
+    mean = lambda terms: terms[mask].astype(np.float64).mean()
+    assert aggregate(x, mask) == pytest.approx(mean(x), rel=1e-5)
+    assert loss_normalizer(mask) == mask.sum()
+    bonus, _ = entropy_bonus(batch["entropy"], mask)
+    assert bonus == pytest.approx(mean(batch["entropy"]), rel=1e-5)
+    # KL k3.
+    x, ref = batch["logprobs"], batch["ref_logprobs"]
+    loss, _ = kl_loss(x, ref, mask)
+    assert loss == pytest.approx(mean(np.exp(ref - x) - 1 + x - ref), rel=1e-4)
+    # Both sides clipped at 0.2, nothing truncated.
+    ratio, advantages = np.exp(x - old), batch["values"]
+    surrogate = np.minimum(ratio * advantages, ratio.clip(0.8, 1.2) * advantages)
+    loss, metrics = policy_loss(x, old, advantages, mask)
+    assert loss == pytest.approx(-mean(surrogate), rel=1e-4)
+    assert metrics["clip_fraction"] > 0 and metrics["truncated_fraction"] == 0
+    # Values clipped at 0.5.
+    values, old_values = batch["values"], batch["old_values"]
+    clipped = old_values + (values - old_values).clip(-0.5, 0.5)
+    errors = np.maximum((values - returns) ** 2, (clipped - returns) ** 2)
+    loss, metrics = value_loss(values, old_values, returns, mask)
+    assert loss == pytest.approx(mean(errors) / 2, rel=1e-4)
+    assert metrics["value_clip_fraction"] > 0
 
 
 # The pieces, by hand
@@ -200,9 +175,12 @@ def loop_loss(
 def test_policy_loss_by_hand():
     """Bounds .2 below and .3 above, four action tokens and one observation (advantage 99).
 
-    ratio 1.5, A  2: min(3, 1.3*2 = 2.6) = 2.6   clipped          ratio .5, A -1: min(-.5, .8*-1 = -.8) = -.8   clipped
-    ratio 1.5, A -2: min(-3, -2.6) = -3          not clipped      ratio 1.25, A 1: 1.25                         not clipped
-    Sum .05; loss = -.05 / 4 = -.0125; clip fraction 2/4. Gradient in logprobs: -ratio A / 4 where not clipped, 0 where clipped.
+    ratio 1.5,  A  2: min(3, 1.3*2 = 2.6) = 2.6      clipped
+    ratio 1.5,  A -2: min(-3, -2.6) = -3             not clipped
+    ratio .5,   A -1: min(-.5, .8*-1 = -.8) = -.8    clipped
+    ratio 1.25, A  1: 1.25                           not clipped
+    Sum .05; loss = -.05 / 4 = -.0125; clip fraction 2/4. Gradient in logprobs: -ratio A / 4 if not
+    clipped, else 0.
     """
     ratio, advantages = jnp.array([[1.5, 1.5, 0.5, 1.25, 7.0]]), jnp.array([[2.0, -2, -1, 1, 99]])
     mask = jnp.array([[True, True, True, True, False]])
@@ -223,11 +201,13 @@ def test_policy_loss_by_hand():
 
 
 def test_truncated_ratios_by_hand():
-    """Cut at 2; four action tokens and an observation.
+    """Truncated at 2; four action tokens and an observation.
 
-    ratio 4, A -1: at most 2, so -2; gradient that of a weight of 2     ratio 4, A  1: min(2, 1.3) = 1.3, clipped: no gradient
-    ratio 1.5, A -1: -1.5, as without the cut                           ratio .5, A 1: .5, the same
-    Sum -1.7; loss = 1.7 / 4. Of four, two ratios were cut.
+    ratio 4,   A -1: at most 2, so -2; gradient that of a weight of 2
+    ratio 4,   A  1: min(2, 1.3) = 1.3, clipped: no gradient
+    ratio 1.5, A -1: -1.5, as without truncation
+    ratio .5,  A  1: .5, the same
+    Sum -1.7; loss = 1.7 / 4. Two of the four ratios were truncated.
     """
     ratio, advantages = jnp.array([[4.0, 4, 1.5, 0.5, 9]]), jnp.array([[-1.0, 1, -1, 1, -1]])
     old, mask = jnp.full((1, 5), -3.0), jnp.array([[True] * 4 + [False]])
@@ -247,9 +227,9 @@ def test_truncated_ratios_by_hand():
 def test_value_loss_by_hand():
     """value_clip .5, three action tokens and one observation.
 
-    old 0, new 1, return 1:    (1-1)^2 = 0,     clipped (.5-1)^2 = .25     -> .25, clipped: no gradient
-    old 0, new .4, return 1:   (.4-1)^2 = .36,  the same                   -> .36, gradient (.4 - 1) / 3
-    old 0, new -2, return 1:   (-2-1)^2 = 9,    clipped (-.5-1)^2 = 2.25   -> 9,   gradient (-2 - 1) / 3
+    old 0, new  1, return 1: (1-1)^2 = 0,    clipped (.5-1)^2 = .25   -> .25, clipped: no gradient
+    old 0, new .4, return 1: (.4-1)^2 = .36, the same                 -> .36, gradient (.4 - 1) / 3
+    old 0, new -2, return 1: (-2-1)^2 = 9,   clipped (-.5-1)^2 = 2.25 -> 9,   gradient (-2 - 1) / 3
     loss = (.25 + .36 + 9) / 2 / 3 = 1.601667
     """
     old, returns = jnp.zeros((1, 4)), jnp.ones((1, 4))
@@ -263,44 +243,37 @@ def test_value_loss_by_hand():
     )
     assert loss == pytest.approx(1.601667, rel=1e-5)
     np.testing.assert_allclose(gradient, [[0, -0.2, -1, 0]], atol=1e-6)
-    assert metrics["value_clip_fraction"] == pytest.approx(1 / 3) and metrics[
-        "value_error"
-    ] == pytest.approx(9.36 / 3, rel=1e-5)
+    assert metrics["value_clip_fraction"] == pytest.approx(1 / 3)
+    assert metrics["value_error"] == pytest.approx(9.36 / 3, rel=1e-5)
 
 
 def test_rounding_is_no_clipping():
-    """Values that moved by less than value_clip are not counted, although a compiled old + (new - old) is not new in every last bit."""
+    """Values that moved by less than value_clip are not counted.
+
+    A compiled old + (new - old) is not new to the last bit.
+    """
     old, step, returns = jax.random.normal(jax.random.key(0), (3, 1, 1000))
-    loss = jax.jit(
-        lambda values: value_loss(
-            values,
-            old,
-            returns,
-            jnp.ones((1, 1000), bool),
-            value_clip=0.5,
-            normalizer=1000,
-            **TOKENS,
-        )
-    )
+    mask, over = jnp.ones((1, 1000), bool), dict(normalizer=1000, **TOKENS)
+    loss = jax.jit(lambda values: value_loss(values, old, returns, mask, value_clip=0.5, **over))
     _, metrics = loss(old + 0.3 * jnp.tanh(step))
     assert metrics["value_clip_fraction"] == 0
 
 
 def test_entropy_bonus_by_hand():
+    """(1 + 2) / 4: this is half of a minibatch of four action tokens."""
     bonus, metrics = entropy_bonus(
         jnp.array([[1.0, 2.0, 50.0]]), jnp.array([[True, True, False]]), normalizer=4, **TOKENS
     )
-    assert (
-        bonus == metrics["entropy"] == pytest.approx(0.75)
-    )  # (1 + 2) / 4: this is half of a minibatch of four action tokens
+    assert bonus == metrics["entropy"] == pytest.approx(0.75)
 
 
 def test_aggregation_by_hand():
-    """Rows (1, 2, 3), none, (8): over tokens 14 / 4 = 3.5; over sequences (2 + 8) / 2 = 5. The 99s are outside."""
-    x, mask = (
-        jnp.array([[1.0, 2, 3], [99, 99, 99], [99, 8, 99]]),
-        jnp.array([[True] * 3, [False] * 3, [False, True, False]]),
-    )
+    """Rows (1, 2, 3), none, (8), outside 99s.
+
+    Over tokens 14 / 4 = 3.5; over sequences (2 + 8) / 2 = 5.
+    """
+    x = jnp.array([[1.0, 2, 3], [99, 99, 99], [99, 8, 99]])
+    mask = jnp.array([[True] * 3, [False] * 3, [False, True, False]])
     for aggregation, count, mean in (("token_mean", 4, 3.5), ("sequence_mean", 2, 5)):
         assert loss_normalizer(mask, aggregation=aggregation) == count
         assert aggregate(x, mask, aggregation=aggregation, normalizer=count) == pytest.approx(mean)
@@ -313,7 +286,7 @@ def test_aggregation_by_hand():
 
 
 def test_kl_loss_by_hand():
-    """x = .5 and -1 and an observation: k2 = .125 and .5, so the loss is .625 / 2; its gradient x / 2."""
+    """x = .5 and -1 and an observation: k2 = .125 and .5, loss .625 / 2, gradient x / 2."""
     reference, mask = jnp.array([[-1.5, -1.0, 9]]), jnp.array([[True, True, False]])
     run = lambda logprobs: kl_loss(
         logprobs, reference, mask, estimator="k2", normalizer=2, **TOKENS
@@ -324,22 +297,19 @@ def test_kl_loss_by_hand():
 
 
 def test_which_divergence_a_kl_loss_lowers():
-    """p = (1/2, 1/4, 1/4): the mean over the tokens 0, 0, 1, 2 is the expectation under p. Gradients in the logits of p, sampling held fixed."""
+    """p = (1/2, 1/4, 1/4): the mean over the tokens 0, 0, 1, 2 is the expectation under p.
+
+    Gradients are in the logits of p, with the samples fixed.
+    """
     logits, q = jnp.log(jnp.array([0.5, 0.25, 0.25])), jnp.array([0.2, 0.3, 0.5])
     tokens, mask = jnp.array([[0, 0, 1, 2]]), jnp.ones((1, 4), bool)
 
     slope = lambda loss: jax.jit(jax.grad(loss))(logits)
 
     def gradient(estimator):
+        over = dict(estimator=estimator, normalizer=4, **TOKENS)
         return slope(
-            lambda x: kl_loss(
-                jax.nn.log_softmax(x)[tokens],
-                jnp.log(q)[tokens],
-                mask,
-                estimator=estimator,
-                normalizer=4,
-                **TOKENS,
-            )[0]
+            lambda x: kl_loss(jax.nn.log_softmax(x)[tokens], jnp.log(q)[tokens], mask, **over)[0]
         )
 
     forward = slope(lambda x: (jax.nn.softmax(x) * (jax.nn.log_softmax(x) - jnp.log(q))).sum())
@@ -366,10 +336,12 @@ def test_extreme_log_ratios_stay_finite():
 
 
 def test_stepwise_ppo_loss_by_hand():
-    """Two action tokens around an observation; gamma = lambda = 1; no KL, no whitening; ratio 1, values as they were.
+    """Two action tokens around an observation; gamma = lambda = 1; no KL, no whitening.
 
-    Step reward .5 on token 0 (search_end), outcome 1 on token 2. V = (.25, .5). Returns: 1.5, 1. A = 1.25, .5.
-    policy = -(1.25 + .5) / 2 = -.875; value = (1.25^2 + .5^2) / 2 / 2 = .453125; entropy (.2 + .4) / 2 = .3.
+    The ratio is 1, and values are as they were. Step reward .5 on token 0 (search_end), outcome 1
+    on token 2. V = (.25, .5). Returns: 1.5, 1. A = 1.25, .5.
+    policy = -(1.25 + .5) / 2 = -.875; value = (1.25^2 + .5^2) / 2 / 2 = .453125;
+    entropy (.2 + .4) / 2 = .3.
     loss = -.875 + 2 * .453125 - .1 * .3 = .00125.
     """
     same = jnp.array([[-1.0, 9, -2]])
@@ -399,17 +371,11 @@ def test_stepwise_ppo_loss_by_hand():
         ),
     )
     assert loss == pytest.approx(0.00125, abs=1e-6)
-    assert metrics["policy_loss"] == pytest.approx(-0.875) and metrics[
-        "value_loss"
-    ] == pytest.approx(0.453125)
+    assert metrics["policy_loss"] == pytest.approx(-0.875)
+    assert metrics["value_loss"] == pytest.approx(0.453125)
     assert metrics["entropy"] == pytest.approx(0.3) and metrics["reward"] == pytest.approx(1.5)
-    assert (
-        metrics["kl"]
-        == metrics["clip_fraction"]
-        == metrics["value_clip_fraction"]
-        == metrics["approx_kl"]
-        == 0
-    )
+    for name in ("kl", "clip_fraction", "value_clip_fraction", "approx_kl"):
+        assert metrics[name] == 0
 
 
 @cases
@@ -435,14 +401,14 @@ def test_zero_step_rewards_reduce_to_outcome_only_ppo(batch):
 @settings(max_examples=30, deadline=None)
 @given(batches)
 def test_ratio_one_gives_the_unclipped_gradient(batch):
-    """At the sampling policy the gradient is the plain policy gradient -A / N, whatever the clip, and nothing counts as clipped."""
+    """At the sampling policy the gradient is -A / N under any clip, and nothing is clipped."""
     batch = batch | dict(logprobs=batch["old_logprobs"])
     plain = gradients_of(batch, clip_low=1e6, clip_high=1e6)[0]
     for clips in (dict(clip_low=0.0001, clip_high=0.2), dict(clip_low=0.2, clip_high=0.0001)):
         np.testing.assert_allclose(gradients_of(batch, **clips)[0], plain, atol=1e-6)
         loss, metrics = loss_of(batch, **clips)
         assert metrics["clip_fraction"] == metrics["approx_kl"] == 0
-    # Whitened advantages sum to 0 over the batch, and so does the gradient; unless there is nothing, it is not itself 0.
+    # Whitened advantages sum to 0 over the batch, so the gradient does too, without being 0 itself.
     assert abs(plain.sum()) < 1e-5
     if batch["action_mask"].sum() > 2:
         assert np.abs(plain).max() > 1e-3
@@ -452,7 +418,8 @@ def test_ratio_one_gives_the_unclipped_gradient(batch):
 @settings(max_examples=10, deadline=None)
 @given(batches)
 def test_observation_and_padding_tokens_have_exactly_no_gradient_and_no_influence(change, batch):
-    """The values of observation tokens have a gradient and an influence only if they are asked for; those of padding and prompt never."""
+    """Values of observation tokens matter only with over_observations, padding and prompt never."""
+    names = ("logprobs", "old_logprobs", "ref_logprobs", "values", "old_values", "entropy")
     outside = ~batch["action_mask"]
     outside_values = batch["turn_ids"] < 0 if change.get("over_observations") else outside
     gradients = gradients_of(batch, **change)
@@ -463,14 +430,7 @@ def test_observation_and_padding_tokens_have_exactly_no_gradient_and_no_influenc
             name: np.where(
                 outside_values if "values" in name else outside, np.float32(rubbish), batch[name]
             )
-            for name in (
-                "logprobs",
-                "old_logprobs",
-                "ref_logprobs",
-                "values",
-                "old_values",
-                "entropy",
-            )
+            for name in names
         }
         np.testing.assert_array_equal(loss_of(other, **change)[0], loss_of(batch, **change)[0])
         for a, b in zip(gradients_of(other, **change), gradients):
@@ -478,22 +438,16 @@ def test_observation_and_padding_tokens_have_exactly_no_gradient_and_no_influenc
 
 
 def test_only_asked_for_values_are_learned():
-    """Gradients of the values: on action tokens; on all tokens after the prompt; on each turn's first action token; nowhere."""
+    """Gradients of the values are on the tokens that the estimator reads, and nowhere else."""
     batch = draw_episodes(4)
-    starts = np.zeros((B, T), bool)
+    mask, starts = batch["action_mask"], np.zeros((B, T), bool)
     for b in range(B):
-        starts[
-            b, [tokens[0] for tokens in list_turns(batch["action_mask"], batch["turn_ids"], b)]
-        ] = True
-    expected = {
-        "gae": batch["action_mask"],
-        "observations": batch["turn_ids"] >= 0,
-        "turn_gae": starts,
-    } | dict.fromkeys(CRITIC_FREE, np.zeros((B, T), bool))
+        starts[b, [tokens[0] for tokens in list_turns(mask, batch["turn_ids"], b)]] = True
+    expected = {"gae": mask, "observations": batch["turn_ids"] >= 0, "turn_gae": starts}
+    expected |= dict.fromkeys(CRITIC_FREE, np.zeros((B, T), bool))
     for name, where in expected.items():
-        np.testing.assert_array_equal(
-            gradients_of(batch, **CASES[name] | dict(value_clip=1e6))[1] != 0, where, err_msg=name
-        )
+        gradient = gradients_of(batch, **CASES[name] | dict(value_clip=1e6))[1]
+        np.testing.assert_array_equal(gradient != 0, where, err_msg=name)
 
 
 @pytest.mark.parametrize("name", ["gae", "grpo"])
@@ -504,28 +458,21 @@ def test_rewards_advantages_and_returns_carry_no_gradient(name):
         assert (np.abs(gradient).max() > 0) == (array in moved), array
     # The pieces themselves hold their targets fixed, also when called alone.
     mask, old = batch["action_mask"], jnp.asarray(batch["old_logprobs"])
-    over = dict(normalizer=mask.sum(), **TOKENS)
-    for gradient in (
-        jax.grad(
-            lambda x: policy_loss(
-                batch["logprobs"], old, x, mask, clip_low=0.2, clip_high=0.2, **over
-            )[0]
-        )(old),
-        jax.grad(lambda x: value_loss(batch["values"], x, x, mask, value_clip=0.5, **over)[0])(old),
-        jax.grad(lambda x: kl_loss(batch["logprobs"], x, mask, estimator="k2", **over)[0])(old),
+    logprobs, values = batch["logprobs"], batch["values"]
+    for loss in (
+        lambda x: policy_loss(logprobs, old, x, mask)[0],
+        lambda x: value_loss(values, x, x, mask)[0],
+        lambda x: kl_loss(logprobs, x, mask, estimator="k2")[0],
     ):
-        assert (np.asarray(gradient) == 0).all()
+        assert (np.asarray(jax.grad(loss)(old)) == 0).all()
 
 
 @cases
 @settings(max_examples=10, deadline=None)
 @given(batches, st.permutations(range(B)))
 def test_padding_and_order_of_episodes_change_nothing(change, batch, order):
-    order, loss, gradients = (
-        np.array(order),
-        loss_of(batch, **change)[0],
-        gradients_of(batch, **change),
-    )
+    order = np.array(order)
+    loss, gradients = loss_of(batch, **change)[0], gradients_of(batch, **change)
     permuted = {name: array[order] for name, array in batch.items()}
     padded = pad_rows_and_tokens(batch, 1, 5)
     for other in (permuted, padded):
@@ -584,19 +531,19 @@ def evaluate_rows(logprobs, values, data, counts, rows, aggregation):
 @settings(max_examples=20, deadline=None)
 @given(batch=batches)
 def test_a_micro_batch_split_changes_nothing(aggregation, batch):
-    """One row at a time, each divided by the whole count, adds up to the whole: losses, metrics and gradients. Rows hold unequal token counts."""
+    """Rows one at a time, each divided by the whole count, add up to the whole.
+
+    So do losses, metrics and gradients. Rows hold unequal numbers of tokens.
+    """
     rng = np.random.default_rng(0)
     advantages, returns = (rng.normal(size=(B, T)).astype(np.float32) for _ in range(2))
     data = batch | dict(advantages=advantages, returns=returns, value_mask=batch["turn_ids"] >= 0)
-    counts = tuple(
-        loss_normalizer(data[name], aggregation=aggregation)
-        for name in ("action_mask", "value_mask")
+    masks = data["action_mask"], data["value_mask"]
+    counts = tuple(loss_normalizer(mask, aggregation=aggregation) for mask in masks)
+    evaluate = lambda rows: evaluate_rows(
+        data["logprobs"], data["values"], data, counts, rows, aggregation
     )
-    whole = evaluate_rows(data["logprobs"], data["values"], data, counts, np.arange(B), aggregation)
-    parts = [
-        evaluate_rows(data["logprobs"], data["values"], data, counts, np.array([row]), aggregation)
-        for row in range(B)
-    ]
+    whole, parts = evaluate(np.arange(B)), [evaluate(np.array([row])) for row in range(B)]
     total = jax.tree.map(lambda *leaves: sum(leaves), *parts)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), total, whole)
 
@@ -613,7 +560,7 @@ def test_batches_without_any_action_or_search_are_defined(change):
 
 
 def test_the_examples_of_the_page_run():
-    """Every Python block of docs/losses.md, one after the other; they assert what the text says."""
+    """Every Python block of docs/losses.md, one after the other; they assert what it says."""
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert blocks and any("stepwise_ppo_loss(" in block for block in blocks)
     exec("\n".join(blocks), {})
