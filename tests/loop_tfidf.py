@@ -1,4 +1,4 @@
-"""tf-idf as plain loops over dictionaries: the oracle of the similarities and of the information gain."""
+"""tf-idf as plain loops over dictionaries: the oracle of similarities and information gain."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import numpy as np
 
 def loop_cosine(a: str, b: str, collection: Sequence[str]) -> float:
     """Cosine of two texts with scikit-learn's defaults, N and df counted over `collection`."""
-    count = lambda text: [word for word in re.findall(r"\b\w\w+\b", text.lower())]
-    sets = [set(count(text)) for text in collection]
+    split = lambda text: re.findall(r"\b\w\w+\b", text.lower())
+    documents = [set(split(text)) for text in collection]
+
+    def idf(word: str) -> float:
+        frequency = sum(word in document for document in documents)
+        return math.log((1 + len(documents)) / (1 + frequency)) + 1
 
     def weigh(text: str) -> dict[str, float]:
-        words = count(text)
-        return {
-            w: words.count(w)
-            * (math.log((1 + len(sets)) / (1 + sum(w in words_ for words_ in sets))) + 1)
-            for w in words
-        }
+        words = split(text)
+        return {word: words.count(word) * idf(word) for word in words}
 
     x, y = weigh(a), weigh(b)
     norms = math.sqrt(sum(v * v for v in x.values()) * sum(v * v for v in y.values()))
-    return sum(v * y.get(w, 0) for w, v in x.items()) / norms if norms else 0.0
+    return sum(weight * y.get(word, 0) for word, weight in x.items()) / norms if norms else 0.0
 
 
 def loop_similarity(

@@ -1,9 +1,10 @@
-"""Deliberate faults: each is put into a copy of the repository, and the tests that concern it must fail.
+"""Deliberate faults: each is put into a copy of the repository, and its tests must fail.
 
     python tests/mutations.py             all of them, about half a minute each
     python tests/mutations.py whiten clip those with one of these words in their name
 
-Prints a line for each and exits 1 when one is missed. docs/losses.md lists them; tests/test_mutations.py checks that list and that every fault still applies.
+Prints a line for each and exits 1 when one is missed. docs/losses.md lists them;
+tests/test_mutations.py checks that list and that every fault still applies.
 """
 
 from __future__ import annotations
@@ -99,7 +100,8 @@ FAULTS = (
     Fault(
         "GAE steps through observations",
         ADVANTAGES,
-        "jnp.where(keep, value, next_value),\n            jnp.where(keep, advantage, next_advantage),",
+        "jnp.where(keep, value, next_value),\n"
+        "            jnp.where(keep, advantage, next_advantage),",
         "value, advantage,",
         "test_advantages.py",
     ),
@@ -160,10 +162,10 @@ FAULTS = (
         "test_advantages.py",
     ),
     Fault(
-        "groups are told apart by neighbourhood",
+        "groups are runs of neighbouring rows",
         MASKING,
         "same = group_ids[:, None] == group_ids",
-        "same = jnp.cumsum(jnp.diff(group_ids, prepend=0) != 0)[:, None] == jnp.cumsum(jnp.diff(group_ids, prepend=0) != 0)",
+        "runs = jnp.cumsum(jnp.diff(group_ids, prepend=0) != 0); same = runs[:, None] == runs",
         "test_masking.py",
     ),
     Fault(
@@ -247,7 +249,8 @@ FAULTS = (
         "a micro-batch is divided by its own count",
         LEARNER,
         "part, normalizers[name], kl_coef",
-        "part, loss_normalizer({'policy': part.action_mask, 'value': part.value_mask}[name], aggregation=aggregation), kl_coef",
+        "part, loss_normalizer({'policy': part.action_mask, 'value': part.value_mask}[name], "
+        "aggregation=aggregation), kl_coef",
         "test_learner.py -k same_update",
     ),
     Fault(
@@ -269,24 +272,26 @@ FAULTS = (
         LEARNER,
         "old[0] if by_learner else trajectory.sampler_logprobs",
         "old[0] if by_learner else ref_logprobs",
-        "test_learner.py",
+        "test_build_batch.py",
     ),
     Fault(
         "groups are not passed on",
         LEARNER,
         "trajectory.group_ids,",
         "jnp.arange(len(mask)),",
-        "test_learner.py -k batch_of_a_rollout",
+        "test_build_batch.py",
     ),
 )
 
 
 def apply(fault: Fault, root: pathlib.Path) -> None:
-    """Raises ValueError when the fault's text does not stand in its file exactly once."""
+    """Raises ValueError unless the fault's text is in its file exactly once."""
     source = (root / fault.file).read_text()
-    if source.count(fault.old) != 1:
+    count = source.count(fault.old)
+    if count != 1:
         raise ValueError(
-            f"{fault.name!r}: {fault.old!r} stands {source.count(fault.old)} times in {fault.file}; mend tests/mutations.py"
+            f"{fault.name!r}: {fault.old!r} is {count} times in {fault.file}, not once; correct"
+            " the text in tests/mutations.py"
         )
     (root / fault.file).write_text(source.replace(fault.old, fault.new))
 
@@ -294,20 +299,10 @@ def apply(fault: Fault, root: pathlib.Path) -> None:
 def run_tests(root: pathlib.Path, tests: str) -> int:
     """pytest's exit code: 0 all passed, 1 some failed, more: they did not run."""
     file, *options = tests.split()
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-x",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        f"tests/{file}",
-        *options,
-    ]
-    return subprocess.run(
-        command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ).returncode
+    pytest = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    command = [*pytest, f"tests/{file}", *options]
+    silent = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return subprocess.run(command, cwd=root, **silent).returncode
 
 
 def check(tests: str, fault: Fault | None) -> int:
@@ -327,16 +322,14 @@ def main(words: list[str]) -> int:
     chosen = [fault for fault in FAULTS if not words or any(word in fault.name for word in words)]
     for tests in dict.fromkeys(fault.tests for fault in chosen):
         if check(tests, None):
-            print(f"{tests} fails without any fault: nothing can be told")
+            print(f"{tests} fails without any fault; make it pass first")
             return 1
     missed = 0
     for fault in chosen:
         caught = check(fault.tests, fault) == 1
         missed += not caught
-        print(
-            f"{'caught' if caught else 'MISSED'}  {fault.name}  ({fault.file}, {fault.tests})",
-            flush=True,
-        )
+        word = "caught" if caught else "MISSED"
+        print(f"{word}  {fault.name}  ({fault.file}, {fault.tests})", flush=True)
     print(f"{len(chosen) - missed} of {len(chosen)} faults caught")
     return int(missed > 0 or not chosen)
 

@@ -1,4 +1,4 @@
-"""Measures of evaluated questions, by hand; their means and bootstrap intervals, by loops and by a law."""
+"""Measures of evaluated questions by hand; means and bootstrap intervals by loops and a law."""
 
 import numpy as np
 import pytest
@@ -35,9 +35,10 @@ def measure(*turns, given=(), question=QUESTION, hops=3, truncated=False):
 
 
 def test_a_searching_episode_by_hand():
-    """Three turns: a search that finds Turin (hop 1) and Paris, an invalid turn, an answer with one right word of two.
+    """A search that finds Turin (hop 1) and Paris, an invalid turn, an answer half right.
 
-    "Po Seine" against "Po": 2 * 1 / (2 + 1) = 2/3. Turin's text holds "the Po". Gold: one of three documents; all of hop 1, none of the two of hop 2.
+    "Po Seine" against "Po": 2 * 1 / (2 + 1) = 2/3. Turin's text holds "the Po". Gold: one of three
+    documents; all of hop 1, none of the two of hop 2.
     """
     found = measure(search("turin river", 2, 3), invalid("hm"), answer("Po Seine"))
     assert found == {
@@ -57,47 +58,43 @@ def test_a_searching_episode_by_hand():
 
 def test_half_of_a_hop_and_a_failed_search():
     found = measure(search("rome", 0), search("x", ok=False), truncated=True)
-    assert (
-        found["gold_recall_hop_2"] == (0.5, 1)
-        and found["searches"] == (2, 1)
-        and found["truncated"] == (1, 1)
-        and found["em"] == (0, 1)
-    )
+    assert found["gold_recall_hop_2"] == (0.5, 1) and found["searches"] == (2, 1)
+    assert found["truncated"] == (1, 1) and found["em"] == (0, 1)
     assert found["answer_in_evidence"] == (0, 1), "Rome's text says nothing of the Po"
 
 
 def test_documents_that_were_given_count_as_retrieved():
     found = measure(answer("The Padus!"), given=(1, 2, 0))
-    assert found["em"] == (1, 1) and found["gold_recall"] == found["gold_recall_hop_1"] == found[
-        "gold_recall_hop_2"
-    ] == (1, 1)
-    assert found["answer_in_evidence"] == (1, 1) and found["searches"] == (0, 1)
+    recalls = "gold_recall", "gold_recall_hop_1", "gold_recall_hop_2"
+    for name in ("em", *recalls, "answer_in_evidence"):
+        assert found[name] == (1, 1)
+    assert found["searches"] == (0, 1)
 
 
 def test_what_is_not_defined_has_no_weight():
-    """Without documents to be had there is no evidence; without known gold documents no recall; without turns no share of them."""
+    """No evidence without documents, no recall without known gold ones, no share without turns."""
     direct = measure(answer("Po"), given=None)
-    assert direct["answer_in_evidence"][1] == direct["gold_recall"][1] == direct[
-        "gold_recall_hop_1"
-    ][1] == 0 and direct["em"] == (1, 1)
+    for name in ("answer_in_evidence", "gold_recall", "gold_recall_hop_1"):
+        assert direct[name][1] == 0
+    assert direct["em"] == (1, 1)
     unknown = measure(search("x", 1), answer("Po"), question=Question("q", "?", "Po"))
-    assert unknown["gold_recall"][1] == unknown["gold_recall_hop_1"][1] == 0 and unknown[
-        "answer_in_evidence"
-    ] == (1, 1)
+    assert unknown["gold_recall"][1] == unknown["gold_recall_hop_1"][1] == 0
+    assert unknown["answer_in_evidence"] == (1, 1)
     assert measure()["invalid_turns"] == (0, 0)
 
 
 def test_estimates_by_hand():
-    """Two questions: 1 of 1 and 1 of 3 turns make 2 of 4; a draw takes the first twice (1), both (1/2) or the second twice (1/3)."""
+    """Two questions: 1 of 1 and 1 of 3 turns make 2 of 4.
+
+    A draw takes the first twice (1), both (1/2) or the second twice (1/3).
+    """
     pairs = np.array([[[1.0, 1.0], [5.0, 0.0]], [[1.0, 3.0], [7.0, 0.0]]])
     share, undefined = estimate(pairs, 400, 0)
-    assert share == Estimate(0.5, pytest.approx(1 / 3), 1.0) and undefined == Estimate(
-        None, None, None
-    )
+    assert share == Estimate(0.5, pytest.approx(1 / 3), 1.0)
+    assert undefined == Estimate(None, None, None)
     assert estimate(pairs, 0, 0)[0] == Estimate(0.5, 0.5, 0.5)
-    half = np.array(
-        [[[1.0, 1.0]], [[0.0, 0.0]]]
-    )  # half of the draws of one question alone have no weight
+    # Draws of the second question alone have no weight.
+    half = np.array([[[1.0, 1.0]], [[0.0, 0.0]]])
     assert estimate(half, 50, 0)[0] == Estimate(1.0, 1.0, 1.0)
 
 
@@ -124,7 +121,7 @@ def test_intervals_by_loops(values, seed):
 
 
 def test_intervals_cover_the_mean_about_as_often_as_they_say():
-    """200 samples of 80 answers, each right with probability 0.3: about 95 % of the intervals hold 0.3."""
+    """200 samples of 80 answers, right with probability 0.3: 95 % of the intervals hold 0.3."""
     rng = np.random.default_rng(1)
     held = []
     for sample in range(200):

@@ -1,4 +1,4 @@
-"""Masked statistics: by hand, against NumPy, and harmless where the mask is empty or what lies outside is not finite."""
+"""Masked statistics: by hand, against NumPy, with empty masks and with NaN outside a mask."""
 
 import jax
 import jax.numpy as jnp
@@ -68,43 +68,33 @@ def test_equals_numpy_on_the_kept_entries(pairs):
 
 
 def test_groups_by_hand():
-    """Rows 0 and 2 are a group with 1, 3 and 8: mean 4, variance 26 / 3. Row 1 is a group with the single 5; row 3 is of the first, and empty."""
+    """Rows 0 and 2 are a group with 1, 3 and 8: mean 4, variance 26 / 3.
+
+    Row 1 is a group with the single 5; row 3 belongs to the first group and is empty.
+    """
     x = jnp.array([[1.0, 3, jnp.nan], [jnp.inf, 5, 0], [jnp.nan, 8, 0], [jnp.nan, 0, 0]])
     mask = jnp.array([[True, True, False], [False, True, False], [False, True, False], [False] * 3])
     got = standardize_in_groups(x, mask, jnp.array([4, -1, 4, 4]), epsilon=0.5)
-    np.testing.assert_allclose(
-        got,
-        np.array([[-3, -1, 0], [0] * 3, [0, 4, 0], [0] * 3]) / ((26 / 3) ** 0.5 + 0.5),
-        rtol=1e-5,
-    )
+    expected = np.array([[-3, -1, 0], [0] * 3, [0, 4, 0], [0] * 3]) / ((26 / 3) ** 0.5 + 0.5)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.3, 1.0]))
 def test_groups_equal_numpy(seed, share):
     rng = np.random.default_rng(seed)
-    x, mask, ids = (
-        rng.normal(10, 1, (5, 3)).astype(np.float32),
-        rng.random((5, 3)) < share,
-        rng.integers(0, 3, 5),
-    )
+    x, mask = rng.normal(10, 1, (5, 3)).astype(np.float32), rng.random((5, 3)) < share
+    ids = rng.integers(0, 3, 5)
     got = np.asarray(standardize_in_groups(x, mask, ids, epsilon=1e-6))
     assert (got[~mask] == 0).all()
     for group in set(ids):
         kept = x[ids == group][mask[ids == group]].astype(np.float64)
         if len(kept):
-            np.testing.assert_allclose(
-                got[ids == group][mask[ids == group]],
-                (kept - kept.mean()) / (kept.std() + 1e-6),
-                atol=1e-2,
-            )
+            expected = (kept - kept.mean()) / (kept.std() + 1e-6)
+            np.testing.assert_allclose(got[ids == group][mask[ids == group]], expected, atol=1e-2)
 
 
 def test_equal_entries_of_a_group_become_exactly_nothing():
     for value in (0.1 + 0.2, 1e6 / 3, -7e-3):
-        np.testing.assert_array_equal(
-            standardize_in_groups(
-                jnp.full((7, 3), value), jnp.ones((7, 3), bool), jnp.zeros(7, int), epsilon=1e-6
-            ),
-            0,
-        )
+        arrays = jnp.full((7, 3), value), jnp.ones((7, 3), bool), jnp.zeros(7, int)
+        np.testing.assert_array_equal(standardize_in_groups(*arrays, epsilon=1e-6), 0)

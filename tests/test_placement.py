@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from stepsearch_jax.rewards.placement import place_rewards
 
-# Row 0: prompt (0, 1), action (2, 3), observation (4), action (5, 6), padding (7). Row 1: no action token. Row 2: one turn that ends with its search.
+# Row 0: prompt (0, 1), action (2, 3), observation (4), action (5, 6), padding (7). Row 1: no action
+# token. Row 2: one turn that ends with its search.
 MASK = np.array([[0, 0, 1, 1, 0, 1, 1, 0], [0] * 8, [0, 1, 1, 0, 0, 0, 0, 0]], bool)
 END = np.array([[3, -1, -1], [-1, -1, -1], [2, -1, -1]], np.int32)
 STEP = np.array([[0.5, 9.0, 9.0], [9.0, 9.0, 9.0], [0.25, 0.0, 0.0]], np.float32)
@@ -16,16 +17,15 @@ OUTCOME = np.array([2.0, 3.0, 4.0], np.float32)
 
 
 def place(placement, outcome_overwrites=False):
-    return np.asarray(
-        place_rewards(
-            STEP, OUTCOME, END, MASK, placement=placement, outcome_overwrites=outcome_overwrites
-        )
-    )
+    keywords = dict(placement=placement, outcome_overwrites=outcome_overwrites)
+    return np.asarray(place_rewards(STEP, OUTCOME, END, MASK, **keywords))
 
 
 def test_step_by_hand():
-    """Row 0: .5 on token 3 (its search_end), 2 on token 6 (the last action token, not the last token). The 9s stand on turns without a search.
-    Row 2: search and outcome meet on token 2: .25 + 4."""
+    """Row 0: .5 on token 3 (its search_end), 2 on token 6 (the last action token).
+
+    The 9s are on turns without a search. Row 2: search and outcome meet on token 2: .25 + 4.
+    """
     np.testing.assert_array_equal(
         place(placement="step"), [[0, 0, 0, 0.5, 0, 0, 2, 0], [0] * 8, [0, 0, 4.25, 0, 0, 0, 0, 0]]
     )
@@ -39,7 +39,7 @@ def test_merged_by_hand():
 
 
 def test_outcome_overwrites_by_hand():
-    """Row 2 loses the .25 that stood on its last action token; row 0 has its step reward elsewhere and keeps it."""
+    """Row 2 loses the .25 on its last action token; row 0 keeps its step reward elsewhere."""
     step = [[0, 0, 0, 0.5, 0, 0, 2, 0], [0] * 8, [0, 0, 4, 0, 0, 0, 0, 0]]
     np.testing.assert_array_equal(place(placement="step", outcome_overwrites=True), step)
     np.testing.assert_array_equal(
@@ -64,7 +64,10 @@ def test_nan_on_turns_that_never_happened_does_no_harm():
 
 @st.composite
 def batches(draw):
-    """step [B, K], outcome [B], end [B, K], mask [B, T]: masks with holes; ends on action tokens, several perhaps on one, or -1."""
+    """step [B, K], outcome [B], end [B, K], mask [B, T].
+
+    Masks have holes; ends are action tokens, perhaps several at one, or -1.
+    """
     b, t, k = 3, draw(st.sampled_from([1, 9])), 3
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     mask = rng.random((b, t)) < draw(st.sampled_from([0.0, 0.3, 0.7, 1.0]))
@@ -73,12 +76,8 @@ def batches(draw):
         actions = np.flatnonzero(mask[row])
         if len(actions):
             end[row] = np.where(rng.random(k) < 0.6, rng.choice(actions, k), -1)
-    return (
-        rng.normal(size=(b, k)).astype(np.float32),
-        rng.normal(size=b).astype(np.float32),
-        end,
-        mask,
-    )
+    step, outcome = (rng.normal(size=shape).astype(np.float32) for shape in ((b, k), b))
+    return step, outcome, end, mask
 
 
 @settings(max_examples=40, deadline=None)

@@ -1,4 +1,4 @@
-"""Text metrics: by hand, step by step on random texts, and against the recorded scores of real transcripts."""
+"""Text metrics: by hand, step by step on random texts, and against recorded scores."""
 
 import gzip
 import json
@@ -22,54 +22,50 @@ def cover_match(prediction, answer):
 
 
 def test_f1_and_exact_match_by_hand():
-    # "The Eiffel-Tower, Paris" -> "eiffeltower paris"; "a tower in Paris!" -> "tower in paris": one shared word of 2 and 3: F1 = 2*1/(2+3).
+    # "The Eiffel-Tower, Paris" -> "eiffeltower paris"; "a tower in Paris!" -> "tower in paris": one
+    # shared word of 2 and 3: F1 = 2*1/(2+3).
     assert text_metrics.f1("The Eiffel-Tower, Paris", "a tower in Paris!") == pytest.approx(2 / 5)
     # Bags, not sets: "no no yes" against "no yes yes" share one "no" and one "yes": 2*2/(3+3).
     assert text_metrics.f1("no no yes", "no yes yes") == pytest.approx(2 / 3)
     assert exact_match("The  U.S.A.", "usa") == 1 and exact_match("USA 1", "usa") == 0
-    assert (
-        text_metrics.normalize("An apple, the Theory of A.") == "apple theory of"
-    )  # articles only as whole words, after punctuation
-    assert (
-        cover_match("it is New York City", "New York") == 1
-        and cover_match("newer yorks", "new york") == 0
-    )
+    # Articles only as whole words, after punctuation.
+    assert text_metrics.normalize("An apple, the Theory of A.") == "apple theory of"
+    assert cover_match("it is New York City", "New York") == 1
+    assert cover_match("newer yorks", "new york") == 0
     assert cover_match("Yorks", "York") == 0
 
 
 def test_empty_texts_and_missing_answers():
-    assert (
-        text_metrics.f1("the", "") == 1 and exact_match("the", "") == 1
-    )  # both empty after normalisation: equal
+    # Both empty after normalisation: equal.
+    assert text_metrics.f1("the", "") == 1 and exact_match("the", "") == 1
     assert text_metrics.f1("", "Paris") == text_metrics.f1("Paris", "") == 0
     assert (
         text_metrics.compare_answer(None, ["", "Paris"])
         == text_metrics.compare_answer("Paris", [])
         == (0, 0, 0)
     )
-    # The best alias counts: "city of light" shares city and of, 2*2/(3+3), more than "Paris" with 2*1/(3+1).
-    assert text_metrics.compare_answer(
-        "city of Paris", ["London", "Paris", "the city of light"]
-    ) == pytest.approx((0, 4 / 6, 1))
+    # The best alias counts: "city of light" shares city and of, 2*2/(3+3), more than "Paris" with
+    # 2*1/(3+1).
+    aliases = ["London", "Paris", "the city of light"]
+    scores = text_metrics.compare_answer("city of Paris", aliases)
+    assert scores == pytest.approx((0, 4 / 6, 1))
 
 
 def test_holding_an_answer_by_hand():
-    assert text_metrics.holds_answer(
-        "Bart lives in New-York, the U.S.A.", ["Oslo", "the USA"]
-    )  # "bart lives in newyork usa"
-    assert not text_metrics.holds_answer(
-        "Bart lives in New-York", ["art", "York", "lives New"]
-    )  # whole words, in this order
-    assert not text_metrics.holds_answer("the", ["a", ""]) and not text_metrics.holds_answer(
-        "", [""]
-    )  # an answer without words is held by none
-    assert not text_metrics.holds_answer("Paris", [])
+    holds = text_metrics.holds_answer
+    # "bart lives in newyork usa"
+    assert holds("Bart lives in New-York, the U.S.A.", ["Oslo", "the USA"])
+    # Whole words, in this order.
+    assert not holds("Bart lives in New-York", ["art", "York", "lives New"])
+    # No text holds an answer without words.
+    assert not holds("the", ["a", ""]) and not holds("", [""])
+    assert not holds("Paris", [])
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.text(st.sampled_from("aAnthe .,-'_’é1\t\n\x01\x1cİß")) | st.text())
 def test_normalisation_is_squads(text):
-    """Step by step, as the official evaluation script describes it; ours takes a shorter way for plain ASCII."""
+    """Step by step, like the official evaluation script; ours has a short cut for plain ASCII."""
     kept = "".join(character for character in text.lower() if character not in string.punctuation)
     assert text_metrics.normalize(text) == " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split())
 
@@ -90,7 +86,7 @@ def test_f1_equals_counting(a, b):
 
 
 def test_f1_and_exact_match_agree_with_recorded_scores(shared_data):
-    """600 real transcripts of another system carry the scores it computed: all of them must agree."""
+    """All scores that another system recorded with its 600 real transcripts must agree."""
     with gzip.open(shared_data / "transcripts" / "search_r1_eval_sample.jsonl.gz", "rt") as lines:
         rows = [json.loads(line) for line in lines]
     assert len(rows) == 600
