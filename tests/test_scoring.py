@@ -35,13 +35,18 @@ from stepsearch_jax.run.system import System, build_system
 def test_gain_and_redundancy_by_hand():
     """Two gold documents 0 and 1; cosines to documents 2..5 in the table.
 
-          doc   2    3    4    5          turn 0: docs 2, 3   c = (max(.5, .2), max(.1, .3)) = (.5, .3)
-    gold 0     .5   .2   .4   .9                  memory (0, 0) -> gain (.5 + .3) / 2 = .4;                        P = 0
-    gold 1     .1   .3   .8   .0          turn 1: docs 4, 2   c = (max(.4, .5), max(.8, .1)) = (.5, .8)
-                                                  memory (.5, .3) -> gain (0 + .5) / 2 = .25;                      P = 1/2 (2 was seen)
-                                          turn 2: doc 3       c = (.2, .3), memory (.5, .8) -> gain 0, the memory stays;       P = 1
-                                          turn 3: docs 5, 5   c = (.9, 0), memory (.5, .8) -> gain (.4 + 0) / 2 = .2
-                                                  P = 0: the two 5s are in one turn, and only earlier turns count
+          doc   2    3    4    5
+    gold 0     .5   .2   .4   .9
+    gold 1     .1   .3   .8   .0
+
+    turn 0: docs 2, 3   c = (max(.5, .2), max(.1, .3)) = (.5, .3), memory (0, 0)
+                        gain (.5 + .3) / 2 = .4;      P = 0
+    turn 1: docs 4, 2   c = (max(.4, .5), max(.8, .1)) = (.5, .8), memory (.5, .3)
+                        gain (0 + .5) / 2 = .25;      P = 1/2 (2 was seen)
+    turn 2: doc 3       c = (.2, .3), memory (.5, .8)
+                        gain 0, the memory stays;     P = 1
+    turn 3: docs 5, 5   c = (.9, 0), memory (.5, .8)
+                        gain (.4 + 0) / 2 = .2;       P = 0 (only earlier turns count)
     """
     table = np.zeros((6, 6))
     table[0, 2:], table[1, 2:] = (0.5, 0.2, 0.4, 0.9), (0.1, 0.3, 0.8, 0.0)
@@ -59,10 +64,8 @@ def test_gain_and_redundancy_by_hand():
         "neither": (dict(use_gain=False, use_redundancy=False), [0, 0, 0, 0]),
         "scale": (dict(step_scale=1.6), [0.64, -0.4, -1.6, 0.32]),
         "cost": (dict(search_cost=0.125), [0.275, -0.375, -1.125, 0.075]),
-        "scale and cost": (
-            dict(step_scale=2.0, search_cost=0.125),
-            [0.675, -0.625, -2.125, 0.275],
-        ),  # the scale leaves the cost alone
+        # The scale leaves the cost alone.
+        "both": (dict(step_scale=2.0, search_cost=0.125), [0.675, -0.625, -2.125, 0.275]),
     }
     for name, (change, expected) in changes.items():
         changed = score_episodes([episode], TableSimilarity(table), **PAPER | change)
@@ -76,7 +79,7 @@ def test_the_same_document_at_another_rank_is_recognised():
 
 
 def test_turns_without_documents_have_no_step_reward():
-    """An invalid turn keeps its place on the turn axis; a failed search neither earns, nor pays, nor is remembered, whatever ids it carries."""
+    """An invalid turn keeps its place; a failed search has no reward and leaves no memory."""
     table = np.zeros((4, 4))
     table[0, 2] = 0.6
     question = make_question(gold=(0,))
@@ -89,35 +92,26 @@ def test_turns_without_documents_have_no_step_reward():
     failed_last = make_episode(
         search("a", 2), search("b", 2, ok=False), search("c", ok=True), question=question
     )
-    np.testing.assert_allclose(
-        score_episodes([failed_last], TableSimilarity(table), **PAPER).step_rewards,
-        [[0.6, 0, 0, 0]],
-        atol=1e-7,
-    )
+    scores = score_episodes([failed_last], TableSimilarity(table), **PAPER)
+    np.testing.assert_allclose(scores.step_rewards, [[0.6, 0, 0, 0]], atol=1e-7)
 
 
 def test_search_cost_by_hand():
-    """A search that was answered costs, with documents or without; a failed one, an invalid turn and the answer do not. The outcome is not touched."""
+    """Answered searches cost, with documents or without; other turns do not, nor does the outcome.
+
+    Failed searches, invalid turns and the answer are the other turns.
+    """
     turns = invalid("hm"), search("a", 2, ok=False), search("b"), search("c", 3), answer("Paris")
     cost = PAPER | dict(search_cost=0.25, num_turns=5, format_gate="ends_with_answer")
-    scores = score_episodes(
-        [make_episode(*turns), make_episode(answer("Paris")), make_episode()],
-        NOTHING_SIMILAR,
-        **cost,
-    )
+    episodes = [make_episode(*turns), make_episode(answer("Paris")), make_episode()]
+    scores = score_episodes(episodes, NOTHING_SIMILAR, **cost)
     np.testing.assert_allclose(scores.step_rewards, [[0, 0, -0.25, -0.25, 0], [0] * 5, [0] * 5])
     np.testing.assert_allclose(scores.outcome_rewards, [1, 1, 0])
     cut_off = make_episode(search("c", 3), invalid("hm"))
-    for failure, expected in (
-        ("zero_answer", -0.25),
-        ("minus_one", 0),
-    ):  # minus_one is the whole reward
-        assert (
-            score_episodes(
-                [cut_off], NOTHING_SIMILAR, **cost | dict(format_failure=failure)
-            ).step_rewards[0, 0]
-            == expected
-        )
+    # minus_one is the whole reward.
+    for failure, expected in (("zero_answer", -0.25), ("minus_one", 0)):
+        scores = score_episodes([cut_off], NOTHING_SIMILAR, **cost | dict(format_failure=failure))
+        assert scores.step_rewards[0, 0] == expected
 
 
 def test_without_gold_documents_the_penalty_still_counts():
@@ -128,27 +122,22 @@ def test_without_gold_documents_the_penalty_still_counts():
 
 
 def test_rendered_scope_by_hand():
-    """Documents 2 and 4 render alike. Turn 0 shows 2, 3, 4: the 4 repeats the 2 within the round: 1/3. Turn 1 shows 4, 5: the 4 was seen: 1/2."""
+    """Documents 2 and 4 render alike.
+
+    Turn 0 shows 2, 3, 4: the 4 repeats the 2 within the round: 1/3. Turn 1 shows 4, 5: the 4 was
+    seen: 1/2.
+    """
     rendered = [("t", text) for text in ["a", "b", "c", "d", "c", "e"]]
     turns = search("a", 2, 3, 4), search("b", 4, 5), answer("Rome")
     change = PAPER | dict(redundancy_scope="rendered", rendered=rendered)
-    with_gold = make_episode(*turns, question=make_question(gold=(0,)))
-    np.testing.assert_allclose(
-        score_episodes([with_gold], NOTHING_SIMILAR, **change).redundancy,
-        [[1 / 3, 1 / 2, 0, 0]],
-        atol=1e-7,
-    )
-    np.testing.assert_allclose(
-        score_episodes([make_episode(*turns)], NOTHING_SIMILAR, **change).step_rewards,
-        [[0, 0, 0, 0]],
-    )
-    failed = make_episode(
-        search("a", 2, ok=False), search("b", 2), question=make_question(gold=(0,))
-    )
-    np.testing.assert_allclose(
-        score_episodes([failed], NOTHING_SIMILAR, **change).redundancy, [[0, 0, 0, 0]]
-    )
-    with pytest.raises(ValueError, match="needs rendered"):
+    score = lambda episode: score_episodes([episode], NOTHING_SIMILAR, **change)
+    question = make_question(gold=(0,))
+    with_gold = make_episode(*turns, question=question)
+    np.testing.assert_allclose(score(with_gold).redundancy, [[1 / 3, 1 / 2, 0, 0]], atol=1e-7)
+    np.testing.assert_allclose(score(make_episode(*turns)).step_rewards, [[0, 0, 0, 0]])
+    failed = make_episode(search("a", 2, ok=False), search("b", 2), question=question)
+    np.testing.assert_allclose(score(failed).redundancy, [[0, 0, 0, 0]])
+    with pytest.raises(ValueError, match="reward.redundancy_scope"):
         score_episodes([with_gold], NOTHING_SIMILAR, **PAPER | dict(redundancy_scope="rendered"))
 
 
@@ -158,7 +147,8 @@ def test_rendered_scope_by_hand():
 def test_key_reward_by_hand():
     """Accepted queries: sub 0 {"capital france", "france capital city"}, sub 1 {"river paris"}.
 
-    Queries "capital france" then "capital of france": F1 with sub 0 is 1, then max(2*2/(3+2), 2*2/(3+3)) = 0.8; with sub 1 both are 0.
+    Queries "capital france" then "capital of france": F1 with sub 0 is 1, then
+    max(2*2/(3+2), 2*2/(3+3)) = 0.8; with sub 1 both are 0.
     max: (1 + 0) / 2. overwrite: the later 0.8 replaces the 1: (0.8 + 0) / 2.
     """
     question = make_question(keys=(("capital france", "france capital city"), ("river paris",)))
@@ -176,7 +166,7 @@ def test_a_query_that_fits_nothing_overwrites_nothing():
 
 
 def test_one_query_serves_two_sub_questions_only_by_max():
-    """ "river france": F1 1/2 with both groups' "capital france" (2*1/(2+2)) and "river paris"; overwriting gives it to the first alone."""
+    """The query's F1 is 2*1/(2+2) = 1/2 with both; overwriting gives it to the first alone."""
     question = make_question(keys=(("capital france",), ("river paris",)))
     assert key_reward(("river france",), question, key_match="max") == pytest.approx(0.5)
     assert key_reward(("river france",), question, key_match="overwrite") == pytest.approx(0.25)
@@ -185,16 +175,18 @@ def test_one_query_serves_two_sub_questions_only_by_max():
 def test_key_reward_without_keys_or_searches():
     assert key_reward(("a",), make_question(keys=((), ())), key_match="max") == 0
     assert key_reward((), make_question(keys=(("red fox",),)), key_match="max") == 0
-    assert (
-        key_reward(("red fox",), make_question(keys=(("red fox",), ())), key_match="max") == 1
-    )  # M counts sub-questions with accepted queries
+    # M counts sub-questions with accepted queries.
+    assert key_reward(("red fox",), make_question(keys=(("red fox",), ())), key_match="max") == 1
 
 
 # The global reward and the format gates
 
 
 def test_outcome_reward_by_hand():
-    """Answer "city of Paris" against "Paris": F1 = 2*1/(3+1) = 0.5. The query hits the one key exactly: r_key = 1. 0.5 + 0.618 * 1."""
+    """Answer "city of Paris" against "Paris": F1 = 2*1/(3+1) = 0.5.
+
+    The query equals the one key: r_key = 1. Sum 0.5 + 0.618 * 1.
+    """
     question = make_question(gold=(0,), keys=(("red fox",),))
     good = make_episode(search("red fox", 2), answer("city of Paris"), question=question)
     bad = make_episode(
@@ -206,14 +198,12 @@ def test_outcome_reward_by_hand():
     np.testing.assert_allclose(paper.outcome_rewards, [0.5 + 0.618, 0.618], rtol=1e-6)
     np.testing.assert_allclose(paper.step_rewards, [[0.5, 0, 0, 0]] * 2)
     assert paper.gate_passed.tolist() == [True, False] and paper.key_rewards.tolist() == [1, 1]
-    minus = score_episodes(
-        [good, bad], TableSimilarity(table), **PAPER | dict(format_failure="minus_one")
-    )
+    change = PAPER | dict(format_failure="minus_one")
+    minus = score_episodes([good, bad], TableSimilarity(table), **change)
     np.testing.assert_allclose(minus.outcome_rewards, [0.5 + 0.618, -1], rtol=1e-6)
     np.testing.assert_allclose(minus.step_rewards, [[0.5, 0, 0, 0], [0, 0, 0, 0]])
-    np.testing.assert_allclose(
-        minus.measures.f1, [0.5, 0.5]
-    )  # what the episode was worth does not depend on what it earned
+    # Measures do not depend on rewards.
+    np.testing.assert_allclose(minus.measures.f1, [0.5, 0.5])
 
 
 DOCUMENTS = [
@@ -230,10 +220,7 @@ HELD = {  # name: (turns, answer's reward with a credit of 0.25)
     "right, and held": ((search("x", 1), answer("Paris")), 1),
     "half right, and held": ((search("x", 1), answer("Paris or so or")), 0.4),  # 2*1/(4+1)
     "held by a failed search": ((search("x", 1, ok=False), search("y", 0), answer("Rome")), 0),
-    "held by the observation only": (
-        (search("x", 0, observation="Paris"), answer("Rome", before="Paris")),
-        0,
-    ),
+    "only observed": ((search("x", 0, observation="Paris"), answer("Rome", before="Paris")), 0),
     "within a tag, one word": ((search("x", 3), answer("Rome")), 0),  # "answerparisanswer"
     "no answer": ((search("x", 1), search("x", 1)), 0),
     "malformed": ((search("x", 1), answer("Rome", after=".")), 0),
@@ -245,30 +232,22 @@ def test_retrieved_answer_credit_by_hand(name):
     """Accepted: "Paris" and "Oslo". Documents count through their ids alone."""
     turns, expected = HELD[name]
     episode = make_episode(*turns, question=make_question(answers=("Paris", "Oslo")))
+    score = lambda **change: score_episodes(
+        [episode], NOTHING_SIMILAR, **PAPER | dict(texts=DOCUMENTS) | change
+    )
     for credit in (0.25, 0.0):
-        scores = score_episodes(
-            [episode],
-            NOTHING_SIMILAR,
-            **PAPER | dict(retrieved_answer_credit=credit, texts=DOCUMENTS),
-        )
-        np.testing.assert_allclose(
-            scores.outcome_rewards, [0 if expected == 0.25 and not credit else expected], rtol=1e-6
-        )
-    minus = score_episodes(
-        [episode],
-        NOTHING_SIMILAR,
-        **PAPER | dict(retrieved_answer_credit=0.25, texts=DOCUMENTS, format_failure="minus_one"),
-    )
-    np.testing.assert_allclose(
-        minus.outcome_rewards, [expected if minus.gate_passed[0] else -1], rtol=1e-6
-    )
+        scores = score(retrieved_answer_credit=credit)
+        outcome = 0 if expected == 0.25 and not credit else expected
+        np.testing.assert_allclose(scores.outcome_rewards, [outcome], rtol=1e-6)
+    minus = score(retrieved_answer_credit=0.25, format_failure="minus_one")
+    outcome = expected if minus.gate_passed[0] else -1
+    np.testing.assert_allclose(minus.outcome_rewards, [outcome], rtol=1e-6)
 
 
 def test_the_credit_needs_texts():
-    with pytest.raises(ValueError, match="retrieved_answer_credit is 0.1, which needs"):
-        score_episodes(
-            [make_episode()], NOTHING_SIMILAR, **PAPER | dict(retrieved_answer_credit=0.1)
-        )
+    change = PAPER | dict(retrieved_answer_credit=0.1)
+    with pytest.raises(ValueError, match="retrieved_answer_credit is 0.1"):
+        score_episodes([make_episode()], NOTHING_SIMILAR, **change)
 
 
 THINK = "<think>x</think>"
@@ -326,9 +305,8 @@ def test_gates(name):
     episode = make_episode(*turns)
     assert passes_strict_gate(episode) is strict and passes_ending_gate(episode) is ending
     for gate, passed in (("strict", strict), ("ends_with_answer", ending)):
-        assert score_episodes(
-            [episode], NOTHING_SIMILAR, **PAPER | dict(format_gate=gate)
-        ).gate_passed.tolist() == [passed]
+        scores = score_episodes([episode], NOTHING_SIMILAR, **PAPER | dict(format_gate=gate))
+        assert scores.gate_passed.tolist() == [passed]
 
 
 def test_truncated_episode_scores_nothing_for_its_answer():
@@ -346,36 +324,29 @@ def test_wrong_choices_and_too_many_turns_are_refused():
     for key in ("format_gate", "format_failure", "key_match", "redundancy_scope"):
         with pytest.raises(ValueError, match=f"reward.{key} is 'else'"):
             score_episodes([episode], NOTHING_SIMILAR, **PAPER | {key: "else"})
-    score_episodes(
-        [episode], NOTHING_SIMILAR, **PAPER | dict(num_turns=1)
-    )  # the answer needs no place among the step rewards
+    # The answer needs no place among the step rewards.
+    one_turn = PAPER | dict(num_turns=1)
+    score_episodes([episode], NOTHING_SIMILAR, **one_turn)
     with pytest.raises(ValueError, match="q0.*after turn 1"):
-        score_episodes(
-            [make_episode(search("a"), search("b"))], NOTHING_SIMILAR, **PAPER | dict(num_turns=1)
-        )
+        score_episodes([make_episode(search("a"), search("b"))], NOTHING_SIMILAR, **one_turn)
 
 
 def test_no_episodes_and_empty_episodes_are_defined():
     scores = score_episodes([], NOTHING_SIMILAR, **PAPER)
     assert scores.step_rewards.shape == (0, 4) and scores.outcome_rewards.shape == (0,)
     scores = score_episodes([make_episode()], NOTHING_SIMILAR, **PAPER)
-    assert (
-        scores.outcome_rewards.tolist() == [0]
-        and scores.step_rewards.tolist() == [[0] * 4]
-        and scores.measures.searches.tolist() == [0]
-    )
+    assert scores.outcome_rewards.tolist() == [0] and scores.step_rewards.tolist() == [[0] * 4]
+    assert scores.measures.searches.tolist() == [0]
 
 
 def test_measures_by_hand():
-    """Gold {0, 5}; retrieved 5, 3, 5: recall 1/2. Searches count failed ones. "Paris, France" covers "Paris": cover 1, EM 0, F1 2*1/(2+1)."""
+    """Gold {0, 5}; retrieved 5, 3, 5: recall 1/2. Searches count failed ones.
+
+    "Paris, France" covers "Paris": cover 1, EM 0, F1 2*1/(2+1).
+    """
     question = make_question(gold=(0, 5))
-    first = make_episode(
-        search("a", 5, 3),
-        search("b", ok=False),
-        search("c", 5),
-        answer("Paris, France"),
-        question=question,
-    )
+    searches = search("a", 5, 3), search("b", ok=False), search("c", 5)
+    first = make_episode(*searches, answer("Paris, France"), question=question)
     second = make_episode(answer("paris"))
     measures = measure_episodes([first, second])
     np.testing.assert_allclose(measures.em, [0, 1])
@@ -388,7 +359,7 @@ def test_measures_by_hand():
 # The config's keys
 
 
-KEYS = {  # another value than the default's, under which the episode below earns something else
+KEYS = {  # other values than the defaults, each of which changes a reward of the episodes below
     "format_gate": "ends_with_answer",
     "format_failure": "minus_one",
     "gamma_key": 0.5,
@@ -432,7 +403,7 @@ def test_every_key_reaches_the_scoring(name):
 
 
 def test_pair_compares_what_the_released_code_does(tmp_path_factory):
-    """Normalised texts without titles, a vectoriser refitted on each retrieved document and the gold ones."""
+    """Normalised texts without titles, refitted on each retrieved document and the gold ones."""
     config = running.here(tiny_config.get_config(str(running.shared_cache(tmp_path_factory))))
     config.reward.tfidf_fit = "pair"
     system = build_system(config, ["train"])
@@ -442,27 +413,22 @@ def test_pair_compares_what_the_released_code_does(tmp_path_factory):
         TfidfVectorizer().fit_transform([texts[i], *(texts[g] for g in gold)]).toarray()
         for i in found
     ]
-    np.testing.assert_allclose(
-        system._similarity.similarity([gold], [found]),
-        np.array([matrix[1:] @ matrix[0] for matrix in refitted]).T,
-        atol=1e-6,
-    )
+    expected = np.array([matrix[1:] @ matrix[0] for matrix in refitted]).T
+    similarity = system._similarity.similarity([gold], [found])
+    np.testing.assert_allclose(similarity, expected, atol=1e-6)
 
 
 def test_a_system_knows_its_documents_by_id(tmp_path_factory):
-    """The credit reads titles and texts of the corpus, the released code's redundancy both apart."""
+    """The credit reads titles and texts in one, the released code's redundancy separately."""
     config = running.here(tiny_config.get_config(str(running.shared_cache(tmp_path_factory))))
     config.reward.retrieved_answer_credit = 0.25
     system = build_system(config, ["train"])
-    title = system.source.documents[5].title
-    assert system._rendered[5] == (title, system.source.documents[5].text) and len(
-        system._rendered
-    ) == len(system.source.documents)
-    other = next(
-        document.id
-        for document in system.source.documents
-        if title not in f"{document.title} {document.text}"
-    )
+    documents = system.source.documents
+    title = documents[5].title
+    assert system._rendered[5] == (title, documents[5].text)
+    assert len(system._rendered) == len(documents)
+    others = (x.id for x in documents if title not in f"{x.title} {x.text}")
+    other = next(others)
     episodes = [
         make_episode(search("x", i), answer("nowhere"), question=make_question(answers=(title,)))
         for i in (5, other)

@@ -1,4 +1,4 @@
-"""Rewards of random episodes: bounds, loops, independence of the batch, episodes that lack something, and tags where the environment writes."""
+"""Rewards of random episodes: bounds, loops, independence of the batch, and spoofed tags."""
 
 import dataclasses
 
@@ -83,9 +83,9 @@ def test_rewards_are_bounded_and_gains_telescope(batch, keywords):
     for b, episode in enumerate(batch):
         gold = episode.question.gold_ids
         retrieved = [i for turn in episode.search_turns if turn.search_ok for i in turn.doc_ids]
-        reached = (
-            SIMILARITY.similarity([gold], [retrieved]).max(1).mean() if gold and retrieved else 0
-        )  # the gains telescope to this
+        reached = 0  # the gains telescope to this
+        if gold and retrieved:
+            reached = SIMILARITY.similarity([gold], [retrieved]).max(1).mean()
         assert scores.gain[b].sum() == pytest.approx(reached, abs=1e-5)
         assert all(was_served(episode, t) or scores.step_rewards[b, t] == 0 for t in range(4))
 
@@ -97,23 +97,19 @@ def test_gains_equal_loops(fit, batch):
     gain = information_gain(batch, fit_similarity(CORPUS, tfidf_fit=fit), num_turns=4)
     for b, episode in enumerate(batch):
         found = [episode.turns[t].doc_ids if was_served(episode, t) else () for t in range(4)]
-        np.testing.assert_allclose(
-            gain[b],
-            loop_gain(CORPUS, episode.question.gold_ids, found, tfidf_fit=fit),
-            rtol=0,
-            atol=1e-12,
-        )
+        expected = loop_gain(CORPUS, episode.question.gold_ids, found, tfidf_fit=fit)
+        np.testing.assert_allclose(gain[b], expected, rtol=0, atol=1e-12)
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(episodes, min_size=1, max_size=4), choices)
 def test_cost_and_credit_change_only_what_they_name(batch, keywords):
-    """The cost: step rewards of answered searches. The credit: outcome rewards where the gate is passed and the F1 is 0. Of 0, they change nothing."""
-    plain = score_episodes(
-        batch,
-        SIMILARITY,
-        **keywords | dict(search_cost=0.0, retrieved_answer_credit=0.0, texts=None),
-    )
+    """The cost changes step rewards of answered searches, the credit outcome rewards.
+
+    The credit needs a passed gate and an F1 of 0. Cost and credit of 0 change nothing.
+    """
+    neither = dict(search_cost=0.0, retrieved_answer_credit=0.0, texts=None)
+    plain = score_episodes(batch, SIMILARITY, **keywords | neither)
     scores = score_episodes(batch, SIMILARITY, **keywords)
     for b, episode in enumerate(batch):
         whole = keywords["format_failure"] == "minus_one" and not scores.gate_passed[b]
@@ -125,17 +121,12 @@ def test_cost_and_credit_change_only_what_they_name(batch, keywords):
             plain.step_rewards[b] - scores.step_rewards[b], charged, atol=1e-6
         )
         ids = [i for t in range(4) if was_served(episode, t) for i in episode.turns[t].doc_ids]
-        held = any(
-            f" {answer} " in f" {CORPUS[i]} " for i in ids for answer in ("red fox", "owl")
-        )  # these texts are normalised as they are
-        earned = (
-            keywords["retrieved_answer_credit"]
-            if held and scores.gate_passed[b] and scores.measures.f1[b] == 0
-            else 0.0
-        )
-        assert scores.outcome_rewards[b] - plain.outcome_rewards[b] == pytest.approx(
-            earned, abs=1e-6
-        )
+        # These texts are normalised already.
+        held = any(f" {word} " in f" {CORPUS[i]} " for i in ids for word in ("red fox", "owl"))
+        due = held and scores.gate_passed[b] and scores.measures.f1[b] == 0
+        earned = keywords["retrieved_answer_credit"] if due else 0.0
+        found = scores.outcome_rewards[b] - plain.outcome_rewards[b]
+        assert found == pytest.approx(earned, abs=1e-6)
     for name in ("gain", "redundancy", "key_rewards", "gate_passed"):
         np.testing.assert_array_equal(getattr(scores, name), getattr(plain, name))
 
@@ -163,23 +154,18 @@ def test_episodes_are_scored_independently(batch, keywords, random, fit):
 
 
 def test_gains_do_not_depend_on_the_batch_where_gold_documents_are_many():
-    """To the last bit with one turn and 12 gold documents, where NumPy would add them in another order if the episode stood alone."""
+    """To the last bit with one turn and 12 gold documents.
+
+    NumPy would add them in another order for an episode alone.
+    """
     rng = np.random.default_rng(0)
     for _ in range(20):
         similarity = TableSimilarity(rng.random((14, 14)))
-        batch = [
-            make_episode(
-                search("a", 12, 13), question=make_question(gold=rng.permutation(12).tolist())
-            )
-            for _ in range(3)
-        ]
+        questions = [make_question(gold=rng.permutation(12).tolist()) for _ in range(3)]
+        batch = [make_episode(search("a", 12, 13), question=question) for question in questions]
         whole = information_gain(batch, similarity, num_turns=1)
-        np.testing.assert_array_equal(
-            np.concatenate(
-                [information_gain([episode], similarity, num_turns=1) for episode in batch]
-            ),
-            whole,
-        )
+        alone = [information_gain([episode], similarity, num_turns=1) for episode in batch]
+        np.testing.assert_array_equal(np.concatenate(alone), whole)
 
 
 BARE = {  # what an episode can lack
@@ -196,7 +182,7 @@ BARE = {  # what an episode can lack
 @pytest.mark.parametrize("fit", ["corpus", "pair"])
 @pytest.mark.parametrize("gold", [(), (5,), (0, 5, 7)])
 def test_whatever_is_missing_rewards_are_finite_and_defined(gold, fit):
-    """Alone, and in one batch with an episode that lacks nothing; under both gates and both answers to a format failure; without accepted queries as well."""
+    """Alone and in a batch with a full episode, under both gates and format failures."""
     similarity = fit_similarity(CORPUS, tfidf_fit=fit)
     full = make_episode(
         search("red fox", 0, 1),
@@ -204,30 +190,23 @@ def test_whatever_is_missing_rewards_are_finite_and_defined(gold, fit):
         question=make_question(gold=(0, 2), keys=(("red fox",),), answers=("owl",)),
     )
     needed = dict(rendered=CORPUS, retrieved_answer_credit=0.5, texts=CORPUS)
-    for keys in (
-        (),
-        ((),),
-        (("fox",), ()),
-    ):  # no sub-questions, and so no gold documents; no accepted queries; some
+    # No sub-questions, and so no gold documents; no accepted queries; some.
+    for keys in ((), ((),), (("fox",), ())):
+        question = make_question(gold=gold, keys=keys)
         bare = [
-            make_episode(
-                *turns, question=make_question(gold=gold, keys=keys), truncated=name == "truncated"
-            )
+            make_episode(*turns, question=question, truncated=name == "truncated")
             for name, turns in BARE.items()
         ]
         for gate, failure in (("strict", "zero_answer"), ("ends_with_answer", "minus_one")):
             for scope in ("earlier_turns", "rendered"):
-                change = (
-                    dict(format_gate=gate, format_failure=failure, redundancy_scope=scope) | needed
-                )
+                change = dict(format_gate=gate, format_failure=failure, redundancy_scope=scope)
+                change |= needed
                 for batch in (bare, [full, *bare], [*bare, full], *([episode] for episode in bare)):
                     scores = score_episodes(batch, similarity, **PAPER | change)
                     for name in FIELDS:
                         assert np.isfinite(getattr(scores, name)).all(), name
-                    assert scores.step_rewards.shape == (
-                        len(batch),
-                        4,
-                    ) and scores.outcome_rewards.shape == (len(batch),)
+                    assert scores.step_rewards.shape == (len(batch), 4)
+                    assert scores.outcome_rewards.shape == (len(batch),)
                     for b, episode in enumerate(batch):
                         if not episode.question.gold_ids:
                             assert (scores.gain[b] == 0).all() and not scores.measures.gold_known[b]
@@ -265,7 +244,10 @@ SPOOFS = st.lists(
     st.lists(episodes, min_size=1, max_size=3), choices, st.lists(SPOOFS, min_size=3, max_size=3)
 )
 def test_tags_in_documents_prompts_and_warnings_change_no_reward(batch, keywords, spoofs):
-    """Observations are documents after a search and warnings after an invalid turn; the prompt holds the question. Whatever they say, nothing changes."""
+    """Observations are documents after a search and warnings after an invalid turn.
+
+    The prompt holds the question.
+    """
     observed, prompt, asked = spoofs
 
     def spoof(episode):
@@ -277,10 +259,8 @@ def test_tags_in_documents_prompts_and_warnings_change_no_reward(batch, keywords
             question=dataclasses.replace(episode.question, question=asked),
         )
 
-    plain, spoofed = (
-        score_episodes(group, SIMILARITY, **keywords)
-        for group in (batch, [spoof(e) for e in batch])
-    )
+    groups = batch, [spoof(episode) for episode in batch]
+    plain, spoofed = (score_episodes(group, SIMILARITY, **keywords) for group in groups)
     for name in FIELDS:
         np.testing.assert_array_equal(getattr(plain, name), getattr(spoofed, name))
     for name in ("em", "f1", "cover_em", "gold_recall", "searches"):
@@ -297,24 +277,20 @@ def test_tags_in_documents_prompts_and_warnings_change_no_reward(batch, keywords
     st.sampled_from(["corpus", "pair"]),
 )
 def test_tags_in_the_corpus_are_words_to_tfidf_and_nothing_else(batch, keywords, spoofs, fit):
-    """Titles and texts that hold tags: the gain is that of plain tf-idf over these very texts; every other reward is as without them."""
+    """Tags in titles and texts count in tf-idf as words; the other rewards do not change."""
     tagged = [f"{before} {text} {after}" for text, (before, after) in zip(CORPUS, spoofs)]
-    keywords = keywords | dict(
-        retrieved_answer_credit=0.0
-    )  # what a document says may earn the credit, and the spoofs say something
-    plain = score_episodes(batch, fit_similarity(CORPUS, tfidf_fit=fit), **keywords)
-    scores = score_episodes(
-        batch, fit_similarity(tagged, tfidf_fit=fit), **keywords | dict(texts=tagged)
-    )
+    # Words of a document may earn the credit, and the spoofs have words.
+    keywords = keywords | dict(retrieved_answer_credit=0.0)
+    plain_fit, tagged_fit = (fit_similarity(texts, tfidf_fit=fit) for texts in (CORPUS, tagged))
+    plain = score_episodes(batch, plain_fit, **keywords)
+    scores = score_episodes(batch, tagged_fit, **keywords | dict(texts=tagged))
     for name in ("outcome_rewards", "redundancy", "key_rewards", "gate_passed"):
         np.testing.assert_array_equal(getattr(plain, name), getattr(scores, name))
     for b, episode in enumerate(batch):
         found = [episode.turns[t].doc_ids if was_served(episode, t) else () for t in range(4)]
         expected = loop_gain(tagged, episode.question.gold_ids, found, tfidf_fit=fit)
         np.testing.assert_allclose(scores.gain[b], expected, rtol=0, atol=1e-6)
-        changed = (scores.gain[b] - plain.gain[b]) * (
-            keywords["format_failure"] == "zero_answer" or scores.gate_passed[b]
-        )
-        np.testing.assert_allclose(
-            scores.step_rewards[b] - plain.step_rewards[b], changed, rtol=0, atol=1e-6
-        )
+        kept = keywords["format_failure"] == "zero_answer" or scores.gate_passed[b]
+        changed = (scores.gain[b] - plain.gain[b]) * kept
+        found = scores.step_rewards[b] - plain.step_rewards[b]
+        np.testing.assert_allclose(found, changed, rtol=0, atol=1e-6)
