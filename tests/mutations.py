@@ -234,8 +234,8 @@ FAULTS = (
     Fault(
         "the KL loss turns the divergence round",
         LOSSES,
-        "kl_penalty(logprobs, ref_logprobs",
-        "kl_penalty(ref_logprobs, logprobs",
+        "kl_penalty(logprobs, ref_logprobs, estimator=estimator)",
+        "kl_penalty(ref_logprobs, logprobs, estimator=estimator)",
         "test_losses.py",
     ),
     Fault(

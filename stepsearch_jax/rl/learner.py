@@ -223,8 +223,8 @@ def make_answer_gain(model: ModelConfig, opening: int, microbatch_size: int):
     ) -> jax.Array:
         B, K = trajectory.search_end.shape
         # [B, K + 1, T]: the tokens before turn k.
-        turns = jnp.arange(K + 1)[:, None]
-        until = trajectory.token_mask[:, None] & (trajectory.turn_ids[:, None] < turns)
+        token_mask, turn_ids = trajectory.token_mask[:, None], trajectory.turn_ids[:, None]
+        until = token_mask & (turn_ids < jnp.arange(K + 1)[:, None])
         score = lambda part: score_answers(
             policy, policy_params, *part[:3], jnp.int32(opening), part[3]
         )
@@ -375,7 +375,7 @@ def make_update(
                     num_episodes=len(batch.tokens),
                 )
             )
-        metrics = jax.tree.map(lambda x: x.mean(0), metrics)
-        return state.replace(iteration=state.iteration + 1), metrics
+        state = state.replace(iteration=state.iteration + 1)
+        return state, jax.tree.map(lambda x: x.mean(0), metrics)
 
     return update
