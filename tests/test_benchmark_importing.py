@@ -5,7 +5,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from stored_models import GOLDEN
+from pretrained_models import GOLDEN
 
 from stepsearch_jax.benchmark import importing
 from stepsearch_jax.benchmark.importing import (

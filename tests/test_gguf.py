@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from stored_models import EXPORT, GOLDEN, load, make_like
+from pretrained_models import EXPORT, GOLDEN, load, make_like
 from transformers import AutoTokenizer
 
 from stepsearch_jax.models.attention import make_cache

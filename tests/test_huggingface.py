@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from stored_models import CASES, EXPORT, GOLDEN, ONE, STORED, configure, load, make_like
+from pretrained_models import CASES, EXPORT, GOLDEN, ONE, STORED, configure, load, make_like
 
 from configs import base
 from stepsearch_jax.models import huggingface

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import running
 import tiny_config
-from stored_models import GOLDEN
+from pretrained_models import GOLDEN
 
 from stepsearch_jax.evaluation import tables
 from stepsearch_jax.evaluation.baselines import DIRECT, GOLD, SINGLE_SEARCH, make_baselines
