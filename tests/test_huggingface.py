@@ -1,6 +1,8 @@
-"""Checkpoints in Hugging Face form: the logits that transformers computes, whole and cached; the same tensors again when written; refusals that name the fault.
+"""Checkpoints in Hugging Face form: the logits that transformers computes, whole and cached; the
+same tensors again when written; refusals that name the fault.
 
-Golden models and logits were recorded by `tests/golden/make_huggingface.py`. Where torch is installed, fresh models are compared live, there and back.
+Golden models and logits were recorded by `tests/golden/make_huggingface.py`. Where torch is
+installed, fresh models are compared live, there and back.
 """
 
 import dataclasses
@@ -34,7 +36,9 @@ def whole_logits(config, params, tokens):
 
 
 def cached_logits(config, params, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Logits [B, T, V] by the cache: chunks of 1 to 3 tokens a row, then single tokens; 0 behind a row's end."""
+    """Logits [B, T, V] by the cache: chunks of 1 to 3 tokens a row, then single tokens; 0 behind a
+    row's end.
+    """
     policy, (B, T) = Policy(config), tokens.shape
     extend = jax.jit(
         lambda chunk, positions, cache: policy.apply(
@@ -67,7 +71,9 @@ def cached_logits(config, params, tokens: np.ndarray, lengths: np.ndarray) -> np
 
 
 def assert_logits(config, params, tokens, lengths, expected) -> None:
-    """Within 1e-4 of `expected` [B, T, V]: rows in a padded batch, the first row alone, and by the cache."""
+    """Within 1e-4 of `expected` [B, T, V]: rows in a padded batch, the first row alone, and by the
+    cache.
+    """
     tokens, mask = (
         tokens.astype(np.int32),
         (np.arange(tokens.shape[1]) < lengths[:, None])[..., None],
@@ -83,7 +89,8 @@ def assert_logits(config, params, tokens, lengths, expected) -> None:
     np.testing.assert_allclose(cached_logits(config, params, tokens, lengths), expected, atol=1e-4)
 
 
-# ---- Against recorded logits ---------------------------------------------------------------------------------------------------------------------
+# ---- Against recorded logits
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_every_family_is_recorded():
@@ -108,7 +115,9 @@ def test_logits_equal_transformers(case):
 
 @pytest.mark.parametrize("case", ["qwen2", "qwen3_yarn"])
 def test_leaves_arrive_in_their_slices(case):
-    """On eight devices: the shardings that were asked for, and the values of one device, bit for bit."""
+    """On eight devices: the shardings that were asked for, and the values of one device, bit for
+    bit.
+    """
     config, alone = load(GOLDEN / case)
     _, params = load(GOLDEN / case, EIGHT)
     abstract_params = make_like(config, EIGHT)
@@ -141,7 +150,8 @@ def test_rope_scalings_bite():
             assert np.abs(got[0] - golden["logits"][0]).max() > 0.01
 
 
-# ---- What is read and written --------------------------------------------------------------------------------------------------------------------
+# ---- What is read and written
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
@@ -164,7 +174,9 @@ def read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
     ids=str,
 )
 def test_export_writes_what_was_read(case, mesh_shape, tmp_path):
-    """The same tensors bit for bit, the same architecture, files no larger than asked for; an older folder is replaced."""
+    """The same tensors bit for bit, the same architecture, files no larger than asked for; an older
+    folder is replaced.
+    """
     config, params = load(GOLDEN / case, mesh_shape)
     folder = tmp_path / "model"
     folder.mkdir()
@@ -246,7 +258,9 @@ def test_a_larger_vocabulary_is_filled_with_the_mean(case):
 
 @pytest.mark.slow
 def test_tensors_are_read_one_at_a_time():
-    """While a model is read, no tensor is alive together with more than one other, and each is read once."""
+    """While a model is read, no tensor is alive together with more than one other, and each is read
+    once.
+    """
     weights, alive, most, read = open_checkpoint(GOLDEN / "qwen2_yarn"), [], [], []
 
     def watch(name, tensor):
@@ -269,7 +283,9 @@ def test_tensors_are_read_one_at_a_time():
 
 
 def test_a_table_stored_twice(tmp_path):
-    """Tied, and yet with an lm_head: the output table stands for both if they are one up to rounding, and is refused otherwise."""
+    """Tied, and yet with an lm_head: the output table stands for both if they are one up to
+    rounding, and is refused otherwise.
+    """
     folder = shutil.copytree(GOLDEN / "qwen2", tmp_path / "twice")
     tensors = read_tensors(folder)
     table = tensors["model.embed_tokens.weight"]
@@ -285,7 +301,8 @@ def test_a_table_stored_twice(tmp_path):
         load(folder)
 
 
-# ---- Configs of published models -----------------------------------------------------------------------------------------------------------------
+# ---- Configs of published models
+# -----------------------------------------------------------------------------------------------------------------
 
 QWEN_3B = dict(
     model_type="qwen2",
@@ -358,7 +375,8 @@ def test_older_form_of_rope_scaling(tmp_path):
         ),
         (
             {"rope_scaling": {"rope_type": "longrope", "factor": 4.0}},
-            "rotary scaling 'longrope' is not supported; supported are default, linear, llama3 and yarn",
+            "rotary scaling 'longrope' is not supported; supported are default, linear, llama3 "
+            "and yarn",
         ),
         (
             {"rope_scaling": {"type": "yarn", "factor": 4.0, "mscale": 0.7}},
@@ -497,7 +515,8 @@ def test_export_needs_a_family(tmp_path):
         )
 
 
-# ---- Against transformers itself -----------------------------------------------------------------------------------------------------------------
+# ---- Against transformers itself
+# -----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,6 +1,8 @@
-"""Every mesh computes what one device does, for each family of models: losses, gradients and sampled tokens.
+"""Every mesh computes what one device does, for each family of models: losses, gradients and
+sampled tokens.
 
-`pytest --slow -s tests/test_meshes.py` prints a line for each: mesh, family, largest difference of a gradient in shares of its leaf's maximum, tokens compared.
+`pytest --slow -s tests/test_meshes.py` prints a line for each: mesh, family, largest difference of
+a gradient in shares of its leaf's maximum, tokens compared.
 """
 
 import dataclasses
@@ -52,7 +54,9 @@ def place_params(model, shape):
 
 @functools.cache
 def differentiate(family: str, shape):
-    """-> (gradients, metrics) as NumPy; of the value model as well for one family, which suffices: its trunk is the policy's."""
+    """-> (gradients, metrics) as NumPy; of the value model as well for one family, which suffices:
+    its trunk is the policy's.
+    """
     config, settings = (
         model_of(family),
         dataclasses.replace(learner_settings(base.get_config()), **KL_IN_LOSS),
@@ -118,7 +122,8 @@ def test_every_mesh_computes_as_one_device(shape, family):
         ((sampled.tokens != alone.tokens) & (sampled.token_mask | alone.token_mask)).sum()
     )
     print(
-        f"\n{' x '.join(map(str, shape))}  {family}  gradients {max(jax.tree.leaves(largest)):.1e}  tokens {tokens}, different {different}"
+        f"\n{' x '.join(map(str, shape))}  {family}  gradients "
+        f"{max(jax.tree.leaves(largest)):.1e}  tokens {tokens}, different {different}"
     )
     assert all(difference < 1e-5 for difference in jax.tree.leaves(largest)), largest
     assert tokens > 200 and different == 0

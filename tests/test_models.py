@@ -49,7 +49,8 @@ def full_logits(policy: Policy, params, tokens):
     return policy.apply(params, tokens, method=Policy.init_all)
 
 
-# ---- A Qwen2 forward pass of one sequence in NumPy, written from the papers. ---------------------------------------------------------------------
+# ---- A Qwen2 forward pass of one sequence in NumPy, written from the papers.
+# ---------------------------------------------------------------------
 
 
 def forward(config: ModelConfig, params, tokens: np.ndarray) -> np.ndarray:
@@ -148,7 +149,8 @@ def test_later_tokens_and_padding_change_nothing_before_them():
     assert np.abs(after[:, 6:] - before[:, 6:]).max() > 0.1
 
 
-# ---- Attention -----------------------------------------------------------------------------------------------------------------------------------
+# ---- Attention
+# -----------------------------------------------------------------------------------------------------------------------------------
 
 
 def attend_plainly(q, k, v):
@@ -164,7 +166,9 @@ def attend_plainly(q, k, v):
 
 
 def test_causal_attention_in_blocks(monkeypatch):
-    """Of 3 and 5 queries, one of which does not divide the 10, and all at once: the same values and gradients."""
+    """Of 3 and 5 queries, one of which does not divide the 10, and all at once: the same values and
+    gradients.
+    """
     rng = np.random.default_rng(2)
     q, k, v = (jnp.asarray(rng.normal(size=(2, 10, heads, 4)), jnp.float32) for heads in (6, 2, 2))
     expected, gradients = attend_plainly(q, k, v), []
@@ -189,7 +193,9 @@ def test_causal_attention_in_blocks(monkeypatch):
 def decode_everything(
     config: ModelConfig, params, tokens: np.ndarray, lengths: list[int]
 ) -> np.ndarray:
-    """Logits [B, T, V] of ragged rows by the cache: prompts by chunks of some rows in any order, then single tokens of all rows, idle ones among them."""
+    """Logits [B, T, V] of ragged rows by the cache: prompts by chunks of some rows in any order,
+    then single tokens of all rows, idle ones among them.
+    """
     policy = Policy(config)
     B, T = tokens.shape
     extend = jax.jit(
@@ -242,7 +248,9 @@ def decode_everything(
 @pytest.mark.parametrize("by_token", [False, True])
 @pytest.mark.parametrize("block", [1, 4, 16])
 def test_cached_equals_whole(block, by_token):
-    """Whatever the layout of the cache and the size of the blocks in which it is read: smaller than a chunk, unequal to the context, larger than it."""
+    """Whatever the layout of the cache and the size of the blocks in which it is read: smaller than
+    a chunk, unequal to the context, larger than it.
+    """
     config = dataclasses.replace(CONFIG, attention_block=block, cache_by_token=by_token)
     policy, lengths = Policy(config), [10, 7, 5]
     params = make_params(policy)
@@ -333,7 +341,8 @@ def test_bfloat16_is_close():
     assert make_cache(config, 1, 4).k.dtype == jnp.bfloat16
 
 
-# ---- Scoring -------------------------------------------------------------------------------------------------------------------------------------
+# ---- Scoring
+# -------------------------------------------------------------------------------------------------------------------------------------
 
 
 def test_shift():
@@ -358,7 +367,9 @@ def test_score_tokens(tie):
 
 
 def test_score_tokens_in_chunks(monkeypatch):
-    """Chunks of 4 positions, which do not divide the 10: the same values and gradients, from smaller arrays."""
+    """Chunks of 4 positions, which do not divide the 10: the same values and gradients, from
+    smaller arrays.
+    """
     policy = Policy(CONFIG)
     params = make_params(policy)
     weights = jnp.asarray(np.random.default_rng(3).normal(size=(2, 3, 10)), jnp.float32)
@@ -384,7 +395,9 @@ def test_score_tokens_in_chunks(monkeypatch):
 
 @pytest.mark.parametrize("block", [512, 4])
 def test_score_answers_equals_one_forward_an_answer(monkeypatch, block):
-    """Against a forward pass of its own for every beginning with the answer behind it; blocks of 4 queries do not divide the 10 + 3 x 5 tokens."""
+    """Against a forward pass of its own for every beginning with the answer behind it; blocks of 4
+    queries do not divide the 10 + 3 x 5 tokens.
+    """
     monkeypatch.setattr(attention, "ATTENTION_QUERY_BLOCK", block)
     policy, rng = Policy(CONFIG), np.random.default_rng(5)
     params = make_params(policy)

@@ -31,7 +31,9 @@ def expect(row: int, temperature: float, settings=tiny.SETTINGS) -> tiny.OracleE
 
 
 def compare(got, episodes: list[tiny.OracleEpisode], context: int) -> None:
-    """Every recorded array, token for token. From the first difference on, an episode may differ only if it began at a tie; ties must be rare."""
+    """Every recorded array, token for token. From the first difference on, an episode may differ
+    only if it began at a tie; ties must be rare.
+    """
     sampled = sum(sum(e.actions) for e in episodes)
     assert sum(len(e.ties) for e in episodes) < 1e-3 * sampled
     for b, e in enumerate(episodes):
@@ -189,5 +191,6 @@ def test_slots_that_cannot_be_shared_out():
 def test_prefill_counts_every_token_once():
     got, counters = tiny.run_rollout("callback", (1, 1, 1), prompts_of(16), jax.random.key(1), 1.0)
     observed = (got.token_mask & ~got.action_mask).sum()
-    # The prompt's last token is fed by the first decode step; each observation's last token too, but its chunk starts with the last action token.
+    # The prompt's last token is fed by the first decode step; each observation's last token too,
+    # but its chunk starts with the last action token.
     assert counters[0, 2] == observed - 16

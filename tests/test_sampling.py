@@ -1,4 +1,6 @@
-"""Choosing tokens: the restriction to likely ones, the frequencies, noise that depends on nothing but key, episode and index, and slices of a vocabulary."""
+"""Choosing tokens: the restriction to likely ones, the frequencies, noise that depends on nothing
+but key, episode and index, and slices of a vocabulary.
+"""
 
 import re
 from functools import partial
@@ -15,7 +17,9 @@ SAMPLE = jax.jit(sample, static_argnames=("top_k", "top_p"))
 
 
 def keep(row: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
-    """Which tokens stay, one at a time from the likeliest: those among the k best, until they hold top_p of the mass of the k best; then all their ties."""
+    """Which tokens stay, one at a time from the likeliest: those among the k best, until they hold
+    top_p of the mass of the k best; then all their ties.
+    """
     order = np.argsort(-row, kind="stable")[: top_k or None]
     mass = np.exp(row[order] - row.max()) / np.exp(row[order] - row.max()).sum()
     kept, total = [], 0.0
@@ -92,7 +96,9 @@ def test_greedy_at_temperature_0():
     "vocabulary", [6, 10, 7]
 )  # 6 blocks of one token, 2 blocks of five, one block
 def test_frequencies(temperature, top_k, vary, vocabulary):
-    """Over 20,000 episodes, or 20,000 tokens of one episode: Pearson's statistic with 9 degrees of freedom exceeds 38 once in 50,000 seeds."""
+    """Over 20,000 episodes, or 20,000 tokens of one episode: Pearson's statistic with 9 degrees of
+    freedom exceeds 38 once in 50,000 seeds.
+    """
     count = 20_000
     logits = jnp.array([0.0, 1.0, -1.0, 2.0, 0.5, -0.5, 0.2, 1.5, -0.3, 0.1])[:vocabulary]
     varied = jnp.arange(count)
@@ -117,7 +123,9 @@ def test_frequencies(temperature, top_k, vary, vocabulary):
 
 
 def test_neighbours_do_not_matter():
-    """A row draws the same token alone, in another batch, in another place; and other tokens with another key, episode or index."""
+    """A row draws the same token alone, in another batch, in another place; and other tokens with
+    another key, episode or index.
+    """
     rng = np.random.default_rng(0)
     logits = jnp.asarray(rng.normal(size=(200, 20)), jnp.float32)
     episodes, index = jnp.arange(200) + 7, jnp.asarray(rng.integers(0, 900, 200), jnp.int32)
@@ -182,7 +190,9 @@ def draw_everywhere(logits, axis, temperature, top_k, top_p):
 
 
 def in_slices(function, slices: int):
-    """The function on logits cut into slices, one on each of so many devices -> what each device returns, side by side."""
+    """The function on logits cut into slices, one on each of so many devices -> what each device
+    returns, side by side.
+    """
     mesh = Mesh(np.array(jax.devices()[:slices]), "tensor")
     cut = PartitionSpec(None, "tensor")
     return jax.jit(
@@ -199,7 +209,9 @@ def in_slices(function, slices: int):
 @pytest.mark.parametrize("slices", [2, 4])
 @pytest.mark.parametrize("top_k,top_p", [(0, 1.0), (5, 1.0), (200, 0.7), (0, 0.9), (0, 1e-6)])
 def test_slices_of_the_vocabulary_change_nothing(slices, top_k, top_p):
-    """768 tokens, 384 blocks of two: the same tokens are kept, and every slice knows the token that a single device draws, greedily too."""
+    """768 tokens, 384 blocks of two: the same tokens are kept, and every slice knows the token that
+    a single device draws, greedily too.
+    """
     logits = jax.random.normal(jax.random.key(8), (30, 768)) * 2
     kept = in_slices(partial(restrict, top_k=top_k, top_p=top_p), slices)(logits)
     expected = restrict(logits, top_k=top_k, top_p=top_p)
@@ -230,7 +242,9 @@ def test_ties_between_slices_go_to_the_lowest_token():
 
 @pytest.mark.parametrize("top_k,top_p", [(0, 1.0), (8, 0.9), (0, 0.9)])
 def test_slices_exchange_no_logits(top_k, top_p):
-    """What crosses devices, in the optimised program: per row at most a number a block, never one a token."""
+    """What crosses devices, in the optimised program: per row at most a number a block, never one a
+    token.
+    """
     vocab, rows = 8192, 3
     everywhere = partial(draw_everywhere, temperature=1.0, top_k=top_k, top_p=top_p)
     text = in_slices(everywhere, 4).lower(jnp.zeros((rows, vocab))).compile().as_text()

@@ -1,4 +1,6 @@
-"""Mesh, also over hosts and slices that are not here, partition rules, rows to and from the mesh, and checkpoints that move between meshes."""
+"""Mesh, also over hosts and slices that are not here, partition rules, rows to and from the mesh,
+and checkpoints that move between meshes.
+"""
 
 import dataclasses
 import re
@@ -75,7 +77,8 @@ def check_named_shapes(refusal, devices, **options) -> list[tuple[int, ...]]:
     return named
 
 
-# ---- Hosts and slices that are not here ------------------------------------------------------------------------------------------------------------
+# ---- Hosts and slices that are not here
+# ------------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +95,9 @@ class Chip:
 
 
 def make_pod(width: int, height: int, slices: int = 1) -> list[Chip]:
-    """Slices of width x height chips, four to a host in squares; hosts are numbered through all slices, chips listed line by line."""
+    """Slices of width x height chips, four to a host in squares; hosts are numbered through all
+    slices, chips listed line by line.
+    """
     hosts = width * height // 4
     places = [(s, x, y) for s in range(slices) for y in range(height) for x in range(width)]
     return [
@@ -104,7 +109,9 @@ def make_pod(width: int, height: int, slices: int = 1) -> list[Chip]:
 @pytest.mark.parametrize("size", [(4, 2), (2, 4), (4, 4), (8, 8), (8, 16)], ids=str)
 @pytest.mark.parametrize("tensor", [1, 2, 4])
 def test_tensor_groups_stay_within_their_hosts(size, tensor):
-    """A line of four chips would reach through two hosts; a host's square does not. Every row shard then belongs to one process."""
+    """A line of four chips would reach through two hosts; a host's square does not. Every row shard
+    then belongs to one process.
+    """
     chips = make_pod(*size)
     for fsdp in (1, 2, len(chips) // tensor):
         mesh = sharding.make_mesh(-1, fsdp, tensor, devices=chips)
@@ -208,7 +215,8 @@ def test_meshes_of_real_topologies(monkeypatch, name, slices, chips):
     check_named_shapes(refusal, devices, slices=slices)
 
 
-# ---- Partition rules -------------------------------------------------------------------------------------------------------------------------------
+# ---- Partition rules
+# -------------------------------------------------------------------------------------------------------------------------------
 
 
 def test_partition_specs_follow_the_rules():
@@ -259,7 +267,9 @@ def test_rows_come_back_in_order(shape):
 
 
 def test_rows_of_another_process_are_joined_in_order():
-    """An array of which this process sees only some shards, each on two devices, listed out of order."""
+    """An array of which this process sees only some shards, each on two devices, listed out of
+    order.
+    """
 
     class Shard:
         def __init__(self, start, stop):

@@ -1,4 +1,6 @@
-"""A tiny text world for tests of the rollout: a vocabulary in which random tokens often form tags, a fake search, and a slow cache-free rollout as oracle."""
+"""A tiny text world for tests of the rollout: a vocabulary in which random tokens often form tags,
+a fake search, and a slow cache-free rollout as oracle.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ from stepsearch_jax.rollout.episode import Environment, Prompts, RolloutSettings
 from stepsearch_jax.rollout.programs import make_rollout
 from stepsearch_jax.types import Batch
 
-# Whole tags, tags in pieces, pieces merged with their neighbours; token 0 ends a text and has no bytes.
+# Whole tags, tags in pieces, pieces merged with their neighbours; token 0 ends a text and has no
+# bytes.
 PIECES = [
     "",
     "<search>",
@@ -121,7 +124,9 @@ def make_boxes(model):
 
 @functools.cache
 def draw_params(model, seed: int):
-    """Parameters as NumPy, drawn without the model's initialisers: none is 0 or 1, so that biases, norms and the value head count in every comparison."""
+    """Parameters as NumPy, drawn without the model's initialisers: none is 0 or 1, so that biases,
+    norms and the value head count in every comparison.
+    """
     rng = np.random.default_rng(seed)
     draw = lambda path, x: (rng.normal(float(path[-1].key == "scale"), 0.3, x.shape)).astype(
         np.float32
@@ -144,7 +149,9 @@ def make_params(config: ModelConfig = CONFIG, seed: int = 0):
 
 @functools.cache
 def make_batch(config: ModelConfig, rows: int, length: int) -> Batch:
-    """Ragged rows of prompt, actions and observations, one of them without actions; old log-probabilities near the current ones, so that some are clipped."""
+    """Ragged rows of prompt, actions and observations, one of them without actions; old
+    log-probabilities near the current ones, so that some are clipped.
+    """
     rng, policy, value = np.random.default_rng(2), Policy(config), Value(config)
     tokens = rng.integers(0, config.vocab_size, (rows, length)).astype(np.int32)
     token_mask = np.arange(length) < rng.integers(6, length + 1, rows)[:, None]
@@ -217,7 +224,9 @@ def make_program(
     settings: RolloutSettings = SETTINGS,
     config: ModelConfig = CONFIG,
 ):
-    """-> (mesh, shardings of the parameters, rollout), on as many devices as the mesh shape needs; made once, so that it is compiled once."""
+    """-> (mesh, shardings of the parameters, rollout), on as many devices as the mesh shape needs;
+    made once, so that it is compiled once.
+    """
     mesh = mesh_of(shape)
     specs = sharding.partition_specs(make_boxes(Policy(config)), ROLLOUT_RULES)
     return (
@@ -310,7 +319,9 @@ def keep_likeliest(logits: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnums=0)
 def next_logits(config, params, tokens, length, key, episode_id, temperature):
-    """Logits after `length` tokens of a padded buffer by a full forward pass, and the noise of the next token: of its block, then within it."""
+    """Logits after `length` tokens of a padded buffer by a full forward pass, and the noise of the
+    next token: of its block, then within it.
+    """
     policy = Policy(config)
     logits = policy.apply(
         params, policy.apply(params, tokens[None])[0, length - 1], method=Policy.unembed
@@ -325,7 +336,9 @@ def next_logits(config, params, tokens, length, key, episode_id, temperature):
 
 
 def choose(scores: np.ndarray, noise: np.ndarray) -> tuple[int, bool]:
-    """A block by its mass, then a token of it, each with the largest sum of score and noise -> (token, whether another was within 1e-4)."""
+    """A block by its mass, then a token of it, each with the largest sum of score and noise ->
+    (token, whether another was within 1e-4).
+    """
     blocks = math.gcd(len(scores), 384)
     table = scores.reshape(blocks, -1).astype(np.float64)
     with np.errstate(divide="ignore"):
@@ -339,7 +352,9 @@ def choose(scores: np.ndarray, noise: np.ndarray) -> tuple[int, bool]:
 def oracle_rollout(
     config, params, prompt: np.ndarray, episode_id: int, key, temperature: float, settings=SETTINGS
 ) -> OracleEpisode:
-    """One episode without cache, batch or automaton: a full forward pass for each token, on a padded buffer."""
+    """One episode without cache, batch or automaton: a full forward pass for each token, on a
+    padded buffer.
+    """
     tokens = [int(t) for t in prompt]
     e = OracleEpisode(
         tokens, [False] * len(tokens), [0.0] * len(tokens), [-1] * len(tokens), [], [], [], []

@@ -1,7 +1,8 @@
-"""Text encoders of the BERT family (MiniLM, E5, BGE) as a Linen module: token ids to one vector a text, with the weights of Hugging Face folders.
+"""Text encoders of the BERT family (MiniLM, E5, BGE) as a Linen module: token ids to one vector a
+text, with the weights of Hugging Face folders.
 
-Axis letters: B batch, T tokens, D embed, N heads, H head dim, F ffn, V vocabulary, L layers. Numbers are float32; on accelerators matrix products take the
-platform's default precision.
+Axis letters: B batch, T tokens, D embed, N heads, H head dim, F ffn, V vocabulary, L layers.
+Numbers are float32; on accelerators matrix products take the platform's default precision.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ class EncoderConfig:
 
 
 class Layer(nn.Module):
-    """One layer: attention over all real tokens and a GELU ffn, each followed by a residual sum and LayerNorm (Devlin et al. 2019)."""
+    """One layer: attention over all real tokens and a GELU ffn, each followed by a residual sum and
+    LayerNorm (Devlin et al. 2019).
+    """
 
     config: EncoderConfig
 
@@ -71,7 +74,9 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array, length: jax.Array) -> jax.Array:
-        """tokens [B, T] int32, right padded; length [B] int32, at least 1 -> vectors [B, D] float32."""
+        """tokens [B, T] int32, right padded; length [B] int32, at least 1 -> vectors [B, D]
+        float32.
+        """
         c = self.config
         mask = jnp.arange(tokens.shape[1]) < length[:, None]  # [B, T]
         table = lambda name, rows: self.param(
@@ -104,14 +109,17 @@ class Encoder(nn.Module):
 
 
 def read_encoder_config(folder: pathlib.Path) -> EncoderConfig:
-    """The architecture of a Hugging Face folder; pooling and length as sentence-transformers' files in it say, else mean, normalised, the longest possible.
+    """The architecture of a Hugging Face folder; pooling and length as sentence-transformers' files
+    in it say, else mean, normalised, the longest possible.
 
-    Raises FileNotFoundError without config.json, ValueError naming file and key for what is not supported.
+    Raises FileNotFoundError without config.json, ValueError naming file and key for what is not
+    supported.
     """
     raw = _read_json(folder / "config.json")
     if raw is None:
         raise FileNotFoundError(
-            f"there is no {folder / 'config.json'}: an encoder is a folder with config.json, *.safetensors and tokenizer.json"
+            f"there is no {folder / 'config.json'}: an encoder is a folder with config.json, "
+            "*.safetensors and tokenizer.json"
         )
     for key, only in (
         ("model_type", "bert"),
@@ -153,7 +161,8 @@ def _read_modules(folder: pathlib.Path) -> tuple[str, bool]:
     kinds = {module["type"].rpartition(".")[2]: module["path"] for module in modules}
     if unknown := set(kinds) - {"Transformer", "Pooling", "Normalize"}:
         raise ValueError(
-            f"{folder / 'modules.json'} holds {', '.join(sorted(unknown))}; supported are Transformer, Pooling and Normalize"
+            f"{folder / 'modules.json'} holds {', '.join(sorted(unknown))}; supported are "
+            "Transformer, Pooling and Normalize"
         )
     file = folder / kinds.get("Pooling", "") / "config.json"
     modes = [
@@ -168,7 +177,8 @@ def _read_modules(folder: pathlib.Path) -> tuple[str, bool]:
     )
     if pooling is None:
         raise ValueError(
-            f"{file}: the pooling is {', '.join(modes) or 'not named'}; supported are {' and '.join(POOLINGS)} alone"
+            f"{file}: the pooling is {', '.join(modes) or 'not named'}; supported are "
+            f"{' and '.join(POOLINGS)} alone"
         )
     return pooling, "Normalize" in kinds
 
@@ -183,17 +193,22 @@ def _read_json(file: pathlib.Path):
 
 
 def load_encoder(folder: pathlib.Path, config: EncoderConfig) -> dict:
-    """An encoder's parameters from a folder's safetensors, as NumPy float32. Raises ValueError naming each tensor that is missing or misshapen."""
+    """An encoder's parameters from a folder's safetensors, as NumPy float32. Raises ValueError
+    naming each tensor that is missing or misshapen.
+    """
     tensors = list_tensors(folder)
     prefix = "bert." if "bert.embeddings.word_embeddings.weight" in tensors else ""
     faults = []
 
     def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """A tensor, with zeros in its place if it does not fit; a matrix of a linear map comes back inputs first."""
+        """A tensor, with zeros in its place if it does not fit; a matrix of a linear map comes back
+        inputs first.
+        """
         tensor = tensors.get(prefix + name)
         if tensor is None or tensor.shape != shape:
             faults.append(
-                f"{prefix}{name} {list(shape)} is {'missing' if tensor is None else list(tensor.shape)}"
+                f"{prefix}{name} {list(shape)} is "
+                f"{'missing' if tensor is None else list(tensor.shape)}"
             )
             return np.zeros(shape, np.float32)
         return np.asarray(tensor.read(), np.float32)
@@ -233,6 +248,7 @@ def load_encoder(folder: pathlib.Path, config: EncoderConfig) -> dict:
     if faults:
         more = f"; and {len(faults) - FAULTS_TOLD} more" if len(faults) > FAULTS_TOLD else ""
         raise ValueError(
-            f"the encoder {folder} does not fit its config.json: {'; '.join(faults[:FAULTS_TOLD])}{more}"
+            f"the encoder {folder} does not fit its config.json: "
+            f"{'; '.join(faults[:FAULTS_TOLD])}{more}"
         )
     return {"params": params}

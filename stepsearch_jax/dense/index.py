@@ -1,7 +1,8 @@
-"""Dense retrieval: texts to vectors by an encoder on the device, and the exact k nearest documents by matrix products over this process's devices.
+"""Dense retrieval: texts to vectors by an encoder on the device, and the exact k nearest documents
+by matrix products over this process's devices.
 
-It runs device programs, so it may only be called where none is running that waits for it: between the two halves of `config.rollout.search="host"`, outside
-of episodes, or in a server.
+It runs device programs, so it may only be called where none is running that waits for it: between
+the two halves of `config.rollout.search="host"`, outside of episodes, or in a server.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ BLOCK_ROWS = 1 << 16  # documents of a device whose scores are held at once
 class TextEncoder:
     """Texts -> vectors. Made by `load_text_encoder`.
 
-    width: of a vector. fingerprint: changes with whatever changes vectors. shard_rows: texts that are worth embedding at a time.
+    width: of a vector. fingerprint: changes with whatever changes vectors. shard_rows: texts that
+    are worth embedding at a time.
     """
 
     def __init__(self, folder: pathlib.Path, batch: int, devices: Sequence[jax.Device]):
@@ -51,7 +53,9 @@ class TextEncoder:
         self.fingerprint = _hash_files(folder)
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """[n, width] float32. Texts of about equal length share a batch; a batch that is not full is padded to a power of two."""
+        """[n, width] float32. Texts of about equal length share a batch; a batch that is not full
+        is padded to a power of two.
+        """
         ids = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts))]
         order = np.argsort([len(row) for row in ids], kind="stable")
         vectors = np.zeros((len(ids), self.width), np.float32)
@@ -82,18 +86,21 @@ class TextEncoder:
 def load_text_encoder(
     folder: str | pathlib.Path, batch: int, devices: Sequence[jax.Device]
 ) -> TextEncoder:
-    """The encoder in a Hugging Face folder (config.json, *.safetensors, tokenizer.json; sentence-transformers' modules.json is followed).
+    """The encoder in a Hugging Face folder (config.json, *.safetensors, tokenizer.json;
+    sentence-transformers' modules.json is followed).
 
-    batch: texts embedded at a time on each of `devices`. Raises FileNotFoundError or ValueError, naming file and key, for one that cannot be read or used.
+    batch: texts embedded at a time on each of `devices`. Raises FileNotFoundError or ValueError,
+    naming file and key, for one that cannot be read or used.
     """
     return TextEncoder(pathlib.Path(folder), batch, devices)
 
 
 class DenseIndex:
-    """N documents on the devices, their vectors shared out among them. Made by `build_dense_index`. May be searched from several threads at once.
+    """N documents on the devices, their vectors shared out among them. Made by `build_dense_index`.
+    May be searched from several threads at once.
 
-    corpus: the hash of the documents; settings: of the retriever, for results. vectors [N, E]: their type, float32 or bfloat16, is that of the products,
-    which are summed in float32.
+    corpus: the hash of the documents; settings: of the retriever, for results. vectors [N, E]:
+    their type, float32 or bfloat16, is that of the products, which are summed in float32.
     """
 
     def __init__(
@@ -108,7 +115,8 @@ class DenseIndex:
         self._count, self._encoder, self._prefix = len(vectors), encoder, query_prefix
         self._about = corpus, settings
         mesh = Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
-        # Each device holds whole blocks of rows; those behind the last document are zeros that are never returned.
+        # Each device holds whole blocks of rows; those behind the last document are zeros that are
+        # never returned.
         self._block = min(BLOCK_ROWS, -(-self._count // len(devices)))
         rows = -(-self._count // (len(devices) * self._block)) * self._block
         total = rows * len(devices)
@@ -133,8 +141,8 @@ class DenseIndex:
     def search(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k best documents for each of q queries, exactly.
 
-        Returns (ids [q, k] int32, best first, -1 where there are no more; scores [q, k] float32, 0 there). Documents with equal scores stand in the order of
-        their ids.
+        Returns (ids [q, k] int32, best first, -1 where there are no more; scores [q, k] float32, 0
+        there). Documents with equal scores stand in the order of their ids.
         """
         ids, scores = (
             np.full((len(queries), k), -1, np.int32),
@@ -170,9 +178,11 @@ def _cut_rows(vectors: np.ndarray, start: int, stop: int) -> np.ndarray:
 
 
 def _find_best(mesh: Mesh, count: int, block: int, queries: jax.Array, corpus: jax.Array, k: int):
-    """queries [q, E] float32, corpus [rows, E] cut over the mesh -> (ids [q, k] int32, scores [q, k] float32) of the first `count` rows.
+    """queries [q, E] float32, corpus [rows, E] cut over the mesh -> (ids [q, k] int32, scores [q,
+    k] float32) of the first `count` rows.
 
-    Blocks and devices follow each other in the order of their rows, and `top_k` takes the first of equal scores: ties go to the smaller id.
+    Blocks and devices follow each other in the order of their rows, and `top_k` takes the first of
+    equal scores: ties go to the smaller id.
     """
     queries = queries.astype(corpus.dtype)
 
@@ -221,10 +231,12 @@ def build_dense_index(
     dtype: str,
     devices: Sequence[jax.Device],
 ) -> DenseIndex:
-    """Embeds prefix, title and text of each document, where that is not done yet, and puts the vectors onto the devices.
+    """Embeds prefix, title and text of each document, where that is not done yet, and puts the
+    vectors onto the devices.
 
-    folder: holds a folder for each encoder, prefix and type; one that was interrupted goes on from its last shard. dtype: of the stored vectors, float32 or
-    bfloat16. Raises ValueError for an empty corpus.
+    folder: holds a folder for each encoder, prefix and type; one that was interrupted goes on from
+    its last shard. dtype: of the stored vectors, float32 or bfloat16. Raises ValueError for an
+    empty corpus.
     """
     made = hashlib.sha256(f"{encoder.fingerprint} {dtype} {passage_prefix}".encode()).hexdigest()
     texts = Mapped(lambda document: f"{passage_prefix}{document.title}\n{document.text}", documents)

@@ -10,11 +10,14 @@ from jax.sharding import Mesh
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies f are lowered to f / factor, so that a model reads texts longer than those it was first trained on.
+    """How rotary frequencies f are lowered to f / factor, so that a model reads texts longer than
+    those it was first trained on.
 
-    kind: "linear" lowers all of them (Chen et al. 2023). "llama3" (Llama 3.1) and "yarn" (Peng et al. 2023) lower those that turn fewer than `slow` times in
-    `original_context` tokens, keep those that turn more than `fast` times, and mix in between: llama3 linearly in the number of turns, yarn linearly in the
-    index of the frequency, from the last whole index before to the first behind. Queries and keys are multiplied by `attention_factor`.
+    kind: "linear" lowers all of them (Chen et al. 2023). "llama3" (Llama 3.1) and "yarn" (Peng et
+    al. 2023) lower those that turn fewer than `slow` times in `original_context` tokens, keep those
+    that turn more than `fast` times, and mix in between: llama3 linearly in the number of turns,
+    yarn linearly in the index of the frequency, from the last whole index before to the first
+    behind. Queries and keys are multiplied by `attention_factor`.
     """
 
     kind: str
@@ -27,8 +30,10 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of a model, and how a device holds it, which `place_on` sets: `tensor_axis` names the mesh axis over which it holds a slice (None: everything),
-    `cache_by_token` is the layout of its `KVCache`."""
+    """Sizes of a model, and how a device holds it, which `place_on` sets: `tensor_axis` names the
+    mesh axis over which it holds a slice (None: everything), `cache_by_token` is the layout of its
+    `KVCache`.
+    """
 
     vocab_size: int
     num_layers: int
@@ -50,7 +55,9 @@ class ModelConfig:
     cache_by_token: bool = False
 
     def place_on(self, mesh: Mesh) -> ModelConfig:
-        """The config of what one device of the mesh samples with: an equal slice over mesh axis `tensor`, whose modules sum over that axis."""
+        """The config of what one device of the mesh samples with: an equal slice over mesh axis
+        `tensor`, whose modules sum over that axis.
+        """
         shards, by_token = mesh.shape["tensor"], mesh.devices.flat[0].platform == "tpu"
         return dataclasses.replace(
             self,

@@ -1,6 +1,8 @@
-"""Rotary positions, the KV cache of sampling, and attention over it (sampling) or over whole sequences (learning). No parameters.
+"""Rotary positions, the KV cache of sampling, and attention over it (sampling) or over whole
+sequences (learning). No parameters.
 
-Axis letters: B batch, S tokens of this call, T cache positions, N query heads, G kv heads, n query heads of one kv head (N/G), H head dim, L layers.
+Axis letters: B batch, S tokens of this call, T cache positions, N query heads, G kv heads, n query
+heads of one kv head (N/G), H head dim, L layers.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ ATTENTION_QUERY_BLOCK = 512  # queries whose scores against all keys are held at
 
 
 def rotary_frequencies(config: ModelConfig) -> jax.Array:
-    """Radians a position by which each plane of a head turns, [H/2] float32, scaled as `config.rope_scaling` says."""
+    """Radians a position by which each plane of a head turns, [H/2] float32, scaled as
+    `config.rope_scaling` says.
+    """
     half, theta, scaling = config.head_dim // 2, config.rope_theta, config.rope_scaling
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     if scaling is None:
@@ -40,14 +44,18 @@ def rotary_frequencies(config: ModelConfig) -> jax.Array:
 
 
 def rotary_turns(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """Sines and cosines of the angles by which `rotate` turns, each [B, S, 1, H/2] float32: the same in all layers, so found once. positions: [B, S]."""
+    """Sines and cosines of the angles by which `rotate` turns, each [B, S, 1, H/2] float32: the
+    same in all layers, so found once. positions: [B, S].
+    """
     angles = positions[..., None, None].astype(jnp.float32) * rotary_frequencies(config)
     factor = 1.0 if config.rope_scaling is None else config.rope_scaling.attention_factor
     return jnp.sin(angles) * factor, jnp.cos(angles) * factor
 
 
 def rotate(x: jax.Array, turns: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotary position embedding (Su et al. 2021), halves convention. x: [B, S, N, H]; turns: of `rotary_turns`."""
+    """Rotary position embedding (Su et al. 2021), halves convention. x: [B, S, N, H]; turns: of
+    `rotary_turns`.
+    """
     sin, cos = turns
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
@@ -55,11 +63,14 @@ def rotate(x: jax.Array, turns: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 @flax.struct.dataclass
 class KVCache:
-    """Keys and values of all layers, in J blocks of t positions of all rows, so that a block lies in one piece of memory.
+    """Keys and values of all layers, in J blocks of t positions of all rows, so that a block lies
+    in one piece of memory.
 
-    Written by scatter at per-row positions, read block by block; always passed and returned. There are two layouts. As the matmuls of attention read a block:
-    on CPU a rollout takes a third longer with the other. By token, all heads in one piece, as they are written, filled up to whole lanes: for TPUs, where an
-    array lies in tiles over its last axes, and the compiler else copies the whole cache in each layer, from the layout of the write to that of the read.
+    Written by scatter at per-row positions, read block by block; always passed and returned. There
+    are two layouts. As the matmuls of attention read a block: on CPU a rollout takes a third longer
+    with the other. By token, all heads in one piece, as they are written, filled up to whole lanes:
+    for TPUs, where an array lies in tiles over its last axes, and the compiler else copies the
+    whole cache in each layer, from the layout of the write to that of the read.
     """
 
     k: jax.Array  # [L, J, B, G, H, t], by token [L, J, B, t, G * H and more]
@@ -83,7 +94,9 @@ class KVCache:
 
 
 def make_cache(config: ModelConfig, rows: int, context: int) -> KVCache:
-    """An empty cache for `rows` sequences of up to `context` tokens (rounded up to whole attention blocks)."""
+    """An empty cache for `rows` sequences of up to `context` tokens (rounded up to whole attention
+    blocks).
+    """
     block, G, H = config.attention_block, config.num_kv_heads, config.head_dim
     token = -(-G * H // TPU_LANES) * TPU_LANES
     keys, values = [(block, token)] * 2 if config.cache_by_token else [(G, H, block), (G, block, H)]
@@ -104,7 +117,9 @@ def write_cache(
     rows: jax.Array,
     positions: jax.Array,
 ) -> KVCache:
-    """Writes k, v [b, S, G, H] at layer, rows [b, 1] and positions [b, S]; positions beyond the cache are dropped."""
+    """Writes k, v [b, S, G, H] at layer, rows [b, 1] and positions [b, S]; positions beyond the
+    cache are dropped.
+    """
     j, t = positions // cache.block, positions % cache.block
 
     def write(at, new: jax.Array) -> jax.Array:
@@ -129,10 +144,13 @@ def write_cache(
 def attend_cached(
     q: jax.Array, cache: KVCache, layer: jax.Array, rows: jax.Array | None, positions: jax.Array
 ) -> jax.Array:
-    """Attention of new tokens over the cache, reading only blocks below the longest live position (online softmax, Milakov & Gimelshein 2018).
+    """Attention of new tokens over the cache, reading only blocks below the longest live position
+    (online softmax, Milakov & Gimelshein 2018).
 
-    q: [b, S, N, H] already rotated; positions: [b, S], a query sees cache positions <= its own; rows: [b] cache rows, None for all in order.
-    -> [b, S, N, H]. Rows whose positions lie beyond the cache (idle) give finite garbage and do not lengthen the loop.
+    q: [b, S, N, H] already rotated; positions: [b, S], a query sees cache positions <= its own;
+    rows: [b] cache rows, None for all in order.
+    -> [b, S, N, H]. Rows whose positions lie beyond the cache (idle) give finite garbage and do not
+    lengthen the loop.
     """
     b, S, N, H = q.shape
     G, block, by_token = cache.kv_heads, cache.block, cache.by_token
@@ -181,20 +199,25 @@ def attend_cached(
 
 @flax.struct.dataclass
 class Branches:
-    """Several continuations of one sequence, laid out behind it: each sees a beginning of the sequence and itself, none sees another.
+    """Several continuations of one sequence, laid out behind it: each sees a beginning of the
+    sequence and itself, none sees another.
 
-    Token s of row b sees token t <= s if t < seen[b, s] or t >= start[b, s]. Tokens of the sequence itself have seen = start = 0.
+    Token s of row b sees token t <= s if t < seen[b, s] or t >= start[b, s]. Tokens of the sequence
+    itself have seen = start = 0.
     """
 
     seen: jax.Array  # [B, S] int32: how many tokens of the sequence the branch continues
     start: jax.Array  # [B, S] int32: where the token's own branch begins
-    positions: jax.Array  # [B, S] int32: for the rotary embedding; a branch counts on from where it leaves the sequence
+    # [B, S] int32: for the rotary embedding; a branch counts on from where it leaves the sequence
+    positions: jax.Array
 
 
 def attend_causal(q: jax.Array, k: jax.Array, v: jax.Array, branches: Branches | None) -> jax.Array:
-    """Causal attention over whole right-padded sequences. q: [B, S, N, H]; k, v: [B, S, G, H] -> [B, S, N, H].
+    """Causal attention over whole right-padded sequences. q: [B, S, N, H]; k, v: [B, S, G, H] ->
+    [B, S, N, H].
 
-    Queries are taken in blocks whose scores are recomputed in the backward pass, so memory is linear in S.
+    Queries are taken in blocks whose scores are recomputed in the backward pass, so memory is
+    linear in S.
     """
     B, S, N, H = q.shape
     G = k.shape[2]

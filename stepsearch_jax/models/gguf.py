@@ -1,4 +1,6 @@
-"""Checkpoints of the Qwen2, Qwen3 and Llama families as GGUF files: one file, most of its matrices in blocks of few bits. Read through the package `gguf`."""
+"""Checkpoints of the Qwen2, Qwen3 and Llama families as GGUF files: one file, most of its matrices
+in blocks of few bits. Read through the package `gguf`.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +32,11 @@ NAMES = {  # GGUF -> Hugging Face, of the whole model and of a layer
 
 
 def open_gguf(path: pathlib.Path) -> Weights:
-    """A GGUF file's architecture and the list of its tensors, none of which is read; read, they are float32.
+    """A GGUF file's architecture and the list of its tensors, none of which is read; read, they are
+    float32.
 
-    Raises FileNotFoundError for a missing file, and ValueError without the package, for a file that cannot be read, and for what is not supported.
+    Raises FileNotFoundError for a missing file, and ValueError without the package, for a file that
+    cannot be read, and for what is not supported.
     """
     try:
         import gguf
@@ -82,7 +86,9 @@ def open_gguf(path: pathlib.Path) -> Weights:
 
 
 def _rename(name: str) -> str:
-    """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight; a name that is not known stays, and is refused as unexpected."""
+    """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight; a name that is not known
+    stays, and is refused as unexpected.
+    """
     layer, stem, kind = re.fullmatch(r"(?:blk\.(\d+)\.)?(.*?)(?:\.(weight|bias))?", name).groups()
     if stem not in NAMES:
         return name
@@ -90,15 +96,19 @@ def _rename(name: str) -> str:
 
 
 def separate_halves(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Rows [heads * H, ...] in which the coordinates of a rotary plane are neighbours -> with all first coordinates of a head before all second ones.
+    """Rows [heads * H, ...] in which the coordinates of a rotary plane are neighbours -> with all
+    first coordinates of a head before all second ones.
 
-    Files of the llama architecture hold queries and keys in the former order, the modules here turn coordinate i against i + H/2.
+    Files of the llama architecture hold queries and keys in the former order, the modules here turn
+    coordinate i against i + H/2.
     """
     return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def _read_fields(facts: dict, shapes: dict[str, tuple[int, ...]]) -> dict[str, object]:
-    """Metadata -> fields of ModelConfig. Raises ValueError for what is not supported, KeyError for what is missing."""
+    """Metadata -> fields of ModelConfig. Raises ValueError for what is not supported, KeyError for
+    what is missing.
+    """
     family = facts["general.architecture"]
     if family not in ("qwen2", "qwen3", "llama"):
         raise ValueError(
@@ -115,7 +125,8 @@ def _read_fields(facts: dict, shapes: dict[str, tuple[int, ...]]) -> dict[str, o
     head_dim = fact("attention.key_length", width // heads)
     if fact("rope.dimension_count", head_dim) != head_dim:
         raise ValueError(
-            f"rope.dimension_count is {fact('rope.dimension_count')}; only the whole head, {head_dim}, is supported"
+            f"rope.dimension_count is {fact('rope.dimension_count')}; only the whole head, "
+            f"{head_dim}, is supported"
         )
     return dict(
         vocab_size=shapes["model.embed_tokens.weight"][0],

@@ -1,4 +1,6 @@
-"""Checkpoints of the Qwen2, Qwen3 and Llama families as Hugging Face folders (`config.json` and `*.safetensors`): opened, and written for others to load."""
+"""Checkpoints of the Qwen2, Qwen3 and Llama families as Hugging Face folders (`config.json` and
+`*.safetensors`): opened, and written for others to load.
+"""
 
 from __future__ import annotations
 
@@ -42,9 +44,11 @@ CONSTANTS = (
 
 
 def open_checkpoint(path: pathlib.Path) -> Weights:
-    """A checkpoint's architecture and the list of its tensors, none of which is read: a folder in Hugging Face form, or a .gguf file.
+    """A checkpoint's architecture and the list of its tensors, none of which is read: a folder in
+    Hugging Face form, or a .gguf file.
 
-    Raises FileNotFoundError for a missing folder or file, and ValueError for an architecture, rotary scaling or number type that is not supported.
+    Raises FileNotFoundError for a missing folder or file, and ValueError for an architecture,
+    rotary scaling or number type that is not supported.
     """
     if path.suffix == ".gguf":
         from stepsearch_jax.models.gguf import open_gguf  # the package behind it is optional
@@ -53,7 +57,8 @@ def open_checkpoint(path: pathlib.Path) -> Weights:
     file = path / "config.json"
     if not file.is_file():
         raise FileNotFoundError(
-            f"there is no {file}: a checkpoint is a folder with config.json and *.safetensors, or a .gguf file"
+            f"there is no {file}: a checkpoint is a folder with config.json and *.safetensors, or "
+            "a .gguf file"
         )
     try:
         fields = _read_fields(json.loads(file.read_text()))
@@ -69,7 +74,9 @@ def open_checkpoint(path: pathlib.Path) -> Weights:
 
 
 def _read_fields(raw: dict) -> dict[str, object]:
-    """config.json -> fields of ModelConfig. Raises ValueError for what this model does not compute, KeyError for a missing size."""
+    """config.json -> fields of ModelConfig. Raises ValueError for what this model does not compute,
+    KeyError for a missing size.
+    """
     family = raw.get("model_type")
     if family not in ARCHITECTURES:
         raise ValueError(f"model_type {family!r} is not supported; {SUPPORTED}")
@@ -84,7 +91,8 @@ def _read_fields(raw: dict) -> dict[str, object]:
             raise ValueError(f"{key} is {raw[key]!r}; only {only!r} is supported")
     if set(raw.get("layer_types") or ()) - {"full_attention"}:
         raise ValueError(
-            f"layer_types holds {', '.join(sorted(set(raw['layer_types'])))}; only full_attention is supported"
+            f"layer_types holds {', '.join(sorted(set(raw['layer_types'])))}; only full_attention "
+            "is supported"
         )
     theta, scaling = _read_rope(raw)
     heads, width = raw["num_attention_heads"], raw["hidden_size"]
@@ -106,7 +114,9 @@ def _read_fields(raw: dict) -> dict[str, object]:
 
 
 def _read_rope(raw: dict) -> tuple[float, RopeScaling | None]:
-    """Theta and scaling, as older files (rope_theta, rope_scaling) or newer ones (rope_parameters) hold them."""
+    """Theta and scaling, as older files (rope_theta, rope_scaling) or newer ones (rope_parameters)
+    hold them.
+    """
     rope = {
         "rope_theta": raw.get("rope_theta"),
         **(raw.get("rope_scaling") or {}),
@@ -147,7 +157,8 @@ def _read_rope(raw: dict) -> tuple[float, RopeScaling | None]:
         )
     else:
         raise ValueError(
-            f"rotary scaling {kind!r} is not supported; supported are default, linear, llama3 and yarn"
+            f"rotary scaling {kind!r} is not supported; supported are default, linear, llama3 and "
+            "yarn"
         )
     if rope:
         raise ValueError(f"rotary scaling {kind!r} with {', '.join(sorted(rope))} is not supported")
@@ -155,9 +166,11 @@ def _read_rope(raw: dict) -> tuple[float, RopeScaling | None]:
 
 
 def list_tensors(folder: pathlib.Path) -> dict[str, WeightTensor]:
-    """The tensors of a folder's safetensors files: those that the index names, or model.safetensors, or all there are; none is read.
+    """The tensors of a folder's safetensors files: those that the index names, or
+    model.safetensors, or all there are; none is read.
 
-    Raises FileNotFoundError for missing files, ValueError for one that cannot be read and for a number type that is not supported.
+    Raises FileNotFoundError for missing files, ValueError for one that cannot be read and for a
+    number type that is not supported.
     """
     index, single = folder / INDEX, folder / "model.safetensors"
     if index.is_file():
@@ -167,7 +180,8 @@ def list_tensors(folder: pathlib.Path) -> dict[str, WeightTensor]:
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{index} is no index of tensors, with the files that hold them under the key weight_map: fetch it again"
+                f"{index} is no index of tensors, with the files that hold them under the key "
+                "weight_map: fetch it again"
             ) from error
     else:
         files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
@@ -187,7 +201,8 @@ def list_tensors(folder: pathlib.Path) -> dict[str, WeightTensor]:
                     part = weights.get_slice(name)
                     if part.get_dtype() not in STORED_TYPES:
                         raise ValueError(
-                            f"{file}: {name} is stored as {part.get_dtype()}; supported are {', '.join(sorted(STORED_TYPES))}"
+                            f"{file}: {name} is stored as {part.get_dtype()}; supported are "
+                            f"{', '.join(sorted(STORED_TYPES))}"
                         )
                     tensors[name] = WeightTensor(
                         file,
@@ -206,7 +221,8 @@ def _read_tensor(file: pathlib.Path, name: str) -> np.ndarray:
         return weights.get_tensor(name)
 
 
-# ---- Export --------------------------------------------------------------------------------------------------------------------------------------
+# ---- Export
+# --------------------------------------------------------------------------------------------------------------------------------------
 
 
 def export_policy(
@@ -221,11 +237,14 @@ def export_policy(
     pad_id: int,
     tokenizer_files: Mapping[str, bytes],
 ) -> None:
-    """Writes a folder that transformers loads; an earlier one is replaced when the new one is complete. All processes call it, the first one writes.
+    """Writes a folder that transformers loads; an earlier one is replaced when the new one is
+    complete. All processes call it, the first one writes.
 
-    dtype: of the stored weights, "float32", "bfloat16" or "float16". shard_bytes: a larger model is written in several files with an index; the host holds
-    one of them. context: the longest text that the model is said to read. end_ids: tokens that end a text. tokenizer_files: name -> content of what
-    stands beside the weights (`prompting.tokenizers.list_tokenizer_files`). Raises ValueError for an architecture that no family has.
+    dtype: of the stored weights, "float32", "bfloat16" or "float16". shard_bytes: a larger model is
+    written in several files with an index; the host holds one of them. context: the longest text
+    that the model is said to read. end_ids: tokens that end a text. tokenizer_files: name ->
+    content of what stands beside the weights (`prompting.tokenizers.list_tokenizer_files`). Raises
+    ValueError for an architecture that no family has.
     """
     first = jax.process_index() == 0
     made, old = (
@@ -269,7 +288,8 @@ def _describe(
     """File name -> content of config.json and generation_config.json."""
     if config.qkv_bias and config.qk_norm:
         raise ValueError(
-            "a model with both model.qkv_bias and model.qk_norm belongs to no family that others load"
+            "a model with both model.qkv_bias and model.qk_norm belongs to no family that others "
+            "load"
         )
     family = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
     ids = {"bos_token_id": None, "eos_token_id": list(end_ids), "pad_token_id": pad_id}
@@ -316,7 +336,9 @@ def _describe(
 def _cut_into_files(
     params, config: ModelConfig, dtype: str, shard_bytes: int
 ) -> list[tuple[str, list]]:
-    """Tensors (name, place, leaf, layer or None) by file, each file as full as `shard_bytes` allows."""
+    """Tensors (name, place, leaf, layer or None) by file, each file as full as `shard_bytes`
+    allows.
+    """
     leaves = flax.traverse_util.flatten_dict(params["params"])
     files, room = [[]], shard_bytes
     for place in list_places(config):

@@ -1,4 +1,6 @@
-"""Log-probabilities, entropies and values of recorded tokens. The only place where predictions are shifted onto the tokens that they describe."""
+"""Log-probabilities, entropies and values of recorded tokens. The only place where predictions are
+shifted onto the tokens that they describe.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +11,21 @@ from stepsearch_jax.models.attention import Branches
 from stepsearch_jax.models.transformer import Policy, Value
 from stepsearch_jax.sharding import spread_rows
 
-# Float32 logits held at once, for each device of the mesh: 80 MiB. Each chunk reads the output table, which a mesh gathers for it, and adds to its gradient.
+# Float32 logits held at once, for each device of the mesh: 80 MiB. Each chunk reads the output
+# table, which a mesh gathers for it, and adds to its gradient.
 LOGITS_PER_CHUNK = 5 << 22
 
 
 def shift_to_tokens(predictions: jax.Array) -> jax.Array:
-    """[B, T] made after reading token t -> [B, T] indexed by the token described (t + 1). Nothing describes token 0: it gets 0."""
+    """[B, T] made after reading token t -> [B, T] indexed by the token described (t + 1). Nothing
+    describes token 0: it gets 0.
+    """
     return jnp.pad(predictions[:, :-1], ((0, 0), (1, 0)))
 
 
 def score_tokens(policy: Policy, params, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """-> (logprobs, entropy), float32 [B, T] each: of tokens[b, t] given tokens[b, :t], and of the distribution that it was drawn from; 0 at t = 0.
+    """-> (logprobs, entropy), float32 [B, T] each: of tokens[b, t] given tokens[b, :t], and of the
+    distribution that it was drawn from; 0 at t = 0.
 
     Logits exist for one chunk of positions at a time, forward and backward: never [B, T, V].
     """
@@ -27,7 +33,9 @@ def score_tokens(policy: Policy, params, tokens: jax.Array) -> tuple[jax.Array, 
 
 
 def examine_tokens(policy: Policy, params, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """-> (logprobs float32, likeliest bool), [B, T] each: as `score_tokens`, and whether greedy decoding chooses the same token; 0 and False at t = 0."""
+    """-> (logprobs float32, likeliest bool), [B, T] each: as `score_tokens`, and whether greedy
+    decoding chooses the same token; 0 and False at t = 0.
+    """
     return _score(
         policy, params, tokens, lambda logits, target, _: jnp.argmax(logits, axis=-1) == target
     )
@@ -52,8 +60,10 @@ def _score(policy: Policy, params, tokens: jax.Array, measure) -> tuple[jax.Arra
 def _score_hidden(
     policy: Policy, params, hidden: jax.Array, targets: jax.Array, measure
 ) -> tuple[jax.Array, jax.Array]:
-    """hidden [B, T, D], targets [B, T] -> log-probability of each target, and what `measure` finds in its place: [B, T] each, indexed by the token read, not
-    yet shifted. measure(logits [B, w, V], target [B, w], log_total [B, w]) -> [B, w]; log_total: the logarithm of the sum of exp(logits)."""
+    """hidden [B, T, D], targets [B, T] -> log-probability of each target, and what `measure` finds
+    in its place: [B, T] each, indexed by the token read, not yet shifted. measure(logits [B, w, V],
+    target [B, w], log_total [B, w]) -> [B, w]; log_total: the logarithm of the sum of exp(logits).
+    """
     B, T = targets.shape
     devices = max(1, jax.typeof(hidden).sharding.mesh.size)  # 0 without a mesh
     width = max(1, min(T, LOGITS_PER_CHUNK * devices // (B * policy.config.vocab_size)))
@@ -88,12 +98,16 @@ def score_answers(
     opening: jax.Array,
     length: jax.Array,
 ) -> jax.Array:
-    """How likely the policy finds an answer after each of P beginnings of an episode -> [B, P] float32, mean log-probability per answer token.
+    """How likely the policy finds an answer after each of P beginnings of an episode -> [B, P]
+    float32, mean log-probability per answer token.
 
-    tokens [B, T]; seen [B, P]: lengths of the beginnings; answers [B, A]: what is put behind each, right-padded; length [B]: its tokens;
-    opening []: how many of them, at its head, are given rather than scored (the opening tag). 0 where nothing is to be scored.
+    tokens [B, T]; seen [B, P]: lengths of the beginnings; answers [B, A]: what is put behind each,
+    right-padded; length [B]: its tokens;
+    opening []: how many of them, at its head, are given rather than scored (the opening tag). 0
+    where nothing is to be scored.
 
-    One forward pass over [B, T + P A]: every beginning has a copy of the answer behind the sequence, which sees that beginning and itself.
+    One forward pass over [B, T + P A]: every beginning has a copy of the answer behind the
+    sequence, which sees that beginning and itself.
     Source: the turn-level information gain of IGPO (arXiv 2510.14967), as a log-probability.
     """
     B, T = tokens.shape
@@ -125,5 +139,7 @@ def score_answers(
 
 
 def score_values(value: Value, params, tokens: jax.Array) -> jax.Array:
-    """-> float32 [B, T]: the value of the state in which tokens[b, t] was chosen, that is after tokens[b, :t]; 0 at t = 0."""
+    """-> float32 [B, T]: the value of the state in which tokens[b, t] was chosen, that is after
+    tokens[b, :t]; 0 at t = 0.
+    """
     return shift_to_tokens(value.apply(params, tokens))

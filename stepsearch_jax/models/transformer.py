@@ -1,11 +1,14 @@
-"""Decoder-only transformers of the Qwen2, Qwen3 and Llama families as pure Linen modules, for learning (whole sequences) and sampling (explicit KV cache).
+"""Decoder-only transformers of the Qwen2, Qwen3 and Llama families as pure Linen modules, for
+learning (whole sequences) and sampling (explicit KV cache).
 
-Axis letters: B batch, S tokens of this call, T cache positions, D embed, N query heads, G kv heads, n query heads of one kv head (N/G), H head dim, F ffn,
-V vocabulary, L layers.
+Axis letters: B batch, S tokens of this call, T cache positions, D embed, N query heads, G kv heads,
+n query heads of one kv head (N/G), H head dim, F ffn, V vocabulary, L layers.
 
-The same modules run in two ways. Under `jit` with sharded arguments they are written as for one device (`tensor_axis=None`) and the compiler partitions them.
-Inside `shard_map`, which the sampling program needs, each device holds its slice of the heads, the ffn and the vocabulary: the config is then
-`config.place_on(mesh)`, with local sizes, and the three places where slices meet sum over that axis by hand.
+The same modules run in two ways. Under `jit` with sharded arguments they are written as for one
+device (`tensor_axis=None`) and the compiler partitions them. Inside `shard_map`, which the sampling
+program needs, each device holds its slice of the heads, the ffn and the vocabulary: the config is
+then `config.place_on(mesh)`, with local sizes, and the three places where slices meet sum over that
+axis by hand.
 """
 
 from __future__ import annotations
@@ -37,10 +40,12 @@ REMAT = {  # which intermediate results of a layer the backward pass finds again
 
 
 def set_previous_token_heads(params, config: ModelConfig, peak: float):
-    """Starts the query heads of layer 0's first kv head as heads that look 1, 2, … tokens back; `peak` is their logit there. Needs qkv biases.
+    """Starts the query heads of layer 0's first kv head as heads that look 1, 2, … tokens back;
+    `peak` is their logit there. Needs qkv biases.
 
-    Under rotary positions a constant key and a constant query turned back by o positions match best at distance o, so two biases are enough. It is the first
-    half of an induction head, and what a small policy from scratch otherwise spends most of its warm start on.
+    Under rotary positions a constant key and a constant query turned back by o positions match best
+    at distance o, so two biases are enough. It is the first half of an induction head, and what a
+    small policy from scratch otherwise spends most of its warm start on.
     """
     layers = params["params"]["trunk"]["layers"]
     n, half = config.num_heads // config.num_kv_heads, config.head_dim // 2
@@ -84,7 +89,9 @@ class RMSNorm(nn.Module):
 
 
 class Projection(nn.Module):
-    """A linear map over the trailing `inputs` axes of x, with named parameter axes. `partial_sum`: slices of the input add up over the tensor axis."""
+    """A linear map over the trailing `inputs` axes of x, with named parameter axes. `partial_sum`:
+    slices of the input add up over the tensor axis.
+    """
 
     config: ModelConfig
     inputs: tuple[int, ...]
@@ -135,8 +142,10 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, carry, layer, positions, turns, rows, branches, unread):
-        """carry: (x [b, S, D], KVCache or None); layer: []; positions: [b, S], turns: of `rotary_turns` for them; rows: [b] or None; unread: [], a layer of
-        whose results only its keys and values in the cache are wanted, or None -> (carry, None), as `nn.scan` wants it."""
+        """carry: (x [b, S, D], KVCache or None); layer: []; positions: [b, S], turns: of
+        `rotary_turns` for them; rows: [b] or None; unread: [], a layer of whose results only its
+        keys and values in the cache are wanted, or None -> (carry, None), as `nn.scan` wants it.
+        """
         c = self.config
         x, cache = carry
         x = spread_rows(x)
@@ -195,7 +204,9 @@ class Block(nn.Module):
 
 
 class Trunk(nn.Module):
-    """Embedding, layers (scanned: one layer is compiled) and final norm, shared by policy and value model."""
+    """Embedding, layers (scanned: one layer is compiled) and final norm, shared by policy and value
+    model.
+    """
 
     config: ModelConfig
 
@@ -221,7 +232,9 @@ class Trunk(nn.Module):
         self.final_norm = RMSNorm(c)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
-        """tokens [b, S] -> [b, S, D]; a sliced vocabulary contributes zeros for tokens of other slices."""
+        """tokens [b, S] -> [b, S, D]; a sliced vocabulary contributes zeros for tokens of other
+        slices.
+        """
         c = self.config
         table = self.embedding.astype(c.dtype)
         if c.tensor_axis is None:
@@ -233,7 +246,9 @@ class Trunk(nn.Module):
         )
 
     def __call__(self, tokens, positions=None, cache=None, rows=None, branches=None, unread=None):
-        """tokens [b, S] -> (hidden [b, S, D], cache). Without positions: whole sequences from position 0."""
+        """tokens [b, S] -> (hidden [b, S, D], cache). Without positions: whole sequences from
+        position 0.
+        """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         turns = rotary_turns(positions, self.config)
@@ -250,7 +265,9 @@ class Trunk(nn.Module):
 
 
 class Policy(nn.Module):
-    """The language model. Hidden states and logits are separate calls, so that logits are only ever made where and as long as they are needed."""
+    """The language model. Hidden states and logits are separate calls, so that logits are only ever
+    made where and as long as they are needed.
+    """
 
     config: ModelConfig
 
@@ -268,22 +285,28 @@ class Policy(nn.Module):
         return self.trunk(tokens)[0]
 
     def branch(self, tokens: jax.Array, branches: Branches) -> jax.Array:
-        """Sequences with continuations behind them [B, S], laid out as `branches` says -> hidden [B, S, D]."""
+        """Sequences with continuations behind them [B, S], laid out as `branches` says -> hidden
+        [B, S, D].
+        """
         return self.trunk(tokens, branches.positions, branches=branches)[0]
 
     def extend(
         self, tokens: jax.Array, positions: jax.Array, cache: KVCache, rows: jax.Array | None
     ) -> tuple[jax.Array, KVCache]:
-        """Runs tokens [b, S] at positions [b, S] of cache rows `rows` (None: all rows in order) -> (hidden [b, S, D], cache).
+        """Runs tokens [b, S] at positions [b, S] of cache rows `rows` (None: all rows in order) ->
+        (hidden [b, S, D], cache).
 
-        A position beyond the cache marks padding: it is not written, and its hidden state means nothing.
+        A position beyond the cache marks padding: it is not written, and its hidden state means
+        nothing.
         """
         return self.trunk(tokens, positions, cache, rows)
 
     def read(
         self, tokens: jax.Array, positions: jax.Array, cache: KVCache, rows: jax.Array | None
     ) -> KVCache:
-        """`extend` for tokens after which nothing is to be sampled: of the last layer only the keys and values are computed."""
+        """`extend` for tokens after which nothing is to be sampled: of the last layer only the keys
+        and values are computed.
+        """
         return self.trunk(
             tokens, positions, cache, rows, unread=jnp.int32(self.config.num_layers - 1)
         )[1]
@@ -301,7 +324,9 @@ class Policy(nn.Module):
 
 
 class Value(nn.Module):
-    """The value model: the policy's trunk and one number per token. Its head starts at zero, so that first values are 0."""
+    """The value model: the policy's trunk and one number per token. Its head starts at zero, so
+    that first values are 0.
+    """
 
     config: ModelConfig
 

@@ -1,7 +1,9 @@
-"""A policy's parameters from the tensors of a checkpoint, whatever its format: read one at a time and put straight into sharded arrays.
+"""A policy's parameters from the tensors of a checkpoint, whatever its format: read one at a time
+and put straight into sharded arrays.
 
-Tensors go by their Hugging Face names. A linear map is stored as one matrix [outputs, inputs] a layer; here heads and head dim are axes of their own, inputs
-come first, and layers are stacked. The table of `list_places` is the only one of names and shapes.
+Tensors go by their Hugging Face names. A linear map is stored as one matrix [outputs, inputs] a
+layer; here heads and head dim are axes of their own, inputs come first, and layers are stacked. The
+table of `list_places` is the only one of names and shapes.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from stepsearch_jax.models.architecture import ModelConfig
 from stepsearch_jax.models.attention import rotary_frequencies
 
-TIED_DISTANCE = 0.1  # tables of one model that were rounded differently are closer than this share of their norm
+# tables of one model that were rounded differently are closer than this share of their norm
+TIED_DISTANCE = 0.1
 FAULTS_TOLD = 8  # of a checkpoint that does not fit; the rest are counted
 
 
@@ -36,14 +39,18 @@ class WeightTensor:
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """A checkpoint: what it says about its architecture (fields of ModelConfig), and its tensors by their Hugging Face names."""
+    """A checkpoint: what it says about its architecture (fields of ModelConfig), and its tensors by
+    their Hugging Face names.
+    """
 
     path: pathlib.Path
     fields: dict[str, object]
     tensors: dict[str, WeightTensor]
 
     def model_config(self, vocab_size: int, **choices) -> ModelConfig:
-        """The architecture, with at least `vocab_size` rows in the embedding (the tokenizer's, rounded up). choices: the other fields, which are the run's."""
+        """The architecture, with at least `vocab_size` rows in the embedding (the tokenizer's,
+        rounded up). choices: the other fields, which are the run's.
+        """
         return ModelConfig(
             **self.fields | choices | {"vocab_size": max(vocab_size, self.fields["vocab_size"])}
         )
@@ -51,7 +58,8 @@ class Weights:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where one leaf of the policy stands in files. `inputs`: how many of a layer's axes a linear map reads; 0: a vector; None: a table, kept as it is.
+    """Where one leaf of the policy stands in files. `inputs`: how many of a layer's axes a linear
+    map reads; 0: a vector; None: a table, kept as it is.
 
     `vocabulary`: a row in the files is a token's, and there may be fewer of them than here.
     """
@@ -81,7 +89,9 @@ class Place:
 
 
 def list_places(config: ModelConfig) -> list[Place]:
-    """Every leaf of a policy's parameters, in the order in which files name them; those under trunk/layers have a tensor for each layer."""
+    """Every leaf of a policy's parameters, in the order in which files name them; those under
+    trunk/layers have a tensor for each layer.
+    """
     maps = {
         "q": "self_attn.q_proj",
         "k": "self_attn.k_proj",
@@ -127,11 +137,14 @@ def list_file_tensors(
 
 
 def load_policy(weights: Weights, config: ModelConfig, abstract_params):
-    """A policy's parameters from a checkpoint, each leaf with shape, type and sharding of `abstract_params` (arrays or ShapeDtypeStructs).
+    """A policy's parameters from a checkpoint, each leaf with shape, type and sharding of
+    `abstract_params` (arrays or ShapeDtypeStructs).
 
-    Tensors are read one at a time and put where they belong, so the host holds one of them (of each process, all of it). Rows of the vocabulary that the
-    checkpoint lacks are the mean of its rows: their logit is the mean logit, never the greatest. Raises ValueError, before anything is read, where the
-    architecture differs from `config`, and naming each tensor that is missing, unexpected or misshapen.
+    Tensors are read one at a time and put where they belong, so the host holds one of them (of each
+    process, all of it). Rows of the vocabulary that the checkpoint lacks are the mean of its rows:
+    their logit is the mean logit, never the greatest. Raises ValueError, before anything is read,
+    where the architecture differs from `config`, and naming each tensor that is missing, unexpected
+    or misshapen.
     """
     check_architecture(weights, config)
     leaves, places = flax.traverse_util.flatten_dict(abstract_params["params"]), list_places(config)
@@ -144,7 +157,9 @@ def load_policy(weights: Weights, config: ModelConfig, abstract_params):
 
 
 def check_architecture(weights: Weights, config: ModelConfig) -> None:
-    """Raises ValueError, naming every key of config.model that differs, where a checkpoint has another architecture than `config`."""
+    """Raises ValueError, naming every key of config.model that differs, where a checkpoint has
+    another architecture than `config`.
+    """
     found = dataclasses.replace(config, **weights.fields)
     faults = []
     for key in (
@@ -177,7 +192,8 @@ def check_architecture(weights: Weights, config: ModelConfig) -> None:
         and np.isclose(*factors)
     ):
         faults.append(
-            f"config.model.rope_theta and rope_scaling are {config.rope_theta} and {config.rope_scaling}, there they are {found.rope_theta} and "
+            f"config.model.rope_theta and rope_scaling are {config.rope_theta} and "
+            f"{config.rope_scaling}, there they are {found.rope_theta} and "
             f"{found.rope_scaling}"
         )
     if faults:
@@ -201,11 +217,13 @@ def _check_tensors(
             ):
                 rows = "at most " if place.vocabulary else ""
                 faults.append(
-                    f"{name} in {found.file.name} should be {rows}{list(shape)} and is {list(found.shape)}"
+                    f"{name} in {found.file.name} should be {rows}{list(shape)} and is "
+                    f"{list(found.shape)}"
                 )
     for name in sorted(weights.tensors.keys() - known):
         faults.append(
-            f"{name} {list(weights.tensors[name].shape)} in {weights.tensors[name].file.name} is unexpected"
+            f"{name} {list(weights.tensors[name].shape)} in {weights.tensors[name].file.name} is "
+            "unexpected"
         )
     if faults:
         more = f"; and {len(faults) - FAULTS_TOLD} more" if len(faults) > FAULTS_TOLD else ""
@@ -259,7 +277,8 @@ def _read_table(weights: Weights, config: ModelConfig, place: Place, rows: int) 
         )
         if not distance <= TIED_DISTANCE:
             raise ValueError(
-                f"{weights.path} holds an lm_head.weight that is not its embedding (relative distance {distance:.2g}), but config.model."
+                f"{weights.path} holds an lm_head.weight that is not its embedding (relative "
+                f"distance {distance:.2g}), but config.model."
                 "tie_embeddings is True: set it to False"
             )
         table = output
@@ -270,7 +289,9 @@ def _read_table(weights: Weights, config: ModelConfig, place: Place, rows: int) 
 
 
 def _put(array: np.ndarray, sharding, dtype) -> jax.Array:
-    """A host array on its devices; every device gets its slice, and slices that several devices hold are cut once."""
+    """A host array on its devices; every device gets its slice, and slices that several devices
+    hold are cut once.
+    """
     slices = {}
 
     def cut(index: tuple[slice, ...]) -> np.ndarray:

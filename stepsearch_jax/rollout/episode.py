@@ -1,13 +1,16 @@
-"""The two pure functions of an episode: `decode_until_wait` samples until documents are needed, `read_observations` reads them into the same cache.
+"""The two pure functions of an episode: `decode_until_wait` samples until documents are needed,
+`read_observations` reads them into the same cache.
 
-Everything happens on one device's shard of the rows. Its episodes are many, its slots may be fewer: a slot is a row of the KV cache, and when its episode
-ends it takes the next prompt. A slot is in one of three phases: DECODING, WAITING for an observation, FREE. Slots are independent: each has its own length,
-turn and automaton state, and a token's noise depends only on its episode id and its index, so neither the order of searches nor the neighbours nor the slot
-change an episode's tokens. No token is ever run through the model twice: the last token of an episode is always still to be fed, by the next decode step
-or at the head of the next observation.
+Everything happens on one device's shard of the rows. Its episodes are many, its slots may be fewer:
+a slot is a row of the KV cache, and when its episode ends it takes the next prompt. A slot is in
+one of three phases: DECODING, WAITING for an observation, FREE. Slots are independent: each has its
+own length, turn and automaton state, and a token's noise depends only on its episode id and its
+index, so neither the order of searches nor the neighbours nor the slot change an episode's tokens.
+No token is ever run through the model twice: the last token of an episode is always still to be
+fed, by the next decode step or at the head of the next observation.
 
-Axis letters: B episodes of the shard, S slots, T context, K turns (max_turns searches and a last one that may only answer), D documents, O observation
-tokens, V vocabulary.
+Axis letters: B episodes of the shard, S slots, T context, K turns (max_turns searches and a last
+one that may only answer), D documents, O observation tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -51,7 +54,9 @@ class RolloutSettings:
 
 @flax.struct.dataclass
 class Environment:
-    """What the device needs to know of the text world, as arrays: the tag automaton over token ids, and the fixed warnings."""
+    """What the device needs to know of the text world, as arrays: the tag automaton over token ids,
+    and the fixed warnings.
+    """
 
     next_state: jax.Array  # [S, V]
     event: (
@@ -91,7 +96,9 @@ class Record:
 
 @flax.struct.dataclass
 class EpisodeState:
-    """A shard in the middle of its episodes: the record of all, and the slots with those that run now."""
+    """A shard in the middle of its episodes: the record of all, and the slots with those that run
+    now.
+    """
 
     record: Record
     cache: KVCache  # of S rows
@@ -125,7 +132,9 @@ def start_episodes(
     environment: Environment,
     prompts: Prompts,
 ) -> EpisodeState:
-    """The first episodes in their slots, their prompts prefilled but for the last token. slots: S, of this shard."""
+    """The first episodes in their slots, their prompts prefilled but for the last token. slots: S,
+    of this shard.
+    """
     B, T, K, D = prompts.tokens.shape[0], settings.context, settings.turns, settings.documents
     none = jnp.zeros((slots,), jnp.int32)
     state = EpisodeState(
@@ -206,10 +215,12 @@ def _prefill(
     first: jax.Array,
     count: jax.Array,
 ) -> EpisodeState:
-    """Runs `count` recorded tokens from index `first` of the wanted slots' episodes (all [S]) through the model, into the slots' cache rows.
+    """Runs `count` recorded tokens from index `first` of the wanted slots' episodes (all [S])
+    through the model, into the slots' cache rows.
 
-    Wanted slots are compacted, the longest first, `prefill_rows` of them at a time, and of each `prefill_tokens` at a time: the cost follows what there is to
-    read, not the number of slots or the longest observation there could be.
+    Wanted slots are compacted, the longest first, `prefill_rows` of them at a time, and of each
+    `prefill_tokens` at a time: the cost follows what there is to read, not the number of slots or
+    the longest observation there could be.
     """
     S, T = state.phase.shape[0], settings.context
     group, width = min(settings.prefill_rows, S), settings.prefill_tokens
@@ -251,9 +262,11 @@ def decode_until_wait(
     temperature: jax.Array,
     state: EpisodeState,
 ) -> EpisodeState:
-    """Samples one token per decoding slot at a time, until a flush is due or nobody decodes any more.
+    """Samples one token per decoding slot at a time, until a flush is due or nobody decodes any
+    more.
 
-    A flush is due when at least `flush_fraction` of the slots that have work wait: for an observation, or for the next prompt.
+    A flush is due when at least `flush_fraction` of the slots that have work wait: for an
+    observation, or for the next prompt.
     """
     B, last_turn = prompts.tokens.shape[0], settings.turns - 1
 
@@ -330,7 +343,9 @@ def decode_until_wait(
 def read_queries(
     settings: RolloutSettings, state: EpisodeState
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """-> (action tokens of the current turn [S, Q], their number [S], wanted [S]): the arguments of the search callback, Q = max_turn_tokens."""
+    """-> (action tokens of the current turn [S, Q], their number [S], wanted [S]): the arguments of
+    the search callback, Q = max_turn_tokens.
+    """
     index = state.turn_start[:, None] + jnp.arange(settings.max_turn_tokens)
     tokens = state.record.tokens[state.episode[:, None], jnp.minimum(index, settings.context - 1)]
     length = state.length - state.turn_start
@@ -351,7 +366,8 @@ def read_observations(
     observations: Observations,
     state: EpisodeState,
 ) -> EpisodeState:
-    """Gives every waiting slot its observation, the documents found or the warning for an invalid turn, and every free one the next prompt.
+    """Gives every waiting slot its observation, the documents found or the warning for an invalid
+    turn, and every free one the next prompt.
 
     An episode whose observation does not fit into the context ends as truncated, without it.
     """
@@ -359,7 +375,8 @@ def read_observations(
     waiting = state.phase == WAITING
     searched = waiting & (state.status == TurnStatus.SEARCH)
 
-    # The observation: documents or warning, then the last-turn warning where the next turn is the last.
+    # The observation: documents or warning, then the last-turn warning where the next turn is the
+    # last.
     warning, last_warning = environment.invalid_warning, environment.last_turn_warning
     width = max(settings.max_observation_tokens, warning.shape[0])
     total = width + last_warning.shape[0]
@@ -390,7 +407,8 @@ def read_observations(
         ),
         counters=state.counters.at[0, 1].add(1),
     )
-    # To be read: the last action token and all of the observation but its last token, `length` tokens from there; or a prompt but for its last token.
+    # To be read: the last action token and all of the observation but its last token, `length`
+    # tokens from there; or a prompt but for its last token.
     first = state.length - 1
     last_token = jnp.take_along_axis(tokens, jnp.maximum(length - 1, 0)[:, None], axis=1)[:, 0]
     state = state.replace(

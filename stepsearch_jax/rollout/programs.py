@@ -1,10 +1,12 @@
-"""Whole episodes from the two functions of `episode.py`, composed in two ways that give the same tokens.
+"""Whole episodes from the two functions of `episode.py`, composed in two ways that give the same
+tokens.
 
-`search="callback"`: one jitted program. Each shard of the rows loops on its own (`shard_map` over every mesh axis): decode until a flush is due, call the
-host's search, read_observations. No collective crosses shards, so a slow search delays only its shard.
+`search="callback"`: one jitted program. Each shard of the rows loops on its own (`shard_map` over
+every mesh axis): decode until a flush is due, call the host's search, read_observations. No
+collective crosses shards, so a slow search delays only its shard.
 
-`search="host"`: Python alternates the jitted halves, with the state donated from one to the next. For platforms whose callbacks misbehave, and for searches
-that need the device themselves.
+`search="host"`: Python alternates the jitted halves, with the state donated from one to the next.
+For platforms whose callbacks misbehave, and for searches that need the device themselves.
 """
 
 from __future__ import annotations
@@ -46,11 +48,14 @@ def make_rollout(
     search: Search,
     mode: str,
 ):
-    """-> rollout(params, environment, prompts, group_ids, question_ids, key, temperature) -> (Trajectory, counters).
+    """-> rollout(params, environment, prompts, group_ids, question_ids, key, temperature) ->
+    (Trajectory, counters).
 
-    params: sharded by `param_specs` (the rollout layout: only over `tensor`); environment: replicated; prompts, group_ids, question_ids: rows over the mesh;
-    temperature: 0 = greedy. Trajectory: rows over the mesh. counters: [shards, 3] int32, decode steps, flushes and prefilled tokens of each shard.
-    mode: "callback" or "host". Raises ValueError for a mesh that cuts a kv head or among which the slots cannot be shared out, and for an unknown mode.
+    params: sharded by `param_specs` (the rollout layout: only over `tensor`); environment:
+    replicated; prompts, group_ids, question_ids: rows over the mesh; temperature: 0 = greedy.
+    Trajectory: rows over the mesh. counters: [shards, 3] int32, decode steps, flushes and prefilled
+    tokens of each shard. mode: "callback" or "host". Raises ValueError for a mesh that cuts a kv
+    head or among which the slots cannot be shared out, and for an unknown mode.
     """
     shards = mesh.shape["tensor"]
     for name, size in (
@@ -61,11 +66,13 @@ def make_rollout(
     ):
         if size % shards:
             raise ValueError(
-                f"mesh axis tensor={shards} does not divide the model's {name}={size}: choose config.mesh.tensor among its divisors"
+                f"mesh axis tensor={shards} does not divide the model's {name}={size}: choose "
+                "config.mesh.tensor among its divisors"
             )
     if settings.slots % row_shards(mesh):
         raise ValueError(
-            f"config.rollout.slots={settings.slots} cannot be shared out among {row_shards(mesh)} mesh shards (mesh.data x mesh.fsdp)"
+            f"config.rollout.slots={settings.slots} cannot be shared out among {row_shards(mesh)} "
+            "mesh shards (mesh.data x mesh.fsdp)"
         )
     policy = Policy(config.place_on(mesh))
     check_choice("rollout.search", mode)
@@ -74,7 +81,9 @@ def make_rollout(
 
 
 def make_rollout_copy(config: ModelConfig, places):
-    """-> copy(params): the learner's parameters in the dtype in which the rollout computes, each leaf at its NamedSharding in `places`; one jitted program."""
+    """-> copy(params): the learner's parameters in the dtype in which the rollout computes, each
+    leaf at its NamedSharding in `places`; one jitted program.
+    """
     return jax.jit(
         lambda params: jax.tree.map(lambda x: x.astype(config.dtype), params), out_shardings=places
     )
@@ -117,7 +126,9 @@ def _make_callback_rollout(
         )
         if policy.config.tensor_axis is None:
             found = call(question)
-        else:  # one call for each row shard: the other tensor slices of the shard receive the answer as a sum with zeros
+        # one call for each row shard: the other tensor slices of the shard receive the answer as a
+        # sum with zeros
+        else:
             first = jax.lax.axis_index(policy.config.tensor_axis) == 0
             found = jax.lax.psum(
                 jax.lax.cond(first, call, lambda _: jnp.zeros(shape.shape, shape.dtype), question),
@@ -132,7 +143,8 @@ def _make_callback_rollout(
             state = episode.decode_until_wait(
                 policy, settings, params, environment, prompts, key, temperature, state
             )
-            # After the last flush nobody waits: one empty call per shard, which the host answers at once.
+            # After the last flush nobody waits: one empty call per shard, which the host answers at
+            # once.
             observations = search_on_host(*episode.read_queries(settings, state))
             return episode.read_observations(
                 policy, settings, params, environment, prompts, observations, state
@@ -210,7 +222,9 @@ def _make_host_rollout(
 
 
 def _search_packed(search: Search, question) -> np.ndarray:
-    """The search with one array in and one out: a callback with arrays of different ranks does not compile for TPUs under `shard_map` (jax 0.10)."""
+    """The search with one array in and one out: a callback with arrays of different ranks does not
+    compile for TPUs under `shard_map` (jax 0.10).
+    """
     question = np.asarray(question)
     tokens, length, doc_ids, ok = search(question[:, :-2], question[:, -2], question[:, -1] > 0)
     return np.concatenate([tokens, length[:, None], ok[:, None], doc_ids], axis=1, dtype=np.int32)

@@ -1,7 +1,9 @@
-"""Choosing the next token, reproducibly: the noise of a token depends only on the run's key, the episode and the token's index.
+"""Choosing the next token, reproducibly: the noise of a token depends only on the run's key, the
+episode and the token's index.
 
-Within `shard_map` every device holds a slice of the vocabulary (`axis` names the mesh axis); what crosses slices is one number per block of tokens, one
-block, the few likeliest tokens where top_k asks for them, and a few sums where top_p does. Logits are never gathered.
+Within `shard_map` every device holds a slice of the vocabulary (`axis` names the mesh axis); what
+crosses slices is one number per block of tokens, one block, the few likeliest tokens where top_k
+asks for them, and a few sums where top_p does. Logits are never gathered.
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-MAX_BLOCKS = 384  # blocks of the vocabulary; 2^7 * 3, so that whole blocks fit into the slices of any usual tensor axis
+# blocks of the vocabulary; 2^7 * 3, so that whole blocks fit into the slices of any usual tensor
+# axis
+MAX_BLOCKS = 384
 
 
 def count_blocks(vocab_size: int) -> int:
@@ -30,11 +34,14 @@ def sum_slices(x: jax.Array, axis: str | None) -> jax.Array:
 
 
 def restrict(logits: jax.Array, *, top_k: int, top_p: float, axis: str | None = None) -> jax.Array:
-    """Logits [b, V] with every token outside the k likeliest and outside the nucleus of mass top_p set to -inf (Holtzman et al. 2020).
+    """Logits [b, V] with every token outside the k likeliest and outside the nucleus of mass top_p
+    set to -inf (Holtzman et al. 2020).
 
-    top_k = 0 and top_p = 1.0 keep everything. The likeliest token always stays; tokens tied with the last one kept stay too. With top_k the nucleus is taken
-    among the k likeliest; without, its threshold is found by bisection: nothing is ever sorted as a whole.
-    Reference: the released code samples with top_p = 0.95, which biases ratio and KL against the learner's full distribution; the default is 1.
+    top_k = 0 and top_p = 1.0 keep everything. The likeliest token always stays; tokens tied with
+    the last one kept stay too. With top_k the nucleus is taken among the k likeliest; without, its
+    threshold is found by bisection: nothing is ever sorted as a whole.
+    Reference: the released code samples with top_p = 0.95, which biases ratio and KL against the
+    learner's full distribution; the default is 1.
     """
     vocab_size = logits.shape[-1] * (1 if axis is None else jax.lax.axis_size(axis))
     limited, kept = 0 < top_k < vocab_size, min(top_k, logits.shape[-1])
@@ -55,9 +62,11 @@ def restrict(logits: jax.Array, *, top_k: int, top_p: float, axis: str | None = 
 
 
 def find_nucleus(logits: jax.Array, top_p: float, axis: str | None) -> jax.Array:
-    """The lowest logit of the nucleus [b, 1]: the smallest of those above which there is less mass than top_p.
+    """The lowest logit of the nucleus [b, 1]: the smallest of those above which there is less mass
+    than top_p.
 
-    Bisection over the bits of a float32, whose order as integers is that of the numbers: exact after 32 halvings.
+    Bisection over the bits of a float32, whose order as integers is that of the numbers: exact
+    after 32 halvings.
     """
     peak = gather_slices(logits.max(-1, keepdims=True), axis).max(-1, keepdims=True)  # [b, 1]
     mass = jnp.exp(logits - peak)
@@ -102,17 +111,21 @@ def sample(
 ) -> tuple[jax.Array, jax.Array]:
     """Draws one token per row -> (tokens [b] int32, logprobs [b] float32).
 
-    logits: [b, V], of this device's slice; key: [] typed PRNG key; episode_ids, token_index: [b]; temperature: [] float, 0 = greedy.
-    The Gumbel-max trick, twice: it draws a block of tokens by the blocks' total masses, then a token of the block. That is a draw from the same distribution
-    with noise for blocks + V / blocks numbers instead of V, which would otherwise cost more than the logits themselves.
-    logprobs are under the unrestricted distribution at temperature 1, which is what the learner computes.
+    logits: [b, V], of this device's slice; key: [] typed PRNG key; episode_ids, token_index: [b];
+    temperature: [] float, 0 = greedy.
+    The Gumbel-max trick, twice: it draws a block of tokens by the blocks' total masses, then a
+    token of the block. That is a draw from the same distribution with noise for blocks + V / blocks
+    numbers instead of V, which would otherwise cost more than the logits themselves.
+    logprobs are under the unrestricted distribution at temperature 1, which is what the learner
+    computes.
     """
     b, width = logits.shape
     slices, own = (1, 0) if axis is None else (jax.lax.axis_size(axis), jax.lax.axis_index(axis))
     blocks = count_blocks(width * slices)
     if blocks % slices:
         raise ValueError(
-            f"a vocabulary of {width * slices} has {blocks} blocks for sampling, which {slices} slices (mesh axis {axis}) cannot share: choose "
+            f"a vocabulary of {width * slices} has {blocks} blocks for sampling, which {slices} "
+            f"slices (mesh axis {axis}) cannot share: choose "
             f"config.mesh.{axis} among the divisors of {blocks}"
         )
     size = width * slices // blocks

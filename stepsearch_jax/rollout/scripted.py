@@ -1,6 +1,8 @@
-"""A searcher that follows the questions' own decomposition: perfect, or poor at searching in chosen proportions. It reads without error.
+"""A searcher that follows the questions' own decomposition: perfect, or poor at searching in chosen
+proportions. It reads without error.
 
-Its episodes have the form of any rollout (`Trajectory`, with NumPy arrays), so they are scored, shown and imitated like the policy's own.
+Its episodes have the form of any rollout (`Trajectory`, with NumPy arrays), so they are scored,
+shown and imitated like the policy's own.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ class _Searcher:
     seen_titles: list[str] = dataclasses.field(default_factory=list)
 
     def act(self, decision_weights: Mapping[str, float], last_turn: bool) -> tuple[TurnStatus, str]:
-        """The next action: (SEARCH, query) or (ANSWER, answer); `thought` is what the last search told, "" for nothing."""
+        """The next action: (SEARCH, query) or (ANSWER, answer); `thought` is what the last search
+        told, "" for nothing.
+        """
         hops = self.question.sub_questions
         if self.resolved == len(hops):
             return TurnStatus.ANSWER, self.question.answer
@@ -81,7 +85,9 @@ class _Searcher:
 
 
 def format_action(thought: str, status: TurnStatus, content: str) -> str:
-    """The text of an action: the form that demonstrations teach. Saying what was read before using it makes reading far easier to learn."""
+    """The text of an action: the form that demonstrations teach. Saying what was read before using
+    it makes reading far easier to learn.
+    """
     tag = "search" if status == TurnStatus.SEARCH else "answer"
     return (f"<think> {thought}</think>" if thought else "") + f"<{tag}> {content}</{tag}>"
 
@@ -101,9 +107,12 @@ def run_script(
 ) -> Trajectory:
     """Runs the script on B questions, all turn by turn together -> Trajectory with NumPy arrays.
 
-    prompts: [B, P] int32, prompt_length: [B]; search: the rollout's own callback; decision_weights: relative frequency of each of `KINDS` per decision (`PERFECT`
-    for a searcher without fault), but for the relations that it knows: `known_fraction` is their share, drawn by a hash of the last word
-    of a hop's first query. Raises ValueError on an unknown kind, or when an episode does not fit into the context.
+    prompts: [B, P] int32, prompt_length: [B]; search: the rollout's own callback; decision_weights:
+    relative frequency of each of `KINDS` per decision (`PERFECT` for a searcher without fault), but
+    for the relations that it knows: `known_fraction` is their share, drawn by a hash of the last
+    word
+    of a hop's first query. Raises ValueError on an unknown kind, or when an episode does not fit
+    into the context.
     """
     if unknown := set(decision_weights) - set(KINDS):
         raise ValueError(
@@ -129,7 +138,8 @@ def run_script(
         end = length[row] + len(ids)
         if end > T:
             raise ValueError(
-                f"the scripted episode of question {questions[row].uid} needs more than config.rollout.context={T} tokens: raise it"
+                f"the scripted episode of question {questions[row].uid} needs more than "
+                f"config.rollout.context={T} tokens: raise it"
             )
         tokens[row, length[row] : end] = ids
         actions[row, length[row] : end] = is_action
@@ -146,7 +156,8 @@ def run_script(
             ids = tokenizer.encode(format_action(searchers[row].thought, status, content))
             if len(ids) > settings.max_turn_tokens:
                 raise ValueError(
-                    f"a scripted action of question {questions[row].uid} has {len(ids)} tokens, more than config.rollout.max_turn_tokens"
+                    f"a scripted action of question {questions[row].uid} has {len(ids)} tokens, "
+                    "more than config.rollout.max_turn_tokens"
                 )
             append(row, ids, turn, is_action=True)
             statuses[row, turn] = status

@@ -1,4 +1,6 @@
-"""From recorded arrays to records of text. Only action tokens are ever parsed; positions and statuses come from the device, not from the text."""
+"""From recorded arrays to records of text. Only action tokens are ever parsed; positions and
+statuses come from the device, not from the text.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from stepsearch_jax.types import Trajectory
 def to_episodes(
     trajectory: Trajectory, questions: Sequence[Question], tokenizer: Tokenizer
 ) -> list[Episode]:
-    """Trajectories with NumPy arrays (rows of this process) -> one Episode a row. questions[b]: the question of row b."""
+    """Trajectories with NumPy arrays (rows of this process) -> one Episode a row. questions[b]: the
+    question of row b.
+    """
     return [_to_episode(trajectory, b, question, tokenizer) for b, question in enumerate(questions)]
 
 
@@ -56,7 +60,9 @@ def _to_episode(
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """The first accepted answers of n questions, each as the policy would write it: "<answer> …</answer>"."""
+    """The first accepted answers of n questions, each as the policy would write it: "<answer>
+    …</answer>".
+    """
 
     tokens: np.ndarray  # [n, A] int32, right padded to the longest
     length: np.ndarray  # [n] int32
@@ -88,7 +94,8 @@ def encode_prompts(
     for row, ids in enumerate(encoded):
         if len(ids) > max_prompt_tokens:
             raise ValueError(
-                f"the prompt of question {uids[row]} has {len(ids)} tokens, more than config.prompt.max_prompt_tokens={max_prompt_tokens}: "
+                f"the prompt of question {uids[row]} has {len(ids)} tokens, more than "
+                f"config.prompt.max_prompt_tokens={max_prompt_tokens}: "
                 "raise that limit (and config.rollout.context with it), or leave the question out"
             )
     return pad_tokens(encoded, max_prompt_tokens)

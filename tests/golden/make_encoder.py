@@ -1,4 +1,5 @@
-"""Makes encoder/: tiny random BERT models with a tokenizer, as sentence-transformers keeps them, each with what transformers computes for some texts.
+"""Makes encoder/: tiny random BERT models with a tokenizer, as sentence-transformers keeps them,
+each with what transformers computes for some texts.
 
 python tests/golden/make_encoder.py     (needs torch; weights follow from the seed)
 """
@@ -24,7 +25,8 @@ TEXTS = [
     "Zürich — unknown words",
 ]
 WORDS = (
-    "rome paris france city river capital founded who when the of is in a near and , ? . : query passage un ##known word ##s"
+    "rome paris france city river capital founded who when the of is in a near and , ? . : query "
+    "passage un ##known word ##s"
 ).split()
 CASES = {  # name: (pooling, whether vectors have length 1, longest text)
     "mean": ("mean", True, 16),
@@ -103,7 +105,9 @@ def write_case(name: str) -> None:
 def embed(
     folder: pathlib.Path, texts: list[str], longest: int, pooling: str, normalize: bool
 ) -> np.ndarray:
-    """What sentence-transformers computes, in its own steps: transformer, pooling over the mask, normalisation."""
+    """What sentence-transformers computes, in its own steps: transformer, pooling over the mask,
+    normalisation.
+    """
     tokenizer, model = (
         AutoTokenizer.from_pretrained(folder),
         AutoModel.from_pretrained(folder, dtype=torch.float32).eval(),

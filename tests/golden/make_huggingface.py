@@ -1,7 +1,10 @@
-"""Makes huggingface/: tiny random models of every family, as transformers writes them, each with what transformers' own code computes for some tokens.
+"""Makes huggingface/: tiny random models of every family, as transformers writes them, each with
+what transformers' own code computes for some tokens.
 
-python tests/golden/make_huggingface.py             (needs torch; weights and tokens follow from the seed)
-python tests/golden/make_huggingface.py FILE.gguf   makes huggingface/smollm2.json instead: what SmolLM2-135M-Instruct answers (needs gguf and accelerate)
+python tests/golden/make_huggingface.py             (needs torch; weights and tokens follow from the
+seed)
+python tests/golden/make_huggingface.py FILE.gguf   makes huggingface/smollm2.json instead: what
+SmolLM2-135M-Instruct answers (needs gguf and accelerate)
 """
 
 import copy
@@ -45,7 +48,8 @@ SIZES = dict(
     eos_token_id=0,
     pad_token_id=0,
 )
-# Scalings whose bounds lie among the frequencies of these small heads, and well within these short texts.
+# Scalings whose bounds lie among the frequencies of these small heads, and well within these short
+# texts.
 YARN = dict(
     rope_type="yarn",
     rope_theta=10.0,
@@ -112,7 +116,9 @@ CASES = {  # name: (config, model, type of the stored weights, size of a file)
 
 
 def make_model(name: str, seed: int):
-    """A model whose every parameter counts: none is 0 or 1, and attention is far from uniform. Weights are rounded to the type in which they are stored."""
+    """A model whose every parameter counts: none is 0 or 1, and attention is far from uniform.
+    Weights are rounded to the type in which they are stored.
+    """
     config, build, dtype, _ = CASES[name]
     model, generator = build(config), torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -128,7 +134,9 @@ def make_model(name: str, seed: int):
 
 
 def compute_logits(model, tokens: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Logits [B, T, V] of right-padded rows in one batch, and of each row alone; 0 behind a row's end."""
+    """Logits [B, T, V] of right-padded rows in one batch, and of each row alone; 0 behind a row's
+    end.
+    """
     mask = np.arange(tokens.shape[1]) < lengths[:, None]
     with torch.no_grad():
         padded = (
@@ -168,7 +176,8 @@ def record_answers(file: pathlib.Path) -> None:
     records = []
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt").input_ids
-        # A text goes on after its end token: the comparison is one of the model, not of when it stops.
+        # A text goes on after its end token: the comparison is one of the model, not of when it
+        # stops.
         out = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),

@@ -1,6 +1,8 @@
-"""Makes tfidf_pair.json: cosines of scikit-learn's TfidfVectorizer, refitted on {document} ∪ gold documents for every document.
+"""Makes tfidf_pair.json: cosines of scikit-learn's TfidfVectorizer, refitted on {document} ∪ gold
+documents for every document.
 
-python tests/golden/make_tfidf_pair.py        (needs scikit-learn; texts and cases follow from the seed)
+python tests/golden/make_tfidf_pair.py        (needs scikit-learn; texts and cases follow from the
+seed)
 """
 
 import json
