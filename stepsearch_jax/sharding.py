@@ -1,10 +1,9 @@
-"""Where arrays live: the device mesh, the table of logical axes, and the way of rows between
-processes and the mesh.
+"""Where arrays live: the device mesh, its logical axes, and moving rows to and from the mesh.
 
 The mesh has axes `data` (copies of the model), `fsdp` (copies that share out parameters and
 optimiser state) and `tensor` (pieces of heads, ffn and vocabulary). Rows of a batch are spread over
 data and fsdp together. A tensor group lies within one host, so that every row belongs to one
-process; of several TPU slices each holds whole copies of the model.
+process. Each TPU slice holds whole copies of the model.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = PartitionSpec(("data", "fsdp"))
-SHAPES_NAMED = 6  # in a refusal
-# Logical axes of the rollout's copy of the parameters -> mesh axes: cut over tensor alone, because
+SHAPES_NAMED = 6  # in an error message
+# Logical axes of the rollout's copy of the parameters -> mesh axes. Only tensor cuts them, because
 # every sampled token reads every parameter.
 ROLLOUT_RULES = {
     "vocab": "tensor",
@@ -39,15 +38,14 @@ ROLLOUT_RULES = {
 def make_mesh(
     data: int, fsdp: int, tensor: int, slices: int = 1, kv_heads: int = 0, devices=None
 ) -> Mesh:
-    """A mesh with axes data, fsdp, tensor; one of the sizes may be -1: whatever is left of the
-    devices.
+    """A mesh with axes data, fsdp, tensor. One size may be -1: all remaining devices.
 
-    slices: TPU slices, which the data-centre network joins; of the axes only data crosses it.
-    kv_heads: of the model that is to be cut; 0 = of none. devices: None = all that there are; also
-    those of a topology, to compile for.
-    Raises ValueError, with shapes that would do, when the sizes do not multiply to the number of
-    devices, or tensor would split a kv head or let its groups span hosts: they exchange activations
-    in every layer, and one of them searches for all.
+    slices: TPU slices, joined by the data-centre network; only the data axis crosses it.
+    kv_heads: of the model to be cut, 0 without one. devices: None for all; the devices of a
+    topology work too, to compile for it.
+    Raises ValueError, naming shapes that work, if the sizes do not multiply to the number of
+    devices, or if tensor would split a kv head or let its groups span hosts: the devices of a group
+    exchange activations in every layer, and one of them searches for all.
     """
     devices = jax.devices() if devices is None else devices
     found = len({_slice_of(device) for device in devices})
@@ -66,12 +64,10 @@ def make_mesh(
             for shape in _factor(len(devices), len(AXES))
             if not _find_fault(shape, slices, kv_heads, devices)
         ]
-        fitting.sort(
-            key=lambda shape: -sum(map(operator.eq, shape, asked))
-        )  # the most like what was asked first
-        possible = ", ".join(
-            _name(shape) for shape in fitting[:SHAPES_NAMED]
-        ) + f" and {len(fitting) - SHAPES_NAMED} more" * (len(fitting) > SHAPES_NAMED)
+        # The shapes most like the requested one come first.
+        fitting.sort(key=lambda shape: -sum(map(operator.eq, shape, asked)))
+        possible = ", ".join(map(_name, fitting[:SHAPES_NAMED]))
+        possible += f" and {len(fitting) - SHAPES_NAMED} more" * (len(fitting) > SHAPES_NAMED)
         raise ValueError(
             f"mesh data x fsdp x tensor = {_name(asked)} {fault}: set config.mesh to one that "
             f"works here: {possible}"
@@ -80,7 +76,7 @@ def make_mesh(
 
 
 def _find_fault(sizes: tuple[int, ...], slices: int, kv_heads: int, devices) -> str:
-    """What speaks against a mesh of these sizes, "" if nothing does."""
+    """Why a mesh of these sizes does not work, "" if it does."""
     data, _, tensor = sizes
     if min(sizes) < 1 or math.prod(sizes) != len(devices):
         return f"does not use the {len(devices)} devices here"
@@ -98,15 +94,14 @@ def _lay_out(sizes: tuple[int, ...], slices: int, devices) -> np.ndarray:
     other, and slices lie one after the other along data.
     """
     data, fsdp, tensor = sizes
-    if (
-        tensor > 1
-    ):  # host by host, because the library would take a line of chips through several hosts where a tensor group could be one host's block
-        # By place within each, alike in all: for groups that lie differently in each host libtpu
-        # finds no routes on v5e:8x8, and aborts.
+    if tensor > 1:
+        # Host by host: the library would lay a tensor group along a line of chips through several
+        # hosts, although it fits into one host's block. Sorted by place within each host, the same
+        # way in all: if groups lie differently in each, libtpu finds no routes on v5e:8x8 and
+        # aborts.
         by_place = lambda device: (getattr(device, "coords", []), device.id)
-        return np.array(
-            [chip for chips in _hosts(devices) for chip in sorted(chips, key=by_place)]
-        ).reshape(sizes)
+        ordered = [chip for chips in _hosts(devices) for chip in sorted(chips, key=by_place)]
+        return np.array(ordered).reshape(sizes)
     if slices > 1:
         return mesh_utils.create_hybrid_device_mesh(
             (data // slices, fsdp, 1), (slices, 1, 1), devices, allow_split_physical_axes=True
@@ -121,7 +116,7 @@ def _hosts(devices) -> list[list]:
 
 
 def _slice_of(device) -> int:
-    """TPU slice of a device; whatever is not a TPU counts as one slice."""
+    """TPU slice of a device; all other devices count as one slice."""
     return getattr(device, "slice_index", 0) if device.platform == "tpu" else 0
 
 
@@ -147,12 +142,11 @@ def row_shards(mesh: Mesh) -> int:
 
 
 def spread_rows(x: jax.Array) -> jax.Array:
-    """x [B, ...] as it is, its rows spread over the mesh on which the program runs, if there is one
-    and it cuts them evenly.
+    """x [B, ...] unchanged, its rows spread over the program's mesh if that cuts them evenly.
 
-    Parameters are cut over fsdp along the width, rows along B. Left alone, the partitioner cuts
-    hidden states along the width as well, and every chip computes all rows; told where the rows
-    are, it gathers the parameters of one layer at a time instead (fully sharded data parallelism).
+    Parameters are cut over fsdp along the width, rows along B. By itself the partitioner cuts
+    hidden states along the width as well, and every chip computes all rows. This constraint makes
+    it gather the parameters of one layer at a time instead (fully sharded data parallelism).
     """
     mesh = jax.typeof(x).sharding.mesh
     if (
@@ -165,39 +159,35 @@ def spread_rows(x: jax.Array) -> jax.Array:
 
 
 def partition_specs(boxed, rules: dict[str, str | None]):
-    """Specs for parameters whose boxes name their logical axes. `rules`: logical axis -> mesh axis
-    or None, a config table.
+    """Specs for parameters whose boxes name their logical axes.
+
+    rules: logical axis -> mesh axis or None, a config table.
     """
     return nn.logical_to_mesh(nn.get_partition_spec(boxed), tuple(rules.items()))
 
 
 def shardings(mesh: Mesh, specs):
     """A tree of NamedShardings from a tree of PartitionSpecs."""
-    return jax.tree.map(
-        lambda spec: NamedSharding(mesh, spec),
-        specs,
-        is_leaf=lambda x: isinstance(x, PartitionSpec),
-    )
+    is_spec = lambda x: isinstance(x, PartitionSpec)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device holds all of it."""
+    """The sharding of an array that every device holds as a whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def rows_to_mesh(mesh: Mesh, rows):
-    """A tree of this process's rows (NumPy, leading axis) -> global arrays with the rows spread
-    over the mesh.
-    """
+    """A tree of this process's rows (NumPy, leading axis) -> global arrays spread over the mesh."""
     sharding = NamedSharding(mesh, ROWS)
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), rows
-    )
+    put = lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x))
+    return jax.tree.map(put, rows)
 
 
 def rows_from_mesh(tree):
-    """Global arrays with their rows spread over the mesh -> this process's rows as NumPy, in order;
-    replicas count once.
+    """Global arrays with rows spread over the mesh -> this process's rows as NumPy, in order.
+
+    Replicas count once.
     """
 
     def fetch(array: jax.Array) -> np.ndarray:

@@ -21,9 +21,8 @@ class Trajectory:
     token_mask: jax.Array  # [B, T] bool: not padding
     action_mask: jax.Array  # [B, T] bool: sampled by the policy (a subset of token_mask)
     turn_ids: jax.Array  # [B, T] int32: turn of the token, -1 in the prompt and padding
-    sampler_logprobs: (
-        jax.Array
-    )  # [B, T] float32: of action tokens under the sampling policy at temperature 1, 0 elsewhere
+    # [B, T] float32: of action tokens under the sampling policy at temperature 1, 0 elsewhere
+    sampler_logprobs: jax.Array
     # [B, K] int32: index of the token that closes the turn's search, -1 if the turn did not search
     search_end: jax.Array
     turn_status: jax.Array  # [B, K] int32: records.TurnStatus
@@ -39,21 +38,18 @@ class Trajectory:
 
 @flax.struct.dataclass
 class Batch:
-    """What an update reads: trajectories with everything that stays fixed during the optimiser
-    steps.
-    """
+    """What an update reads: trajectories, and all that stays fixed during the optimiser steps."""
 
     tokens: jax.Array  # [B, T] int32
     token_mask: jax.Array  # [B, T] bool
     action_mask: jax.Array  # [B, T] bool
-    value_mask: (
-        jax.Array
-    )  # [B, T] bool: the tokens whose value is learned, none without a value model
+    # [B, T] bool: the tokens whose value is learned, none without a value model
+    value_mask: jax.Array
     old_logprobs: jax.Array  # [B, T] float32: of the policy before the optimiser steps
     ref_logprobs: jax.Array  # [B, T] float32: of the frozen reference
     old_values: jax.Array  # [B, T] float32: before the optimiser steps, 0 without a value model
     advantages: jax.Array  # [B, T] float32
-    returns: jax.Array  # [B, T] float32: what the values should be, where value_mask
+    returns: jax.Array  # [B, T] float32: targets of the values, read at value_mask
 
 
 @flax.struct.dataclass
@@ -70,9 +66,8 @@ class TrainState:
 
     policy: ModelState
     value: ModelState | None  # None with an advantage estimator that needs no values
-    iteration: (
-        jax.Array
-    )  # [] int32: finished iterations (one = one rollout and its optimiser steps)
+    # [] int32: finished iterations (one = one rollout and its optimiser steps)
+    iteration: jax.Array
     position: jax.Array  # [] int32: training questions taken so far, by all processes together
     kl_coef: jax.Array  # [] float32: beta, adapted when the controller is on
     skipped: jax.Array  # [] int32: optimiser steps skipped because a gradient was not finite

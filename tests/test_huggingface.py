@@ -483,17 +483,17 @@ def test_many_faults_are_counted(tmp_path):
 @pytest.mark.parametrize(
     "change,complaint",
     [
-        (dict(num_layers=3), "config.model.num_layers is 3, there it is 2"),
-        (dict(vocab_size=40), "the vocabulary has 40 tokens, there it has 46"),
+        (dict(num_layers=3), "config.model.num_layers is 3, .* 2"),
+        (dict(vocab_size=40), "vocabulary has 40 tokens, .* 46"),
         (
             dict(rope_theta=1e4),
-            "rope_theta and rope_scaling are 10000.0 and None, there they are 100.0 and None",
+            "rope_theta and rope_scaling are 10000.0 and None, .* 100.0 and None",
         ),
         (
             dict(qk_norm=True, qkv_bias=False),
-            "qkv_bias is False, there it is True; config.model.qk_norm is True, there it is False",
+            "qkv_bias is False, .* True; config.model.qk_norm is True, .* False",
         ),
-        (dict(tie_embeddings=False), "tie_embeddings is False, there it is True"),
+        (dict(tie_embeddings=False), "tie_embeddings is False, .* True"),
     ],
 )
 def test_another_architecture_is_refused(change, complaint):

@@ -10,14 +10,13 @@ from jax.sharding import Mesh
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies f are lowered to f / factor, so that a model reads texts longer than
-    those it was first trained on.
+    """How rotary frequencies f become f / factor, for texts longer than in the first training.
 
     kind: "linear" lowers all of them (Chen et al. 2023). "llama3" (Llama 3.1) and "yarn" (Peng et
     al. 2023) lower those that turn fewer than `slow` times in `original_context` tokens, keep those
     that turn more than `fast` times, and mix in between: llama3 linearly in the number of turns,
-    yarn linearly in the index of the frequency, from the last whole index before to the first
-    behind. Queries and keys are multiplied by `attention_factor`.
+    yarn linearly in the index of the frequency, from the last whole index before that range to the
+    first one behind it. Queries and keys are multiplied by `attention_factor`.
     """
 
     kind: str
@@ -30,10 +29,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of a model, and how a device holds it, which `place_on` sets: `tensor_axis` names the
-    mesh axis over which it holds a slice (None: everything), `cache_by_token` is the layout of its
-    `KVCache`.
-    """
+    """Sizes of a model, and how a device holds it (the last two fields, set by `place_on`)."""
 
     vocab_size: int
     num_layers: int
@@ -49,14 +45,15 @@ class ModelConfig:
     qk_norm: bool  # RMSNorm over each head of queries and keys, before the rotation
     tie_embeddings: bool
     dtype: jnp.dtype
-    remat: str  # what the backward pass computes again: "none", or a key of REMAT
+    remat: str  # what the backward pass recomputes: "none", or a key of transformer.REMAT
     attention_block: int  # cache positions read at a time when sampling
-    tensor_axis: str | None = None
-    cache_by_token: bool = False
+    tensor_axis: str | None = None  # mesh axis over which a device holds a slice; None: all of it
+    cache_by_token: bool = False  # layout of the `KVCache`
 
     def place_on(self, mesh: Mesh) -> ModelConfig:
-        """The config of what one device of the mesh samples with: an equal slice over mesh axis
-        `tensor`, whose modules sum over that axis.
+        """The config with which one device of the mesh samples.
+
+        It is an equal slice over mesh axis `tensor`, and its modules sum over that axis.
         """
         shards, by_token = mesh.shape["tensor"], mesh.devices.flat[0].platform == "tpu"
         return dataclasses.replace(

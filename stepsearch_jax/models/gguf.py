@@ -1,5 +1,6 @@
-"""Checkpoints of the Qwen2, Qwen3 and Llama families as GGUF files: one file, most of its matrices
-in blocks of few bits. Read through the package `gguf`.
+"""Weights of the Qwen2, Qwen3 and Llama families from GGUF files, by the package `gguf`.
+
+A checkpoint is one file; most of its matrices are quantized in blocks of few bits.
 """
 
 from __future__ import annotations
@@ -32,8 +33,7 @@ NAMES = {  # GGUF -> Hugging Face, of the whole model and of a layer
 
 
 def open_gguf(path: pathlib.Path) -> Weights:
-    """A GGUF file's architecture and the list of its tensors, none of which is read; read, they are
-    float32.
+    """The weights of a GGUF file. No tensor is read yet; `read` gives float32.
 
     Raises FileNotFoundError for a missing file, and ValueError without the package, for a file that
     cannot be read, and for what is not supported.
@@ -41,35 +41,31 @@ def open_gguf(path: pathlib.Path) -> Weights:
     try:
         import gguf
     except ImportError as error:
-        raise ValueError(
-            f"{path} can only be read with the package gguf: pip install gguf"
-        ) from error
+        message = f"{path} can only be read with the package gguf: pip install gguf"
+        raise ValueError(message) from error
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}")
     try:
         reader = gguf.GGUFReader(path)
     except Exception as error:  # the package raises what NumPy raises
         raise ValueError(f"{path} cannot be read as GGUF: {error}") from error
-    facts = {
+    metadata = {
         name: field.contents()
         for name, field in reader.fields.items()
         if not name.startswith("tokenizer.")
     }
-    weights = {_rename(tensor.name): tensor for tensor in reader.tensors}
+    tensors = {_rename(tensor.name): tensor for tensor in reader.tensors}
+    shapes = {name: tuple(map(int, reversed(tensor.shape))) for name, tensor in tensors.items()}
     try:
-        fields = _read_fields(
-            facts,
-            {name: tuple(map(int, reversed(tensor.shape))) for name, tensor in weights.items()},
-        )
+        fields = _read_fields(metadata, shapes)
     except KeyError as error:
         raise ValueError(f"{path} lacks {error}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    heads = (
-        {"q_proj": fields["num_heads"], "k_proj": fields["num_kv_heads"]}
-        if facts["general.architecture"] == "llama"
-        else {}
-    )
+    # Only the llama architecture interleaves the heads of its queries and keys.
+    heads = {}
+    if metadata["general.architecture"] == "llama":
+        heads = {"q_proj": fields["num_heads"], "k_proj": fields["num_kv_heads"]}
 
     def list_tensor(name: str, tensor) -> WeightTensor:
         interleaved = heads.get(name.split(".")[-2], 0)
@@ -78,16 +74,16 @@ def open_gguf(path: pathlib.Path) -> Weights:
             array = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
             return separate_halves(array, interleaved) if interleaved else array
 
-        return WeightTensor(path, tuple(map(int, reversed(tensor.shape))), read)
+        return WeightTensor(path, shapes[name], read)
 
-    return Weights(
-        path, fields, {name: list_tensor(name, tensor) for name, tensor in weights.items()}
-    )
+    listed = {name: list_tensor(name, tensor) for name, tensor in tensors.items()}
+    return Weights(path, fields, listed)
 
 
 def _rename(name: str) -> str:
-    """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight; a name that is not known
-    stays, and is refused as unexpected.
+    """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight.
+
+    An unknown name stays as it is and is later reported as unexpected.
     """
     layer, stem, kind = re.fullmatch(r"(?:blk\.(\d+)\.)?(.*?)(?:\.(weight|bias))?", name).groups()
     if stem not in NAMES:
@@ -96,31 +92,32 @@ def _rename(name: str) -> str:
 
 
 def separate_halves(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Rows [heads * H, ...] in which the coordinates of a rotary plane are neighbours -> with all
-    first coordinates of a head before all second ones.
+    """Rows [heads * H, ...]: from neighbouring coordinates of a rotary plane to separate halves.
 
-    Files of the llama architecture hold queries and keys in the former order, the modules here turn
-    coordinate i against i + H/2.
+    Files of the llama architecture hold the two coordinates of a plane side by side, in queries and
+    keys. The modules here turn coordinate i against i + H/2.
     """
     return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
-def _read_fields(facts: dict, shapes: dict[str, tuple[int, ...]]) -> dict[str, object]:
-    """Metadata -> fields of ModelConfig. Raises ValueError for what is not supported, KeyError for
-    what is missing.
+def _read_fields(metadata: dict, shapes: dict[str, tuple[int, ...]]) -> dict[str, object]:
+    """Metadata -> fields of ModelConfig.
+
+    Raises ValueError for what is not supported, KeyError for what is missing.
     """
-    family = facts["general.architecture"]
+    family = metadata["general.architecture"]
     if family not in ("qwen2", "qwen3", "llama"):
         raise ValueError(
             f"architecture {family!r} is not supported; supported are qwen2, qwen3 and llama"
         )
 
     def fact(name: str, *default):
-        value = facts.get(f"{family}.{name}", *default)
+        value = metadata.get(f"{family}.{name}", *default)
         if value is None:
             raise KeyError(f"{family}.{name}")
         return value
 
+    # Queries and keys have to be rotated as a whole.
     width, heads = fact("embedding_length"), fact("attention.head_count")
     head_dim = fact("attention.key_length", width // heads)
     if fact("rope.dimension_count", head_dim) != head_dim:
@@ -138,9 +135,8 @@ def _read_fields(facts: dict, shapes: dict[str, tuple[int, ...]]) -> dict[str, o
         ffn_dim=fact("feed_forward_length"),
         rope_theta=float(fact("rope.freq_base", 10000.0)),
         rope_scaling=_read_scaling(fact),
-        norm_eps=float(
-            str(np.float32(fact("attention.layer_norm_rms_epsilon")))
-        ),  # 1e-5 is stored as float32
+        # 1e-5 is stored as float32.
+        norm_eps=float(str(np.float32(fact("attention.layer_norm_rms_epsilon")))),
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
         tie_embeddings="lm_head.weight" not in shapes,
@@ -155,14 +151,9 @@ def _read_scaling(fact) -> RopeScaling | None:
     if kind == "linear":
         return RopeScaling(kind, factor, 0, 0.0, 0.0, 1.0)
     if kind == "yarn":
-        return RopeScaling(
-            kind,
-            factor,
-            fact("rope.scaling.original_context_length"),
-            1.0,
-            32.0,
-            0.1 * math.log(max(factor, 1.0)) + 1.0,
-        )
+        context = fact("rope.scaling.original_context_length")
+        attention_factor = 0.1 * math.log(max(factor, 1.0)) + 1.0
+        return RopeScaling(kind, factor, context, 1.0, 32.0, attention_factor)
     raise ValueError(
         f"rotary scaling {kind!r} is not supported; supported are none, linear and yarn"
     )

@@ -1,5 +1,6 @@
-"""Checkpoints of the Qwen2, Qwen3 and Llama families as Hugging Face folders (`config.json` and
-`*.safetensors`): opened, and written for others to load.
+"""Hugging Face folders of the Qwen2, Qwen3 and Llama families: reading and export.
+
+A folder holds `config.json` and `*.safetensors`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import flax.traverse_util
 import jax
@@ -29,23 +31,20 @@ from stepsearch_jax.models.weights import (
     list_places,
 )
 
-ARCHITECTURES = {
+ARCHITECTURES = {  # by model_type
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "llama": "LlamaForCausalLM",
-}  # by model_type
+}
 SUPPORTED = "supported are qwen2 (Qwen2, Qwen2.5), qwen3 (Qwen3, dense) and llama (Llama, SmolLM2)"
 STORED_TYPES = {"F32", "F16", "BF16"}
 INDEX = "model.safetensors.index.json"
-CONSTANTS = (
-    "rotary_emb.inv_freq",
-    "embeddings.position_ids",
-)  # endings of tensors that old files carry along and no model needs
+# Endings of tensors that old files hold and no model needs.
+CONSTANTS = ("rotary_emb.inv_freq", "embeddings.position_ids")
 
 
 def open_checkpoint(path: pathlib.Path) -> Weights:
-    """A checkpoint's architecture and the list of its tensors, none of which is read: a folder in
-    Hugging Face form, or a .gguf file.
+    """The weights of a checkpoint, a Hugging Face folder or a .gguf file. No tensor is read yet.
 
     Raises FileNotFoundError for a missing folder or file, and ValueError for an architecture,
     rotary scaling or number type that is not supported.
@@ -62,11 +61,8 @@ def open_checkpoint(path: pathlib.Path) -> Weights:
         )
     try:
         fields = _read_fields(json.loads(file.read_text()))
-    except (
-        ValueError,
-        TypeError,
-        AttributeError,
-    ) as error:  # the latter two: no table, or a word where a number should be
+    # The latter two: the file is no table, or holds a word instead of a number.
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{file}: {error}") from error
     except KeyError as error:
         raise ValueError(f"{file} lacks the key {error}") from error
@@ -74,8 +70,9 @@ def open_checkpoint(path: pathlib.Path) -> Weights:
 
 
 def _read_fields(raw: dict) -> dict[str, object]:
-    """config.json -> fields of ModelConfig. Raises ValueError for what this model does not compute,
-    KeyError for a missing size.
+    """config.json -> fields of ModelConfig.
+
+    Raises ValueError for what the modules here do not compute, KeyError for a missing size.
     """
     family = raw.get("model_type")
     if family not in ARCHITECTURES:
@@ -91,8 +88,8 @@ def _read_fields(raw: dict) -> dict[str, object]:
             raise ValueError(f"{key} is {raw[key]!r}; only {only!r} is supported")
     if set(raw.get("layer_types") or ()) - {"full_attention"}:
         raise ValueError(
-            f"layer_types holds {', '.join(sorted(set(raw['layer_types'])))}; only full_attention "
-            "is supported"
+            f"layer_types holds {', '.join(sorted(set(raw['layer_types'])))}; "
+            "only full_attention is supported"
         )
     theta, scaling = _read_rope(raw)
     heads, width = raw["num_attention_heads"], raw["hidden_size"]
@@ -114,9 +111,8 @@ def _read_fields(raw: dict) -> dict[str, object]:
 
 
 def _read_rope(raw: dict) -> tuple[float, RopeScaling | None]:
-    """Theta and scaling, as older files (rope_theta, rope_scaling) or newer ones (rope_parameters)
-    hold them.
-    """
+    """Theta and scaling, from older files (rope_theta, rope_scaling) or newer (rope_parameters)."""
+    # The keys of both kinds of file in one table; what is left in the end is not supported.
     rope = {
         "rope_theta": raw.get("rope_theta"),
         **(raw.get("rope_scaling") or {}),
@@ -132,33 +128,23 @@ def _read_rope(raw: dict) -> tuple[float, RopeScaling | None]:
         )
     if kind == "default":
         return theta, None
+    # The four kinds of scaling, each with its own keys.
     context = rope.pop("original_max_position_embeddings", raw.get("max_position_embeddings", 0))
     if kind == "linear":
         scaling = RopeScaling(kind, float(rope.pop("factor")), 0, 0.0, 0.0, 1.0)
     elif kind == "llama3":
-        scaling = RopeScaling(
-            kind,
-            float(rope.pop("factor")),
-            context,
-            float(rope.pop("low_freq_factor")),
-            float(rope.pop("high_freq_factor")),
-            1.0,
-        )
+        factor = float(rope.pop("factor"))
+        slow, fast = float(rope.pop("low_freq_factor")), float(rope.pop("high_freq_factor"))
+        scaling = RopeScaling(kind, factor, context, slow, fast, 1.0)
     elif kind == "yarn":
         factor = float(rope.pop("factor", raw["max_position_embeddings"] / context))
         scale = rope.pop("attention_factor", 0.1 * math.log(max(factor, 1.0)) + 1.0)
-        scaling = RopeScaling(
-            kind,
-            factor,
-            context,
-            float(rope.pop("beta_slow", 1.0)),
-            float(rope.pop("beta_fast", 32.0)),
-            float(scale),
-        )
+        slow, fast = float(rope.pop("beta_slow", 1.0)), float(rope.pop("beta_fast", 32.0))
+        scaling = RopeScaling(kind, factor, context, slow, fast, float(scale))
     else:
         raise ValueError(
-            f"rotary scaling {kind!r} is not supported; supported are default, linear, llama3 and "
-            "yarn"
+            f"rotary scaling {kind!r} is not supported; "
+            "supported are default, linear, llama3 and yarn"
         )
     if rope:
         raise ValueError(f"rotary scaling {kind!r} with {', '.join(sorted(rope))} is not supported")
@@ -166,18 +152,18 @@ def _read_rope(raw: dict) -> tuple[float, RopeScaling | None]:
 
 
 def list_tensors(folder: pathlib.Path) -> dict[str, WeightTensor]:
-    """The tensors of a folder's safetensors files: those that the index names, or
-    model.safetensors, or all there are; none is read.
+    """The tensors of a folder's safetensors files. None is read yet.
 
-    Raises FileNotFoundError for missing files, ValueError for one that cannot be read and for a
-    number type that is not supported.
+    The files are those of the index, or model.safetensors, or all there are. Raises
+    FileNotFoundError for missing files, ValueError for a file that cannot be read and for a number
+    type that is not supported.
     """
     index, single = folder / INDEX, folder / "model.safetensors"
+    # The list of files.
     if index.is_file():
         try:
-            files = sorted(
-                {folder / file for file in json.loads(index.read_text())["weight_map"].values()}
-            )
+            named = json.loads(index.read_text())["weight_map"].values()
+            files = sorted({folder / file for file in named})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{index} is no index of tensors, with the files that hold them under the key "
@@ -189,6 +175,7 @@ def list_tensors(folder: pathlib.Path) -> dict[str, WeightTensor]:
         raise FileNotFoundError(
             f"{folder} holds no *.safetensors; other formats (*.bin) have to be converted first"
         )
+    # The tensors in each file: names, types and shapes.
     tensors = {}
     for file in files:
         if not file.is_file():
@@ -204,25 +191,20 @@ def list_tensors(folder: pathlib.Path) -> dict[str, WeightTensor]:
                             f"{file}: {name} is stored as {part.get_dtype()}; supported are "
                             f"{', '.join(sorted(STORED_TYPES))}"
                         )
-                    tensors[name] = WeightTensor(
-                        file,
-                        tuple(part.get_shape()),
-                        lambda file=file, name=name: _read_tensor(file, name),
-                    )
+                    read = partial(_read_tensor, file, name)
+                    tensors[name] = WeightTensor(file, tuple(part.get_shape()), read)
         except safetensors.SafetensorError as error:
             raise ValueError(f"{file} cannot be read: {error}") from error
     return tensors
 
 
 def _read_tensor(file: pathlib.Path, name: str) -> np.ndarray:
-    with safetensors.safe_open(
-        file, framework="np"
-    ) as weights:  # opened for each tensor, so that pages of the others do not stay mapped
+    # Opened for each tensor, so that pages of the others do not stay mapped.
+    with safetensors.safe_open(file, framework="np") as weights:
         return weights.get_tensor(name)
 
 
-# ---- Export
-# --------------------------------------------------------------------------------------------------------------------------------------
+# ---- Export -------------------------------------------------------------------------------------
 
 
 def export_policy(
@@ -237,19 +219,19 @@ def export_policy(
     pad_id: int,
     tokenizer_files: Mapping[str, bytes],
 ) -> None:
-    """Writes a folder that transformers loads; an earlier one is replaced when the new one is
-    complete. All processes call it, the first one writes.
+    """Writes a folder that transformers loads. All processes call it; the first one writes.
 
-    dtype: of the stored weights, "float32", "bfloat16" or "float16". shard_bytes: a larger model is
-    written in several files with an index; the host holds one of them. context: the longest text
-    that the model is said to read. end_ids: tokens that end a text. tokenizer_files: name ->
-    content of what stands beside the weights (`prompting.tokenizers.list_tokenizer_files`). Raises
-    ValueError for an architecture that no family has.
+    A folder of this name is replaced once the new one is complete.
+    dtype: of the written weights, "float32", "bfloat16" or "float16". shard_bytes: a larger model
+    is written to several files with an index; the host holds one file at a time. context: the
+    longest text that the model can read, for config.json. end_ids: tokens that end a text.
+    tokenizer_files: name -> content of the other files
+    (`prompting.tokenizers.list_tokenizer_files`). Raises ValueError for an architecture that
+    belongs to none of the families.
     """
     first = jax.process_index() == 0
-    made, old = (
-        folder.with_name(f".{folder.name}.{kind}.{os.getpid()}") for kind in ("made", "old")
-    )
+    beside = lambda kind: folder.with_name(f".{folder.name}.{kind}.{os.getpid()}")
+    made, old = beside("made"), beside("old")
     contents = _describe(config, dtype, context, end_ids, pad_id)
     files = _cut_into_files(params, config, dtype, shard_bytes)
     index = {"metadata": {"total_size": 0}, "weight_map": {}}
@@ -257,14 +239,16 @@ def export_policy(
         shutil.rmtree(made, ignore_errors=True)
         made.mkdir(parents=True)
     try:
+        # Weights, file by file. Every process takes part in fetching them.
         for file, tensors in files:
             arrays = {
                 name: _fetch(place, leaf, number, dtype) for name, place, leaf, number in tensors
-            }  # every process takes part
+            }
             if first:
                 safetensors.numpy.save_file(arrays, made / file, metadata={"format": "pt"})
             index["weight_map"] |= dict.fromkeys(arrays, file)
             index["metadata"]["total_size"] += sum(array.nbytes for array in arrays.values())
+        # The other files; then the complete folder takes its name.
         if first:
             if len(files) > 1:
                 contents[INDEX] = index
@@ -286,10 +270,11 @@ def _describe(
     config: ModelConfig, dtype: str, context: int, end_ids: Sequence[int], pad_id: int
 ) -> dict[str, dict]:
     """File name -> content of config.json and generation_config.json."""
+    # The family follows from the architecture.
     if config.qkv_bias and config.qk_norm:
         raise ValueError(
-            "a model with both model.qkv_bias and model.qk_norm belongs to no family that others "
-            "load"
+            "a model with both model.qkv_bias and model.qk_norm belongs to no family that other "
+            "programs load: switch one of them off"
         )
     family = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
     ids = {"bos_token_id": None, "eos_token_id": list(end_ids), "pad_token_id": pad_id}
@@ -313,20 +298,16 @@ def _describe(
         "torch_dtype": dtype,
         **ids,
     }
+    # Rotary scaling, under the names of its kind.
     scaling = config.rope_scaling
     if scaling is not None:
         rope = {"rope_type": scaling.kind, "factor": scaling.factor}
         if scaling.kind != "linear":
-            slow, fast = (
-                ("low_freq_factor", "high_freq_factor")
-                if scaling.kind == "llama3"
-                else ("beta_slow", "beta_fast")
-            )
-            rope |= {
-                "original_max_position_embeddings": scaling.original_context,
-                slow: scaling.slow,
-                fast: scaling.fast,
-            }
+            slow, fast = "beta_slow", "beta_fast"
+            if scaling.kind == "llama3":
+                slow, fast = "low_freq_factor", "high_freq_factor"
+            rope |= {"original_max_position_embeddings": scaling.original_context}
+            rope |= {slow: scaling.slow, fast: scaling.fast}
         if scaling.kind == "yarn":
             rope |= {"attention_factor": scaling.attention_factor}
         content["rope_scaling"] = rope
@@ -336,9 +317,7 @@ def _describe(
 def _cut_into_files(
     params, config: ModelConfig, dtype: str, shard_bytes: int
 ) -> list[tuple[str, list]]:
-    """Tensors (name, place, leaf, layer or None) by file, each file as full as `shard_bytes`
-    allows.
-    """
+    """Tensors (name, place, leaf, layer or None) by file, each as full as `shard_bytes` allows."""
     leaves = flax.traverse_util.flatten_dict(params["params"])
     files, room = [[]], shard_bytes
     for place in list_places(config):
@@ -360,9 +339,6 @@ def _cut_into_files(
 
 def _fetch(place: Place, leaf, number: int | None, dtype: str) -> np.ndarray:
     array = jnp.asarray(leaf if number is None else leaf[number], dtype)
-    array = (
-        array
-        if array.is_fully_addressable
-        else multihost_utils.process_allgather(array, tiled=True)
-    )
+    if not array.is_fully_addressable:
+        array = multihost_utils.process_allgather(array, tiled=True)
     return place.to_file(np.asarray(array))

@@ -1,19 +1,21 @@
-"""Decoder-only transformers of the Qwen2, Qwen3 and Llama families as pure Linen modules, for
-learning (whole sequences) and sampling (explicit KV cache).
+"""Decoder-only transformers of the Qwen2, Qwen3 and Llama families as pure Linen modules.
+
+They serve learning (whole sequences) and sampling (explicit KV cache).
 
 Axis letters: B batch, S tokens of this call, T cache positions, D embed, N query heads, G kv heads,
 n query heads of one kv head (N/G), H head dim, F ffn, V vocabulary, L layers.
 
 The same modules run in two ways. Under `jit` with sharded arguments they are written as for one
-device (`tensor_axis=None`) and the compiler partitions them. Inside `shard_map`, which the sampling
-program needs, each device holds its slice of the heads, the ffn and the vocabulary: the config is
-then `config.place_on(mesh)`, with local sizes, and the three places where slices meet sum over that
-axis by hand.
+device (`tensor_axis=None`), and the compiler partitions them. Inside `shard_map`, which the
+sampling program needs, each device holds its slice of the heads, the ffn and the vocabulary. The
+config is then `config.place_on(mesh)`, with local sizes, and the modules sum over that axis
+themselves in the three places where slices meet.
 """
 
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -33,19 +35,18 @@ from stepsearch_jax.models.attention import (
 from stepsearch_jax.sharding import spread_rows
 
 EMBEDDING_STD = 0.02  # of fresh embeddings, as in the checkpoints of this family
-REMAT = {  # which intermediate results of a layer the backward pass finds again; "none" keeps all
+REMAT = {  # which results of a layer the backward pass keeps; "none" keeps all
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "layers": jax.checkpoint_policies.nothing_saveable,
 }
 
 
 def set_previous_token_heads(params, config: ModelConfig, peak: float):
-    """Starts the query heads of layer 0's first kv head as heads that look 1, 2, … tokens back;
-    `peak` is their logit there. Needs qkv biases.
+    """Makes the query heads of layer 0's first kv head look 1, 2, … tokens back, with logit `peak`.
 
-    Under rotary positions a constant key and a constant query turned back by o positions match best
-    at distance o, so two biases are enough. It is the first half of an induction head, and what a
-    small policy from scratch otherwise spends most of its warm start on.
+    Needs qkv biases: under rotary positions a constant key and a constant query turned back by o
+    positions match best at distance o, so two biases are enough. This is the first half of an
+    induction head. A small policy from scratch otherwise spends most of its warm start on it.
     """
     layers = params["params"]["trunk"]["layers"]
     n, half = config.num_heads // config.num_kv_heads, config.head_dim // 2
@@ -63,9 +64,8 @@ def set_previous_token_heads(params, config: ModelConfig, peak: float):
             "bias": layers["k"]["bias"].at[0, 0].set(key),
         },
     }
-    return {
-        "params": params["params"] | {"trunk": params["params"]["trunk"] | {"layers": layers | new}}
-    }
+    trunk = params["params"]["trunk"] | {"layers": layers | new}
+    return {"params": params["params"] | {"trunk": trunk}}
 
 
 class RMSNorm(nn.Module):
@@ -75,58 +75,41 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param(
-            "scale",
-            nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
-            (x.shape[-1],),
-            jnp.float32,
-        )
+        init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        scale = self.param("scale", init, (x.shape[-1],), jnp.float32)
         x32 = x.astype(jnp.float32)
-        x32 = x32 * jax.lax.rsqrt(
-            jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.config.norm_eps
-        )
+        mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+        x32 = x32 * jax.lax.rsqrt(mean_square + self.config.norm_eps)
         return (x32 * scale).astype(self.config.dtype)
 
 
 class Projection(nn.Module):
-    """A linear map over the trailing `inputs` axes of x, with named parameter axes. `partial_sum`:
-    slices of the input add up over the tensor axis.
-    """
+    """A linear map over the trailing `inputs` axes of x, with named parameter axes."""
 
     config: ModelConfig
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     axes: tuple[str, ...]
     bias: bool = False
-    partial_sum: bool = False
+    partial_sum: bool = False  # slices of the input add up over the tensor axis
     scale: float = 1.0  # of the initial variance
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         count, dtype = len(self.inputs), self.config.dtype
+        in_axis, out_axis = tuple(range(count)), tuple(range(count, len(self.axes)))
         init = nn.initializers.variance_scaling(
-            self.scale,
-            "fan_in",
-            "normal",
-            in_axis=tuple(range(count)),
-            out_axis=tuple(range(count, len(self.axes))),
+            self.scale, "fan_in", "normal", in_axis=in_axis, out_axis=out_axis
         )
-        kernel = self.param(
-            "kernel",
-            nn.with_logical_partitioning(init, self.axes),
-            (*self.inputs, *self.outputs),
-            jnp.float32,
-        ).astype(dtype)
-        # One matrix product: with more axes its gradient would go through transposed copies on CPU.
+        init = nn.with_logical_partitioning(init, self.axes)
+        kernel = self.param("kernel", init, (*self.inputs, *self.outputs), jnp.float32)
+        kernel = kernel.astype(dtype)
+        # One matrix product: with more axes its gradient makes transposed copies on CPU.
         rows, size = x.shape[: x.ndim - count], math.prod(self.inputs)
         y = (x.reshape(-1, size) @ kernel.reshape(size, -1)).reshape(*rows, *self.outputs)
         if self.bias:
-            bias = self.param(
-                "bias",
-                nn.with_logical_partitioning(nn.initializers.zeros, self.axes[count:]),
-                self.outputs,
-                jnp.float32,
-            )
+            init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[count:])
+            bias = self.param("bias", init, self.outputs, jnp.float32)
             y = y + bias.astype(dtype)
         return _sum_slices(y, self.config) if self.partial_sum else y
 
@@ -142,112 +125,101 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, carry, layer, positions, turns, rows, branches, unread):
-        """carry: (x [b, S, D], KVCache or None); layer: []; positions: [b, S], turns: of
-        `rotary_turns` for them; rows: [b] or None; unread: [], a layer of whose results only its
-        keys and values in the cache are wanted, or None -> (carry, None), as `nn.scan` wants it.
+        """-> (carry, None), as `nn.scan` wants it.
+
+        carry: (x [b, S, D], KVCache or None); layer: []; positions: [b, S]; turns: `rotary_turns`
+        of the positions; rows: [b] or None; unread: [], the number of a layer that only writes its
+        keys and values to the cache and leaves x alone, or None.
         """
-        c = self.config
+        config = self.config
         x, cache = carry
         x = spread_rows(x)
-        D, N, G, H, F = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim, c.ffn_dim
-        residual = (
-            0.5 / c.num_layers
-        )  # 2 L of these add up on the residual stream (GPT-2's initialisation)
-        h = RMSNorm(c, name="attention_norm")(x)
-        k = Projection(
-            c, (D,), (G, H), ("embed", "kv_heads", "head_dim"), bias=c.qkv_bias, name="k"
-        )(h)  # [b, S, G, H]
-        v = Projection(
-            c, (D,), (G, H), ("embed", "kv_heads", "head_dim"), bias=c.qkv_bias, name="v"
-        )(h)
-        if c.qk_norm:
-            k = RMSNorm(c, name="k_norm")(k)
+        D, F, H = config.embed_dim, config.ffn_dim, config.head_dim
+        N, G = config.num_heads, config.num_kv_heads
+        project = partial(Projection, config)
+        q_axes, kv_axes = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
+        # Of the initial variance: 2 L results add up on the residual stream (as in GPT-2).
+        residual = 0.5 / config.num_layers
+
+        # Keys and values of the new tokens.
+        normed = RMSNorm(config, name="attention_norm")(x)  # [b, S, D]
+        k = project((D,), (G, H), kv_axes, bias=config.qkv_bias, name="k")(normed)  # [b, S, G, H]
+        v = project((D,), (G, H), kv_axes, bias=config.qkv_bias, name="v")(normed)  # [b, S, G, H]
+        if config.qk_norm:
+            k = RMSNorm(config, name="k_norm")(k)
         k = rotate(k, turns)
         if cache is not None:
             index = (jnp.arange(cache.rows) if rows is None else rows)[:, None]  # [b, 1]
             cache = write_cache(cache, k, v, layer, index, positions)
 
         def add_results(block: Block, x: jax.Array) -> jax.Array:
-            q = Projection(
-                c, (D,), (N, H), ("embed", "heads", "head_dim"), bias=c.qkv_bias, name="q"
-            )(h)  # [b, S, N, H]
-            if c.qk_norm:
-                q = RMSNorm(c, name="q_norm")(q)
-            q = rotate(q, turns)
-            attended = (
-                attend_causal(q, k, v, branches)
-                if cache is None
-                else attend_cached(q, cache, layer, rows, positions)
-            )
-            x = x + Projection(
-                c,
-                (N, H),
-                (D,),
-                ("heads", "head_dim", "embed"),
-                partial_sum=True,
-                scale=residual,
-                name="o",
-            )(attended)
-            normed = RMSNorm(c, name="ffn_norm")(x)
-            gate = Projection(c, (D,), (F,), ("embed", "ffn"), name="gate")(normed)  # [b, S, F]
-            up = Projection(c, (D,), (F,), ("embed", "ffn"), name="up")(normed)
-            return x + Projection(
-                c, (F,), (D,), ("ffn", "embed"), partial_sum=True, scale=residual, name="down"
-            )(nn.silu(gate) * up)
+            # Attention.
+            q = project((D,), (N, H), q_axes, bias=config.qkv_bias, name="q")(normed)
+            if config.qk_norm:
+                q = RMSNorm(config, name="q_norm")(q)
+            q = rotate(q, turns)  # [b, S, N, H]
+            if cache is None:
+                attended = attend_causal(q, k, v, branches)
+            else:
+                attended = attend_cached(q, cache, layer, rows, positions)  # [b, S, N, H]
+            add_up = {"partial_sum": True, "scale": residual}
+            out = project((N, H), (D,), ("heads", "head_dim", "embed"), **add_up, name="o")
+            x = x + out(attended)
 
-        x = (
-            add_results(self, x)
-            if unread is None
-            else nn.cond(layer == unread, lambda block, x: x, add_results, self, x)
-        )
+            # SwiGLU.
+            ffn_normed = RMSNorm(config, name="ffn_norm")(x)
+            gate = project((D,), (F,), ("embed", "ffn"), name="gate")(ffn_normed)  # [b, S, F]
+            up = project((D,), (F,), ("embed", "ffn"), name="up")(ffn_normed)  # [b, S, F]
+            down = project((F,), (D,), ("ffn", "embed"), **add_up, name="down")
+            return x + down(nn.silu(gate) * up)
+
+        if unread is None:
+            x = add_results(self, x)
+        else:
+            x = nn.cond(layer == unread, lambda block, x: x, add_results, self, x)
         return (spread_rows(x), cache), None
 
 
 class Trunk(nn.Module):
-    """Embedding, layers (scanned: one layer is compiled) and final norm, shared by policy and value
-    model.
-    """
+    """Embedding, layers (scanned: one is compiled) and final norm, for policy and value model."""
 
     config: ModelConfig
 
     def setup(self):
-        c = self.config
+        config = self.config
         init = nn.with_logical_partitioning(
             nn.initializers.normal(EMBEDDING_STD), ("vocab", "embed")
         )
-        self.embedding = self.param("embedding", init, (c.vocab_size, c.embed_dim), jnp.float32)
-        block = (
-            Block
-            if c.remat == "none"
-            else nn.remat(Block, prevent_cse=False, policy=REMAT[c.remat])
-        )
+        shape = (config.vocab_size, config.embed_dim)
+        self.embedding = self.param("embedding", init, shape, jnp.float32)
+        block = Block
+        if config.remat != "none":
+            block = nn.remat(Block, prevent_cse=False, policy=REMAT[config.remat])
         self.layers = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            length=c.num_layers,
+            length=config.num_layers,
             in_axes=(0, *[nn.broadcast] * 5),
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c)
-        self.final_norm = RMSNorm(c)
+        )(config)
+        self.final_norm = RMSNorm(config)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
-        """tokens [b, S] -> [b, S, D]; a sliced vocabulary contributes zeros for tokens of other
-        slices.
-        """
-        c = self.config
-        table = self.embedding.astype(c.dtype)
-        if c.tensor_axis is None:
+        """tokens [b, S] -> [b, S, D]. Vocabulary slices add zeros for the others' tokens."""
+        config = self.config
+        table = self.embedding.astype(config.dtype)
+        if config.tensor_axis is None:
             return table[tokens]
-        local = tokens - jax.lax.axis_index(c.tensor_axis) * c.vocab_size
-        mine = (local >= 0) & (local < c.vocab_size)
-        return _sum_slices(
-            jnp.where(mine[..., None], table[jnp.clip(local, 0, c.vocab_size - 1)], 0), c
-        )
+        local = tokens - jax.lax.axis_index(config.tensor_axis) * config.vocab_size
+        mine = (local >= 0) & (local < config.vocab_size)
+        rows = table[jnp.clip(local, 0, config.vocab_size - 1)]  # [b, S, D]
+        return _sum_slices(jnp.where(mine[..., None], rows, 0), config)
 
     def __call__(self, tokens, positions=None, cache=None, rows=None, branches=None, unread=None):
-        """tokens [b, S] -> (hidden [b, S, D], cache). Without positions: whole sequences from
-        position 0.
+        """tokens [b, S] -> (hidden [b, S, D], cache).
+
+        positions: [b, S]; None for whole sequences, which start at position 0.
         """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
@@ -265,51 +237,50 @@ class Trunk(nn.Module):
 
 
 class Policy(nn.Module):
-    """The language model. Hidden states and logits are separate calls, so that logits are only ever
-    made where and as long as they are needed.
+    """The language model.
+
+    Hidden states and logits are separate calls: logits exist only where and while they are needed.
     """
 
     config: ModelConfig
 
     def setup(self):
-        c = self.config
-        self.trunk = Trunk(c)
-        if not c.tie_embeddings:
+        config = self.config
+        self.trunk = Trunk(config)
+        if not config.tie_embeddings:
             init = nn.with_logical_partitioning(
                 nn.initializers.normal(EMBEDDING_STD), ("embed", "vocab")
             )
-            self.lm_head = self.param("lm_head", init, (c.embed_dim, c.vocab_size), jnp.float32)
+            shape = (config.embed_dim, config.vocab_size)
+            self.lm_head = self.param("lm_head", init, shape, jnp.float32)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Right-padded tokens [B, T] -> hidden [B, T, D]."""
         return self.trunk(tokens)[0]
 
     def branch(self, tokens: jax.Array, branches: Branches) -> jax.Array:
-        """Sequences with continuations behind them [B, S], laid out as `branches` says -> hidden
-        [B, S, D].
-        """
+        """Sequences [B, S] with continuations behind them, as in `branches` -> hidden [B, S, D]."""
         return self.trunk(tokens, branches.positions, branches=branches)[0]
 
     def extend(
         self, tokens: jax.Array, positions: jax.Array, cache: KVCache, rows: jax.Array | None
     ) -> tuple[jax.Array, KVCache]:
-        """Runs tokens [b, S] at positions [b, S] of cache rows `rows` (None: all rows in order) ->
-        (hidden [b, S, D], cache).
+        """tokens [b, S] at positions [b, S] of cache rows `rows` -> (hidden [b, S, D], cache).
 
-        A position beyond the cache marks padding: it is not written, and its hidden state means
-        nothing.
+        rows: [b], None for all in order. A position beyond the cache marks padding: it is not
+        written, and its hidden state means nothing.
         """
         return self.trunk(tokens, positions, cache, rows)
 
     def read(
         self, tokens: jax.Array, positions: jax.Array, cache: KVCache, rows: jax.Array | None
     ) -> KVCache:
-        """`extend` for tokens after which nothing is to be sampled: of the last layer only the keys
-        and values are computed.
+        """`extend` without hidden states, for tokens after which nothing is sampled.
+
+        The last layer computes its keys and values only.
         """
-        return self.trunk(
-            tokens, positions, cache, rows, unread=jnp.int32(self.config.num_layers - 1)
-        )[1]
+        last = jnp.int32(self.config.num_layers - 1)
+        return self.trunk(tokens, positions, cache, rows, unread=last)[1]
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] -> float32 logits [..., V] (the local slice of V under `tensor_axis`)."""
@@ -324,21 +295,19 @@ class Policy(nn.Module):
 
 
 class Value(nn.Module):
-    """The value model: the policy's trunk and one number per token. Its head starts at zero, so
-    that first values are 0.
+    """The value model: the policy's trunk and one number per token.
+
+    Its head starts at zero, so the first values are 0.
     """
 
     config: ModelConfig
 
     def setup(self):
         self.trunk = Trunk(self.config)
-        self.head = self.param(
-            "head",
-            nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)),
-            (self.config.embed_dim,),
-            jnp.float32,
-        )
+        init = nn.with_logical_partitioning(nn.initializers.zeros, ("norm",))
+        self.head = self.param("head", init, (self.config.embed_dim,), jnp.float32)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Right-padded tokens [B, T] -> float32 [B, T]: after reading token t."""
-        return jnp.einsum("btd,d->bt", self.trunk(tokens)[0].astype(jnp.float32), self.head)
+        hidden, _ = self.trunk(tokens)
+        return jnp.einsum("btd,d->bt", hidden.astype(jnp.float32), self.head)

@@ -1,9 +1,8 @@
-"""A policy's parameters from the tensors of a checkpoint, whatever its format: read one at a time
-and put straight into sharded arrays.
+"""A policy's parameters from a checkpoint's weights, which are read one tensor at a time.
 
-Tensors go by their Hugging Face names. A linear map is stored as one matrix [outputs, inputs] a
-layer; here heads and head dim are axes of their own, inputs come first, and layers are stacked. The
-table of `list_places` is the only one of names and shapes.
+Tensors have their Hugging Face names, in every file format. A file holds a linear map as one matrix
+[outputs, inputs] per layer; here heads and head dim are axes of their own, inputs come first, and
+layers are stacked. `list_places` is the only table of names and shapes.
 """
 
 from __future__ import annotations
@@ -23,14 +22,25 @@ from jax.sharding import NamedSharding, PartitionSpec
 from stepsearch_jax.models.architecture import ModelConfig
 from stepsearch_jax.models.attention import rotary_frequencies
 
-# tables of one model that were rounded differently are closer than this share of their norm
-TIED_DISTANCE = 0.1
-FAULTS_TOLD = 8  # of a checkpoint that does not fit; the rest are counted
+TIED_DISTANCE = 0.1  # greatest relative distance of tied tables that were rounded differently
+FAULTS_NAMED = 8  # in an error message; the rest are counted
+
+COMPARED_FIELDS = (
+    "num_layers",
+    "embed_dim",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "ffn_dim",
+    "norm_eps",
+    "qkv_bias",
+    "qk_norm",
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class WeightTensor:
-    """A tensor in a file, read when it is asked for."""
+    """One tensor of a checkpoint file; `read` loads its values."""
 
     file: pathlib.Path
     shape: tuple[int, ...]
@@ -39,35 +49,29 @@ class WeightTensor:
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """A checkpoint: what it says about its architecture (fields of ModelConfig), and its tensors by
-    their Hugging Face names.
-    """
+    """The weights of a checkpoint, of which nothing is read yet, and their architecture."""
 
     path: pathlib.Path
-    fields: dict[str, object]
-    tensors: dict[str, WeightTensor]
+    fields: dict[str, object]  # of ModelConfig: those that the checkpoint determines
+    tensors: dict[str, WeightTensor]  # by their Hugging Face names
 
     def model_config(self, vocab_size: int, **choices) -> ModelConfig:
-        """The architecture, with at least `vocab_size` rows in the embedding (the tokenizer's,
-        rounded up). choices: the other fields, which are the run's.
+        """The config of these weights, with at least `vocab_size` rows in the embedding.
+
+        vocab_size: the tokenizer's, rounded up. choices: the fields that the run chooses.
         """
-        return ModelConfig(
-            **self.fields | choices | {"vocab_size": max(vocab_size, self.fields["vocab_size"])}
-        )
+        rows = max(vocab_size, self.fields["vocab_size"])
+        return ModelConfig(**self.fields | choices | {"vocab_size": rows})
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where one leaf of the policy stands in files. `inputs`: how many of a layer's axes a linear
-    map reads; 0: a vector; None: a table, kept as it is.
+    """Where the files hold one leaf of the policy's parameters."""
 
-    `vocabulary`: a row in the files is a token's, and there may be fewer of them than here.
-    """
-
-    path: tuple[str, ...]
-    name: str  # {} stands for the layer's number
-    inputs: int | None
-    vocabulary: bool = False
+    path: tuple[str, ...]  # of the leaf
+    name: str  # in the files; {} stands for the layer's number
+    inputs: int | None  # axes that a linear map reads; 0: a vector; None: a table, kept as it is
+    vocabulary: bool = False  # the files' rows are tokens, and there may be fewer than here
 
     def file_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape in the files of a leaf (of one layer) with `shape` here."""
@@ -77,20 +81,20 @@ class Place:
         return sizes if self.inputs else sizes[:1]
 
     def from_file(self, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """A view of a stored array with our axes."""
+        """A view of a file's array with the axes here."""
         return array if self.inputs is None else array.T.reshape(shape)
 
     def to_file(self, array: np.ndarray) -> np.ndarray:
         """The inverse of `from_file`."""
-        weights = self.file_shape(array.shape)
-        return (
-            array if self.inputs is None else np.ascontiguousarray(array.reshape(weights[::-1]).T)
-        )
+        if self.inputs is None:
+            return array
+        return np.ascontiguousarray(array.reshape(self.file_shape(array.shape)[::-1]).T)
 
 
 def list_places(config: ModelConfig) -> list[Place]:
-    """Every leaf of a policy's parameters, in the order in which files name them; those under
-    trunk/layers have a tensor for each layer.
+    """Every leaf of a policy's parameters, in the order of the files.
+
+    Files have one tensor per layer for each leaf under trunk/layers.
     """
     maps = {
         "q": "self_attn.q_proj",
@@ -109,20 +113,17 @@ def list_places(config: ModelConfig) -> list[Place]:
         ((ours, "kernel"), f"{theirs}.weight", 2 if ours == "o" else 1)
         for ours, theirs in maps.items()
     ]
-    layers += [
-        ((ours, "bias"), f"{maps[ours]}.bias", 0) for ours in ("qkv" if config.qkv_bias else "")
-    ]
+    biased = "qkv" if config.qkv_bias else ""
+    layers += [((ours, "bias"), f"{maps[ours]}.bias", 0) for ours in biased]
     places = [Place(("trunk", "embedding"), "model.embed_tokens.weight", None, vocabulary=True)]
     places += [
         Place(("trunk", "layers", *path), f"model.layers.{{}}.{name}", inputs)
         for path, name, inputs in layers
     ]
     places += [Place(("trunk", "final_norm", "scale"), "model.norm.weight", 0)]
-    return (
-        places
-        if config.tie_embeddings
-        else [*places, Place(("lm_head",), "lm_head.weight", 1, vocabulary=True)]
-    )
+    if not config.tie_embeddings:
+        places += [Place(("lm_head",), "lm_head.weight", 1, vocabulary=True)]
+    return places
 
 
 def list_file_tensors(
@@ -137,55 +138,42 @@ def list_file_tensors(
 
 
 def load_policy(weights: Weights, config: ModelConfig, abstract_params):
-    """A policy's parameters from a checkpoint, each leaf with shape, type and sharding of
-    `abstract_params` (arrays or ShapeDtypeStructs).
+    """A policy's parameters from a checkpoint's weights.
 
-    Tensors are read one at a time and put where they belong, so the host holds one of them (of each
-    process, all of it). Rows of the vocabulary that the checkpoint lacks are the mean of its rows:
-    their logit is the mean logit, never the greatest. Raises ValueError, before anything is read,
-    where the architecture differs from `config`, and naming each tensor that is missing, unexpected
-    or misshapen.
+    abstract_params: arrays or ShapeDtypeStructs; each leaf gets their shape, type and sharding.
+    Each process reads one whole tensor at a time and puts it onto its devices, so the host holds
+    only one. Rows of the vocabulary that the checkpoint lacks are the mean of its rows: their logit
+    is the mean logit, never the greatest. Raises ValueError, before anything is read, if the
+    architecture differs from `config`, and for tensors that are missing, unexpected or misshapen.
     """
     check_architecture(weights, config)
     leaves, places = flax.traverse_util.flatten_dict(abstract_params["params"]), list_places(config)
     _check_tensors(weights, config, places, leaves)
-    return {
-        "params": flax.traverse_util.unflatten_dict(
-            {place.path: _load_leaf(weights, config, place, leaves[place.path]) for place in places}
-        )
+    loaded = {
+        place.path: _load_leaf(weights, config, place, leaves[place.path]) for place in places
     }
+    return {"params": flax.traverse_util.unflatten_dict(loaded)}
 
 
 def check_architecture(weights: Weights, config: ModelConfig) -> None:
-    """Raises ValueError, naming every key of config.model that differs, where a checkpoint has
-    another architecture than `config`.
-    """
+    """Raises ValueError, naming every key that differs, if the weights do not fit config.model."""
     found = dataclasses.replace(config, **weights.fields)
     faults = []
-    for key in (
-        "num_layers",
-        "embed_dim",
-        "num_heads",
-        "num_kv_heads",
-        "head_dim",
-        "ffn_dim",
-        "norm_eps",
-        "qkv_bias",
-        "qk_norm",
-    ):
-        if not np.isclose(getattr(found, key), getattr(config, key), rtol=1e-5, atol=0):
-            faults.append(
-                f"config.model.{key} is {getattr(config, key)}, there it is {getattr(found, key)}"
-            )
+    # Sizes and switches that have to be equal.
+    for key in COMPARED_FIELDS:
+        ours, theirs = getattr(config, key), getattr(found, key)
+        if not np.isclose(theirs, ours, rtol=1e-5, atol=0):
+            faults.append(f"config.model.{key} is {ours}, the checkpoint has {theirs}")
+    # A smaller vocabulary is filled up. An lm_head is fine if it is the embedding (`_read_table`).
     if found.vocab_size > config.vocab_size:
         faults.append(
-            f"the vocabulary has {config.vocab_size} tokens, there it has {found.vocab_size}"
+            f"the vocabulary has {config.vocab_size} tokens, the checkpoint has {found.vocab_size}"
         )
     if found.tie_embeddings and not config.tie_embeddings:
-        faults.append("config.model.tie_embeddings is False, there it is True")
-    factors = [
-        1.0 if c.rope_scaling is None else c.rope_scaling.attention_factor for c in (found, config)
-    ]
+        faults.append("config.model.tie_embeddings is False, the checkpoint has True")
+    # Rotary positions are compared by what they compute, however the config writes them.
+    factor_of = lambda scaling: 1.0 if scaling is None else scaling.attention_factor
+    factors = factor_of(found.rope_scaling), factor_of(config.rope_scaling)
     same_size = found.head_dim == config.head_dim
     if same_size and not (
         np.allclose(rotary_frequencies(found), rotary_frequencies(config), rtol=1e-5, atol=0)
@@ -193,8 +181,7 @@ def check_architecture(weights: Weights, config: ModelConfig) -> None:
     ):
         faults.append(
             f"config.model.rope_theta and rope_scaling are {config.rope_theta} and "
-            f"{config.rope_scaling}, there they are {found.rope_theta} and "
-            f"{found.rope_scaling}"
+            f"{config.rope_scaling}, the checkpoint has {found.rope_theta} and {found.rope_scaling}"
         )
     if faults:
         raise ValueError(
@@ -205,6 +192,7 @@ def check_architecture(weights: Weights, config: ModelConfig) -> None:
 def _check_tensors(
     weights: Weights, config: ModelConfig, places: Sequence[Place], leaves: dict
 ) -> None:
+    """Raises ValueError, naming the first faults, for missing, misshapen or unexpected tensors."""
     faults, known = [], {"lm_head.weight"}
     for place in places:
         for name, shape in list_file_tensors(place, leaves[place.path].shape):
@@ -212,23 +200,20 @@ def _check_tensors(
             found = weights.tensors.get(name)
             if found is None:
                 faults.append(f"{name} {list(shape)} is missing")
-            elif found.shape != shape and not (
-                place.vocabulary and found.shape == (weights.fields["vocab_size"], *shape[1:])
-            ):
-                rows = "at most " if place.vocabulary else ""
+                continue
+            smaller_table = (weights.fields["vocab_size"], *shape[1:])
+            if found.shape != shape and not (place.vocabulary and found.shape == smaller_table):
+                wanted = f"{'at most ' if place.vocabulary else ''}{list(shape)}"
                 faults.append(
-                    f"{name} in {found.file.name} should be {rows}{list(shape)} and is "
-                    f"{list(found.shape)}"
+                    f"{name} in {found.file.name} should be {wanted} and is {list(found.shape)}"
                 )
     for name in sorted(weights.tensors.keys() - known):
-        faults.append(
-            f"{name} {list(weights.tensors[name].shape)} in {weights.tensors[name].file.name} is "
-            "unexpected"
-        )
+        found = weights.tensors[name]
+        faults.append(f"{name} {list(found.shape)} in {found.file.name} is unexpected")
     if faults:
-        more = f"; and {len(faults) - FAULTS_TOLD} more" if len(faults) > FAULTS_TOLD else ""
+        more = f"; and {len(faults) - FAULTS_NAMED} more" if len(faults) > FAULTS_NAMED else ""
         raise ValueError(
-            f"the checkpoint {weights.path} does not fit: {'; '.join(faults[:FAULTS_TOLD])}{more}"
+            f"the checkpoint {weights.path} does not fit: {'; '.join(faults[:FAULTS_NAMED])}{more}"
         )
 
 
@@ -237,18 +222,13 @@ def _load_leaf(weights: Weights, config: ModelConfig, place: Place, leaf) -> jax
         table = _read_table(weights, config, place, place.file_shape(leaf.shape)[0])
         return _put(place.from_file(table, leaf.shape), leaf.sharding, leaf.dtype)
     if "layers" not in place.path:
-        return _put(
-            place.from_file(weights.tensors[place.name].read(), leaf.shape),
-            leaf.sharding,
-            leaf.dtype,
-        )
-    sharding = leaf.sharding
+        array = place.from_file(weights.tensors[place.name].read(), leaf.shape)
+        return _put(array, leaf.sharding, leaf.dtype)
+    sharding = leaf.sharding  # of one layer
     if isinstance(sharding, NamedSharding):
         sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-    stack, write = (
-        jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding),
-        _make_write(leaf.sharding),
-    )
+    stack = jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
+    write = _make_write(leaf.sharding)
     for number in range(leaf.shape[0]):
         layer = place.from_file(weights.tensors[place.name.format(number)].read(), leaf.shape[1:])
         stack = write(stack, _put(layer, sharding, leaf.dtype), number)
@@ -268,18 +248,16 @@ def _make_write(sharding):
 def _read_table(weights: Weights, config: ModelConfig, place: Place, rows: int) -> np.ndarray:
     """A table over the vocabulary, filled up to `rows`."""
     table = weights.tensors[place.name].read()
-    if (
-        config.tie_embeddings and "lm_head.weight" in weights.tensors
-    ):  # stored twice, perhaps rounded differently
+    # A tied table may be in the files twice, rounded differently.
+    if config.tie_embeddings and "lm_head.weight" in weights.tensors:
         output = weights.tensors["lm_head.weight"].read()
-        distance = np.linalg.norm((output - table).astype(np.float32)) / np.linalg.norm(
-            output.astype(np.float32)
-        )
+        difference = np.linalg.norm((output - table).astype(np.float32))
+        distance = difference / np.linalg.norm(output.astype(np.float32))
         if not distance <= TIED_DISTANCE:
             raise ValueError(
                 f"{weights.path} holds an lm_head.weight that is not its embedding (relative "
-                f"distance {distance:.2g}), but config.model."
-                "tie_embeddings is True: set it to False"
+                f"distance {distance:.2g}), but config.model.tie_embeddings is True: set it to "
+                "False"
             )
         table = output
     if len(table) == rows:
@@ -289,9 +267,7 @@ def _read_table(weights: Weights, config: ModelConfig, place: Place, rows: int) 
 
 
 def _put(array: np.ndarray, sharding, dtype) -> jax.Array:
-    """A host array on its devices; every device gets its slice, and slices that several devices
-    hold are cut once.
-    """
+    """A host array on its devices, each with its slice. Equal slices are cut only once."""
     slices = {}
 
     def cut(index: tuple[slice, ...]) -> np.ndarray:
