@@ -19,7 +19,7 @@ from stepsearch_jax.preflight.chips import GIB, Chip, describe_slice
 from stepsearch_jax.preflight.costs import Rates
 from stepsearch_jax.preflight.lengths import plan_rollout
 from stepsearch_jax.preflight.programs import Compiled, Memory
-from stepsearch_jax.rollout.episode import RolloutSettings
+from stepsearch_jax.rollout.state import RolloutSettings
 from stepsearch_jax.run.checks import check_config
 from stepsearch_jax.run.settings import describe_models
 from stepsearch_jax.sharding import AXES

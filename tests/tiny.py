@@ -20,8 +20,8 @@ from stepsearch_jax.models.scoring import score_tokens, score_values
 from stepsearch_jax.models.transformer import Policy, Value
 from stepsearch_jax.prompting.tags import make_tag_automaton
 from stepsearch_jax.records import TurnStatus
-from stepsearch_jax.rollout.episode import Environment, Prompts, RolloutSettings
 from stepsearch_jax.rollout.programs import make_rollout
+from stepsearch_jax.rollout.state import Environment, Prompts, RolloutSettings
 from stepsearch_jax.types import Batch
 
 # Whole tags, tags in pieces, pieces merged with their neighbours; token 0 ends a text and has no

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from stepsearch_jax.rollout.episode import RolloutSettings
+from stepsearch_jax.rollout.state import RolloutSettings
 
 
 @dataclasses.dataclass(frozen=True)

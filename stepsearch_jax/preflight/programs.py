@@ -22,8 +22,8 @@ from stepsearch_jax.prompting.tags import make_tag_automaton
 from stepsearch_jax.prompting.templates import encode_environment
 from stepsearch_jax.rl import learner
 from stepsearch_jax.rl.model_state import describe_model_state, describe_params
-from stepsearch_jax.rollout.episode import Environment, Prompts
 from stepsearch_jax.rollout.programs import make_rollout, make_rollout_copy
+from stepsearch_jax.rollout.state import Environment, Prompts
 from stepsearch_jax.run.checks import check_config, check_sampling
 from stepsearch_jax.run.settings import (
     describe_models,

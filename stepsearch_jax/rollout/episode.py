@@ -15,113 +15,24 @@ one that may only answer), D documents, O observation tokens, V vocabulary.
 
 from __future__ import annotations
 
-import dataclasses
-
-import flax.struct
 import jax
 import jax.numpy as jnp
 
-from stepsearch_jax.models.attention import KVCache, make_cache
+from stepsearch_jax.models.attention import make_cache
 from stepsearch_jax.models.transformer import Policy
 from stepsearch_jax.records import TurnStatus
 from stepsearch_jax.rollout.sampling import sample
-
-DECODING, WAITING, FREE = 0, 1, 2
-
-
-@dataclasses.dataclass(frozen=True)
-class RolloutSettings:
-    """The static sizes and rules of a rollout; see `configs/base.py` for their meaning."""
-
-    max_turns: int
-    max_turn_tokens: int
-    context: int
-    max_prompt_tokens: int
-    max_observation_tokens: int
-    documents: int
-    top_k: int
-    top_p: float
-    slots: int
-    flush_fraction: float
-    prefill_rows: int
-    prefill_tokens: int
-
-    @property
-    def turns(self) -> int:
-        """K: the searching turns and the last one, which may only answer."""
-        return self.max_turns + 1
-
-
-@flax.struct.dataclass
-class Environment:
-    """What the device needs to know of the text world, as arrays: the tag automaton over token ids,
-    and the fixed warnings.
-    """
-
-    next_state: jax.Array  # [S, V]
-    event: (
-        jax.Array
-    )  # [S] int: TurnStatus reached in this automaton state, NONE while the turn goes on
-    start: jax.Array  # [] int: state at the beginning of a turn
-    invalid_warning: jax.Array  # [W] int32, observation of an invalid turn
-    last_turn_warning: jax.Array  # [W'] int32, appended to the observation before the last turn
-
-
-@flax.struct.dataclass
-class Prompts:
-    """The episodes to run."""
-
-    tokens: jax.Array  # [B, P] int32, right padded
-    length: jax.Array  # [B] int32
-    episode_ids: jax.Array  # [B] int32: seeds the row's noise
-    active: jax.Array  # [B] bool: False for rows that only fill up the batch
-
-
-@flax.struct.dataclass
-class Record:
-    """What is kept of every episode."""
-
-    tokens: jax.Array  # [B, T] int32
-    action_mask: jax.Array  # [B, T] bool
-    turn_ids: jax.Array  # [B, T] int32
-    sampler_logprobs: jax.Array  # [B, T] float32
-    length: jax.Array  # [B] int32
-    turn_status: jax.Array  # [B, K] int32
-    search_end: jax.Array  # [B, K] int32
-    doc_ids: jax.Array  # [B, K, D] int32
-    search_ok: jax.Array  # [B, K] bool
-    finished: jax.Array  # [B] bool
-    truncated: jax.Array  # [B] bool
-
-
-@flax.struct.dataclass
-class EpisodeState:
-    """A shard in the middle of its episodes: the record of all, and the slots with those that run
-    now.
-    """
-
-    record: Record
-    cache: KVCache  # of S rows
-    episode: jax.Array  # [S] int32: row of the record
-    phase: jax.Array  # [S] int32
-    length: jax.Array  # [S] int32: tokens so far, the last of which is not yet in the cache
-    last_token: jax.Array  # [S] int32: that one
-    turn: jax.Array  # [S] int32
-    turn_start: jax.Array  # [S] int32: index of the turn's first action token
-    status: jax.Array  # [S] int32: how the turn ended, while WAITING
-    automaton: jax.Array  # [S] int32
-    begun: jax.Array  # [1] int32: episodes that have had a slot
-    counters: jax.Array  # [1, 3] int32: decode steps, flushes, tokens prefilled
-
-
-@flax.struct.dataclass
-class Observations:
-    """What the search callback returns: see the callback contract in `search/callback.py`."""
-
-    tokens: jax.Array  # [B, O] int32
-    length: jax.Array  # [B] int32
-    doc_ids: jax.Array  # [B, D] int32
-    ok: jax.Array  # [B] bool
+from stepsearch_jax.rollout.state import (
+    DECODING,
+    FREE,
+    WAITING,
+    Environment,
+    EpisodeState,
+    Observations,
+    Prompts,
+    Record,
+    RolloutSettings,
+)
 
 
 def start_episodes(

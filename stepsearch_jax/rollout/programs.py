@@ -25,7 +25,7 @@ from stepsearch_jax.models.architecture import ModelConfig
 from stepsearch_jax.models.attention import KVCache
 from stepsearch_jax.models.transformer import Policy
 from stepsearch_jax.rollout import episode
-from stepsearch_jax.rollout.episode import (
+from stepsearch_jax.rollout.state import (
     EpisodeState,
     Observations,
     Prompts,

@@ -15,8 +15,8 @@ import numpy as np
 
 from stepsearch_jax.prompting.tokenizers import Tokenizer
 from stepsearch_jax.records import Document, Question, TurnStatus
-from stepsearch_jax.rollout.episode import RolloutSettings
 from stepsearch_jax.rollout.programs import Search
+from stepsearch_jax.rollout.state import RolloutSettings
 from stepsearch_jax.types import Trajectory
 
 PERFECT = {"good": 1.0}

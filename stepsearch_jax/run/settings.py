@@ -14,7 +14,7 @@ import ml_collections
 from stepsearch_jax.models.architecture import ModelConfig, RopeScaling
 from stepsearch_jax.rl.advantages import uses_critic
 from stepsearch_jax.rl.learner import LearnerSettings, make_optimizer
-from stepsearch_jax.rollout.episode import RolloutSettings
+from stepsearch_jax.rollout.state import RolloutSettings
 
 # A model's vocabulary is rounded up to a multiple of this, which any sensible tensor axis divides.
 VOCABULARY_MULTIPLE = 64

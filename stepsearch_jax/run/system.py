@@ -30,7 +30,7 @@ from stepsearch_jax.prompting.tokenizers import Tokenizer, load_tokenizer
 from stepsearch_jax.records import Episode, Question
 from stepsearch_jax.rewards.scoring import StepScores, score_episodes
 from stepsearch_jax.rewards.tfidf import fit_similarity
-from stepsearch_jax.rollout.episode import Environment, Prompts, RolloutSettings
+from stepsearch_jax.rollout.state import Environment, Prompts, RolloutSettings
 from stepsearch_jax.rollout.text import Answers, encode_answers, encode_prompts
 from stepsearch_jax.run.checks import check_config, check_cuts
 from stepsearch_jax.run.corpus import build_search_index, normalize_texts, read_texts
