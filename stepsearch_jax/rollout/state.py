@@ -41,14 +41,13 @@ class RolloutSettings:
 
 @flax.struct.dataclass
 class Environment:
-    """What the device needs to know of the text world, as arrays: the tag automaton over token ids,
-    and the fixed warnings.
+    """The text world as arrays: the tag automaton over token ids, and the fixed warnings.
+
+    A is the number of automaton states.
     """
 
-    next_state: jax.Array  # [S, V]
-    event: (
-        jax.Array
-    )  # [S] int: TurnStatus reached in this automaton state, NONE while the turn goes on
+    next_state: jax.Array  # [A, V] int
+    event: jax.Array  # [A] int: TurnStatus reached in this state, NONE while the turn goes on
     start: jax.Array  # [] int: state at the beginning of a turn
     invalid_warning: jax.Array  # [W] int32, observation of an invalid turn
     last_turn_warning: jax.Array  # [W'] int32, appended to the observation before the last turn
@@ -66,7 +65,7 @@ class Prompts:
 
 @flax.struct.dataclass
 class Record:
-    """What is kept of every episode."""
+    """What a rollout returns for each episode; see `types.Trajectory`."""
 
     tokens: jax.Array  # [B, T] int32
     action_mask: jax.Array  # [B, T] bool
@@ -83,27 +82,25 @@ class Record:
 
 @flax.struct.dataclass
 class EpisodeState:
-    """A shard in the middle of its episodes: the record of all, and the slots with those that run
-    now.
-    """
+    """A shard in the middle of its rollout: the record of all episodes, and the slots."""
 
     record: Record
     cache: KVCache  # of S rows
     episode: jax.Array  # [S] int32: row of the record
-    phase: jax.Array  # [S] int32
-    length: jax.Array  # [S] int32: tokens so far, the last of which is not yet in the cache
-    last_token: jax.Array  # [S] int32: that one
+    phase: jax.Array  # [S] int32: DECODING, WAITING or FREE
+    length: jax.Array  # [S] int32: tokens so far; the last one is not yet in the cache
+    last_token: jax.Array  # [S] int32: the one that is not yet in the cache
     turn: jax.Array  # [S] int32
     turn_start: jax.Array  # [S] int32: index of the turn's first action token
     status: jax.Array  # [S] int32: how the turn ended, while WAITING
     automaton: jax.Array  # [S] int32
-    begun: jax.Array  # [1] int32: episodes that have had a slot
+    begun: jax.Array  # [1] int32: episodes that have got a slot so far
     counters: jax.Array  # [1, 3] int32: decode steps, flushes, tokens prefilled
 
 
 @flax.struct.dataclass
 class Observations:
-    """What the search callback returns: see the callback contract in `search/callback.py`."""
+    """What the search callback returns; `search/callback.py` has its contract."""
 
     tokens: jax.Array  # [B, O] int32
     length: jax.Array  # [B] int32
