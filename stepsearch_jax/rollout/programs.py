@@ -1,12 +1,11 @@
-"""Whole episodes from the two functions of `episode.py`, composed in two ways that give the same
-tokens.
+"""Whole episodes from the two halves in `episode.py`, in two ways that give the same tokens.
 
 `search="callback"`: one jitted program. Each shard of the rows loops on its own (`shard_map` over
-every mesh axis): decode until a flush is due, call the host's search, read_observations. No
+every mesh axis): decode until a flush is due, call the host's search, read the observations. No
 collective crosses shards, so a slow search delays only its shard.
 
-`search="host"`: Python alternates the jitted halves, with the state donated from one to the next.
-For platforms whose callbacks misbehave, and for searches that need the device themselves.
+`search="host"`: Python alternates the jitted halves and donates the state from one to the next. For
+platforms whose callbacks misbehave, and for searches that need the device themselves.
 """
 
 from __future__ import annotations
@@ -48,14 +47,16 @@ def make_rollout(
     search: Search,
     mode: str,
 ):
-    """-> rollout(params, environment, prompts, group_ids, question_ids, key, temperature) ->
-    (Trajectory, counters).
+    """Makes the function that runs whole episodes. mode: "callback" or "host".
+
+    -> rollout(params, environment, prompts, group_ids, question_ids, key, temperature)
+    -> (Trajectory, counters)
 
     params: sharded by `param_specs` (the rollout layout: only over `tensor`); environment:
     replicated; prompts, group_ids, question_ids: rows over the mesh; temperature: 0 = greedy.
     Trajectory: rows over the mesh. counters: [shards, 3] int32, decode steps, flushes and prefilled
-    tokens of each shard. mode: "callback" or "host". Raises ValueError for a mesh that cuts a kv
-    head or among which the slots cannot be shared out, and for an unknown mode.
+    tokens of each shard. Raises ValueError for a mesh whose tensor axis does not divide the model's
+    sizes or whose shards cannot share the slots evenly, and for an unknown mode.
     """
     shards = mesh.shape["tensor"]
     for name, size in (
@@ -81,27 +82,28 @@ def make_rollout(
 
 
 def make_rollout_copy(config: ModelConfig, places):
-    """-> copy(params): the learner's parameters in the dtype in which the rollout computes, each
-    leaf at its NamedSharding in `places`; one jitted program.
+    """-> copy(params), one jitted program: the learner's parameters for the rollout.
+
+    They get the dtype in which the rollout computes, and the NamedShardings of `places`.
     """
-    return jax.jit(
-        lambda params: jax.tree.map(lambda x: x.astype(config.dtype), params), out_shardings=places
-    )
+    cast = lambda params: jax.tree.map(lambda x: x.astype(config.dtype), params)
+    return jax.jit(cast, out_shardings=places)
 
 
 def _state_specs(config: ModelConfig) -> EpisodeState:
+    """Where the mesh cuts the state: rows over data and fsdp, heads of the cache over tensor."""
     heads = (None, "tensor") if config.cache_by_token else ("tensor",)
-    cache = PartitionSpec(None, None, ("data", "fsdp"), *heads)
+    blocks = PartitionSpec(None, None, ("data", "fsdp"), *heads)
+    cache = KVCache(blocks, blocks, config.num_kv_heads, config.cache_by_token)
+    record = Record(*[ROWS] * len(Record.__dataclass_fields__))
     rows = {name: ROWS for name in EpisodeState.__dataclass_fields__}
-    cache = KVCache(cache, cache, config.num_kv_heads, config.cache_by_token)
-    return EpisodeState(
-        **(rows | {"cache": cache, "record": Record(*[ROWS] * len(Record.__dataclass_fields__))})
-    )
+    return EpisodeState(**(rows | {"cache": cache, "record": record}))
 
 
 def _start(
     policy: Policy, settings: RolloutSettings, mesh: Mesh, params, environment, prompts: Prompts
 ) -> EpisodeState:
+    # 0 slots in the config: one for each episode.
     slots = settings.slots // row_shards(mesh) or prompts.tokens.shape[0]
     return episode.start_episodes(policy, settings, slots, params, environment, prompts)
 
@@ -115,26 +117,30 @@ def _shard(mesh: Mesh, function, in_specs, out_specs):
 def _make_callback_rollout(
     policy: Policy, settings: RolloutSettings, mesh: Mesh, param_specs, search: Search
 ):
+    """One program: every shard alternates the halves and calls the host in between."""
+
     def search_on_host(tokens, length, wanted) -> Observations:
-        O, D = settings.max_observation_tokens, settings.documents
-        shape = jax.ShapeDtypeStruct((tokens.shape[0], O + D + 2), jnp.int32)
-        call = lambda question: io_callback(
-            partial(_search_packed, search), shape, question, ordered=False
-        )
-        question = jnp.concatenate(
-            [tokens, length[:, None], wanted[:, None].astype(jnp.int32)], axis=1
-        )
-        if policy.config.tensor_axis is None:
-            found = call(question)
-        # one call for each row shard: the other tensor slices of the shard receive the answer as a
-        # sum with zeros
+        # Arguments and results are packed into one array each (`_search_packed`).
+        width, tensor_axis = settings.max_observation_tokens, policy.config.tensor_axis
+        shape = (tokens.shape[0], width + settings.documents + 2)
+        result = jax.ShapeDtypeStruct(shape, jnp.int32)
+        on_host = partial(_search_packed, search)
+        call = lambda packed: io_callback(on_host, result, packed, ordered=False)
+        flags = wanted[:, None].astype(jnp.int32)
+        packed = jnp.concatenate([tokens, length[:, None], flags], axis=1)
+        if tensor_axis is None:
+            found = call(packed)
         else:
-            first = jax.lax.axis_index(policy.config.tensor_axis) == 0
-            found = jax.lax.psum(
-                jax.lax.cond(first, call, lambda _: jnp.zeros(shape.shape, shape.dtype), question),
-                policy.config.tensor_axis,
-            )
-        return Observations(found[:, :O], found[:, O], found[:, O + 2 :], found[:, O + 1] > 0)
+            # One call per row shard: its other tensor slices get the result as a sum with zeros.
+            first = jax.lax.axis_index(tensor_axis) == 0
+            nothing = lambda _: jnp.zeros(result.shape, result.dtype)
+            found = jax.lax.psum(jax.lax.cond(first, call, nothing, packed), tensor_axis)
+        return Observations(
+            tokens=found[:, :width],
+            length=found[:, width],
+            doc_ids=found[:, width + 2 :],
+            ok=found[:, width + 1] > 0,
+        )
 
     def run_shard(params, environment, prompts, key, temperature) -> EpisodeState:
         state = _start(policy, settings, mesh, params, environment, prompts)
@@ -143,8 +149,7 @@ def _make_callback_rollout(
             state = episode.decode_until_wait(
                 policy, settings, params, environment, prompts, key, temperature, state
             )
-            # After the last flush nobody waits: one empty call per shard, which the host answers at
-            # once.
+            # After the last flush no slot waits: an empty call, which the host answers at once.
             observations = search_on_host(*episode.read_queries(settings, state))
             return episode.read_observations(
                 policy, settings, params, environment, prompts, observations, state
@@ -152,12 +157,9 @@ def _make_callback_rollout(
 
         return jax.lax.while_loop(partial(episode.is_unfinished, prompts), turn, state)
 
-    sharded = _shard(
-        mesh,
-        run_shard,
-        (param_specs, PartitionSpec(), ROWS, PartitionSpec(), PartitionSpec()),
-        _state_specs(policy.config),
-    )
+    whole = PartitionSpec()
+    in_specs = (param_specs, whole, ROWS, whole, whole)
+    sharded = _shard(mesh, run_shard, in_specs, _state_specs(policy.config))
 
     @jax.jit
     def rollout(params, environment, prompts, group_ids, question_ids, key, temperature):
@@ -170,31 +172,31 @@ def _make_callback_rollout(
 def _make_host_rollout(
     policy: Policy, settings: RolloutSettings, mesh: Mesh, param_specs, search: Search
 ):
-    states, none = _state_specs(policy.config), PartitionSpec()
+    """Several programs, which Python alternates with the search."""
+    # Each step of a shard.
+    states, whole = _state_specs(policy.config), PartitionSpec()
     start_shards = _shard(
-        mesh, partial(_start, policy, settings, mesh), (param_specs, none, ROWS), states
+        mesh, partial(_start, policy, settings, mesh), (param_specs, whole, ROWS), states
     )
     decode_shards = _shard(
         mesh,
         partial(episode.decode_until_wait, policy, settings),
-        (param_specs, none, ROWS, none, none, states),
+        (param_specs, whole, ROWS, whole, whole, states),
         states,
     )
-    absorb_shards = _shard(
+    read_shards = _shard(
         mesh,
         partial(episode.read_observations, policy, settings),
-        (param_specs, none, ROWS, ROWS, states),
+        (param_specs, whole, ROWS, ROWS, states),
         states,
     )
     queries_of = _shard(mesh, partial(episode.read_queries, settings), (states,), ROWS)
-    unfinished_shards = _shard(
-        mesh,
-        lambda prompts, state: episode.is_unfinished(prompts, state)[None],
-        (ROWS, states),
-        ROWS,
-    )
+    is_unfinished = lambda prompts, state: episode.is_unfinished(prompts, state)[None]
+    unfinished_shards = _shard(mesh, is_unfinished, (ROWS, states), ROWS)
+
+    # The programs.
     start = jax.jit(start_shards)
-    read_observations = jax.jit(absorb_shards, donate_argnums=4)
+    read_observations = jax.jit(read_shards, donate_argnums=4)
 
     @partial(jax.jit, donate_argnums=5)
     def decode(params, environment, prompts, key, temperature, state):
@@ -214,26 +216,27 @@ def _make_host_rollout(
             if not bool(unfinished):
                 return finish(state, prompts, group_ids, question_ids)
             found = search(*rows_from_mesh(queries))
-            state = read_observations(
-                params, environment, prompts, rows_to_mesh(mesh, Observations(*found)), state
-            )
+            observations = rows_to_mesh(mesh, Observations(*found))
+            state = read_observations(params, environment, prompts, observations, state)
 
     return rollout
 
 
-def _search_packed(search: Search, question) -> np.ndarray:
-    """The search with one array in and one out: a callback with arrays of different ranks does not
-    compile for TPUs under `shard_map` (jax 0.10).
+def _search_packed(search: Search, packed) -> np.ndarray:
+    """The search with one array in and one array out.
+
+    A callback with arrays of different ranks does not compile for TPUs under `shard_map` (jax
+    0.10).
     """
-    question = np.asarray(question)
-    tokens, length, doc_ids, ok = search(question[:, :-2], question[:, -2], question[:, -1] > 0)
+    packed = np.asarray(packed)
+    tokens, length, doc_ids, ok = search(packed[:, :-2], packed[:, -2], packed[:, -1] > 0)
     return np.concatenate([tokens, length[:, None], ok[:, None], doc_ids], axis=1, dtype=np.int32)
 
 
 def to_trajectory(
     record: Record, prompts: Prompts, group_ids: jax.Array, question_ids: jax.Array
 ) -> Trajectory:
-    """The record of finished episodes."""
+    """The record of finished episodes, with what follows from it and the ids of its rows."""
     kept = {name: getattr(record, name) for name in Record.__dataclass_fields__}
     return Trajectory(
         token_mask=jnp.arange(record.tokens.shape[1]) < record.length[:, None],

@@ -1,9 +1,10 @@
-"""Choosing the next token, reproducibly: the noise of a token depends only on the run's key, the
-episode and the token's index.
+"""Reproducible sampling: a token's noise depends only on the run's key, the episode and its index.
 
-Within `shard_map` every device holds a slice of the vocabulary (`axis` names the mesh axis); what
-crosses slices is one number per block of tokens, one block, the few likeliest tokens where top_k
-asks for them, and a few sums where top_p does. Logits are never gathered.
+Within `shard_map` every device holds a slice of the vocabulary (`axis` names the mesh axis).
+Between slices go one number per block of tokens, one block, the likeliest tokens for top_k, and a
+few sums for top_p. Logits are never gathered.
+
+Axis letters: b rows, V vocabulary (of this device's slice).
 """
 
 from __future__ import annotations
@@ -13,13 +14,12 @@ import math
 import jax
 import jax.numpy as jnp
 
-# blocks of the vocabulary; 2^7 * 3, so that whole blocks fit into the slices of any usual tensor
-# axis
+# Blocks of the vocabulary; 2^7 * 3, so that the slices of any usual tensor axis hold whole blocks.
 MAX_BLOCKS = 384
 
 
 def count_blocks(vocab_size: int) -> int:
-    """How many blocks of equal size the vocabulary is cut into. A slice of it holds whole blocks."""
+    """Into how many blocks of equal size the vocabulary is cut. A slice holds whole blocks."""
     return math.gcd(vocab_size, MAX_BLOCKS)
 
 
@@ -34,12 +34,11 @@ def sum_slices(x: jax.Array, axis: str | None) -> jax.Array:
 
 
 def restrict(logits: jax.Array, *, top_k: int, top_p: float, axis: str | None = None) -> jax.Array:
-    """Logits [b, V] with every token outside the k likeliest and outside the nucleus of mass top_p
-    set to -inf (Holtzman et al. 2020).
+    """Logits [b, V], -inf outside the k likeliest and the nucleus of mass top_p.
 
-    top_k = 0 and top_p = 1.0 keep everything. The likeliest token always stays; tokens tied with
-    the last one kept stay too. With top_k the nucleus is taken among the k likeliest; without, its
-    threshold is found by bisection: nothing is ever sorted as a whole.
+    top_k = 0 and top_p = 1.0 keep everything. The likeliest token always stays, and so do tokens
+    tied with the last one kept. With top_k the nucleus (Holtzman et al. 2020) is taken among the k
+    likeliest. Without, its threshold is found by bisection, so the vocabulary is never sorted.
     Reference: the released code samples with top_p = 0.95, which biases ratio and KL against the
     learner's full distribution; the default is 1.
     """
@@ -48,9 +47,8 @@ def restrict(logits: jax.Array, *, top_k: int, top_p: float, axis: str | None = 
     if not limited and top_p >= 1.0:
         return logits
     if limited:
-        best = jax.lax.top_k(gather_slices(jax.lax.top_k(logits, kept)[0], axis), top_k)[
-            0
-        ]  # [b, k], descending
+        best, _ = jax.lax.top_k(logits, kept)  # of this slice
+        best, _ = jax.lax.top_k(gather_slices(best, axis), top_k)  # [b, k], descending
         if top_p < 1.0:
             mass = jax.nn.softmax(best, axis=-1)
             before = jnp.cumsum(mass, axis=-1) - mass  # mass of strictly better ones
@@ -62,10 +60,9 @@ def restrict(logits: jax.Array, *, top_k: int, top_p: float, axis: str | None = 
 
 
 def find_nucleus(logits: jax.Array, top_p: float, axis: str | None) -> jax.Array:
-    """The lowest logit of the nucleus [b, 1]: the smallest of those above which there is less mass
-    than top_p.
+    """The lowest logit of the nucleus [b, 1]: the smallest with less mass than top_p above it.
 
-    Bisection over the bits of a float32, whose order as integers is that of the numbers: exact
+    Bisection over the bits of a float32, which as integers have the order of the numbers: exact
     after 32 halvings.
     """
     peak = gather_slices(logits.max(-1, keepdims=True), axis).max(-1, keepdims=True)  # [b, 1]
@@ -114,10 +111,9 @@ def sample(
     logits: [b, V], of this device's slice; key: [] typed PRNG key; episode_ids, token_index: [b];
     temperature: [] float, 0 = greedy.
     The Gumbel-max trick, twice: it draws a block of tokens by the blocks' total masses, then a
-    token of the block. That is a draw from the same distribution with noise for blocks + V / blocks
-    numbers instead of V, which would otherwise cost more than the logits themselves.
-    logprobs are under the unrestricted distribution at temperature 1, which is what the learner
-    computes.
+    token of the block. The distribution is the same, but it takes noise for blocks + V / blocks
+    numbers instead of V, which would cost more than the logits themselves.
+    logprobs are under the unrestricted distribution at temperature 1, as the learner computes them.
     """
     b, width = logits.shape
     slices, own = (1, 0) if axis is None else (jax.lax.axis_size(axis), jax.lax.axis_index(axis))
@@ -125,54 +121,43 @@ def sample(
     if blocks % slices:
         raise ValueError(
             f"a vocabulary of {width * slices} has {blocks} blocks for sampling, which {slices} "
-            f"slices (mesh axis {axis}) cannot share: choose "
-            f"config.mesh.{axis} among the divisors of {blocks}"
+            f"slices (mesh axis {axis}) cannot share: choose config.mesh.{axis} among the divisors "
+            f"of {blocks}"
         )
+    # Noise, from a key per episode and token.
     size = width * slices // blocks
-    keys = jax.vmap(
-        lambda episode, index: jax.random.fold_in(jax.random.fold_in(key, episode), index)
-    )(episode_ids, token_index)
-    noise = jax.vmap(lambda k: jax.random.gumbel(k, (blocks + size,), jnp.float32))(
-        keys
-    )  # [b, blocks + size]
+    fold = lambda episode, index: jax.random.fold_in(jax.random.fold_in(key, episode), index)
+    keys = jax.vmap(fold)(episode_ids, token_index)
+    draw = lambda key: jax.random.gumbel(key, (blocks + size,), jnp.float32)
+    noise = jax.vmap(draw)(keys)  # [b, blocks + size]
 
-    tempered = restrict(
-        logits / jnp.where(temperature > 0, temperature, 1.0), top_k=top_k, top_p=top_p, axis=axis
-    )
+    # The drawn token: its block first.
+    tempered = logits / jnp.where(temperature > 0, temperature, 1.0)
+    tempered = restrict(tempered, top_k=top_k, top_p=top_p, axis=axis)
     parts = tempered.reshape(b, blocks // slices, size)
-    block = jnp.argmax(
-        gather_slices(jax.nn.logsumexp(parts, axis=-1), axis) + noise[:, :blocks], axis=-1
-    )  # [b]
+    masses = gather_slices(jax.nn.logsumexp(parts, axis=-1), axis)  # [b, blocks]
+    block = jnp.argmax(masses + noise[:, :blocks], axis=-1)  # [b]
     local = block - own * (blocks // slices)
     mine = (local >= 0) & (local < blocks // slices)
-    inner = jnp.take_along_axis(
-        parts, jnp.clip(local, 0, blocks // slices - 1)[:, None, None], axis=1
-    )[:, 0]  # [b, size]
+    place = jnp.clip(local, 0, blocks // slices - 1)[:, None, None]
+    inner = jnp.take_along_axis(parts, place, axis=1)[:, 0]  # [b, size]
     inner = sum_slices(jnp.where(mine[:, None], inner, 0), axis)
     drawn = block * size + jnp.argmax(inner + noise[:, blocks:], axis=-1)
 
+    # The greedy token: as argmax, except for NaN, in a seventh of its time on CPU.
     peak = logits.max(-1, keepdims=True)
-    best = jnp.where(logits == peak, jnp.arange(width), width - 1).min(
-        -1
-    )  # as argmax, but for NaN, in a seventh of its time on CPU
+    best = jnp.where(logits == peak, jnp.arange(width), width - 1).min(-1)
     peaks = gather_slices(peak, axis)  # [b, slices]
     first = jnp.argmax(peaks, axis=-1)[:, None]
-    greedy = (
-        first[:, 0] * width
-        + jnp.take_along_axis(gather_slices(best[:, None], axis), first, axis=1)[:, 0]
-    )
+    best = gather_slices(best[:, None], axis)  # [b, slices]
+    greedy = first[:, 0] * width + jnp.take_along_axis(best, first, axis=1)[:, 0]
 
+    # The log-probability of the token, whose logit one slice holds.
     tokens = jnp.where(temperature > 0, drawn, greedy).astype(jnp.int32)
     local = tokens - own * width
     mine = (local >= 0) & (local < width)
-    chosen = sum_slices(
-        jnp.where(
-            mine,
-            jnp.take_along_axis(logits, jnp.clip(local, 0, width - 1)[:, None], axis=-1)[:, 0],
-            0,
-        ),
-        axis,
-    )
-    return tokens, chosen - jax.nn.logsumexp(
-        gather_slices(jax.nn.logsumexp(logits, axis=-1, keepdims=True), axis), axis=-1
-    )
+    place = jnp.clip(local, 0, width - 1)[:, None]
+    chosen = jnp.take_along_axis(logits, place, axis=-1)[:, 0]
+    chosen = sum_slices(jnp.where(mine, chosen, 0), axis)
+    totals = gather_slices(jax.nn.logsumexp(logits, axis=-1, keepdims=True), axis)  # [b, slices]
+    return tokens, chosen - jax.nn.logsumexp(totals, axis=-1)
