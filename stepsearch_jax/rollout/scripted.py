@@ -1,8 +1,7 @@
-"""A searcher that follows the questions' own decomposition: perfect, or poor at searching in chosen
-proportions. It reads without error.
+"""A scripted searcher that follows the questions' own decomposition.
 
-Its episodes have the form of any rollout (`Trajectory`, with NumPy arrays), so they are scored,
-shown and imitated like the policy's own.
+It searches perfectly, or poorly in chosen proportions, and reads without error. Its episodes are
+`Trajectory`s with NumPy arrays, so they are scored, shown and imitated like the policy's own.
 """
 
 from __future__ import annotations
@@ -25,40 +24,34 @@ KINDS = ("good", "vague", "repeat", "wrong", "early")
 
 @dataclasses.dataclass
 class _Searcher:
-    """What the script knows in one episode: hops resolved so far, and what it has seen."""
+    """What the script knows in one episode: the hops resolved so far, and what it has seen."""
 
     question: Question
     rng: np.random.Generator
     known_fraction: float
     resolved: int = 0
     tried: int = 0  # good queries for the current hop so far
-    thought: str = ""
+    thought: str = ""  # what the last search found out, "" for nothing
     last_query: str = ""
     seen_titles: list[str] = dataclasses.field(default_factory=list)
 
     def act(self, decision_weights: Mapping[str, float], last_turn: bool) -> tuple[TurnStatus, str]:
-        """The next action: (SEARCH, query) or (ANSWER, answer); `thought` is what the last search
-        told, "" for nothing.
-        """
+        """The next action: (SEARCH, query) or (ANSWER, answer)."""
         hops = self.question.sub_questions
         if self.resolved == len(hops):
             return TurnStatus.ANSWER, self.question.answer
         queries = hops[self.resolved].queries or (hops[self.resolved].question,)
         words = queries[0].split()
-        kind = str(
-            self.rng.choice(
-                list(decision_weights),
-                p=np.array(list(decision_weights.values())) / sum(decision_weights.values()),
-            )
-        )
-        if (
-            zlib.crc32(words[-1].encode()) < self.known_fraction * 2**32
-        ):  # the last word says what is asked of the entity
+        fractions = np.array(list(decision_weights.values())) / sum(decision_weights.values())
+        kind = str(self.rng.choice(list(decision_weights), p=fractions))
+        # The last word is the relation that the hop asks for. Known ones are always queried well.
+        if zlib.crc32(words[-1].encode()) < self.known_fraction * 2**32:
             kind = "good"
         if last_turn or (kind == "early" and self.resolved):
-            return TurnStatus.ANSWER, hops[self.resolved - 1].answer if self.resolved else (
-                self.seen_titles or [self.last_query]
-            )[-1]
+            guesses = self.seen_titles or [self.last_query]
+            return TurnStatus.ANSWER, (
+                hops[self.resolved - 1].answer if self.resolved else guesses[-1]
+            )
         if kind == "good":
             query = queries[self.tried % len(queries)]
             self.tried += 1
@@ -67,7 +60,7 @@ class _Searcher:
         elif kind == "wrong" and self.seen_titles:
             query = f"{self.rng.choice(self.seen_titles)} {words[-1]}"
         else:
-            query = words[-1]  # vague: what is asked, but not about whom
+            query = words[-1]  # vague: the relation without the entity
         self.last_query = query
         return TurnStatus.SEARCH, query
 
@@ -85,8 +78,9 @@ class _Searcher:
 
 
 def format_action(thought: str, status: TurnStatus, content: str) -> str:
-    """The text of an action: the form that demonstrations teach. Saying what was read before using
-    it makes reading far easier to learn.
+    """The text of an action, as demonstrations teach it.
+
+    Saying what was read before using it makes reading far easier to learn.
     """
     tag = "search" if status == TurnStatus.SEARCH else "answer"
     return (f"<think> {thought}</think>" if thought else "") + f"<{tag}> {content}</{tag}>"
@@ -105,25 +99,22 @@ def run_script(
     known_fraction: float,
     seed: int,
 ) -> Trajectory:
-    """Runs the script on B questions, all turn by turn together -> Trajectory with NumPy arrays.
+    """Runs the script on B questions, turn by turn in step -> Trajectory with NumPy arrays.
 
-    prompts: [B, P] int32, prompt_length: [B]; search: the rollout's own callback; decision_weights:
-    relative frequency of each of `KINDS` per decision (`PERFECT` for a searcher without fault), but
-    for the relations that it knows: `known_fraction` is their share, drawn by a hash of the last
-    word
-    of a hop's first query. Raises ValueError on an unknown kind, or when an episode does not fit
+    prompts: [B, P] int32; prompt_length: [B]; search: the rollout's own callback; decision_weights:
+    relative frequency of each of `KINDS` per decision (`PERFECT` for a searcher without fault);
+    known_fraction: of relations that it always queries well, drawn by a hash of the last word of a
+    hop's first query. Raises ValueError for an unknown kind, and for an episode that does not fit
     into the context.
     """
     if unknown := set(decision_weights) - set(KINDS):
         raise ValueError(
             f"config.sft.decision_weights names {sorted(unknown)}; known are {', '.join(KINDS)}"
         )
+    # The record of B episodes (see `Trajectory`), and a searcher for each.
     B, T, K = len(questions), settings.context, settings.turns
-    tokens, actions, turn_ids = (
-        np.zeros((B, T), np.int32),
-        np.zeros((B, T), bool),
-        np.full((B, T), -1, np.int32),
-    )
+    tokens, actions = np.zeros((B, T), np.int32), np.zeros((B, T), bool)
+    turn_ids = np.full((B, T), -1, np.int32)
     tokens[:, : prompts.shape[1]] = prompts
     length = prompt_length.astype(np.int32).copy()
     search_end, statuses = np.full((B, K), -1, np.int32), np.zeros((B, K), np.int32)
@@ -147,17 +138,16 @@ def run_script(
         length[row] = end
 
     for turn in range(K):
-        query_tokens, query_length = (
-            np.zeros((B, settings.max_turn_tokens), np.int32),
-            np.zeros(B, np.int32),
-        )
+        # The action of every episode that has not answered yet.
+        query_tokens = np.zeros((B, settings.max_turn_tokens), np.int32)
+        query_length = np.zeros(B, np.int32)
         for row in np.flatnonzero(~finished):
             status, content = searchers[row].act(decision_weights, last_turn=turn == K - 1)
             ids = tokenizer.encode(format_action(searchers[row].thought, status, content))
             if len(ids) > settings.max_turn_tokens:
                 raise ValueError(
                     f"a scripted action of question {questions[row].uid} has {len(ids)} tokens, "
-                    "more than config.rollout.max_turn_tokens"
+                    "more than config.rollout.max_turn_tokens: raise it"
                 )
             append(row, ids, turn, is_action=True)
             statuses[row, turn] = status
@@ -165,16 +155,14 @@ def run_script(
             if status == TurnStatus.SEARCH:
                 search_end[row, turn] = length[row] - 1
                 query_tokens[row, : len(ids)], query_length[row] = ids, len(ids)
+        # One search for all, and what each reads; before the last turn also the warning.
         wanted = statuses[:, turn] == TurnStatus.SEARCH
         observed, observed_length, found, found_ok = search(query_tokens, query_length, wanted)
         for row in np.flatnonzero(wanted):
             observation = observed[row, : observed_length[row]]
-            append(
-                row,
-                np.concatenate([observation, last_turn_warning]) if turn == K - 2 else observation,
-                turn,
-                is_action=False,
-            )
+            if turn == K - 2:
+                observation = np.concatenate([observation, last_turn_warning])
+            append(row, observation, turn, is_action=False)
             doc_ids[row, turn], ok[row, turn] = found[row], found_ok[row]
             searchers[row].read(found[row], documents)
     ids = np.arange(B, dtype=np.int32)
