@@ -16,10 +16,11 @@ from stepsearch_jax.models.weights import load_policy
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "huggingface"
 CASES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
+# Type of the golden weights; bfloat16 otherwise.
 STORED = {
     "qwen2": "float32",
     "qwen2_yarn": "float16",
-}  # type of the golden weights; bfloat16 otherwise
+}
 ONE = (1, 1, 1)  # data, fsdp, tensor
 EXPORT = dict(shard_bytes=1 << 30, context=64, end_ids=[0], pad_id=0, tokenizer_files={})
 

@@ -245,9 +245,8 @@ def test_interrupted_work_goes_on(tmp_path):
     assert len(asked) == 3, "finished work is only opened"
     with pytest.raises(Killed):
         make(lambda shard: embed(shard, last="text 5"), texts[::-1])
-    found = make(
-        embed, texts[:6]
-    )  # other texts: neither the finished nor the unfinished folder will do
+    # Other texts: neither the finished nor the unfinished folder will do.
+    found = make(embed, texts[:6])
     assert (
         asked[3:] == ["text 9", "text 0", "text 4"]
         and (found == vectors[:6].astype(ml_dtypes.bfloat16)).all()

@@ -33,9 +33,8 @@ FAMILIES = {
     ),
 }
 MODEL = dataclasses.replace(tiny.CONFIG, num_heads=8, num_kv_heads=4, head_dim=4)
-KL_IN_LOSS = dict(
-    entropy_coef=0.01, kl_placement="loss", kl_estimator="k3"
-)  # so that every term of the losses has a gradient
+# So that every term of the losses has a gradient.
+KL_IN_LOSS = dict(entropy_coef=0.01, kl_placement="loss", kl_estimator="k3")
 ROWS = 16
 
 

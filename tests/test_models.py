@@ -49,8 +49,7 @@ def full_logits(policy: Policy, params, tokens):
     return policy.apply(params, tokens, method=Policy.init_all)
 
 
-# ---- A Qwen2 forward pass of one sequence in NumPy, written from the papers.
-# ---------------------------------------------------------------------
+# ---- A Qwen2 forward pass of one sequence in NumPy, written from the papers. ---------------------
 
 
 def forward(config: ModelConfig, params, tokens: np.ndarray) -> np.ndarray:
@@ -61,9 +60,8 @@ def forward(config: ModelConfig, params, tokens: np.ndarray) -> np.ndarray:
     def norm(x, scale):
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_eps) * scale
 
-    def turn(
-        x,
-    ):  # [T, heads, H]: coordinates i and i + H/2 are one point of a plane, turned by t / theta^(2i/H)
+    def turn(x):
+        """x [T, heads, H]: coordinates i and i + H/2 are a point, turned by t / theta^(2i/H)."""
         y = np.empty_like(x)
         for t in range(T):
             for i in range(H // 2):
@@ -149,8 +147,7 @@ def test_later_tokens_and_padding_change_nothing_before_them():
     assert np.abs(after[:, 6:] - before[:, 6:]).max() > 0.1
 
 
-# ---- Attention
-# -----------------------------------------------------------------------------------------------------------------------------------
+# ---- Attention -----------------------------------------------------------------------------------
 
 
 def attend_plainly(q, k, v):
@@ -210,7 +207,7 @@ def decode_everything(
     done = [0] * B
 
     def read(rows: list[int], counts: list[int]) -> None:
-        """Feeds the next counts[i] tokens of rows[i] in one chunk of width 4; a row of B is no row."""
+        """Feeds the next counts[i] tokens of rows[i] in one chunk of width 4; row B is no row."""
         nonlocal cache
         chunk, positions = (
             np.zeros((len(rows), 4), np.int32),
@@ -341,8 +338,7 @@ def test_bfloat16_is_close():
     assert make_cache(config, 1, 4).k.dtype == jnp.bfloat16
 
 
-# ---- Scoring
-# -------------------------------------------------------------------------------------------------------------------------------------
+# ---- Scoring -------------------------------------------------------------------------------------
 
 
 def test_shift():
@@ -448,7 +444,7 @@ def test_remat_changes_nothing():
 
 
 def test_remat_keeps_less():
-    """What the backward pass needs of the forward pass shrinks from "none" to "dots" to "layers"."""
+    """The forward pass keeps less for the backward pass from "none" to "dots" to "layers"."""
 
     def kept(remat):
         config = dataclasses.replace(CONFIG, remat=remat, num_layers=8)

@@ -175,9 +175,7 @@ def test_memory_follows_the_slots():
 
 
 def test_slots_that_cannot_be_shared_out():
-    with pytest.raises(
-        ValueError, match="config.rollout.slots=6 cannot be shared out among 4 mesh shards"
-    ):
+    with pytest.raises(ValueError, match="config.rollout.slots=6 .* 4 mesh shards"):
         tiny.run_rollout(
             "callback",
             (4, 1, 2),

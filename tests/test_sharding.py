@@ -77,8 +77,7 @@ def check_named_shapes(refusal, devices, **options) -> list[tuple[int, ...]]:
     return named
 
 
-# ---- Hosts and slices that are not here
-# ------------------------------------------------------------------------------------------------------------
+# ---- Hosts and slices that are not here ----------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,12 +152,12 @@ def test_slices_are_those_of_the_devices():
     chips = make_pod(4, 4, slices=2)
     with pytest.raises(
         ValueError,
-        match="config.mesh.slices is 1, but the 32 devices here belong to 2 slices: set it to 2",
+        match="config.mesh.slices is 1.* 2 slices: set it to 2",
     ):
         sharding.make_mesh(-1, 1, 1, devices=chips)
     with pytest.raises(
         ValueError,
-        match="config.mesh.slices is 2, but the 8 devices here belong to 1 slices: set it to 1",
+        match="config.mesh.slices is 2.* 1 slices: set it to 1",
     ):
         sharding.make_mesh(-1, 1, 1, slices=2)
     with pytest.raises(
@@ -172,7 +171,7 @@ def test_slices_are_those_of_the_devices():
 def test_split_kv_heads_are_refused(sizes):
     with pytest.raises(
         ValueError,
-        match="would split a kv head, as tensor does not divide model.num_kv_heads=2: set config.mesh",
+        match="kv head.*model.num_kv_heads=2.*config.mesh",
     ) as refusal:
         sharding.make_mesh(*sizes, kv_heads=2)
     assert {shape[2] for shape in check_named_shapes(refusal, jax.devices(), kv_heads=2)} == {1, 2}
@@ -200,9 +199,8 @@ def test_meshes_of_real_topologies(monkeypatch, name, slices, chips):
         platform="tpu", topology_name=name, num_slices=slices
     ).devices
     assert len(devices) == chips
-    slice_of = lambda chip: getattr(
-        chip, "slice_index", 0
-    )  # the chips of a single slice do not say
+    # The chips of a single slice do not say.
+    slice_of = lambda chip: getattr(chip, "slice_index", 0)
     mesh = sharding.make_mesh(-1, 2, 4, slices, 4, devices)
     assert all(
         len({(slice_of(chip), chip.process_index) for chip in group}) == 1
@@ -215,8 +213,7 @@ def test_meshes_of_real_topologies(monkeypatch, name, slices, chips):
     check_named_shapes(refusal, devices, slices=slices)
 
 
-# ---- Partition rules
-# -------------------------------------------------------------------------------------------------------------------------------
+# ---- Partition rules -----------------------------------------------------------------------------
 
 
 def test_partition_specs_follow_the_rules():
@@ -227,9 +224,8 @@ def test_partition_specs_follow_the_rules():
         "fsdp", "tensor"
     )
     layers = specs["trunk"]["layers"]
-    assert (
-        layers["q"]["kernel"] == layers["k"]["kernel"] == P(None, "fsdp", "tensor", None)
-    )  # [L, D, heads, H]
+    # [L, D, heads, H]
+    assert layers["q"]["kernel"] == layers["k"]["kernel"] == P(None, "fsdp", "tensor", None)
     assert layers["q"]["bias"] == P(None, "tensor", None)
     assert layers["o"]["kernel"] == P(None, "tensor", None, "fsdp")  # [L, N, H, D]
     assert layers["gate"]["kernel"] == P(None, "fsdp", "tensor")
@@ -328,9 +324,8 @@ def test_checkpoint_restores_every_bit_on_any_mesh(tmp_path, shape):
     checkpoints = checkpoint.Checkpoints(tmp_path / "checkpoints", keep=1)
     assert checkpoints.latest() is None
     checkpoints.save(4, state)
-    jax.tree.map(
-        lambda x: x.delete(), state
-    )  # as an update that receives the state by donation would
+    # As an update that receives the state by donation would.
+    jax.tree.map(lambda x: x.delete(), state)
     checkpoints.close()
 
     abstract_params = make_state(sharding.make_mesh(*shape), 5)

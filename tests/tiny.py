@@ -1,5 +1,7 @@
-"""A tiny text world for tests of the rollout: a vocabulary in which random tokens often form tags,
-a fake search, and a slow cache-free rollout as oracle.
+"""A tiny text world for tests of the rollout.
+
+It has a vocabulary in which random tokens often form tags, a fake search, and a slow rollout
+without a cache as oracle.
 """
 
 from __future__ import annotations
@@ -24,8 +26,7 @@ from stepsearch_jax.rollout.programs import make_rollout
 from stepsearch_jax.rollout.state import Environment, Prompts, RolloutSettings
 from stepsearch_jax.types import Batch
 
-# Whole tags, tags in pieces, pieces merged with their neighbours; token 0 ends a text and has no
-# bytes.
+# Whole tags, tags in pieces, pieces merged with neighbours; token 0 ends a text and has no bytes.
 PIECES = [
     "",
     "<search>",
@@ -115,22 +116,19 @@ def make_environment() -> Environment:
 def make_boxes(model):
     """The shapes of a model's parameters with their logical axes."""
     method = Policy.init_all if isinstance(model, Policy) else None
-    return jax.eval_shape(
-        functools.partial(model.init, method=method),
-        jax.random.key(0),
-        jnp.zeros((1, 4), jnp.int32),
-    )
+    init = functools.partial(model.init, method=method)
+    return jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
 
 
 @functools.cache
 def draw_params(model, seed: int):
-    """Parameters as NumPy, drawn without the model's initialisers: none is 0 or 1, so that biases,
-    norms and the value head count in every comparison.
+    """Parameters as NumPy, drawn without the model's initialisers.
+
+    None is 0 or 1, so that biases, norms and the value head count in every comparison.
     """
     rng = np.random.default_rng(seed)
-    draw = lambda path, x: (rng.normal(float(path[-1].key == "scale"), 0.3, x.shape)).astype(
-        np.float32
-    )
+    mean = lambda path: float(path[-1].key == "scale")
+    draw = lambda path, x: rng.normal(mean(path), 0.3, x.shape).astype(np.float32)
     return jax.tree_util.tree_map_with_path(draw, nn.unbox(make_boxes(model)))
 
 
@@ -138,19 +136,18 @@ def draw_params(model, seed: int):
 def make_params(config: ModelConfig = CONFIG, seed: int = 0):
     """A policy that often writes tags."""
     params = jax.tree.map(jnp.asarray, draw_params(Policy(config), seed))
-    holder, name, tags = (
-        (params["params"]["trunk"], "embedding", np.s_[1:5])
-        if config.tie_embeddings
-        else (params["params"], "lm_head", np.s_[:, 1:5])
-    )
+    holder, name, tags = params["params"], "lm_head", np.s_[:, 1:5]
+    if config.tie_embeddings:
+        holder, name, tags = params["params"]["trunk"], "embedding", np.s_[1:5]
     holder[name] = holder[name].at[tags].multiply(1.3)
     return params
 
 
 @functools.cache
 def make_batch(config: ModelConfig, rows: int, length: int) -> Batch:
-    """Ragged rows of prompt, actions and observations, one of them without actions; old
-    log-probabilities near the current ones, so that some are clipped.
+    """Ragged rows of prompt, actions and observations, one of them without actions.
+
+    Old log-probabilities are near the current ones, so that some are clipped.
     """
     rng, policy, value = np.random.default_rng(2), Policy(config), Value(config)
     tokens = rng.integers(0, config.vocab_size, (rows, length)).astype(np.int32)
@@ -192,16 +189,15 @@ def make_prompts(count: int, seed: int = 0) -> Prompts:
 def search_one(action: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
     """The fake engine: observation, documents and success follow from the action's tokens alone."""
     rng = np.random.default_rng([int(t) for t in action])
-    observation = rng.integers(17, 40, rng.integers(1, SETTINGS.max_observation_tokens + 1)).astype(
-        np.int32
-    )
+    size = rng.integers(1, SETTINGS.max_observation_tokens + 1)
+    observation = rng.integers(17, 40, size).astype(np.int32)
     return observation, rng.integers(0, 50, 2).astype(np.int32), bool(rng.random() < 0.9)
 
 
 def fake_search(query_tokens, query_length, wanted):
     """The callback contract around `search_one`."""
-    b, O = len(wanted), SETTINGS.max_observation_tokens
-    tokens, length = np.zeros((b, O), np.int32), np.zeros(b, np.int32)
+    b, width = len(wanted), SETTINGS.max_observation_tokens
+    tokens, length = np.zeros((b, width), np.int32), np.zeros(b, np.int32)
     doc_ids, ok = np.full((b, 2), -1, np.int32), np.zeros(b, bool)
     for i in np.flatnonzero(wanted):
         observation, doc_ids[i], ok[i] = search_one(query_tokens[i, : query_length[i]])
@@ -224,8 +220,9 @@ def make_program(
     settings: RolloutSettings = SETTINGS,
     config: ModelConfig = CONFIG,
 ):
-    """-> (mesh, shardings of the parameters, rollout), on as many devices as the mesh shape needs;
-    made once, so that it is compiled once.
+    """-> (mesh, shardings of the parameters, rollout), on as many devices as the mesh shape needs.
+
+    Made once, so that it is compiled once.
     """
     mesh = mesh_of(shape)
     specs = sharding.partition_specs(make_boxes(Policy(config)), ROLLOUT_RULES)
@@ -282,9 +279,8 @@ class OracleEpisode:
     search_oks: list[bool]
     finished: bool = False
     truncated: bool = False
-    ties: list[int] = dataclasses.field(
-        default_factory=list
-    )  # indices of tokens whose two best scores are closer than 1e-4
+    # Indices of tokens whose two best scores are closer than 1e-4.
+    ties: list[int] = dataclasses.field(default_factory=list)
 
 
 def first_event(action: list[int]) -> TurnStatus:
@@ -319,8 +315,9 @@ def keep_likeliest(logits: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnums=0)
 def next_logits(config, params, tokens, length, key, episode_id, temperature):
-    """Logits after `length` tokens of a padded buffer by a full forward pass, and the noise of the
-    next token: of its block, then within it.
+    """Logits after `length` tokens of a padded buffer by a full forward pass, and the next noise.
+
+    The noise is that of the next token: of its block, then within it.
     """
     policy = Policy(config)
     logits = policy.apply(
@@ -336,8 +333,9 @@ def next_logits(config, params, tokens, length, key, episode_id, temperature):
 
 
 def choose(scores: np.ndarray, noise: np.ndarray) -> tuple[int, bool]:
-    """A block by its mass, then a token of it, each with the largest sum of score and noise ->
-    (token, whether another was within 1e-4).
+    """A block by its mass, then a token of it, each with the largest sum of score and noise.
+
+    -> (token, whether another was within 1e-4).
     """
     blocks = math.gcd(len(scores), 384)
     table = scores.reshape(blocks, -1).astype(np.float64)
@@ -352,11 +350,9 @@ def choose(scores: np.ndarray, noise: np.ndarray) -> tuple[int, bool]:
 def oracle_rollout(
     config, params, prompt: np.ndarray, episode_id: int, key, temperature: float, settings=SETTINGS
 ) -> OracleEpisode:
-    """One episode without cache, batch or automaton: a full forward pass for each token, on a
-    padded buffer.
-    """
+    """One episode without cache, batch or automaton: a full, padded forward pass for each token."""
     tokens = [int(t) for t in prompt]
-    e = OracleEpisode(
+    episode = OracleEpisode(
         tokens, [False] * len(tokens), [0.0] * len(tokens), [-1] * len(tokens), [], [], [], []
     )
     for turn in range(settings.turns):
@@ -378,45 +374,45 @@ def oracle_rollout(
             else:
                 token, tie = int(np.argmax(scores)), np.diff(np.sort(scores)[-2:])[0] < 1e-4
             if tie:
-                e.ties.append(len(tokens))
+                episode.ties.append(len(tokens))
             tokens.append(token)
             action.append(token)
-            e.actions.append(True)
-            e.turn_ids.append(turn)
-            e.logprobs.append(float(logprobs[token]))
+            episode.actions.append(True)
+            episode.turn_ids.append(turn)
+            episode.logprobs.append(float(logprobs[token]))
             status = first_event(action)
             if status == TurnStatus.NONE and len(tokens) == settings.context:
-                e.statuses.append(TurnStatus.INVALID)
-                e.search_ends.append(-1)
-                e.doc_ids.append([-1, -1])
-                e.search_oks.append(False)
-                e.truncated = True
-                return e
+                episode.statuses.append(TurnStatus.INVALID)
+                episode.search_ends.append(-1)
+                episode.doc_ids.append([-1, -1])
+                episode.search_oks.append(False)
+                episode.truncated = True
+                return episode
             if status == TurnStatus.NONE and len(action) == settings.max_turn_tokens:
                 status = TurnStatus.INVALID
         if status == TurnStatus.SEARCH and turn == settings.turns - 1:
             status = TurnStatus.INVALID
-        e.statuses.append(status)
-        e.search_ends.append(len(tokens) - 1 if status == TurnStatus.SEARCH else -1)
-        e.doc_ids.append([-1, -1])
-        e.search_oks.append(False)
+        episode.statuses.append(status)
+        episode.search_ends.append(len(tokens) - 1 if status == TurnStatus.SEARCH else -1)
+        episode.doc_ids.append([-1, -1])
+        episode.search_oks.append(False)
         if status == TurnStatus.ANSWER:
-            e.finished = True
-            return e
+            episode.finished = True
+            return episode
         if turn == settings.turns - 1:
-            return e
+            return episode
         observation = INVALID_WARNING
         if status == TurnStatus.SEARCH:
-            observation, found, e.search_oks[-1] = search_one(np.array(action, np.int32))
-            e.doc_ids[-1] = found.tolist()
-        observation = observation.tolist() + (
-            LAST_WARNING.tolist() if turn + 1 == settings.turns - 1 else []
-        )
+            observation, found, episode.search_oks[-1] = search_one(np.array(action, np.int32))
+            episode.doc_ids[-1] = found.tolist()
+        observation = observation.tolist()
+        if turn + 1 == settings.turns - 1:
+            observation += LAST_WARNING.tolist()
         if len(tokens) + len(observation) >= settings.context:
-            e.truncated = True
-            return e
+            episode.truncated = True
+            return episode
         tokens += observation
-        e.actions += [False] * len(observation)
-        e.logprobs += [0.0] * len(observation)
-        e.turn_ids += [turn] * len(observation)
-    return e
+        episode.actions += [False] * len(observation)
+        episode.logprobs += [0.0] * len(observation)
+        episode.turn_ids += [turn] * len(observation)
+    return episode

@@ -1,8 +1,9 @@
-"""Text encoders of the BERT family (MiniLM, E5, BGE) as a Linen module: token ids to one vector a
-text, with the weights of Hugging Face folders.
+"""Text encoders of the BERT family (MiniLM, E5, BGE) as a Linen module: one vector per text.
+
+The weights come from Hugging Face folders.
 
 Axis letters: B batch, T tokens, D embed, N heads, H head dim, F ffn, V vocabulary, L layers.
-Numbers are float32; on accelerators matrix products take the platform's default precision.
+Numbers are float32; on accelerators matrix products have the platform's default precision.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 from stepsearch_jax.models.huggingface import list_tensors
 
 POOLINGS = ("mean", "cls")
-FAULTS_TOLD = 8
+FAULTS_NAMED = 8  # in an error message; the rest are counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +41,9 @@ class EncoderConfig:
 
 
 class Layer(nn.Module):
-    """One layer: attention over all real tokens and a GELU ffn, each followed by a residual sum and
-    LayerNorm (Devlin et al. 2019).
+    """One layer: attention over all real tokens, then a GELU ffn (Devlin et al. 2019).
+
+    A residual sum and LayerNorm follow each.
     """
 
     config: EncoderConfig
@@ -49,22 +51,20 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array):
         """x [B, T, D], mask [B, T] -> (x, None), as `nn.scan` wants it."""
-        c = self.config
+        config = self.config
         B, T, D = x.shape
-        heads = (B, T, c.num_heads, D // c.num_heads)
-        q, k, v = (
-            nn.Dense(D, name=name)(x).reshape(heads) for name in ("query", "key", "value")
-        )  # [B, T, N, H]
+        heads = (B, T, config.num_heads, D // config.num_heads)
+        project = lambda name: nn.Dense(D, name=name)(x).reshape(heads)
+        q, k, v = project("query"), project("key"), project("value")  # [B, T, N, H]
         scores = jnp.einsum("bsnh,btnh->bnst", q, k) * heads[-1] ** -0.5
-        weights = jax.nn.softmax(
-            jnp.where(mask[:, None, None], scores, -1e30), axis=-1
-        )  # [B, N, T, T]
+        scores = jnp.where(mask[:, None, None], scores, -1e30)
+        weights = jax.nn.softmax(scores, axis=-1)  # [B, N, T, T]
         attended = jnp.einsum("bnst,btnh->bsnh", weights, v).reshape(B, T, D)
-        x = nn.LayerNorm(c.norm_eps, name="attention_norm")(
-            x + nn.Dense(D, name="attention_out")(attended)
-        )
-        hidden = nn.gelu(nn.Dense(c.ffn_dim, name="up")(x), approximate=False)  # [B, T, F]
-        return nn.LayerNorm(c.norm_eps, name="ffn_norm")(x + nn.Dense(D, name="down")(hidden)), None
+        x = x + nn.Dense(D, name="attention_out")(attended)
+        x = nn.LayerNorm(config.norm_eps, name="attention_norm")(x)
+        hidden = nn.gelu(nn.Dense(config.ffn_dim, name="up")(x), approximate=False)  # [B, T, F]
+        x = x + nn.Dense(D, name="down")(hidden)
+        return nn.LayerNorm(config.norm_eps, name="ffn_norm")(x), None
 
 
 class Encoder(nn.Module):
@@ -74,47 +74,42 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array, length: jax.Array) -> jax.Array:
-        """tokens [B, T] int32, right padded; length [B] int32, at least 1 -> vectors [B, D]
-        float32.
-        """
-        c = self.config
+        """tokens [B, T] int32, right padded; length [B] int32, >= 1 -> vectors [B, D] float32."""
+        config = self.config
         mask = jnp.arange(tokens.shape[1]) < length[:, None]  # [B, T]
-        table = lambda name, rows: self.param(
-            name, nn.initializers.normal(0.02), (rows, c.embed_dim)
-        )
+        init = nn.initializers.normal(0.02)
+        table = lambda name, rows: self.param(name, init, (rows, config.embed_dim))
         x = (
-            table("words", c.vocab_size)[tokens]
-            + table("positions", c.positions)[: tokens.shape[1]]
-            + table("token_types", c.token_types)[0]
+            table("words", config.vocab_size)[tokens]
+            + table("positions", config.positions)[: tokens.shape[1]]
+            + table("token_types", config.token_types)[0]
         )
-        x = nn.LayerNorm(c.norm_eps, name="embedding_norm")(x)  # [B, T, D]
+        x = nn.LayerNorm(config.norm_eps, name="embedding_norm")(x)  # [B, T, D]
         layers = nn.scan(
             Layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            length=c.num_layers,
+            length=config.num_layers,
             in_axes=nn.broadcast,
         )
-        x, _ = layers(c, name="layers")(x, mask)
-        vector = (
-            x[:, 0]
-            if c.pooling == "cls"
-            else jnp.where(mask[..., None], x, 0).sum(1) / length[:, None]
-        )
-        return (
-            vector / jnp.maximum(jnp.linalg.norm(vector, axis=-1, keepdims=True), 1e-12)
-            if c.normalize
-            else vector
-        )
+        x, _ = layers(config, name="layers")(x, mask)
+        if config.pooling == "cls":
+            vector = x[:, 0]
+        else:
+            vector = jnp.where(mask[..., None], x, 0).sum(1) / length[:, None]
+        if not config.normalize:
+            return vector
+        return vector / jnp.maximum(jnp.linalg.norm(vector, axis=-1, keepdims=True), 1e-12)
 
 
 def read_encoder_config(folder: pathlib.Path) -> EncoderConfig:
-    """The architecture of a Hugging Face folder; pooling and length as sentence-transformers' files
-    in it say, else mean, normalised, the longest possible.
+    """The architecture in a Hugging Face folder, with pooling and length.
 
-    Raises FileNotFoundError without config.json, ValueError naming file and key for what is not
-    supported.
+    The latter come from the files of sentence-transformers. Without these: mean pooling,
+    normalised, the longest texts possible. Raises FileNotFoundError without config.json, and
+    ValueError, naming file and key, for what is not supported.
     """
+    # The architecture; other kinds of it are rejected.
     raw = _read_json(folder / "config.json")
     if raw is None:
         raise FileNotFoundError(
@@ -130,6 +125,7 @@ def read_encoder_config(folder: pathlib.Path) -> EncoderConfig:
             raise ValueError(
                 f"{folder / 'config.json'}: {key} is {raw.get(key)!r}; only {only!r} is supported"
             )
+    # Pooling and length.
     pooling, normalize = _read_modules(folder)
     settings = _read_json(folder / "sentence_bert_config.json") or {}
     try:
@@ -170,11 +166,8 @@ def _read_modules(folder: pathlib.Path) -> tuple[str, bool]:
         for key, value in (_read_json(file) or {}).items()
         if key.startswith("pooling_mode") and value is True
     ]
-    pooling = (
-        {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}.get(modes[0])
-        if len(modes) == 1
-        else None
-    )
+    names = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+    pooling = names.get(modes[0]) if len(modes) == 1 else None
     if pooling is None:
         raise ValueError(
             f"{file}: the pooling is {', '.join(modes) or 'not named'}; supported are "
@@ -193,17 +186,16 @@ def _read_json(file: pathlib.Path):
 
 
 def load_encoder(folder: pathlib.Path, config: EncoderConfig) -> dict:
-    """An encoder's parameters from a folder's safetensors, as NumPy float32. Raises ValueError
-    naming each tensor that is missing or misshapen.
+    """An encoder's parameters from a folder's safetensors, as NumPy float32.
+
+    Raises ValueError, naming the first of them, for tensors that are missing or misshapen.
     """
     tensors = list_tensors(folder)
     prefix = "bert." if "bert.embeddings.word_embeddings.weight" in tensors else ""
     faults = []
 
     def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """A tensor, with zeros in its place if it does not fit; a matrix of a linear map comes back
-        inputs first.
-        """
+        """A tensor; zeros instead if it does not fit."""
         tensor = tensors.get(prefix + name)
         if tensor is None or tensor.shape != shape:
             faults.append(
@@ -213,6 +205,7 @@ def load_encoder(folder: pathlib.Path, config: EncoderConfig) -> dict:
             return np.zeros(shape, np.float32)
         return np.asarray(tensor.read(), np.float32)
 
+    # The layers, stacked. Files hold a linear map's outputs first, Flax its inputs.
     D, F = config.embed_dim, config.ffn_dim
     dense = lambda name, inputs, outputs: {
         "kernel": read(f"{name}.weight", (outputs, inputs)).T,
@@ -222,12 +215,10 @@ def load_encoder(folder: pathlib.Path, config: EncoderConfig) -> dict:
     layers = []
     for number in range(config.num_layers):
         at = f"encoder.layer.{number}"
+        heads = ("query", "key", "value")
         layers.append(
             {
-                **{
-                    name: dense(f"{at}.attention.self.{name}", D, D)
-                    for name in ("query", "key", "value")
-                },
+                **{name: dense(f"{at}.attention.self.{name}", D, D) for name in heads},
                 "attention_out": dense(f"{at}.attention.output.dense", D, D),
                 "attention_norm": norm(f"{at}.attention.output.LayerNorm"),
                 "up": dense(f"{at}.intermediate.dense", D, F),
@@ -239,6 +230,7 @@ def load_encoder(folder: pathlib.Path, config: EncoderConfig) -> dict:
         "embedding_norm": norm("embeddings.LayerNorm"),
         "layers": jax.tree.map(lambda *leaves: np.stack(leaves), *layers),
     }
+    # The tables of embeddings.
     for ours, theirs, rows in (
         ("words", "word_embeddings", config.vocab_size),
         ("positions", "position_embeddings", config.positions),
@@ -246,9 +238,9 @@ def load_encoder(folder: pathlib.Path, config: EncoderConfig) -> dict:
     ):
         params[ours] = read(f"embeddings.{theirs}.weight", (rows, D))
     if faults:
-        more = f"; and {len(faults) - FAULTS_TOLD} more" if len(faults) > FAULTS_TOLD else ""
+        more = f"; and {len(faults) - FAULTS_NAMED} more" if len(faults) > FAULTS_NAMED else ""
         raise ValueError(
             f"the encoder {folder} does not fit its config.json: "
-            f"{'; '.join(faults[:FAULTS_TOLD])}{more}"
+            f"{'; '.join(faults[:FAULTS_NAMED])}{more}"
         )
     return {"params": params}

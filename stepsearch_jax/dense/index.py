@@ -1,8 +1,8 @@
-"""Dense retrieval: texts to vectors by an encoder on the device, and the exact k nearest documents
-by matrix products over this process's devices.
+"""Dense retrieval: an encoder on the device, and the exact k nearest documents by matrix products.
 
-It runs device programs, so it may only be called where none is running that waits for it: between
-the two halves of `config.rollout.search="host"`, outside of episodes, or in a server.
+The products run on this process's devices. No running device program may wait for such a search,
+so it is only called between the two halves of `config.rollout.search="host"`, outside of episodes,
+or in a server.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from stepsearch_jax.search.cache import describe_search, hash_documents
 from stepsearch_jax.search.embeddings import embed_corpus
 
 AXIS = "documents"  # over which the corpus, or a batch of texts, is cut
-PAD_TO_MULTIPLE_OF = 16  # texts are padded to multiples of it, so that few programs are compiled
+PAD_TO_MULTIPLE_OF = 16  # tokens of a padded text, so that few programs are compiled
 SHARD_BATCHES = 8  # batches that are embedded, sorted by length, between two writes to disk
 QUERY_ROWS = 64  # queries whose scores are computed at a time
 BLOCK_ROWS = 1 << 16  # documents of a device whose scores are held at once
@@ -35,8 +35,8 @@ BLOCK_ROWS = 1 << 16  # documents of a device whose scores are held at once
 class TextEncoder:
     """Texts -> vectors. Made by `load_text_encoder`.
 
-    width: of a vector. fingerprint: changes with whatever changes vectors. shard_rows: texts that
-    are worth embedding at a time.
+    width: of a vector. fingerprint: hash of all files that vectors depend on. shard_rows: texts to
+    embed between two writes to disk.
     """
 
     def __init__(self, folder: pathlib.Path, batch: int, devices: Sequence[jax.Device]):
@@ -53,8 +53,10 @@ class TextEncoder:
         self.fingerprint = _hash_files(folder)
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """[n, width] float32. Texts of about equal length share a batch; a batch that is not full
-        is padded to a power of two.
+        """n texts -> [n, width] float32.
+
+        Texts of about equal length share a batch; a batch that is not full is padded to a power of
+        two.
         """
         ids = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts))]
         order = np.argsort([len(row) for row in ids], kind="stable")
@@ -68,39 +70,33 @@ class TextEncoder:
         count, longest = self._devices, max(map(len, ids))
         while count < len(ids):
             count *= 2
-        tokens = np.zeros(
-            (
-                min(count, self._batch),
-                min(-(-longest // PAD_TO_MULTIPLE_OF) * PAD_TO_MULTIPLE_OF, self.config.positions),
-            ),
-            np.int32,
-        )
-        length = np.ones(len(tokens), np.int32)
+        width = -(-longest // PAD_TO_MULTIPLE_OF) * PAD_TO_MULTIPLE_OF
+        shape = (min(count, self._batch), min(width, self.config.positions))
+        tokens, length = np.zeros(shape, np.int32), np.ones(shape[0], np.int32)
         for row, of_row in enumerate(ids):
             tokens[row, : len(of_row)], length[row] = of_row, len(of_row)
-        return np.asarray(
-            self._encode(self._params, *jax.device_put((tokens, length), self._rows))
-        )[: len(ids)]
+        arguments = jax.device_put((tokens, length), self._rows)
+        return np.asarray(self._encode(self._params, *arguments))[: len(ids)]
 
 
 def load_text_encoder(
     folder: str | pathlib.Path, batch: int, devices: Sequence[jax.Device]
 ) -> TextEncoder:
-    """The encoder in a Hugging Face folder (config.json, *.safetensors, tokenizer.json;
-    sentence-transformers' modules.json is followed).
+    """The encoder in a Hugging Face folder: config.json, *.safetensors, tokenizer.json.
 
-    batch: texts embedded at a time on each of `devices`. Raises FileNotFoundError or ValueError,
-    naming file and key, for one that cannot be read or used.
+    It follows the modules.json of sentence-transformers. batch: texts embedded at a time on each of
+    `devices`. Raises FileNotFoundError or ValueError, naming file and key, for an encoder that
+    cannot be read or used.
     """
     return TextEncoder(pathlib.Path(folder), batch, devices)
 
 
 class DenseIndex:
-    """N documents on the devices, their vectors shared out among them. Made by `build_dense_index`.
-    May be searched from several threads at once.
+    """N documents, whose vectors are spread over the devices. Made by `build_dense_index`.
 
-    corpus: the hash of the documents; settings: of the retriever, for results. vectors [N, E]:
-    their type, float32 or bfloat16, is that of the products, which are summed in float32.
+    Several threads may search it at once. corpus: the hash of the documents; settings: of the
+    retriever, for results. vectors: [N, E]; their type, float32 or bfloat16, is that of the
+    products, which are summed in float32.
     """
 
     def __init__(
@@ -115,7 +111,7 @@ class DenseIndex:
         self._count, self._encoder, self._prefix = len(vectors), encoder, query_prefix
         self._about = corpus, settings
         mesh = Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
-        # Each device holds whole blocks of rows; those behind the last document are zeros that are
+        # Each device holds whole blocks of rows. Rows behind the last document are zeros and are
         # never returned.
         self._block = min(BLOCK_ROWS, -(-self._count // len(devices)))
         rows = -(-self._count // (len(devices) * self._block)) * self._block
@@ -126,40 +122,34 @@ class DenseIndex:
             lambda index: _cut_rows(vectors, *index[0].indices(total)[:2]),
         )
         self._find = jax.jit(partial(_find_best, mesh, self._count, self._block), static_argnums=2)
-        self._lock = (
-            threading.Lock()
-        )  # two programs with collectives at a time could each hold devices that the other needs
+        # Two programs with collectives at a time could each hold devices that the other needs.
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return self._count
 
     def describe(self, k: int) -> dict:
-        """The manifest of results for k documents (`prepared.describe_search`)."""
+        """The manifest of results for k documents (`search.cache.describe_search`)."""
         corpus, settings = self._about
         return describe_search(corpus, len(self), "dense", k, settings)
 
     def search(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k best documents for each of q queries, exactly.
 
-        Returns (ids [q, k] int32, best first, -1 where there are no more; scores [q, k] float32, 0
-        there). Documents with equal scores stand in the order of their ids.
+        Returns (ids [q, k] int32, best first, -1 if there are no more; scores [q, k] float32, 0 for
+        these). Documents with equal scores are in the order of their ids.
         """
-        ids, scores = (
-            np.full((len(queries), k), -1, np.int32),
-            np.zeros((len(queries), k), np.float32),
-        )
+        shape = (len(queries), k)
+        ids, scores = np.full(shape, -1, np.int32), np.zeros(shape, np.float32)
         with self._lock:
             vectors = self._encoder.embed([self._prefix + query for query in queries])
             for start in range(0, len(queries), QUERY_ROWS):
                 part = vectors[start : start + QUERY_ROWS]
-                padded = np.zeros(
-                    (1 << (len(part) - 1).bit_length(), part.shape[1]), np.float32
-                )  # powers of two: few programs
-                padded[: len(part)] = part
-                found, values = (
-                    np.asarray(x)[: len(part)]
-                    for x in self._find(padded, self._corpus, min(k, self._count))
-                )
+                # Padded to a power of two: few programs are compiled.
+                padding = (1 << (len(part) - 1).bit_length()) - len(part)
+                padded = np.pad(part, ((0, padding), (0, 0)))
+                best = self._find(padded, self._corpus, min(k, self._count))
+                found, values = (np.asarray(x)[: len(part)] for x in best)
                 ids[start : start + len(part), : found.shape[1]] = found
                 scores[start : start + len(part), : found.shape[1]] = values
         return ids, scores
@@ -168,21 +158,17 @@ class DenseIndex:
 def _cut_rows(vectors: np.ndarray, start: int, stop: int) -> np.ndarray:
     """Rows [start, stop) of the corpus, zeros behind its end."""
     part = np.asarray(vectors[start:stop])
-    return (
-        np.concatenate(
-            [part, np.zeros((stop - start - len(part), vectors.shape[1]), vectors.dtype)]
-        )
-        if len(part) < stop - start
-        else part
-    )
+    missing = stop - start - len(part)
+    if not missing:
+        return part
+    return np.concatenate([part, np.zeros((missing, vectors.shape[1]), vectors.dtype)])
 
 
 def _find_best(mesh: Mesh, count: int, block: int, queries: jax.Array, corpus: jax.Array, k: int):
-    """queries [q, E] float32, corpus [rows, E] cut over the mesh -> (ids [q, k] int32, scores [q,
-    k] float32) of the first `count` rows.
+    """The k best of the first `count` rows -> (ids [q, k] int32, scores [q, k] float32).
 
-    Blocks and devices follow each other in the order of their rows, and `top_k` takes the first of
-    equal scores: ties go to the smaller id.
+    queries: [q, E] float32; corpus: [rows, E], cut over the mesh. Blocks and devices are merged in
+    the order of their rows, and `top_k` takes the first of equal scores: ties go to the smaller id.
     """
     queries = queries.astype(corpus.dtype)
 
@@ -198,12 +184,12 @@ def _find_best(mesh: Mesh, count: int, block: int, queries: jax.Array, corpus: j
                 preferred_element_type=jnp.float32,
                 precision=jax.lax.Precision.HIGHEST,
             )
+            # Rows behind the last document are never among the best.
             ids = first + number * block + jnp.arange(block, dtype=jnp.int32)
-            return merge(
-                best,
-                (jnp.where(ids < count, scores, -jnp.inf), jnp.broadcast_to(ids, scores.shape)),
-            ), None
+            scores = jnp.where(ids < count, scores, -jnp.inf)  # [q, block]
+            return merge(best, (scores, jnp.broadcast_to(ids, scores.shape))), None
 
+        # The best of this device's blocks, then the best of all devices.
         nothing = jnp.full((len(queries), k), -jnp.inf), jnp.full((len(queries), k), -1, jnp.int32)
         best, _ = jax.lax.scan(search_block, nothing, jnp.arange(part.shape[0] // block))
         return merge(*[tuple(jax.lax.all_gather(x, AXIS, axis=1, tiled=True) for x in best)])
@@ -231,12 +217,11 @@ def build_dense_index(
     dtype: str,
     devices: Sequence[jax.Device],
 ) -> DenseIndex:
-    """Embeds prefix, title and text of each document, where that is not done yet, and puts the
-    vectors onto the devices.
+    """Embeds prefix, title and text of each document and puts the vectors onto the devices.
 
-    folder: holds a folder for each encoder, prefix and type; one that was interrupted goes on from
-    its last shard. dtype: of the stored vectors, float32 or bfloat16. Raises ValueError for an
-    empty corpus.
+    folder: has a subfolder of vectors for each encoder, prefix and type. Vectors that exist are
+    used; an interrupted embedding continues after its last shard. dtype: of the vectors on disk and
+    on the devices, float32 or bfloat16. Raises ValueError for an empty corpus.
     """
     made = hashlib.sha256(f"{encoder.fingerprint} {dtype} {passage_prefix}".encode()).hexdigest()
     texts = Mapped(lambda document: f"{passage_prefix}{document.title}\n{document.text}", documents)
@@ -274,7 +259,7 @@ def _load_tokenizer(folder: pathlib.Path, max_tokens: int) -> tokenizers.Tokeniz
 
 
 def _hash_files(folder: pathlib.Path) -> str:
-    """Of everything in the folder that a vector depends on."""
+    """A hash of all files in the folder on which vectors depend."""
     digest = hashlib.sha256()
     for file in sorted(
         [*folder.glob("*.json"), *folder.glob("*/config.json"), *folder.glob("*.safetensors")]

@@ -162,9 +162,8 @@ def draw_tokens(seed: int) -> tuple[np.ndarray, np.ndarray]:
 def save_model(model, name: str, folder: pathlib.Path) -> None:
     """As a user of transformers would, in the type of the case."""
     _, _, dtype, file_size = CASES[name]
-    copy.deepcopy(model).to(dtype).save_pretrained(
-        folder, max_shard_size=file_size
-    )  # a copy: the rotary frequencies would be rounded as well
+    # A copy: the rotary frequencies would be rounded as well.
+    copy.deepcopy(model).to(dtype).save_pretrained(folder, max_shard_size=file_size)
 
 
 def record_answers(file: pathlib.Path) -> None:
