@@ -1,10 +1,11 @@
 """Makes huggingface/: tiny random models of every family, as transformers writes them, each with
 what transformers' own code computes for some tokens.
 
-python tests/golden/make_huggingface.py             (needs torch; weights and tokens follow from the
-seed)
-python tests/golden/make_huggingface.py FILE.gguf   makes huggingface/smollm2.json instead: what
-SmolLM2-135M-Instruct answers (needs gguf and accelerate)
+python tests/golden/make_huggingface.py
+    needs torch; weights and tokens follow from the seed
+python tests/golden/make_huggingface.py FILE.gguf
+    makes huggingface/smollm2.json instead: what SmolLM2-135M-Instruct answers (needs gguf and
+    accelerate)
 """
 
 import copy
