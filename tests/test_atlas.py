@@ -11,9 +11,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from stepsearch_jax.data import atlas_grammar, atlas_world
-from stepsearch_jax.data.atlas_grammar import KINDS, RELATIONS, split_words, vocabulary
-from stepsearch_jax.data.atlas_world import SHAPES, SPLITS, build_world, make_worlds
+from stepsearch_jax.data.atlas_facts import SPLITS, build_world
+from stepsearch_jax.data.atlas_grammar import QUESTION_FORMS, RELATIONS, split_words, vocabulary
+from stepsearch_jax.data.atlas_kinds import KINDS
+from stepsearch_jax.data.atlas_questions import SHAPES, make_retrieval_check
+from stepsearch_jax.data.atlas_world import make_worlds
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
 ARGUMENTS = dict(
@@ -65,7 +67,7 @@ def test_grammar_is_as_large_as_promised():
             and relation.subject in KINDS
             and relation.object in KINDS
         )
-    assert len(atlas_grammar.QUESTION_FORMS) >= 3
+    assert len(QUESTION_FORMS) >= 3
     # The pools of names are free of repetitions, and no name word is a word of the sentences (BM25 ignores case).
     pools = {pool for kind in KINDS.values() for pool in (kind.first, kind.second)}
     names = {word.lower() for pool in pools for word in pool}
@@ -356,7 +358,7 @@ def test_query_without_gold_is_dropped():
         Document(0, "Bela Asker", "Her mother is Selia Grimby."),
         *(Document(i, "Bela Holtby", "She likes chess.") for i in range(1, 5)),
     ]
-    check = atlas_world._make_retrieval_check(documents, 0.9, 0.4)
+    check = make_retrieval_check(documents, 0.9, 0.4)
     assert check(["Bela Asker mother", "mother", "Asker"], 0) == (
         "Bela Asker mother",
         "mother",

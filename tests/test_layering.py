@@ -57,7 +57,7 @@ LIGHT = {"cli", "serve", "prepare", "benchmark.cases", "benchmark.__main__"}
 DEVICE = {"types", "masking", "sharding", "models", "rewards.placement", "rl", "checkpoint"}
 DEVICE_LIBRARIES = {"jax", "jaxlib", "flax", "optax", "orbax"}
 # the only users of bm25s, which starts jax when it is imported
-LAZY = {"search/bm25.py", "data/atlas_world.py"}
+LAZY = {"search/bm25.py", "data/atlas_questions.py"}
 
 
 def module_of(path: pathlib.Path, package: pathlib.Path = PACKAGE) -> str:

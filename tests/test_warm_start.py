@@ -11,7 +11,7 @@ import running
 import tiny_config
 
 from stepsearch_jax import checkpoint
-from stepsearch_jax.data.atlas_grammar import KINDS, name_groups
+from stepsearch_jax.data.atlas_kinds import KINDS, name_groups
 from stepsearch_jax.evaluation import greedy
 from stepsearch_jax.models.huggingface import export_policy
 from stepsearch_jax.models.transformer import Policy

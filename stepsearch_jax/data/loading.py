@@ -21,7 +21,10 @@ from google.protobuf import json_format
 
 from stepsearch_jax.data import (
     atlas,
+    atlas_facts,
     atlas_grammar,
+    atlas_kinds,
+    atlas_questions,
     atlas_world,
     bamboogle,
     builder,
@@ -211,7 +214,9 @@ def _make_builder(config, k1: float, b: float) -> tuple[builder.RecordsBuilder, 
             shapes=tuple(atlas_config.shapes),
             questions=questions,
         )
-        digest = _digest(made, atlas_grammar, atlas_world)
+        digest = _digest(
+            made, atlas_kinds, atlas_grammar, atlas_facts, atlas_questions, atlas_world
+        )
         builder_class, builder_config = atlas.Atlas, atlas.AtlasConfig(name=digest, **made)
     elif config.kind in OFFICIAL:
         builder_class, folder = OFFICIAL[config.kind], pathlib.Path(config.path)
