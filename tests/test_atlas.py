@@ -62,13 +62,10 @@ def test_grammar_is_as_large_as_promised():
         assert len(set(relation.patterns)) >= 3 and len(set(relation.phrases)) >= 2, relation.word
         assert any(pattern.startswith("{S}") for pattern in relation.patterns), relation.word
         assert all(pattern.count("{o}") == 1 for pattern in relation.patterns), relation.word
-        assert (
-            len(split_words(relation.word)) == 1
-            and relation.subject in KINDS
-            and relation.object in KINDS
-        )
+        assert len(split_words(relation.word)) == 1
+        assert relation.subject in KINDS and relation.object in KINDS
     assert len(QUESTION_FORMS) >= 3
-    # The pools of names are free of repetitions, and no name word is a word of the sentences (BM25 ignores case).
+    # No pool of names repeats a word, and no sentence holds a name word (BM25 ignores case).
     pools = {pool for kind in KINDS.values() for pool in (kind.first, kind.second)}
     names = {word.lower() for pool in pools for word in pool}
     for pool in pools:
@@ -87,9 +84,8 @@ def test_same_arguments_give_the_same_worlds_in_another_process():
     out = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment
     )
-    assert (
-        out.stdout.strip() == hashlib.sha256(repr(make_worlds(**arguments)).encode()).hexdigest()
-    ), out.stderr
+    expected = hashlib.sha256(repr(make_worlds(**arguments)).encode()).hexdigest()
+    assert out.stdout.strip() == expected, out.stderr
 
 
 def test_another_seed_gives_other_worlds(made):
@@ -101,31 +97,27 @@ def test_another_seed_gives_other_worlds(made):
 def test_splits_share_no_entity_for_any_seed_but_all_words(worlds):
     names = {
         split: {
-            e.name
+            entity.name
             for seed in (3, 8)
-            for e in build_world(seed=seed, split=split, entities=240).entities
+            for entity in build_world(seed=seed, split=split, entities=240).entities
         }
         for split in SPLITS
     }
     for one in SPLITS:
-        assert len({e.name for e in worlds[one].entities}) == len(worlds[one].entities)
+        assert len({entity.name for entity in worlds[one].entities}) == len(worlds[one].entities)
         assert all(len(name.split()) == 2 for name in names[one])
         for two in SPLITS:
             assert one == two or not names[one] & names[two]
-    words = {
-        word
-        for e in build_world(seed=0, split="train", entities=400).entities
-        for word in e.name.split()
-    }
+    large = build_world(seed=0, split="train", entities=400)
+    words = {word for entity in large.entities for word in entity.name.split()}
     assert words == {word for kind in KINDS.values() for word in kind.first + kind.second}
 
 
 def test_names_are_near_duplicates(worlds):
-    """Most persons share their first name and their surname with others of their world, and most place words name several things."""
-    counts = Counter(word for entity in worlds["train"].entities for word in entity.name.split())
-    shared = [
-        all(counts[word] > 1 for word in entity.name.split()) for entity in worlds["train"].entities
-    ]
+    """Most entities share both words of their name with others of their world."""
+    entities = worlds["train"].entities
+    counts = Counter(word for entity in entities for word in entity.name.split())
+    shared = [all(counts[word] > 1 for word in entity.name.split()) for entity in entities]
     assert np.mean(shared) > 0.7
 
 
@@ -133,11 +125,9 @@ def test_facts_make_sense(worlds):
     for world in worlds.values():
         kinds = [entity.kind for entity in world.entities]
         for (row, word), target in world.facts.items():
-            assert (
-                kinds[row] == RELATIONS[word].subject
-                and kinds[target] == RELATIONS[word].object
-                and row != target
-            )
+            relation = RELATIONS[word]
+            assert (kinds[row], kinds[target]) == (relation.subject, relation.object)
+            assert row != target
             if word == "mother":
                 assert world.entities[target].pronouns == ("she", "her")
             if word == "capital":
@@ -149,15 +139,14 @@ def test_facts_make_sense(worlds):
                     assert row not in seen, f"{word} facts form a circle"
                     seen.add(row)
                     row = world.facts.get((row, word))
-        missing = {
+        possible = {
             (row, word)
-            for word, r in RELATIONS.items()
+            for word, relation in RELATIONS.items()
             for row, kind in enumerate(kinds)
-            if kind == r.subject
-        } - set(world.facts)
-        assert {word for _, word in missing} <= {"mother", "outlet"} and len(
-            missing
-        ) <= 2  # the roots of the forests
+            if kind == relation.subject
+        }
+        missing = possible - set(world.facts)  # the roots of the forests
+        assert {word for _, word in missing} <= {"mother", "outlet"} and len(missing) <= 2
 
 
 def test_articles_state_their_own_facts_and_nothing_about_others(made, worlds):
@@ -206,9 +195,8 @@ def test_every_shape_is_what_it_says(made, worlds):
             assert len(subs) == len(SHAPES[question.shape]) == int(question.shape[0])
             for sub, needs in zip(subs, SHAPES[question.shape]):
                 answer, (gold,) = row_of[sub.answer], sub.gold_ids
-                if (
-                    len(needs) < 2
-                ):  # a hop from an earlier answer, or from an entity that the question names
+                # A hop starts from an earlier answer, or from an entity that the question names.
+                if len(needs) < 2:
                     subject = documents[gold].title
                     if needs:
                         assert subject == subs[needs[0]].answer
@@ -216,20 +204,18 @@ def test_every_shape_is_what_it_says(made, worlds):
                         assert subject in question.question
                         starts.append(subject)
                     word = sub.queries[0].removeprefix(subject + " ")
-                    assert (
-                        sub.queries[0] == f"{subject} {word}"
-                        and world.facts[row_of[subject], word] == answer
-                    )
+                    assert sub.queries[0] == f"{subject} {word}"
+                    assert world.facts[row_of[subject], word] == answer
                     assert any(
                         phrase.format(x=subject).removeprefix("the ") in sub.queries
                         for phrase in RELATIONS[word].phrases
                     )
-                else:  # a join: exactly one entity has both earlier answers as objects, and neither condition alone is enough
+                # A join: exactly one entity has both earlier answers as objects, and neither
+                # condition alone is enough.
+                else:
                     one, two = (subs[i].answer for i in needs)
-                    assert (
-                        documents[gold].title == sub.answer
-                        and sub.queries[0] == f"{one} {two} {world.entities[answer].kind}"
-                    )
+                    assert documents[gold].title == sub.answer
+                    assert sub.queries[0] == f"{one} {two} {world.entities[answer].kind}"
                     words = [
                         word
                         for word, relation in RELATIONS.items()
@@ -238,7 +224,11 @@ def test_every_shape_is_what_it_says(made, worlds):
                     ]
                     assert len(words) == 2
                     holding = [
-                        {r for (r, w), t in world.facts.items() if w in words and t == row_of[name]}
+                        {
+                            subject
+                            for (subject, word), target in world.facts.items()
+                            if word in words and target == row_of[name]
+                        }
                         for name in (one, two)
                     ]
                     assert holding[0] & holding[1] == {answer} and min(map(len, holding)) > 1
@@ -248,9 +238,8 @@ def test_every_shape_is_what_it_says(made, worlds):
             # No loops: all entities of the path differ; and none of the answers is given away.
             path = [*starts, *(sub.answer for sub in subs)]
             assert len(set(path)) == len(path)
-            assert not any(sub.answer in question.question for sub in subs) and not any(
-                sub.answer in sub.question for sub in subs
-            )
+            assert not any(sub.answer in question.question for sub in subs)
+            assert not any(sub.answer in sub.question for sub in subs)
         assert len({question.question for question in questions[split]}) == len(questions[split])
         assert len({question.uid for question in questions[split]}) == len(questions[split])
         first_row += len(world.entities)
@@ -263,29 +252,22 @@ def test_questions_have_paraphrases(made):
         for sub in question.sub_questions:
             asked.setdefault(sub.queries[0], set()).add(sub.question)
     assert max(map(len, asked.values())) >= 4
-    assert {question.question.split()[0] for question in all_questions(made)} == {
-        "Who",
-        "What",
-        "Name",
-        "Find",
-        "Which",
-    }
+    first_words = {question.question.split()[0] for question in all_questions(made)}
+    assert first_words == {"Who", "What", "Name", "Find", "Which"}
 
 
 def test_every_accepted_query_finds_its_gold_document(made):
     """An oracle in plain NumPy: Lucene's BM25 over title and text, words in lower case."""
     texts = [re.findall(r"\w+", f"{d.title}\n{d.text}".lower()) for d in made[0]]
     mean = np.mean([len(text) for text in texts])
-    norm = [
-        ARGUMENTS["k1"] * (1 - ARGUMENTS["b"] + ARGUMENTS["b"] * len(text) / mean) for text in texts
-    ]
+    k1, b = ARGUMENTS["k1"], ARGUMENTS["b"]
+    norm = [k1 * (1 - b + b * len(text) / mean) for text in texts]
     weights = {}
     for word in {word for text in texts for word in text}:
         counts = np.array([text.count(word) for text in texts])
         held = (counts > 0).sum()
-        weights[word] = (
-            math.log(1 + (len(texts) - held + 0.5) / (held + 0.5)) * counts / (counts + norm)
-        )
+        idf = math.log(1 + (len(texts) - held + 0.5) / (held + 0.5))
+        weights[word] = idf * counts / (counts + norm)
     checked = set()
     for question in all_questions(made):
         for sub in question.sub_questions:
@@ -300,10 +282,8 @@ def test_every_accepted_query_finds_its_gold_document(made):
 def test_vocabulary_is_closed_and_small(made):
     words = vocabulary()
     assert words == sorted(set(words)) and len(words) <= 700
-    for texts in (
-        texts_of(made),
-        texts_of(make_worlds(**{**ARGUMENTS, "seed": 11, "extra_facts": 4})),
-    ):
+    others = make_worlds(**{**ARGUMENTS, "seed": 11, "extra_facts": 4})
+    for texts in (texts_of(made), texts_of(others)):
         for text in texts:
             assert set(split_words(text)) <= set(words), text
             assert re.sub(r"[\s]", "", text) == "".join(split_words(text)), text
@@ -319,13 +299,11 @@ def test_aliases_are_no_other_entity(made):
 
 
 def test_a_subset_of_shapes():
-    _, questions = make_worlds(
-        **{**ARGUMENTS, "shapes": ("3hop_chain", "2hop"), "questions": {"train": 21}}
-    )
-    assert set(questions) == {"train"} and Counter(q.shape for q in questions["train"]) == {
-        "3hop_chain": 11,
-        "2hop": 10,
-    }
+    changes = {"shapes": ("3hop_chain", "2hop"), "questions": {"train": 21}}
+    _, questions = make_worlds(**{**ARGUMENTS, **changes})
+    assert set(questions) == {"train"}
+    counts = Counter(question.shape for question in questions["train"])
+    assert counts == {"3hop_chain": 11, "2hop": 10}
 
 
 @pytest.mark.parametrize(
@@ -333,16 +311,16 @@ def test_a_subset_of_shapes():
     [
         (
             {"questions": {"validation": 9999}, "shapes": ("3hop_join",)},
-            r"9999 questions of shape 3hop_join .* only \d+ could be made in the validation",
+            r"9999 .* 3hop_join .* \d+ .* validation",
         ),
-        ({"shapes": ("2hop", "5hop")}, "shapes must be different ones of"),
-        ({"shapes": ()}, "shapes must be different ones of"),
-        ({"shapes": ("2hop", "2hop")}, "shapes must be different ones of"),
-        ({"entities": 20}, "at least 60 entities, not 20"),
-        ({"entities": 9000}, "names of kind .* are needed in the train world"),
-        ({"extra_facts": 9}, "extra_facts must be between 0 and 4, not 9"),
+        ({"shapes": ("2hop", "5hop")}, "shapes .*5hop"),
+        ({"shapes": ()}, "shapes"),
+        ({"shapes": ("2hop", "2hop")}, "shapes"),
+        ({"entities": 20}, "60 entities, not 20"),
+        ({"entities": 9000}, "names .* train .* data.atlas.entities"),
+        ({"extra_facts": 9}, "extra_facts .* 0 and 4, not 9"),
         ({"questions": {"dev": 3}}, "'dev'"),
-        ({"questions": {"test": 0}}, "at least 1"),
+        ({"questions": {"test": 0}}, "'test'"),
     ],
 )
 def test_bad_arguments_are_refused(change, message):
@@ -351,7 +329,7 @@ def test_bad_arguments_are_refused(change, message):
 
 
 def test_query_without_gold_is_dropped():
-    """Two documents alike but for the title, four alike in all: queries that cannot tell them apart are not accepted."""
+    """Queries that cannot tell four equal documents apart, or find the gold one, are dropped."""
     from stepsearch_jax.records import Document
 
     documents = [
@@ -359,20 +337,12 @@ def test_query_without_gold_is_dropped():
         *(Document(i, "Bela Holtby", "She likes chess.") for i in range(1, 5)),
     ]
     check = make_retrieval_check(documents, 0.9, 0.4)
-    assert check(["Bela Asker mother", "mother", "Asker"], 0) == (
-        "Bela Asker mother",
-        "mother",
-        "Asker",
-    )
-    assert check(["Bela Asker mother", "mother", "Asker", "Bela Holtby"], 0) == (
-        "Bela Asker mother",
-        "mother",
-        "Asker",
-    )
-    assert (
-        check(["Bela Holtby", "mother", "Asker", "Bela Asker"], 0) == ()
-    )  # the canonical query failed
-    assert check(["Bela Asker mother", "mother", "chess"], 0) == ()  # fewer than three are left
-    assert (
-        check(["Bela Holtby", "Holtby", "chess"], 1) == ()
-    )  # four equal documents: the third place is not certain
+    good = ("Bela Asker mother", "mother", "Asker")
+    assert check([*good], 0) == good
+    assert check([*good, "Bela Holtby"], 0) == good
+    # The canonical query failed.
+    assert check(["Bela Holtby", "mother", "Asker", "Bela Asker"], 0) == ()
+    # Fewer than three are left.
+    assert check(["Bela Asker mother", "mother", "chess"], 0) == ()
+    # Four equal documents: the third place is not certain.
+    assert check(["Bela Holtby", "Holtby", "chess"], 1) == ()

@@ -1,4 +1,4 @@
-"""Atlas as a TFDS builder: the embedded synthetic worlds of atlas_world.py, stored."""
+"""Atlas as a TFDS builder: stores the synthetic worlds of atlas_world.py."""
 
 from __future__ import annotations
 
@@ -30,17 +30,14 @@ class Atlas(RecordsBuilder):
     VERSION = tfds.core.Version("1.0.0")
 
     def make_records(self, folder: pathlib.Path) -> Records:
-        c = self.builder_config
+        config = self.builder_config
         documents, splits = make_worlds(
-            seed=c.seed,
-            entities=c.entities,
-            k1=c.k1,
-            b=c.b,
-            shapes=c.shapes,
-            questions=c.questions,
+            seed=config.seed,
+            entities=config.entities,
+            k1=config.k1,
+            b=config.b,
+            shapes=config.shapes,
+            questions=config.questions,
         )
-        return Records(
-            write_documents(((document.title, document.text) for document in documents), folder),
-            splits,
-            {},
-        )
+        passages = ((document.title, document.text) for document in documents)
+        return Records(write_documents(passages, folder), splits, files={})

@@ -14,7 +14,8 @@ from stepsearch_jax.data.atlas_kinds import KINDS, WOMEN
 
 SPLITS = ("train", "validation", "test")
 MIN_ENTITIES = 60  # below it, some kinds have too few members for joins
-# Name (i, j) of a kind belongs to the split that owns (i + j) mod 4: no name in two splits, every word in all of them.
+# Name (i, j) of a kind belongs to the split that owns (i + j) mod 4: no name is in two splits, and
+# every word is in all of them.
 _RESIDUES = {"train": (0, 1), "validation": (2,), "test": (3,)}
 
 
@@ -42,7 +43,10 @@ class World:
 
 
 def build_world(*, seed: int, split: str, entities: int) -> World:
-    """The world of a split: `entities` entities and their facts. Raises ValueError when there are too few entities, or too few names for them."""
+    """The world of a split: `entities` entities and their facts.
+
+    Raises ValueError when there are too few entities, or too few names for them.
+    """
     if entities < MIN_ENTITIES:
         raise ValueError(f"atlas: a world needs at least {MIN_ENTITIES} entities, not {entities}")
     rng = np.random.default_rng([seed, SPLITS.index(split)])
@@ -59,7 +63,10 @@ def build_world(*, seed: int, split: str, entities: int) -> World:
 def _choose_names(
     rng: np.random.Generator, word: str, split: str, count: int, taken: set[str]
 ) -> list[str]:
-    """`count` names of a kind, using all words of its pools as evenly as possible (a word that never occurs in training cannot be read later)."""
+    """`count` names of a kind, using all words of its pools as evenly as possible.
+
+    A word that never occurs in training could not be read later.
+    """
     first, second = KINDS[word].first, KINDS[word].second
     free = defaultdict(list)
     for i, j in itertools.product(range(len(first)), range(len(second))):
@@ -68,7 +75,8 @@ def _choose_names(
     available = sum(len(row) for row in free.values())
     if available < count:
         raise ValueError(
-            f"atlas: {count} names of kind {word} are needed in the {split} world, {available} exist; lower data.atlas.entities"
+            f"atlas: {count} names of kind {word} are needed in the {split} world, "
+            f"but only {available} exist; lower data.atlas.entities"
         )
     names, used = [], Counter()
     while len(names) < count:
@@ -82,10 +90,11 @@ def _choose_names(
 
 
 def _choose_facts(rng: np.random.Generator, entities: list[Entity]) -> dict[tuple[int, str], int]:
-    """One object for every subject and relation, as far as there is one.
+    """One object for every subject and relation, if there is one.
 
-    A relation draws its objects from a pool of a third as many as its subjects, so that several subjects share an object and neither half of a join
-    gives its answer away. Within one kind (mothers, outlets) facts form a forest, never a circle.
+    A relation draws its objects from a pool a third the size of its subjects: several subjects
+    share an object, so neither half of a join gives its answer away. Within one kind (mothers,
+    outlets) facts form a forest, never a circle.
     """
     rows = defaultdict(list)
     for row, entity in enumerate(entities):

@@ -1,7 +1,9 @@
-"""The words of Atlas: names, sentence patterns, question phrasings. All of it is fixed: a seed chooses among these words and never adds one.
+"""The relations of Atlas: their sentence patterns and question phrasings.
 
-Placeholders: {S} the subject at the start of a sentence, {P} "His", "Her" or "Its", {p} the same in lower case, {o} the object, {x} the thing asked
-about (a name, or a noun phrase in nested questions), {n} {y} {c} {h} filler values.
+Placeholders: {S} the subject at the start of a sentence, {P} "His", "Her" or "Its", {p} the same in
+lower case, {o} the object, {x} the thing asked about (a name, or a noun phrase in nested
+questions), {n} {y} {c} {h} filler values. All words are fixed: a seed chooses among them and never
+adds one.
 """
 
 from __future__ import annotations
@@ -14,7 +16,11 @@ from stepsearch_jax.data.atlas_kinds import COLOURS, HOBBIES, KINDS, NUMBERS, YE
 
 @dataclasses.dataclass(frozen=True)
 class Relation:
-    """A functional relation. `word` names it in queries, `phrases` are noun phrases of its object, `clause` follows "who" or "that" in joins."""
+    """A functional relation: one object per subject.
+
+    `word` names it in queries, `phrases` are noun phrases of its object, and `clause` follows "who"
+    or "that" in joins.
+    """
 
     word: str
     subject: str
@@ -258,29 +264,23 @@ RELATIONS = {
     )
 }
 
-QUESTION_FORMS = (
-    "{who} is {x}?",
-    "Name {x}.",
-    "Find {x}.",
-    "Which {kind} is {x}?",
-)  # {who}: "Who" or "What", {kind}: type of the answer
+# {who}: "Who" or "What", {kind}: kind of the answer.
+QUESTION_FORMS = ("{who} is {x}?", "Name {x}.", "Find {x}.", "Which {kind} is {x}?")
 _WORD = re.compile(r"[A-Za-z0-9]+|[.,?]")
 
 
 def ask(noun_phrase: str, kind: str, form: int) -> str:
-    """The question whose answer is `noun_phrase`, of type `kind`, in the phrasing QUESTION_FORMS[form]."""
+    """The question whose answer is `noun_phrase`, of this kind, in the phrasing of this form."""
     start = f"the {kind} {_relative(kind)} "
-    if QUESTION_FORMS[form].startswith("Which") and noun_phrase.startswith(
-        start
-    ):  # not: Which person is the person who …?
+    # Not: Which person is the person who …?
+    if QUESTION_FORMS[form].startswith("Which") and noun_phrase.startswith(start):
         return f"Which {kind} {noun_phrase.removeprefix(start)}?"
-    return QUESTION_FORMS[form].format(
-        who="Who" if kind == "person" else "What", kind=kind, x=noun_phrase
-    )
+    who = "Who" if kind == "person" else "What"
+    return QUESTION_FORMS[form].format(who=who, kind=kind, x=noun_phrase)
 
 
 def join_phrase(kind: str, clauses: list[str]) -> str:
-    """The noun phrase of the one `kind` of which both clauses hold."""
+    """The noun phrase of the one entity of this kind for which both clauses hold."""
     return f"the {kind} {_relative(kind)} {clauses[0]} and {clauses[1]}"
 
 
@@ -294,7 +294,10 @@ def split_words(text: str) -> list[str]:
 
 
 def vocabulary() -> list[str]:
-    """Every word and punctuation mark of any Atlas article, question, sub-question, query, answer or alias, sorted. The same for every seed."""
+    """Every word and punctuation mark of any Atlas text, sorted; the same for every seed.
+
+    Texts are articles, questions, sub-questions, queries, answers and aliases.
+    """
     texts = [
         "Who What who that and the The It He She His Her Its his her its . , ?",
         *NUMBERS,

@@ -1,4 +1,4 @@
-"""The kinds of entities of Atlas: the words of their names, and sentences that no question needs."""
+"""The kinds of entities in Atlas: the words of their names, and their filler sentences."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """An entity type. A name is a word of `first` and one of `second`; `share` is its part of a world; no question needs `fillers`."""
+    """A kind of entity: a name is a word of `first` and one of `second`.
+
+    `share` is its fraction of a world's entities; no question needs the sentences `fillers`.
+    """
 
     word: str
     share: float
@@ -25,12 +28,12 @@ MEN = _compose("Bel Dar Fen Gal Hal Jor Kel Mir Sel Tam", "en os ric")
 SURNAMES = _compose("Ask Brom Cald Dren Farn Grim Holt Kest Lund Marl", "er by wick ley sen mont")
 STEMS = _compose("Vel Nor Sar Tor Quil Zan Ost Ryd Wex Pell", "mar dra gard una ith ova")
 ADJECTIVES = tuple(
-    "Silent Golden Broken Hidden Distant Frozen Gentle Hollow Ivory Jagged Little Modern Narrow Ancient Scarlet Quiet Restless Tender "
-    "Velvet Wandering Crystal Burning Empty Wooden".split()
+    "Silent Golden Broken Hidden Distant Frozen Gentle Hollow Ivory Jagged Little Modern Narrow "
+    "Ancient Scarlet Quiet Restless Tender Velvet Wandering Crystal Burning Empty Wooden".split()
 )
 NOUNS = tuple(
-    "Lantern Garden Mirror Shadow Orchard Compass Harvest Mountain Journey Kitchen Letter Meadow Needle Ocean Palace Riddle Season Tower "
-    "Umbrella Voyage Window Anchor Forest Candle".split()
+    "Lantern Garden Mirror Shadow Orchard Compass Harvest Mountain Journey Kitchen Letter Meadow "
+    "Needle Ocean Palace Riddle Season Tower Umbrella Voyage Window Anchor Forest Candle".split()
 )
 
 NUMBERS = tuple("20 30 40 50 60 70 80 90".split())
@@ -142,9 +145,10 @@ KINDS = {
 
 
 def name_groups() -> list[tuple[str, ...]]:
-    """Words of names that may be exchanged for one another, all at once, in any text of a split without making a name of another split.
+    """Groups of name words that can be exchanged in any text without making another split's name.
 
-    Which split owns a name depends on the positions of its two words in their pools modulo 4 (`atlas_world`), and these exchanges keep them.
+    The exchange must be made everywhere at once. The positions of a name's two words in their
+    pools, modulo 4, decide which split owns it (`atlas_facts`); these exchanges keep them.
     """
     return [
         pool[residue::4]

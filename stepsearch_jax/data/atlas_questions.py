@@ -13,7 +13,9 @@ from stepsearch_jax.data.atlas_facts import World, pick
 from stepsearch_jax.data.atlas_grammar import QUESTION_FORMS, RELATIONS, Relation, ask, join_phrase
 from stepsearch_jax.records import Document, Question, SubQuestion
 
-SHAPES = {  # graph shape -> for each sub-question, the earlier ones whose answers it needs: none = it starts from the question, two = a join
+# Graph shape -> for each sub-question, the earlier ones whose answers it needs.
+# None: it starts from the question; two: it is a join.
+SHAPES = {
     "2hop": ((), (0,)),
     "3hop_chain": ((), (0,), (1,)),
     "3hop_join": ((), (), (0, 1)),
@@ -21,28 +23,30 @@ SHAPES = {  # graph shape -> for each sub-question, the earlier ones whose answe
     "4hop_branch": ((), (0,), (), (1, 2)),
     "4hop_after": ((), (), (0, 1), (2,)),
 }
-MIN_QUERIES = 3  # a sub-question keeps at least so many accepted queries
-PATIENCE = 5000  # so many draws in a row without a new path mean that there are hardly any more
-TOP_K = 3  # an accepted query finds its gold document among so many
+MIN_QUERIES = 3  # accepted queries that a sub-question has at least
+PATIENCE = 5000  # draws in a row without a new path after which a shape counts as exhausted
+TOP_K = 3  # an accepted query ranks its gold document among the first TOP_K
 _WORD = re.compile(r"\w+")
 
-# A hop is (subject row, relation word); a join is (answer row, first relation word, second relation word).
+# A hop is (subject row, relation word).
+# A join is (answer row, first relation word, second relation word).
 _Hop = tuple[int, str]
 _Join = tuple[int, str, str]
 
 
 def make_retrieval_check(documents: list[Document], k1: float, b: float):
-    """A function (queries, row) -> those of the queries that BM25 answers with document `row` among the first TOP_K, however ties are broken.
+    """Returns a function (queries, row) -> the queries for which BM25 finds document `row`.
 
-    It returns none at all when the first, canonical query is not among them or fewer than MIN_QUERIES remain. Words are split as by the search index.
+    "Finds" means among the first TOP_K, however ties are broken. The function returns no query at
+    all when it rejects the first, canonical one or fewer than MIN_QUERIES remain. Words are split
+    as in the search index.
     """
     import bm25s  # initialises jax: only where it is needed
 
     logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG
     index = bm25s.BM25(k1=k1, b=b, method="lucene", backend="numpy")
-    index.index(
-        [_WORD.findall(f"{d.title}\n{d.text}".lower()) for d in documents], show_progress=False
-    )
+    words = [_WORD.findall(f"{d.title}\n{d.text}".lower()) for d in documents]
+    index.index(words, show_progress=False)
 
     def retrieves(queries: list[str], row: int) -> tuple[str, ...]:
         kept = []
@@ -56,13 +60,14 @@ def make_retrieval_check(documents: list[Document], k1: float, b: float):
 
 
 class Questioner:
-    """Makes the questions of one world: draws paths through its facts at random and writes them down."""
+    """Makes the questions of one world: draws random paths through its facts and words them."""
 
     def __init__(self, rng: np.random.Generator, world: World, first_row: int, retrieves):
         self.rng, self.world, self.first_row = rng, world, first_row
         self.names = [entity.name for entity in world.entities]
         self.kinds = [entity.kind for entity in world.entities]
-        self.hops: dict[_Hop, tuple[str, ...]] = {}  # accepted queries of each usable hop and join
+        # Accepted queries of each usable hop and join.
+        self.hops: dict[_Hop, tuple[str, ...]] = {}
         self.joins: dict[_Join, tuple[str, ...]] = {}
         self.incoming: dict[int, list[_Hop]] = defaultdict(list)
         self.outgoing: dict[int, list[_Hop]] = defaultdict(list)
@@ -77,10 +82,7 @@ class Questioner:
                 self.incoming[target].append((row, word))
         for row, words in own.items():
             for one, two in itertools.permutations(words, 2):
-                first, second = (
-                    subjects[one, world.facts[row, one]],
-                    subjects[two, world.facts[row, two]],
-                )
+                first, second = (subjects[word, world.facts[row, word]] for word in (one, two))
                 # Both conditions are needed, and together they leave one answer.
                 if first & second == {row} and len(first) > 1 and len(second) > 1:
                     queries = retrieves(self._join_queries((row, one, two)), first_row + row)
@@ -101,8 +103,9 @@ class Questioner:
                     paths[path] = None
             if len(paths) < wanted:
                 raise ValueError(
-                    f"atlas: {wanted} questions of shape {shape} were asked for, but only {len(paths)} could be made in the {split} "
-                    f"world of {len(self.names)} entities; ask for fewer questions, more entities or other shapes"
+                    f"atlas: {wanted} questions of shape {shape} were asked for, but only "
+                    f"{len(paths)} could be made in the {split} world of {len(self.names)} "
+                    "entities; ask for fewer questions, more entities or other shapes"
                 )
             drawn += [(shape, path) for path in paths]
         order = self.rng.permutation(len(drawn))
@@ -112,7 +115,10 @@ class Questioner:
         return self.world.facts[hop]
 
     def _draw(self, shape: str) -> tuple | None:
-        """A random path of the shape: hops and joins in the order of the sub-questions; None when the draw meets a dead end or an entity twice."""
+        """A random path of the shape: hops and joins in the order of the sub-questions.
+
+        None when the draw meets a dead end, or the same entity twice.
+        """
         depends = SHAPES[shape]
         if () not in depends[1:]:  # a chain: walk forwards from anywhere
             path = [pick(self.rng, self.starts)] if self.starts else []
@@ -120,11 +126,7 @@ class Questioner:
             if not self.join_list:
                 return None
             row, one, two = join = pick(self.rng, self.join_list)
-            path = [
-                self._before(self._object((row, one))),
-                self._before(self._object((row, two))),
-                join,
-            ]
+            path = [*(self._before(self._object((row, word))) for word in (one, two)), join]
             if depends[1] == (0,) and path[0]:
                 path.insert(0, self._before(path[0][0]))
         while len(path) < len(depends) and None not in path:
@@ -167,13 +169,11 @@ class Questioner:
         ]
 
     def _phrase(self, part: _Hop | _Join, nouns: list[str]) -> str:
-        """Noun phrase of the answer of one sub-question about `nouns` (one of a hop, two of a join)."""
+        """The answer of one sub-question as a noun phrase about `nouns` (hop: one, join: two)."""
         if len(part) == 2:
             return pick(self.rng, RELATIONS[part[1]].phrases).format(x=nouns[0])
-        return join_phrase(
-            self.kinds[part[0]],
-            [RELATIONS[word].clause.format(x=noun) for word, noun in zip(part[1:], nouns)],
-        )
+        clauses = [RELATIONS[word].clause.format(x=noun) for word, noun in zip(part[1:], nouns)]
+        return join_phrase(self.kinds[part[0]], clauses)
 
     def _ask(self, phrase: str, row: int) -> str:
         return ask(phrase, self.kinds[row], int(self.rng.integers(len(QUESTION_FORMS))))
@@ -187,19 +187,15 @@ class Questioner:
         return ()
 
     def _write(self, uid: str, shape: str, path: tuple) -> Question:
-        answers, nested, subs = (
-            [],
-            [],
-            [],
-        )  # nested: noun phrases of the answers in the whole question
+        answers, subs = [], []
+        nested = []  # the answers as noun phrases of the whole question
         for part, needs in zip(path, SHAPES[shape]):
             answer = self._answer(part)
             start = [self.names[part[0]]]
+            phrase = self._phrase(part, [self.names[answers[i]] for i in needs] or start)
             subs.append(
                 SubQuestion(
-                    question=self._ask(
-                        self._phrase(part, [self.names[answers[i]] for i in needs] or start), answer
-                    ),
+                    question=self._ask(phrase, answer),
                     answer=self.names[answer],
                     aliases=self._aliases(answer),
                     gold_ids=(self.first_row + part[0],),

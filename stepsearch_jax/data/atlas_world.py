@@ -1,8 +1,10 @@
-"""Synthetic worlds: entities, facts, their articles, and the multi-hop questions that the articles answer.
+"""Synthetic worlds: entities, facts, their articles, and the multi-hop questions that they answer.
 
-A world is made from a seed alone. Worlds of different splits share the words of the grammar but no entity name, so only the skill of searching
-carries over. Facts are functional (one object per subject and relation) and stand only in the subject's article: the gold document of a hop is its
-subject's article, that of a join ("Which person was born in #1 and works for #2?") is the article of the answer.
+A seed alone determines a world. Worlds of different splits share the words of the grammar but no
+entity name, so only the skill of searching carries over. Facts are functional (one object per
+subject and relation) and appear only in the subject's article. The gold document of a hop is
+therefore its subject's article; that of a join ("Which person was born in #1 and works for #2?") is
+the article of the answer.
 """
 
 from __future__ import annotations
@@ -30,10 +32,12 @@ def make_worlds(
 ) -> tuple[list[Document], dict[str, list[Question]]]:
     """One corpus with the articles of all three worlds, and the questions of each split.
 
-    entities: size of the train world; the others have a quarter of it (at least MIN_ENTITIES). extra_facts: filler sentences an article. k1, b: of
-    the BM25 that checks the search queries. shapes: subset of SHAPES, in equal parts. questions: number of questions of each split.
-    Returns (documents, id = row; questions by split). Raises ValueError when a split cannot give as many questions as asked for, or for a bad
-    argument.
+    entities: size of the train world; the others have a quarter of that (at least MIN_ENTITIES).
+    extra_facts: filler sentences per article. k1, b: of the BM25 that checks the search queries.
+    shapes: subset of SHAPES, in equal parts. questions: number of questions of each split.
+
+    Returns (documents, id = row; questions by split). Raises ValueError for a bad argument, or when
+    a split cannot give that many questions.
     """
     unknown = [shape for shape in shapes if shape not in SHAPES]
     if unknown or not shapes or len(set(shapes)) != len(shapes):
@@ -43,33 +47,31 @@ def make_worlds(
     for split, count in questions.items():
         if split not in SPLITS or count < 1:
             raise ValueError(
-                f"atlas: {count} questions for split {split!r}; splits are {SPLITS}, and each that is named needs at least 1 question"
+                f"atlas: {count} questions for split {split!r}; "
+                f"splits are {SPLITS}, and each that is named needs at least 1 question"
             )
     worlds, first_rows, documents = {}, {}, []
     for split in SPLITS:
-        worlds[split] = build_world(
-            seed=seed,
-            split=split,
-            entities=entities if split == "train" else max(entities // 4, MIN_ENTITIES),
-        )
+        size = entities if split == "train" else max(entities // 4, MIN_ENTITIES)
+        world = worlds[split] = build_world(seed=seed, split=split, entities=size)
         rng = np.random.default_rng([seed, SPLITS.index(split), 1])
         first_rows[split] = len(documents)
-        for entity, text in zip(
-            worlds[split].entities, write_articles(rng, worlds[split], extra_facts)
-        ):
+        for entity, text in zip(world.entities, write_articles(rng, world, extra_facts)):
             documents.append(Document(len(documents), entity.name, text))
     retrieves = make_retrieval_check(documents, k1, b)
     made = {}
     for split, count in questions.items():
         rng = np.random.default_rng([seed, SPLITS.index(split), 2])
-        made[split] = Questioner(rng, worlds[split], first_rows[split], retrieves).make(
-            split, tuple(shapes), count
-        )
+        questioner = Questioner(rng, worlds[split], first_rows[split], retrieves)
+        made[split] = questioner.make(split, tuple(shapes), count)
     return documents, made
 
 
 def write_articles(rng: np.random.Generator, world: World, extra_facts: int) -> list[str]:
-    """One article per entity, in their order: its facts in random order and wording, with `extra_facts` fillers between them."""
+    """One article per entity, in order: its facts in random order and wording, and some fillers.
+
+    extra_facts: number of filler sentences, inserted at random after the first sentence.
+    """
     own = defaultdict(list)
     for (row, word), target in world.facts.items():
         own[row].append((RELATIONS[word], target))
@@ -81,7 +83,8 @@ def write_articles(rng: np.random.Generator, world: World, extra_facts: int) -> 
                 f"atlas: extra_facts must be between 0 and {len(fillers)}, not {extra_facts}"
             )
         facts = [own[row][i] for i in rng.permutation(len(own[row]))]
-        # The first sentence names the subject, so it takes a pattern that begins with it; the others may begin with a possessive.
+        # The first sentence takes a pattern that begins with the subject, so that it is named;
+        # the others may begin with a possessive.
         sentences = []
         for position, (relation, target) in enumerate(facts):
             patterns = [
