@@ -1,4 +1,4 @@
-"""Stored records come back as they went in; MuSiQue rows are read as they are meant, and bad ones refused with file and line."""
+"""Stored records come back unchanged; MuSiQue rows, and bad ones refused with file and line."""
 
 import copy
 import gzip
@@ -18,7 +18,7 @@ from stepsearch_jax.data.atlas_world import make_worlds
 from stepsearch_jax.data.loading import load_source
 from stepsearch_jax.data.official import read_files
 from stepsearch_jax.data.schema import COLUMNS, decode_question, encode_question
-from stepsearch_jax.records import Question, SubQuestion
+from stepsearch_jax.records import Document, Question, SubQuestion
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
 texts = st.text(st.characters(codec="utf-8"), max_size=8)
@@ -70,7 +70,8 @@ def test_rows_hold_everything(question):
     assert decode_question({name: value.encode() for name, value in row.items()}) == question
 
 
-# Two rows that share a paragraph. Row 2 is a chain: #1 and #2 stand for earlier answers; #40 is part of the text.
+# Two rows that share a paragraph. Row 2 is a chain: #1 and #2 stand for earlier answers; #40 is
+# part of the text.
 PARAGRAPHS = [
     {"idx": 0, "title": "Harbour", "paragraph_text": "The harbour  was built by Ann.\n"},
     {"idx": 1, "title": "Ann", "paragraph_text": "Ann is from Rome."},
@@ -126,12 +127,8 @@ def test_musique_by_hand_without_a_corpus(tmp_path):
     write_rows(tmp_path / "validation.jsonl.gz", [THREE_HOP])
     documents, splits = read_musique(tmp_path)
     # All paragraphs once, in the order of train, validation: Harbour, Ann, Other, Rome.
-    assert [(d.id, d.title) for d in documents] == [
-        (0, "Harbour"),
-        (1, "Ann"),
-        (2, "Other"),
-        (3, "Rome"),
-    ]
+    titles = ["Harbour", "Ann", "Other", "Rome"]
+    assert [(document.id, document.title) for document in documents] == [*enumerate(titles)]
     assert documents[0].text == "The harbour  was built by Ann.\n"
     (question,), (chain,) = splits["train"], splits["validation"]
     assert question == Question(
@@ -160,33 +157,26 @@ def test_musique_gold_is_found_in_the_corpus_up_to_whitespace(tmp_path):
     ]
     write_rows(tmp_path / "corpus.jsonl.gz", corpus)
     documents, splits = read_musique(tmp_path)
-    assert [(d.id, d.title, d.text) for d in documents] == [
-        (i, row["title"], row["text"]) for i, row in enumerate(corpus)
-    ]
+    expected = [Document(i, row["title"], row["text"]) for i, row in enumerate(corpus)]
+    assert documents == expected
     assert splits["validation"][0].gold_ids == (3, 1)  # by title and text; of equal rows the first
 
 
 def test_a_gold_paragraph_that_the_corpus_lacks_is_kept_as_missing(tmp_path):
     write_rows(tmp_path / "train.jsonl", [TWO_HOP])
-    write_rows(
-        tmp_path / "corpus.jsonl",
-        [
-            {"title": "Harbour", "text": "The harbour was built by Ann."},
-            {"title": "Ann", "text": "Another Ann."},
-        ],
-    )
+    corpus = [
+        {"title": "Harbour", "text": "The harbour was built by Ann."},
+        {"title": "Ann", "text": "Another Ann."},
+    ]
+    write_rows(tmp_path / "corpus.jsonl", corpus)
     (question,) = read_musique(tmp_path)[1]["train"]
-    assert [sub.gold_ids for sub in question.sub_questions] == [(0,), ()] and question.gold_ids == (
-        0,
-    )
-    assert (
-        question.sub_questions[1].missing_gold
-        == question.missing_gold
-        == (("Ann", "Ann is from Rome."),)
-    )
+    assert [sub.gold_ids for sub in question.sub_questions] == [(0,), ()]
+    assert question.gold_ids == (0,)
+    lacking = (("Ann", "Ann is from Rome."),)
+    assert question.sub_questions[1].missing_gold == question.missing_gold == lacking
 
 
-HOPS = "question_decomposition"
+HOPS, SUPPORT = "question_decomposition", "paragraph_support_idx"
 
 
 def change(path, value):
@@ -205,70 +195,50 @@ def change(path, value):
     "line, message",
     [
         ('{"id": "2hop', "not JSON"),
-        ('["a"]', "a JSON object is needed, not list"),
-        (change(["question"], KeyError), "field 'question' is missing"),
-        (change(["question"], " "), "field 'question' is empty"),
-        (change(["answer"], 7), "field 'answer' should be str, not int"),
-        (change(["answer_aliases"], "Roma"), "field 'answer_aliases' should be list, not str"),
-        (change(["answer_aliases"], [1]), "'answer_aliases' should hold strings only"),
-        (change(["answer_aliases"], [""]), "'answer_aliases' should hold no empty answer"),
+        ('["a"]', "not list"),
+        (change(["question"], KeyError), "'question' is missing"),
+        (change(["question"], " "), "'question' is empty"),
+        (change(["answer"], 7), "'answer' .*str, not int"),
+        (change(["answer_aliases"], "Roma"), "'answer_aliases' .*list, not str"),
+        (change(["answer_aliases"], [1]), "'answer_aliases' .*strings"),
+        (change(["answer_aliases"], [""]), "'answer_aliases' .*empty"),
         (change(["paragraphs"], []), "'paragraphs' is empty"),
-        (
-            change(["paragraphs", 2, "idx"], 1),
-            r"paragraphs\[2\]: idx 1 is that of another paragraph",
-        ),
-        (change(["paragraphs", 1], "Ann"), r"paragraphs\[1\] should be an object, not str"),
-        (
-            change(["paragraphs", 1, "title"], KeyError),
-            r"paragraphs\[1\]: field 'title' is missing",
-        ),
-        (change([HOPS], []), "'question_decomposition' is empty"),
-        (
-            change([HOPS, 1, "paragraph_support_idx"], None),
-            r"question_decomposition\[1\]: field 'paragraph_support_idx' should be int",
-        ),
-        (
-            change([HOPS, 1, "paragraph_support_idx"], True),
-            r"question_decomposition\[1\]: field 'paragraph_support_idx' should be int",
-        ),
-        (change([HOPS, 1, "paragraph_support_idx"], 5), "5 is not the idx of a paragraph"),
-        (
-            change([HOPS, 0, "question"], "Who built #2?"),
-            r"question_decomposition\[0\]: #2 refers to a sub-question that does not come",
-        ),
+        (change(["paragraphs", 2, "idx"], 1), r"paragraphs\[2\]: idx 1 "),
+        (change(["paragraphs", 1], "Ann"), r"paragraphs\[1\] .*object, not str"),
+        (change(["paragraphs", 1, "title"], KeyError), r"paragraphs\[1\]: .*'title' is missing"),
+        (change([HOPS], []), f"'{HOPS}' is empty"),
+        (change([HOPS, 1, SUPPORT], None), rf"{HOPS}\[1\]: .*'{SUPPORT}' .*int, not NoneType"),
+        (change([HOPS, 1, SUPPORT], True), rf"{HOPS}\[1\]: .*'{SUPPORT}' .*int, not bool"),
+        (change([HOPS, 1, SUPPORT], 5), rf"{HOPS}\[1\]: {SUPPORT} 5 "),
+        (change([HOPS, 0, "question"], "Who built #2?"), rf"{HOPS}\[0\]: #2 "),
         (change(["answerable"], False), "not answerable"),
     ],
 )
 def test_a_malformed_row_names_file_line_and_fault(tmp_path, line, message):
-    (tmp_path / "train.jsonl").write_text(
-        f"{json.dumps(TWO_HOP)}\n\n{line}\n"
-    )  # the empty line counts as a line
-    write_rows(
-        tmp_path / "corpus.jsonl",
-        [{"title": p["title"], "text": p["paragraph_text"]} for p in PARAGRAPHS],
-    )
+    # The empty line counts as a line.
+    (tmp_path / "train.jsonl").write_text(f"{json.dumps(TWO_HOP)}\n\n{line}\n")
+    corpus = [{"title": row["title"], "text": row["paragraph_text"]} for row in PARAGRAPHS]
+    write_rows(tmp_path / "corpus.jsonl", corpus)
     with pytest.raises(ValueError, match=rf"train\.jsonl, line 3.*{message}"):
         read_musique(tmp_path)
 
 
 def test_malformed_corpus_empty_corpus_empty_split_and_no_files(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=r"no train, validation or test file .* set data.path"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"train, validation or test .*data\.path"):
         read_musique(tmp_path)
     write_rows(tmp_path / "train.jsonl", [TWO_HOP])
     (tmp_path / "corpus.jsonl").write_text("")
-    with pytest.raises(ValueError, match=r"corpus\.jsonl: the file is empty"):
+    with pytest.raises(ValueError, match=r"corpus\.jsonl: .*empty"):
         read_musique(tmp_path)
     write_rows(tmp_path / "corpus.jsonl", [{"title": "Ann"}])
-    with pytest.raises(ValueError, match=r"corpus\.jsonl, line 1: field 'text' is missing"):
+    with pytest.raises(ValueError, match=r"corpus\.jsonl, line 1: .*'text'"):
         read_musique(tmp_path)
     (tmp_path / "corpus.jsonl").unlink()
     (tmp_path / "validation.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match=r"validation\.jsonl: the file is empty"):
+    with pytest.raises(ValueError, match=r"validation\.jsonl: .*empty"):
         read_musique(tmp_path)
     write_rows(tmp_path / "train.jsonl.gz", [TWO_HOP])
-    with pytest.raises(ValueError, match="same split twice"):
+    with pytest.raises(ValueError, match=r"train\.jsonl and .*train\.jsonl\.gz"):
         read_musique(tmp_path)
 
 
@@ -295,13 +265,9 @@ def make_config(tmp_path, **changes):
 
 def test_atlas_comes_back_from_disk_as_it_was_made(tmp_path):
     wanted = {"train": 12, "test": 6}
+    shapes = ("2hop", "3hop_join")
     documents, splits = make_worlds(
-        seed=1,
-        entities=80,
-        k1=0.9,
-        b=0.4,
-        shapes=("2hop", "3hop_join"),
-        questions=wanted,
+        seed=1, entities=80, k1=0.9, b=0.4, shapes=shapes, questions=wanted
     )
     gold = {
         "gold_documents": len({i for question in splits["test"] for i in question.gold_ids}),
@@ -319,25 +285,21 @@ def test_atlas_comes_back_from_disk_as_it_was_made(tmp_path):
             **gold,
         }
     # Random access, from the end and by slice.
-    assert (
-        source.documents[-1] == documents[-1]
-        and source.splits["train"][3:5] == splits["train"][3:5]
-    )
+    assert source.documents[-1] == documents[-1]
+    assert source.splits["train"][3:5] == splits["train"][3:5]
     with pytest.raises(IndexError):
         source.documents[len(documents)]
 
 
 def test_real_musique_every_gold_paragraph_is_found(shared_data):
     documents, splits = read_musique(shared_data / "musique")
-    assert len(documents) == 13_196 and {name: len(rows) for name, rows in splits.items()} == {
-        "train": 1055,
-        "validation": 200,
-    }
+    assert len(documents) == 13_196
+    counts = {name: len(rows) for name, rows in splits.items()}
+    assert counts == {"train": 1055, "validation": 200}
     subs = [sub for rows in splits.values() for question in rows for sub in question.sub_questions]
-    assert len(subs) == 2774 + 475 and all(
-        len(sub.gold_ids) == 1 and "#1" not in sub.question for sub in subs
-    )
-    # The answer of a sub-question stands in its gold paragraph nearly always: gold ids point at the right rows.
+    assert len(subs) == 2774 + 475
+    assert all(len(sub.gold_ids) == 1 and "#1" not in sub.question for sub in subs)
+    # Nearly every gold paragraph holds its sub-question's answer: gold ids point at the right rows.
     gold = [documents[sub.gold_ids[0]] for sub in subs]
     held = sum(
         sub.answer.lower() in f"{document.title} {document.text}".lower()
@@ -353,12 +315,11 @@ def test_reading_needs_neither_tensorflow_nor_jax(tmp_path):
     code = (
         "import sys, ml_collections; from stepsearch_jax.data.loading import load_source\n"
         f"source = load_source(ml_collections.ConfigDict({config!r}), k1=0.9, b=0.4)\n"
-        "print(source.splits['train'][0].answer, len(source.documents), sorted({'jax', 'tensorflow'} & set(sys.modules)))"
+        "print(source.splits['train'][0].answer, len(source.documents),\n"
+        "      sorted({'jax', 'tensorflow'} & set(sys.modules)))"
     )
+    environment = {"PYTHONPATH": str(REPO), "HOME": str(tmp_path)}
     out = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env={"PYTHONPATH": str(REPO), "HOME": str(tmp_path)},
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
     )
     assert out.stdout.strip().endswith("Rome 3 []"), out.stdout + out.stderr

@@ -1,4 +1,4 @@
-"""Loading: a changed input is a new data set, limits and mistakes; and the order in which questions are taken."""
+"""Loading: a changed input is a new data set, limits, mistakes, and the order of questions."""
 
 import os
 import pathlib
@@ -36,22 +36,19 @@ def test_question_rows_laws(num_questions, seed, position, count, more):
         question_rows(position + count, more, num_questions, seed),
     ]
     np.testing.assert_array_equal(rows, np.concatenate(parts))
-    # Row by row, from the definition: position p is entry p mod n of the permutation of epoch p // n.
+    # Row by row, from the definition: position p is entry p mod n of the permutation of epoch p //
+    # n.
     for offset in range(0, count + more, 7):
         epoch, entry = divmod(position + offset, num_questions)
-        assert (
-            rows[offset] == np.random.default_rng([seed, epoch]).permutation(num_questions)[entry]
-        )
+        order = np.random.default_rng([seed, epoch]).permutation(num_questions)
+        assert rows[offset] == order[entry]
     epoch = question_rows(3 * num_questions, num_questions, num_questions, seed)
     assert sorted(epoch.tolist()) == list(range(num_questions))
 
 
 def test_epochs_and_seeds_differ():
-    first, second, other = (
-        question_rows(0, 100, 100, 0),
-        question_rows(100, 100, 100, 0),
-        question_rows(0, 100, 100, 1),
-    )
+    first, second = question_rows(0, 100, 100, 0), question_rows(100, 100, 100, 0)
+    other = question_rows(0, 100, 100, 1)
     assert (first != second).any() and (first != other).any()
 
 
@@ -83,10 +80,7 @@ def test_a_damaged_data_set_is_named_with_what_to_do(tmp_path, name, damage):
     file.unlink()
     if damage:
         file.write_bytes(damage(raw))
-    with pytest.raises(
-        ValueError,
-        match=r"the stored data set \S+ is damaged \(.*\): remove this folder, and it is made again",
-    ):
+    with pytest.raises(ValueError, match=rf"{config.cache_dir}\S+ .*remove this folder"):
         source = load(config)
         print(source.splits["train"][0], source.documents[0])
 
@@ -95,9 +89,8 @@ def test_what_killed_processes_left_is_removed_after_a_day(tmp_path):
     config = make_config(tmp_path, kind="musique", path=str(tmp_path))
     write_rows(tmp_path / "train.jsonl", [TWO_HOP])
     load(config)
-    (folder,) = (
-        path.parent.parent for path in pathlib.Path(config.cache_dir).rglob("metadata.json")
-    )
+    (metadata,) = pathlib.Path(config.cache_dir).rglob("metadata.json")
+    folder = metadata.parent.parent
     for name, age in (("incomplete.OLD_1.0.0", 2 * loading.LEFT_S), ("incomplete.NEW_1.0.0", 60)):
         (folder / name).mkdir()
         for path in (folder / name / "part", folder / name):
@@ -146,17 +139,16 @@ def test_atlas_arguments_name_the_data_set(tmp_path):
 
 def test_train_questions_takes_the_first(tmp_path):
     everything, few = load(make_config(tmp_path)), load(make_config(tmp_path, train_questions=5))
-    assert (
-        list(few.splits["train"]) == everything.splits["train"][:5] and len(few.splits["test"]) == 6
-    )
+    assert list(few.splits["train"]) == everything.splits["train"][:5]
+    assert len(few.splits["test"]) == 6
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"train_questions": 13}, r"train_questions is 13, but split 'train' has 12"),
-        ({"train_split": "dev"}, r"train_split is 'dev', but the data set has \['test', 'train'\]"),
-        ({"kind": "squad"}, "data.kind is 'squad'; known are"),
+        ({"train_questions": 13}, r"data\.train_questions is 13, .* 12 "),
+        ({"train_split": "dev"}, r"data\.train_split is 'dev', .*\['test', 'train'\]"),
+        ({"kind": "squad"}, r"data\.kind is 'squad'; .*atlas"),
     ],
 )
 def test_mistakes_in_the_config(tmp_path, changes, message):
@@ -167,21 +159,20 @@ def test_mistakes_in_the_config(tmp_path, changes, message):
 def test_bad_rows_leave_nothing_behind(tmp_path):
     config = make_config(tmp_path, kind="musique", path=str(tmp_path))
     (tmp_path / "train.jsonl").write_text("{}\n")
-    with pytest.raises(ValueError, match=r"train\.jsonl, line 1: field 'paragraphs' is missing"):
+    with pytest.raises(ValueError, match=r"train\.jsonl, line 1: .*'paragraphs'"):
         load(config)
     assert not [path for path in pathlib.Path(config.cache_dir).rglob("*") if path.is_file()]
     write_rows(tmp_path / "train.jsonl", [TWO_HOP])
     assert len(load(config).splits["train"]) == 1
 
 
-def test_making_a_data_set_is_told_in_one_line(tmp_path, capfd, caplog):
+def test_making_a_data_set_logs_one_line(tmp_path, capfd, caplog):
     caplog.set_level("INFO", "stepsearch_jax")
     config = make_config(tmp_path)
-    for _ in range(2):  # only what is made
+    for _ in range(2):  # built, then read: the second load logs nothing
         load(config)
-    assert [record.getMessage().split(" /")[0] for record in caplog.records] == [
-        "making the data set"
-    ]
+    (record,) = caplog.records
+    assert config.cache_dir in record.getMessage()
     assert capfd.readouterr() == ("", "")
 
 

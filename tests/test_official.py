@@ -1,4 +1,4 @@
-"""The official files of each data set: tiny made-up rows by hand, malformed ones refused with file and line, and the real files."""
+"""The official files of each data set: small rows by hand, malformed ones, and the real files."""
 
 import copy
 import json
@@ -83,9 +83,8 @@ def read(kind, folder, corpus=""):
 
 
 def test_hotpotqa_names_documents_but_no_sub_questions(tmp_path):
-    (tmp_path / "hotpot_train_v1.1.json").write_text(
-        json.dumps([HOTPOT])
-    )  # under its official name
+    # Under its official name.
+    (tmp_path / "hotpot_train_v1.1.json").write_text(json.dumps([HOTPOT]))
     fullwiki = {**HOTPOT, "id": 7, "supporting_facts": [["Rome", 0], ["Film", 0]]}
     del fullwiki["_id"]
     write_rows(tmp_path / "validation.jsonl", [fullwiki])
@@ -103,18 +102,13 @@ def test_hotpotqa_names_documents_but_no_sub_questions(tmp_path):
     (other,) = splits["validation"]
     assert other.uid == "7" and other.gold_ids == (0,) and other.missing_gold == (("Rome", ""),)
     assert set(files) == {"train", "validation"}
-    # With one: gold documents by title and text, and where the row has no text for them by title alone.
+    # With one: gold documents by title and text, or by title alone if the row has no text for them.
     write_rows(tmp_path / "corpus.jsonl", CORPUS)
     documents, splits, files = read("hotpotqa", tmp_path)
-    assert (
-        len(documents) == 4
-        and splits["train"][0].gold_ids == (1, 2)
-        and splits["validation"][0].gold_ids == (3, 1)
-    )
-    assert files["corpus"] == {
-        "path": str(tmp_path / "corpus.jsonl"),
-        "sha256": hash_file(tmp_path / "corpus.jsonl"),
-    }
+    assert len(documents) == 4
+    assert splits["train"][0].gold_ids == (1, 2) and splits["validation"][0].gold_ids == (3, 1)
+    path = tmp_path / "corpus.jsonl"
+    assert files["corpus"] == {"path": str(path), "sha256": hash_file(path)}
 
 
 def test_2wikimultihopqa_evidences_are_sub_questions(tmp_path):
@@ -122,23 +116,19 @@ def test_2wikimultihopqa_evidences_are_sub_questions(tmp_path):
         {"question": "Who made Film?", "answer": "Ann made Film."},
         {"question": "When did Ann die?", "answer": "May."},
     ]
-    write_rows(
-        tmp_path / "train.jsonl",
-        [TWO_WIKI, {**TWO_WIKI, "evidences": TWO_WIKI["evidences"][:2], "qa_pairs": pairs}],
-    )
+    paired = {**TWO_WIKI, "evidences": TWO_WIKI["evidences"][:2], "qa_pairs": pairs}
+    write_rows(tmp_path / "train.jsonl", [TWO_WIKI, paired])
     write_rows(tmp_path / "corpus.jsonl", CORPUS[:2])
     plain, written = read("2wikimultihopqa", tmp_path).splits["train"]
     asked = "What is the director of Film?", "What is the date of death of Ann?"
-    lacking = (
-        ("Ann (director)", "Ann died in May."),
-    )  # the article of Ann, apart from the bracket
+    # The article of Ann, apart from the bracket.
+    lacking = (("Ann (director)", "Ann died in May."),)
     assert plain.sub_questions == (
         SubQuestion(asked[0], "Ann", ("Bob",), (1,), (asked[0],)),
         SubQuestion(asked[1], "May", (), (), (asked[1],), lacking),
     )
-    assert (
-        plain.shape == "compositional" and plain.gold_ids == (1,) and plain.missing_gold == lacking
-    )
+    assert plain.shape == "compositional"
+    assert plain.gold_ids == (1,) and plain.missing_gold == lacking
     assert [(sub.question, sub.answer) for sub in written.sub_questions] == [
         ("Who made Film?", "Ann"),
         ("When did Ann die?", "May"),
@@ -150,11 +140,8 @@ def test_2wikimultihopqa_evidences_are_sub_questions(tmp_path):
     [
         (["A", "B"], ["B", "A"], {"A": "A", "B": "B"}),
         (["a (film)", "B"], ["A", "B"], {"a (film)": "A", "B": "B"}),
-        (
-            ["A", "King B"],
-            ["A (film)", "B of C"],
-            {"A": "A (film)", "King B": "B of C"},
-        ),  # the only ones left
+        # The only ones left.
+        (["A", "King B"], ["A (film)", "B of C"], {"A": "A (film)", "King B": "B of C"}),
         (["King A", "King B"], ["A of C", "B of C"], {}),
         (["A"], ["A (film)", "A (song)"], {}),  # it could be either
         (["A (film)", "A"], ["A"], {"A": "A"}),
@@ -165,16 +152,11 @@ def test_articles_of_subjects(subjects, titles, expected):
 
 
 def test_two_wiki_keeps_the_documents_that_belong_to_no_sub_question_with_certainty(tmp_path):
-    row = {
-        **TWO_WIKI,
-        "evidences": [["The film", "director", "Ann"], ["Anna", "date of death", "May"]],
-    }
-    write_rows(tmp_path / "dev.jsonl", [row])
+    evidences = [["The film", "director", "Ann"], ["Anna", "date of death", "May"]]
+    write_rows(tmp_path / "dev.jsonl", [{**TWO_WIKI, "evidences": evidences}])
     (question,) = read("2wikimultihopqa", tmp_path).splits["validation"]
-    assert [sub.gold_ids for sub in question.sub_questions] == [
-        (),
-        (),
-    ] and question.loose_gold_ids == question.gold_ids == (0, 1)
+    assert [sub.gold_ids for sub in question.sub_questions] == [(), ()]
+    assert question.loose_gold_ids == question.gold_ids == (0, 1)
 
 
 def test_bamboogle_in_both_forms(tmp_path):
@@ -205,16 +187,11 @@ def test_phantomwiki_hops(tmp_path):
         "hops": [PHANTOM["hops"][0]] * 2,
     }
     write_rows(tmp_path / "questions.jsonl", [PHANTOM, known, direct, again])
-    write_rows(
-        tmp_path / "articles.jsonl",
-        [{"title": name, "article": f"# {name}"} for name in ("Ann", "Bob", "Cid")],
-    )
+    articles = [{"title": name, "article": f"# {name}"} for name in ("Ann", "Bob", "Cid")]
+    write_rows(tmp_path / "articles.jsonl", articles)
     first, second, third, fourth = read("phantomwiki", tmp_path).splits["test"]
-    assert (
-        second == Question("p2", "How many?", "2", shape="difficulty 1")
-        and first.answer == "Cid, Dan"
-        and first.aliases == ()
-    )
+    assert second == Question("p2", "How many?", "2", shape="difficulty 1")
+    assert first.answer == "Cid, Dan" and first.aliases == ()
     whose = "Who is the person whose hobby is chess?"
     assert first.sub_questions == (
         SubQuestion(whose, "Ann", (), (0,), (whose,)),
@@ -265,30 +242,21 @@ def test_stepsearch_rows(tmp_path):
         ("Who made Film?", "Ann", (0,)),
         ("When did Ann die?", "May", (0, 1)),
     ]
-    assert (
-        other.uid == "5"
-        and [sub.gold_ids for sub in loose.sub_questions] == [(), ()]
-        and loose.gold_ids == loose.loose_gold_ids == (0,)
-    )
+    assert other.uid == "5"
+    assert [sub.gold_ids for sub in loose.sub_questions] == [(), ()]
+    assert loose.gold_ids == loose.loose_gold_ids == (0,)
 
 
 def test_search_r1_parquet(tmp_path):
-    write_rows(
-        tmp_path / "wiki-18.jsonl",
-        [{"id": "0", "contents": f'"{row["title"]}"\n{row["text"]}'} for row in CORPUS],
-    )
+    contents = [f'"{row["title"]}"\n{row["text"]}' for row in CORPUS]
+    write_rows(tmp_path / "wiki-18.jsonl", [{"id": "0", "contents": text} for text in contents])
     named = {**SEARCH_R1, "id": "train_9", "question": "where?", "golden_answers": ["Rome"]}
-    pyarrow.parquet.write_table(
-        pyarrow.Table.from_pylist(
-            [named, {**SEARCH_R1, "id": None, "question": None, "golden_answers": None}]
-        ),
-        tmp_path / "train.parquet",
-    )
+    plain = {**SEARCH_R1, "id": None, "question": None, "golden_answers": None}
+    table = pyarrow.Table.from_pylist([named, plain])
+    pyarrow.parquet.write_table(table, tmp_path / "train.parquet")
     keyed = copy.deepcopy(SEARCH_R1)
-    keyed["reward_model"]["ground_truth"] |= {
-        "target": "Ann",
-        "search_keys": STEPSEARCH["sub_searchs"],
-    }
+    truth = {"target": "Ann", "search_keys": STEPSEARCH["sub_searchs"]}
+    keyed["reward_model"]["ground_truth"] |= truth
     keyed["extra_info"]["support_docs"] = SUPPORT
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([keyed]), tmp_path / "test.parquet")
     documents, splits, _ = read("search_r1", tmp_path)
@@ -319,84 +287,40 @@ FILES = {
 @pytest.mark.parametrize(
     "kind, changes, message",
     [
-        (
-            "hotpotqa",
-            {"context": [["Film", "text"]]},
-            r"context\[0\] should be a title and a list of sentences",
-        ),
-        (
-            "hotpotqa",
-            {"context": [["Film", ["a", 1]]]},
-            r"context\[0\] should be a title and a list of sentences",
-        ),
-        (
-            "hotpotqa",
-            {"supporting_facts": [["Film", 0], ["Ann"]]},
-            r"supporting_facts\[1\] should be a title and a number",
-        ),
+        ("hotpotqa", {"context": [["Film", "text"]]}, r"context\[0\]"),
+        ("hotpotqa", {"context": [["Film", ["a", 1]]]}, r"context\[0\]"),
+        ("hotpotqa", {"supporting_facts": [["Film", 0], ["Ann"]]}, r"supporting_facts\[1\]"),
         ("hotpotqa", {"supporting_facts": []}, "'supporting_facts' is empty"),
-        ("hotpotqa", {"answer": KeyError}, "field 'answer' is missing"),
-        ("2wikimultihopqa", {"evidences": KeyError}, "field 'evidences' is missing"),
-        (
-            "2wikimultihopqa",
-            {"evidences": [["Film", "director"]]},
-            r"evidences\[0\] should be a subject, a relation and an object",
-        ),
-        (
-            "2wikimultihopqa",
-            {"qa_pairs": [{"question": "Who?"}]},
-            "'qa_pairs' holds 1 pairs for 3 evidences",
-        ),
-        ("bamboogle", {"golden_answers": []}, "'golden_answers' should hold at least one answer"),
-        ("bamboogle", {"question": ""}, "field 'question' is empty"),
-        ("phantomwiki", {"answer": "Cid"}, "field 'answer' should be list, not str"),
+        ("hotpotqa", {"answer": KeyError}, "'answer' is missing"),
+        ("2wikimultihopqa", {"evidences": KeyError}, "'evidences' is missing"),
+        ("2wikimultihopqa", {"evidences": [["Film", "director"]]}, r"evidences\[0\]"),
+        ("2wikimultihopqa", {"qa_pairs": [{"question": "Who?"}]}, "'qa_pairs' .*1 .* 3 evidences"),
+        ("bamboogle", {"golden_answers": []}, "'golden_answers' .*at least one"),
+        ("bamboogle", {"question": ""}, "'question' is empty"),
+        ("phantomwiki", {"answer": "Cid"}, "'answer' .*list, not str"),
         (
             "phantomwiki",
             {"hops": [{"relation": "father", "gold_titles": [], "values": ["a"]}]},
-            r"hops\[0\]: 'gold_titles' should hold at least one",
+            r"hops\[0\]: 'gold_titles' .*at least one",
         ),
-        ("phantomwiki", {"difficulty": "3"}, "field 'difficulty' should be int"),
-        (
-            "stepsearch",
-            {"sub_searchs": ["director"]},
-            r"sub_searchs\[0\] should be a list, not str",
-        ),
-        (
-            "stepsearch",
-            {"sub_searchs": [[], ["a"]]},
-            r"sub_searchs\[0\] should hold at least one query",
-        ),
-        (
-            "stepsearch",
-            {"sub_support_docs": ["text"]},
-            r"sub_support_docs\[0\] should be an object with title and paragraph_text",
-        ),
+        ("phantomwiki", {"difficulty": "3"}, "'difficulty' .*int"),
+        ("stepsearch", {"sub_searchs": ["director"]}, r"sub_searchs\[0\] .*list, not str"),
+        ("stepsearch", {"sub_searchs": [[], ["a"]]}, r"sub_searchs\[0\] .*at least one"),
+        ("stepsearch", {"sub_support_docs": ["text"]}, r"sub_support_docs\[0\] .*paragraph_text"),
         (
             "stepsearch",
             {"sub_support_docs": [{"paragraph_text": "Film is a film."}]},
-            r"sub_support_docs\[0\]: field 'title' is missing",
+            r"sub_support_docs\[0\]: .*'title' is missing",
         ),
-        (
-            "stepsearch",
-            {"sub_questions": ["one"]},
-            "'sub_questions' has 1 entries, but 'sub_searchs' has 2",
-        ),
-        (
-            "search_r1",
-            {"reward_model": KeyError},
-            "field 'golden_answers' is missing, and so is 'reward_model'",
-        ),
+        ("stepsearch", {"sub_questions": ["one"]}, "'sub_questions' .*1 .*'sub_searchs' .*2"),
+        ("search_r1", {"reward_model": KeyError}, "'golden_answers' .*'reward_model'"),
         (
             "search_r1",
             {"reward_model": {"ground_truth": {}}},
-            "reward_model, ground_truth: field 'target' is missing",
+            "reward_model, ground_truth: .*'target' is missing",
         ),
-        (
-            "search_r1",
-            {"prompt": [{"role": "user", "content": "Who?"}]},
-            "no question behind 'Question:' in the prompt",
-        ),
-        ("search_r1", {"data_source": KeyError}, "field 'data_source' is missing"),
+        ("search_r1", {"prompt": [{"role": "user", "content": "Who?"}]}, "'Question:'"),
+        ("search_r1", {"data_source": KeyError}, "'data_source' is missing"),
     ],
 )
 def test_a_malformed_row_names_file_and_line(tmp_path, kind, changes, message):
@@ -412,38 +336,25 @@ def test_a_malformed_row_names_file_and_line(tmp_path, kind, changes, message):
 def test_builders_store_and_missing_files_say_where_to_get_them(tmp_path, kind):
     stem, row = FILES[kind]
     config = make_config(tmp_path, kind=kind, path=str(tmp_path))
-    with pytest.raises(
-        FileNotFoundError, match=r"set data.path to the folder of .*, from https?://"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"data\.path .*https?://"):
         open_source(config, 0.9, 0.4)
     write_rows(tmp_path / f"{stem}.jsonl", [row])
     if OFFICIAL[kind].FORMAT.read_passages is None:
-        with pytest.raises(
-            FileNotFoundError,
-            match=r"brings no passages to search: put a corpus .* or set data.corpus",
-        ):
+        with pytest.raises(FileNotFoundError, match=r"corpus\.jsonl.*data\.corpus"):
             open_source(config, 0.9, 0.4)
     write_rows(tmp_path / "corpus.jsonl", CORPUS)
     source = open_source(config, 0.9, 0.4)
     expected = read(kind, tmp_path)
-    assert (
-        list(source.documents) == expected.documents
-        and {name: list(rows) for name, rows in source.splits.items()} == expected.splits
-    )
-    assert (
-        source.manifest["files"] == expected.files
-        and source.manifest["kind"] == kind
-        and open_source(config, 0.9, 0.4).manifest == source.manifest
-    )
+    assert list(source.documents) == expected.documents
+    assert {name: list(rows) for name, rows in source.splits.items()} == expected.splits
+    assert source.manifest["files"] == expected.files and source.manifest["kind"] == kind
+    assert open_source(config, 0.9, 0.4).manifest == source.manifest
     (split,) = expected.splits
-    assert source.manifest["splits"][split]["gold_documents"] == len(
-        expected.splits[split][0].gold_ids
-    )
-    assert source.manifest["splits"][split]["missing_gold_documents"] == len(
-        expected.splits[split][0].missing_gold
-    )
+    counts, question = source.manifest["splits"][split], expected.splits[split][0]
+    assert counts["gold_documents"] == len(question.gold_ids)
+    assert counts["missing_gold_documents"] == len(question.missing_gold)
     if split == "test":  # a data set for testing only can be opened, but not trained on
-        with pytest.raises(ValueError, match="data.train_split is 'train', but the data set has"):
+        with pytest.raises(ValueError, match=r"data\.train_split is 'train'"):
             load_source(config, 0.9, 0.4)
 
 
@@ -455,41 +366,25 @@ def test_another_corpus_stands_in_for_the_one_beside(tmp_path, caplog, monkeypat
     beside = open_source(config, 0.9, 0.4)
     config.corpus = f"{tmp_path / 'more.jsonl'},{tmp_path / 'corpus.jsonl'}"
     source = open_source(config, 0.9, 0.4)
-    assert [document.title for document in source.documents] == [
-        "Noise",
-        "More",
-        "Film",
-        "Ann (director)",
-        "Rome",
-    ]
-    assert source.manifest["hash"] != beside.manifest["hash"] and set(source.manifest["files"]) == {
-        "test",
-        "corpus",
-        "corpus 1",
-    }
-    index = index_files(
-        [tmp_path / "more.jsonl", tmp_path / "corpus.jsonl"], tmp_path / "index", 0.9, 0.4
-    )  # to be served to a run with this corpus
+    titles = ["Noise", "More", "Film", "Ann (director)", "Rome"]
+    assert [document.title for document in source.documents] == titles
+    assert source.manifest["hash"] != beside.manifest["hash"]
+    assert set(source.manifest["files"]) == {"test", "corpus", "corpus 1"}
+    # An index that can serve a run with this corpus.
+    corpora = [tmp_path / "more.jsonl", tmp_path / "corpus.jsonl"]
+    index = index_files(corpora, tmp_path / "index", 0.9, 0.4)
     assert index.describe(1)["corpus"] == hash_documents(source.documents) and len(index) == 5
     config.corpus = str(tmp_path / "none.jsonl")
-    with pytest.raises(
-        FileNotFoundError, match=r"the corpus .*none\.jsonl is not there: change data.corpus"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"none\.jsonl .*data\.corpus"):
         open_source(config, 0.9, 0.4)
-    # What another corpus lacks is said.
-    (tmp_path / "musique").mkdir()
-    write_rows(tmp_path / "musique" / "train.jsonl", [TWO_HOP])
+    # A warning counts the gold documents that another corpus lacks.
+    folder = tmp_path / "musique"
+    folder.mkdir()
+    write_rows(folder / "train.jsonl", [TWO_HOP])
     monkeypatch.setattr(loading.logger, "propagate", True)
-    open_source(
-        make_config(
-            tmp_path,
-            kind="musique",
-            path=str(tmp_path / "musique"),
-            corpus=str(tmp_path / "more.jsonl"),
-        ),
-        0.9,
-        0.4,
-    )
+    corpus = str(tmp_path / "more.jsonl")
+    config = make_config(tmp_path, kind="musique", path=str(folder), corpus=corpus)
+    open_source(config, 0.9, 0.4)
     assert "musique: the corpus lacks 2 of the 2 gold documents of split train" in caplog.text
 
 
@@ -499,18 +394,17 @@ def test_a_changed_reader_is_a_new_data_set(tmp_path, monkeypatch):
     hashes = {open_source(config, 0.9, 0.4).manifest["hash"]}
     source_of = loading.inspect.getsource
     for module in ("rows", "passages", "official", "hotpotqa", "schema"):
+        mark = lambda read, name=module: "#" if read.__name__.endswith(f".{name}") else ""
         monkeypatch.setattr(
-            loading.inspect,
-            "getsource",
-            lambda read, m=module: (
-                source_of(read) + ("#" if read.__name__.endswith(f".{m}") else "")
-            ),
+            loading.inspect, "getsource", lambda read, mark=mark: source_of(read) + mark(read)
         )
         hashes.add(open_source(config, 0.9, 0.4).manifest["hash"])
     assert len(hashes) == 6
 
 
-REAL = {  # kind -> questions, sub-questions, gold documents found and missing of each split, with the corpus beside it; counted from the files
+# kind -> of each split: questions, sub-questions, gold documents found and missing in the corpus
+# beside it; counted from the files.
+REAL = {
     "hotpotqa": {"train": (100, 0, 200, 0), "validation": (150, 0, 254, 46)},
     "2wikimultihopqa": {"train": (1498, 3562, 3336, 0), "validation": (150, 394, 387, 0)},
     "phantomwiki": {"test": (3120, 6360, 506, 0)},
@@ -524,23 +418,16 @@ def test_real_files(shared_data, kind):
     documents, splits, files = read(kind, shared_data / kind, corpus)
     found = {}
     for split, questions in splits.items():
-        held, lacking = (
-            {x for question in questions for x in gold(question)}
-            for gold in (lambda q: q.gold_ids, lambda q: q.missing_gold)
-        )
-        found[split] = (
-            len(questions),
-            sum(len(question.sub_questions) for question in questions),
-            len(held),
-            len(lacking),
-        )
+        held = {i for question in questions for i in question.gold_ids}
+        lacking = {passage for question in questions for passage in question.missing_gold}
+        hops = sum(len(question.sub_questions) for question in questions)
+        found[split] = (len(questions), hops, len(held), len(lacking))
         assert len({question.uid for question in questions}) == len(questions)
     assert found == REAL[kind]
-    assert (
-        all(re.fullmatch("[0-9a-f]{64}", file["sha256"]) for file in files.values())
-        and "corpus" in files
-    )
-    # The answer of a sub-question stands in its gold documents nearly always (of a date, all its words do): gold ids point at the right rows.
+    assert all(re.fullmatch("[0-9a-f]{64}", file["sha256"]) for file in files.values())
+    assert "corpus" in files
+    # The gold documents of nearly every sub-question hold its answer (all words of a date): gold
+    # ids point at the right rows.
     subs = [
         sub
         for questions in splits.values()
@@ -553,12 +440,8 @@ def test_real_files(shared_data, kind):
         for sub in subs
     ]
     words = [set(re.findall(r"\w+", sub.answer.lower())) for sub in subs]
-    assert (
-        not subs
-        or sum(answer <= set(re.findall(r"\w+", text)) for answer, text in zip(words, texts))
-        / len(subs)
-        > 0.8
-    )
+    hits = sum(answer <= set(re.findall(r"\w+", text)) for answer, text in zip(words, texts))
+    assert not subs or hits / len(subs) > 0.8
 
 
 def test_files_of_a_folder_and_of_its_corpus(tmp_path):
@@ -570,7 +453,5 @@ def test_files_of_a_folder_and_of_its_corpus(tmp_path):
         [tmp_path / "articles.jsonl"],
     )
     write_rows(tmp_path / "articles.jsonl.gz", CORPUS)
-    with pytest.raises(
-        ValueError, match="articles.jsonl and .*articles.jsonl.gz are the same split twice"
-    ):
+    with pytest.raises(ValueError, match=r"articles\.jsonl and .*articles\.jsonl\.gz"):
         find_inputs(form, tmp_path)

@@ -1,4 +1,4 @@
-"""Rows of every kind of file come with their place; what cannot be read is refused by file and line."""
+"""Rows of every kind of file come with their place; faults are refused by file and line."""
 
 import csv
 import gzip
@@ -16,6 +16,9 @@ ROWS = [
     {"id": "b", "text": "ünï  ]"},
     {"id": "c", "text": "["},
 ]
+
+
+DEEP, LONG = b"[" * 100_000, b"x" * 200_000
 
 
 def write(path, kind):
@@ -43,17 +46,11 @@ def write(path, kind):
         ("rows.jsonl", "lines", ["line 1", "line 3", "line 5"]),
         ("rows.jsonl.gz", "lines", ["line 1", "line 3", "line 5"]),
         ("rows.json", "lines", ["line 1", "line 3", "line 5"]),
-        (
-            "rows.json",
-            "array",
-            ["line 2", "line 7", "line 12"],
-        ),  # each object takes four lines and is followed by an empty one
+        # Each object takes four lines, and an empty line follows.
+        ("rows.json", "array", ["line 2", "line 7", "line 12"]),
         ("rows.json.gz", "short array", ["line 1", "line 1", "line 1"]),
-        (
-            "rows.csv",
-            "csv",
-            ["line 3", "line 4", "line 5"],
-        ),  # the first row's text has a line break
+        # The first row's text has a line break.
+        ("rows.csv", "csv", ["line 3", "line 4", "line 5"]),
         ("rows.parquet", "parquet", ["row 1", "row 2", "row 3"]),
     ],
 )
@@ -73,46 +70,28 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, name, kind, places):
         (
             "rows.jsonl",
             b'{"a": "\\ud83d\\ude00"}\n{"a": [{"b": "c \\ud83d d"}]}\n',
-            "line 2: '.ud83d' is half of a surrogate pair",
+            "line 2: '.ud83d' .*surrogate",
         ),
-        (
-            "rows.json",
-            b'[{"a": 1},\n {"a": "\\uDC00"}]',
-            "line 2: '.udc00' is half of a surrogate pair",
-        ),
-        ("rows.jsonl", b'{"a": 1}\n7\n', "line 2: a JSON object is needed, not int"),
+        ("rows.json", b'[{"a": 1},\n {"a": "\\uDC00"}]', "line 2: '.udc00' .*surrogate"),
+        ("rows.jsonl", b'{"a": 1}\n7\n', "line 2: .*not int"),
         ("rows.json", b'[{"a": 1},\n {"a": }]', "line 2: not JSON"),
         ("rows.json", b'[{"a": 1}\n {"a": 2}]', "line 1: not JSON .a comma"),
-        ("rows.json", b'[{"a": 1}, [2]]', "line 1: a JSON object is needed, not list"),
+        ("rows.json", b'[{"a": 1}, [2]]', "line 1: .*not list"),
         ("rows.json", b'[{"a": 1},\n', "line 2: not JSON"),
-        ("rows.json", b" ", "the file is empty"),
-        ("rows.json", b"[ ]", "the file is empty"),
-        ("rows.jsonl", b"", "the file is empty"),
-        (
-            "rows.jsonl.gz",
-            gzip.compress(b'{"a": 1}\n' * 9, mtime=0)[:-9],
-            "behind row . the file cannot be read .*fetch it again",
-        ),
-        ("rows.jsonl.gz", b'{"a": 1}\n', "behind row 0 the file cannot be read"),
+        ("rows.json", b" ", "empty"),
+        ("rows.json", b"[ ]", "empty"),
+        ("rows.jsonl", b"", "empty"),
+        ("rows.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9, mtime=0)[:-9], r"row \d .*fetch"),
+        ("rows.jsonl.gz", b'{"a": 1}\n', "row 0 .*fetch"),
         ("rows.jsonl", b'{"a": "b"}\n' * 3 + b'{"a": "\xe9"}\n', "line 4: not UTF-8 .*0xe9"),
         ("rows.csv", b"a,b\n1,2\n\xe9,3\n", "line 3: not UTF-8 .*0xe9"),
         ("rows.json", b'[{"a": "b"},\n{"a": "\xe9"}]', "line 2: not UTF-8 .*0xe9"),
         ("rows.jsonl", '{"a": "b"}\n'.encode("utf-16"), "line 1: not UTF-8"),
-        ("rows.parquet", b"no table", "cannot be read as a Parquet file"),
-        ("rows.json", b'[{"a": 1}]\n\n[{"a": 2}]', "line 3: not JSON .text behind the end"),
+        ("rows.parquet", b"no table", "row 0 .*Parquet"),
+        ("rows.json", b'[{"a": 1}]\n\n[{"a": 2}]', "line 3: not JSON .text after the end"),
         ("rows.json", b'[{"a": 1},\n ]', "line 2: not JSON"),
-        pytest.param(
-            "rows.jsonl",
-            b'{"a": 1}\n' + b"[" * 100_000,
-            "line 2: lists and objects lie too deep",
-            id="deep line",
-        ),
-        pytest.param(
-            "rows.json",
-            b'[{"a": 1},\n' + b"[" * 100_000,
-            "line 2: lists and objects lie too deep",
-            id="deep array",
-        ),
+        pytest.param("rows.jsonl", b'{"a": 1}\n' + DEEP, "line 2: .*too deep", id="deep line"),
+        pytest.param("rows.json", b'[{"a": 1},\n' + DEEP, "line 2: .*too deep", id="deep array"),
         pytest.param(
             "rows.jsonl",
             b'{"a": 1}\n{"a": ' + b"7" * 5000 + b"}\n",
@@ -120,21 +99,13 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, name, kind, places):
             id="long number",
         ),
         pytest.param(
-            "rows.csv",
-            b"a,b\n1,2\n" + b"x" * 200_000 + b",3\n",
-            "line 3: .*field limit",
-            id="long field",
+            "rows.csv", b"a,b\n1,2\n" + LONG + b",3\n", "line 3: .*field limit", id="long field"
         ),
+        pytest.param("rows.csv", b"\n" + LONG + b",b\n", "line 2: .*field limit", id="long name"),
         pytest.param(
-            "rows.csv", b"\n" + b"x" * 200_000 + b",b\n", "line 2: .*field limit", id="long name"
+            "rows.csv", b'a,b\n1,"2\n' + LONG + b"\n", "line 3: .*field limit", id="open quotes"
         ),
-        pytest.param(
-            "rows.csv",
-            b'a,b\n1,"2\n' + b"x" * 200_000 + b"\n",
-            "line 3: .*field limit",
-            id="open quotes",
-        ),
-        ("rows.txt", b"{}", "the name should end in one of .jsonl"),
+        ("rows.txt", b"{}", ".jsonl"),
     ],
 )
 def test_what_cannot_be_read_is_refused_by_place(tmp_path, name, content, message):
@@ -164,37 +135,29 @@ def test_empty_lines_before_a_table_are_skipped_and_counted(tmp_path):
     (row,) = read_rows(path)
     assert row.values == {"a": "1", "b": "2"} and row.where == f"{path}, line 5"
     path.write_text("\n\n")
-    with pytest.raises(ValueError, match="the file is empty"):
+    with pytest.raises(ValueError, match=r"rows\.csv: .*empty"):
         list(read_rows(path))
 
 
-def test_damaged_pages_of_a_table_are_told_by_row(tmp_path):
+def test_damaged_pages_of_a_table_are_named_by_row(tmp_path):
     path = tmp_path / "rows.parquet"
-    pyarrow.parquet.write_table(
-        pyarrow.Table.from_pylist([{"a": f"text {i} " * 9} for i in range(4000)]),
-        path,
-        row_group_size=1024,
-        use_dictionary=False,
-    )
+    table = pyarrow.Table.from_pylist([{"a": f"text {i} " * 9} for i in range(4000)])
+    pyarrow.parquet.write_table(table, path, row_group_size=1024, use_dictionary=False)
     raw = bytearray(path.read_bytes())
     raw[len(raw) * 3 // 8 : len(raw) * 3 // 8 + 200] = bytes(200)
     path.write_bytes(raw)
-    rows = read_rows(path)
-    with pytest.raises(
-        ValueError,
-        match=r"rows.parquet: behind row 1024 it cannot be read as a Parquet file \(.*\); fetch it again",
-    ):
-        list(rows)
+    with pytest.raises(ValueError, match=r"rows\.parquet: .*row 1024 .*Parquet"):
+        list(read_rows(path))
 
 
 def test_a_file_that_is_not_there_and_one_that_is_there_twice(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nothing.jsonl is not there"):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.jsonl"):
         list(read_rows(tmp_path / "nothing.jsonl"))
     assert find_file(tmp_path, ("dev",)) is None
     (tmp_path / "dev.json").write_text("[]")
     assert find_file(tmp_path, ("validation", "dev")) == tmp_path / "dev.json"
     (tmp_path / "validation.parquet").write_text("")
-    with pytest.raises(ValueError, match="same split twice"):
+    with pytest.raises(ValueError, match=r"validation\.parquet and .*dev\.json"):
         find_file(tmp_path, ("validation", "dev"))
 
 
@@ -225,42 +188,32 @@ ROW = Row(
 @pytest.mark.parametrize(
     "read, message",
     [
-        (lambda row: row.text("nothing"), "field 'nothing' is missing"),
-        (lambda row: row.text("nothing", "none"), "field 'nothing' is missing"),
-        (lambda row: row.text("none"), "field 'none' should be str, not NoneType"),
-        (lambda row: row.text("blank"), "field 'blank' is empty"),
-        (lambda row: row.get("flag", int), "field 'flag' should be int, not bool"),
-        (lambda row: row.texts("mixed"), "'mixed' should hold strings only"),
-        (lambda row: row.answers("texts"), "'texts' should hold no empty answer"),
-        (lambda row: row.aliases("texts"), "'texts' should hold no empty answer"),
-        (lambda row: row.answers("empty"), "'empty' should hold at least one answer"),
-        (lambda row: row.lists("lists"), r"lists\[1\] should be a list, not int"),
-        (lambda row: row.objects("empty"), "'empty' is empty"),
-        (lambda row: row.objects("lists"), r"lists\[0\] should be an object, not list"),
-        (lambda row: row.objects("objects")[1].text("a"), r"objects\[1\]: field 'a' is missing"),
-        (lambda row: row.object("object").get("a", int), "object: field 'a' should be int"),
-        (
-            lambda row: row.identifier("texts", otherwise="x"),
-            "'texts' should be a text or a number",
-        ),
+        (lambda row: row.text("nothing"), ": .*'nothing' is missing"),
+        (lambda row: row.text("nothing", "none"), ": .*'nothing' is missing"),
+        (lambda row: row.text("none"), ": .*'none' .*str, not NoneType"),
+        (lambda row: row.text("blank"), ": .*'blank' is empty"),
+        (lambda row: row.get("flag", int), ": .*'flag' .*int, not bool"),
+        (lambda row: row.texts("mixed"), ": .*'mixed' .*strings"),
+        (lambda row: row.answers("texts"), ": .*'texts' .*empty"),
+        (lambda row: row.aliases("texts"), ": .*'texts' .*empty"),
+        (lambda row: row.answers("empty"), ": .*'empty' .*at least one"),
+        (lambda row: row.lists("lists"), r": .*lists\[1\] .*list, not int"),
+        (lambda row: row.objects("empty"), ": .*'empty' is empty"),
+        (lambda row: row.objects("lists"), r": .*lists\[0\] .*object, not list"),
+        (lambda row: row.objects("objects")[1].text("a"), r", objects\[1\]: .*'a' is missing"),
+        (lambda row: row.object("object").get("a", int), ", object: .*'a' .*int"),
+        (lambda row: row.identifier("texts", otherwise="x"), ": .*'texts' .*number"),
     ],
 )
 def test_faults_name_place_and_field(read, message):
-    with pytest.raises(
-        ValueError, match=rf"^f, line 2(, \w+(\[\d\])?)?: .*{message}|^f, line 2, .*{message}"
-    ):
+    with pytest.raises(ValueError, match=f"^f, line 2{message}"):
         read(ROW)
 
 
 def test_fields_as_asked_for():
-    assert (
-        ROW.text("nothing", "text") == " a "
-        and ROW.get("number", int) == 3
-        and ROW.get("flag", bool) is True
-    )
+    assert ROW.text("nothing", "text") == " a "
+    assert ROW.get("number", int) == 3 and ROW.get("flag", bool) is True
     assert ROW.texts("texts") == ("a", "") and ROW.texts("empty") == ()
     assert ROW.has("flag") and not ROW.has("none") and not ROW.has("nothing")
-    assert (
-        ROW.identifier("nothing", "number", otherwise="x") == "3"
-        and ROW.identifier("none", otherwise="train") == "train_3"
-    )
+    assert ROW.identifier("nothing", "number", otherwise="x") == "3"
+    assert ROW.identifier("none", otherwise="train") == "train_3"

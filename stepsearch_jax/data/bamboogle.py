@@ -1,7 +1,7 @@
 """Bamboogle (Press et al., 2023), 125 questions for testing only, as a TFDS builder.
 
-A row: `question, golden_answers[…]` and, if there is one, `id`; or `Question, Answer`, the columns of the official table. It names neither
-sub-questions nor gold documents, and brings no passages.
+A row: `question, golden_answers[…]` and optionally `id`; or `Question, Answer`, the columns of the
+official table. Rows name neither sub-questions nor gold documents, and bring no passages.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ FORMAT = Format(
     name="Bamboogle",
     stems={"test": ("test", "bamboogle")},
     read_question=read_question,
-    address="https://docs.google.com/spreadsheets/d/1jwcsA5kE4TObr9YHn9Gc-wQHYjTbLhDGx6tmIzMhl_U, saved as bamboogle.csv (MIT)",
+    address="https://docs.google.com/spreadsheets/d/1jwcsA5kE4TObr9YHn9Gc-wQHYjTbLhDGx6tmIzMhl_U, "
+    "saved as bamboogle.csv (MIT)",
 )
 
 

@@ -1,6 +1,8 @@
-"""What the data set builders share: questions as TFDS splits in array_record files, written and read without TensorFlow; beside them the documents.
+"""What the data set builders share: questions are TFDS splits, the documents lie beside them.
 
-The documents are no split: TFDS holds a split in memory until it is complete, and can write none of more than 1 GB without TensorFlow.
+The splits are array_record files, written and read without TensorFlow. The documents are no split:
+TFDS holds a split in memory until it is complete, and cannot write more than 1 GB without
+TensorFlow.
 """
 
 from __future__ import annotations
@@ -18,7 +20,10 @@ from stepsearch_jax.records import Document, Question
 
 
 class Records(NamedTuple):
-    """Documents (id = row), the questions of each split, and the files that they were read from: name -> path and sha256."""
+    """Documents (id = row), the questions of each split, and the source files.
+
+    `files`: name -> path and sha256.
+    """
 
     documents: Sequence[Document]
     splits: dict[str, list[Question]]
@@ -26,11 +31,14 @@ class Records(NamedTuple):
 
 
 class RecordsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Base of the builders: a subclass makes the records, this class stores them, with counts in `info.metadata`."""
+    """Base of the builders: a subclass makes the records, this class stores them.
+
+    Counts are in `info.metadata`.
+    """
 
     @abc.abstractmethod
     def make_records(self, folder: pathlib.Path) -> Records:
-        """All of the data set; the documents are written into the folder `folder` (data/documents.py)."""
+        """The whole data set; writes the documents into `folder` (data/documents.py)."""
 
     def _info(self) -> tfds.core.DatasetInfo:
         return self.dataset_info_from_configs(

@@ -1,4 +1,7 @@
-"""The documents of a corpus in a file, a line of JSON each, memory-mapped: a process holds what it looks at, not what there is."""
+"""The documents of a corpus as a memory-mapped file, one line of JSON each.
+
+A process holds only the documents that it reads.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ OFFSETS = "corpus.offsets.npy"  # where each line begins, and the end of the las
 
 
 class Mapped(Sequence):
-    """What a function makes of each item of a sequence, made whenever it is asked for and not kept."""
+    """A function applied to each item of a sequence, at every access; results are not kept."""
 
     def __init__(self, function: Callable, items: Sequence):
         self._function, self._items = function, items
@@ -34,12 +37,14 @@ class Mapped(Sequence):
 
 
 class StoredDocuments:
-    """The documents that `write_documents` or an index left in a folder: `documents[i].id == i`. Raises ValueError where the files do not belong together."""
+    """The documents that `write_documents` or an index wrote into a folder.
+
+    `documents[i].id == i`. Raises ValueError if the files do not belong together.
+    """
 
     def __init__(self, folder: pathlib.Path):
-        self._offsets = np.asarray(
-            np.load(folder / OFFSETS, mmap_mode="r")
-        )  # plain views of the maps: faster to cut
+        # Plain views of the maps are faster to slice.
+        self._offsets = np.asarray(np.load(folder / OFFSETS, mmap_mode="r"))
         self._lines = np.asarray(np.memmap(folder / CORPUS, np.uint8, mode="r"))
         if self._offsets[-1] != len(self._lines):
             raise ValueError(
@@ -57,7 +62,10 @@ class StoredDocuments:
 
 
 def write_documents(passages: Iterable[tuple[str, str]], folder: pathlib.Path) -> StoredDocuments:
-    """Writes title and text of each document into `folder`, one after the other, and opens them. Raises ValueError if there are none."""
+    """Writes title and text of each document into `folder`, and opens them.
+
+    Raises ValueError if there are none.
+    """
     with open(folder / CORPUS, "wb") as file:
         sizes = array.array("i", (file.write(encode_passage(*passage)) for passage in passages))
     if not sizes:

@@ -1,7 +1,8 @@
 """HotpotQA (Yang et al., 2018) from its official rows, as a TFDS builder.
 
-A row: `_id` (or `id`), `question, answer, type, supporting_facts[[title, sentence]], context[[title, [sentences]]]`. It names the gold documents, but no
-sub-questions: they are the question's as a whole.
+A row: `_id` (or `id`), `question, answer, type, supporting_facts[[title, sentence]],
+context[[title, [sentences]]]`. Rows name no sub-questions: the gold documents are those of the
+question as a whole.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ def read_passages(row: Row) -> list[tuple[str, str]]:
 
 
 def read_gold(row: Row) -> dict[str, str]:
-    """Title -> text of the gold documents, in the order in which the facts name them; text "" for one that the contexts do not hold."""
+    """Title -> text of the gold documents, in the order of the facts.
+
+    The text is "" if no context has this title.
+    """
     contexts, gold = read_contexts(row), {}
     for i, fact in enumerate(row.lists("supporting_facts")):
         match fact:
@@ -70,7 +74,8 @@ FORMAT = Format(
     },
     read_question=read_question,
     read_passages=read_passages,
-    address="http://curtis.ml.cmu.edu/datasets/hotpot/hotpot_train_v1.1.json, and hotpot_dev_distractor_v1.json beside it (CC BY-SA 4.0)",
+    address="http://curtis.ml.cmu.edu/datasets/hotpot/hotpot_train_v1.1.json, "
+    "and hotpot_dev_distractor_v1.json beside it (CC BY-SA 4.0)",
 )
 
 

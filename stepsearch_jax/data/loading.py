@@ -1,4 +1,4 @@
-"""From a config to questions and documents; and which questions an iteration takes."""
+"""From a config to questions and documents; which questions an iteration takes."""
 
 from __future__ import annotations
 
@@ -52,18 +52,27 @@ OFFICIAL = {  # data.kind -> the builder that reads its files
     "stepsearch": stepsearch.StepSearch,
     "search_r1": search_r1.SearchR1,
 }
-LEFT_S = (
-    24 * 3600.0
-)  # seconds without a change after which an unfinished data set belongs to no living process
+# An unfinished data set without a change for this many seconds belongs to no living process.
+LEFT_S = 24 * 3600.0
 KINDS = ("atlas", *OFFICIAL)
+# What the readers of stored files raise for damaged ones.
+_DAMAGE = (
+    FileNotFoundError,
+    EOFError,
+    RuntimeError,
+    LookupError,
+    ValueError,
+    json_format.Error,
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
     """A prepared data set. `documents[i].id == i`.
 
-    `manifest`: kind; hash of what made the data set; documents; of every split questions, sub_questions, shapes, gold_documents in the corpus and
-    missing_gold_documents; files with their path and sha256 (none for atlas).
+    `manifest`: kind; hash of inputs and code; documents; of every split questions, sub_questions,
+    shapes, gold_documents in the corpus and missing_gold_documents; files with their path and
+    sha256 (none for atlas).
     """
 
     documents: Sequence[Document]
@@ -72,7 +81,7 @@ class Source:
 
 
 class _Rows(Sequence):
-    """The first `length` rows of what is stored in `folder`, decoded when they are asked for."""
+    """The first `length` rows stored in `folder`, decoded at every access."""
 
     def __init__(self, stored, decode: Callable, length: int, folder: pathlib.Path):
         self._stored, self._decode, self._length, self._folder = stored, decode, length, folder
@@ -96,26 +105,21 @@ class _Rows(Sequence):
 
 @contextlib.contextmanager
 def _naming_damage(folder: pathlib.Path) -> Iterator[None]:
-    """What the stored files' readers raise for damaged ones, as a ValueError that says what to do."""
+    """Turns the errors that readers raise for damaged files into a ValueError with the remedy."""
     try:
         yield
-    except (
-        FileNotFoundError,
-        EOFError,
-        RuntimeError,
-        LookupError,
-        ValueError,
-        json_format.Error,
-    ) as error:
+    except _DAMAGE as error:
         raise ValueError(
-            f"the stored data set {folder} is damaged ({type(error).__name__}: {error}): remove this folder, and it is made again"
+            f"the stored data set {folder} is damaged ({type(error).__name__}: {error}): "
+            "remove this folder, and it is made again"
         ) from error
 
 
 def load_source(data_config, k1: float, b: float) -> Source:
-    """The data set of `config.data` as training uses it: as `open_source` has it, of the training split only what data.train_questions allows.
+    """The data set of `config.data` for training: `open_source`, limited to data.train_questions.
 
-    Raises ValueError also when there is no such split, or too few questions in it; data.train_split "" needs none.
+    The limit applies to the training split. Raises ValueError also when this split does not exist
+    or has too few questions; data.train_split "" needs none.
     """
     source = open_source(data_config, k1, b)
     train, wanted = data_config.train_split, data_config.train_questions
@@ -127,22 +131,22 @@ def load_source(data_config, k1: float, b: float) -> Source:
         )
     if not 0 <= wanted <= len(source.splits[train]):
         raise ValueError(
-            f"data.train_questions is {wanted}, but split {train!r} has {len(source.splits[train])} questions (0 = all)"
+            f"data.train_questions is {wanted}, but split {train!r} has "
+            f"{len(source.splits[train])} questions (0 = all)"
         )
-    return (
-        dataclasses.replace(
-            source, splits={**source.splits, train: source.splits[train].first(wanted)}
-        )
-        if wanted
-        else source
-    )
+    if not wanted:
+        return source
+    splits = {**source.splits, train: source.splits[train].first(wanted)}
+    return dataclasses.replace(source, splits=splits)
 
 
 def open_source(data_config, k1: float, b: float) -> Source:
-    """The whole data set that data_config.kind, path, corpus and atlas name, built under data_config.cache_dir if it is not there yet.
+    """The whole data set that data_config names by kind, path, corpus and atlas.
 
-    k1, b: of the BM25 that checks Atlas's search queries. Its place is named by a hash of all that made it (Atlas: arguments and generator; others: path,
-    size and time of their files), so a changed input is a new data set. Raises ValueError or FileNotFoundError for bad input, and for damaged stored files.
+    Builds it under data_config.cache_dir if it is not there yet. The folder's name is a hash of
+    inputs and code (Atlas: arguments and generator; others: path, size and time of their files), so
+    a changed input is a new data set. k1, b: of the BM25 that checks Atlas's search queries. Raises
+    ValueError or FileNotFoundError for bad input and for damaged stored files.
     """
     dataset, digest = _make_builder(data_config, k1, b)
     dataset = _prepare(dataset, lambda: _make_builder(data_config, k1, b)[0])
@@ -165,7 +169,8 @@ def open_source(data_config, k1: float, b: float) -> Source:
     for split, count in counts["splits"].items():
         if count["missing_gold_documents"]:
             logger.warning(
-                "%s: the corpus lacks %d of the %d gold documents of split %s; `python -m stepsearch_jax.prepare audit` names them",
+                "%s: the corpus lacks %d of the %d gold documents of split %s; "
+                "`python -m stepsearch_jax.prepare audit` names them",
                 data_config.kind,
                 count["missing_gold_documents"],
                 count["missing_gold_documents"] + count["gold_documents"],
@@ -177,25 +182,27 @@ def open_source(data_config, k1: float, b: float) -> Source:
 def question_rows(position: int, count: int, num_questions: int, seed: int) -> np.ndarray:
     """Rows of the questions at global positions [position, position + count): int64 [count].
 
-    Epoch e = positions [e * num_questions, (e + 1) * num_questions) is a permutation of all rows that follows from (seed, e) alone, so any process,
-    and any restart, computes its own share.
+    Epoch e = positions [e * num_questions, (e + 1) * num_questions) is a permutation of all rows
+    that depends on (seed, e) alone, so any process, and any restart, computes its own part.
     """
     if num_questions < 1 or position < 0 or count < 0:
         raise ValueError(
-            f"question_rows: position {position} and count {count} must not be negative, and num_questions {num_questions} not below 1"
+            f"question_rows: position {position} and count {count} must not be negative, "
+            f"and num_questions {num_questions} not below 1"
         )
     parts = []
     while count > 0:
         epoch, start = divmod(position, num_questions)
-        taken = np.random.default_rng([seed, epoch]).permutation(num_questions)[
-            start : start + count
-        ]
+        order = np.random.default_rng([seed, epoch]).permutation(num_questions)
+        taken = order[start : start + count]
         parts.append(taken)
         position, count = position + len(taken), count - len(taken)
     return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
 
 def _make_builder(config, k1: float, b: float) -> tuple[builder.RecordsBuilder, str]:
+    """-> (the builder of the data set, the hash that names its folder)."""
+    # Atlas: the hash is of the generator's arguments and code.
     if config.kind == "atlas":
         atlas_config = config.atlas
         questions = {
@@ -203,26 +210,26 @@ def _make_builder(config, k1: float, b: float) -> tuple[builder.RecordsBuilder, 
             "validation": atlas_config.validation_questions,
             "test": atlas_config.test_questions,
         }
-        questions = {
-            split: count for split, count in questions.items() if count
-        }  # a split of no questions is left out
         made = dict(
             seed=atlas_config.seed,
             entities=atlas_config.entities,
             k1=k1,
             b=b,
             shapes=tuple(atlas_config.shapes),
-            questions=questions,
+            # A split of no questions is left out.
+            questions={split: count for split, count in questions.items() if count},
         )
         digest = _digest(
             made, atlas_kinds, atlas_grammar, atlas_facts, atlas_questions, atlas_world
         )
         builder_class, builder_config = atlas.Atlas, atlas.AtlasConfig(name=digest, **made)
+    # Official files: the hash is of their paths, sizes and times, and of the code that reads them.
     elif config.kind in OFFICIAL:
         builder_class, folder = OFFICIAL[config.kind], pathlib.Path(config.path)
         if not config.path:
             raise FileNotFoundError(
-                f"data.path is empty: set it to the folder of {builder_class.FORMAT.name}, from {builder_class.FORMAT.address}"
+                f"data.path is empty: set it to the folder of {builder_class.FORMAT.name}, "
+                f"from {builder_class.FORMAT.address}"
             )
         splits, corpora = official.find_inputs(builder_class.FORMAT, folder, config.corpus)
         files = rows.describe_files((*splits.values(), *corpora))
@@ -242,41 +249,44 @@ def _make_builder(config, k1: float, b: float) -> tuple[builder.RecordsBuilder, 
     else:
         raise ValueError(f"data.kind is {config.kind!r}; known are {', '.join(KINDS)}")
     verbosity = absl_logging.get_verbosity()
-    absl_logging.set_verbosity(
-        absl_logging.ERROR
-    )  # every config of ours is made here, and TFDS warns of each
+    # TFDS warns of every config that is made at run time, as all of these are.
+    absl_logging.set_verbosity(absl_logging.ERROR)
     try:
         with _naming_damage(pathlib.Path(config.cache_dir) / builder_class.name / digest):
-            return builder_class(
+            dataset = builder_class(
                 config=builder_config, data_dir=config.cache_dir, file_format="array_record"
-            ), digest
+            )
+            return dataset, digest
     finally:
         absl_logging.set_verbosity(verbosity)
 
 
 def _digest(made, *modules) -> str:
-    """Name of a data set: a hash of its inputs and of the code that reads or makes it, so that neither can change behind a stored copy."""
+    """Name of a data set: a hash of its inputs and of the code that reads or makes it.
+
+    A change of either makes a new data set instead of using a stale copy.
+    """
     code = [inspect.getsource(module) for module in (builder, documents, schema, *modules)]
     return hashlib.sha256(json.dumps([made, code]).encode()).hexdigest()[:16]
 
 
 def _prepare(dataset: tfds.core.DatasetBuilder, remake: Callable) -> tfds.core.DatasetBuilder:
-    """The data set, stored. It is written beside its place and renamed; where another process was faster, its copy is used. What killed processes have left
-    there is removed once nobody has written to it for a day."""
+    """The data set, stored.
+
+    It is written to a temporary folder and renamed; if another process was faster, its copy is
+    used. What killed processes left is removed once nobody has written to it for a day.
+    """
     for leftover in pathlib.Path(dataset.data_path).parent.glob("incomplete.*"):
         with contextlib.suppress(OSError):  # another process has just finished it, or removed it
-            if (
-                time.time() - max(path.stat().st_mtime for path in (leftover, *leftover.rglob("*")))
-                > LEFT_S
-            ):
+            changed = max(path.stat().st_mtime for path in (leftover, *leftover.rglob("*")))
+            if time.time() - changed > LEFT_S:
                 shutil.rmtree(leftover)
     if not pathlib.Path(dataset.data_path).is_dir():
         logger.info("making the data set %s", dataset.data_path)
     tfds.disable_progress_bar()
     try:
-        with contextlib.redirect_stdout(
-            io.StringIO()
-        ):  # where TFDS tells of downloads; there are none
+        # TFDS prints about downloads; there are none.
+        with contextlib.redirect_stdout(io.StringIO()):
             dataset.download_and_prepare()
     except OSError:
         dataset = remake()

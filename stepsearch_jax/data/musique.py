@@ -1,7 +1,8 @@
 """MuSiQue (Trivedi et al., 2022) from its official rows, as a TFDS builder.
 
-A row: `id, question, answer, answer_aliases, question_decomposition[{question, answer, paragraph_support_idx}], paragraphs[{idx, title,
-paragraph_text}]`; every other field is ignored. In a sub-question, #1, #2 … are filled with the earlier answers, and it is its own accepted query.
+A row: `id, question, answer, answer_aliases, question_decomposition[{question, answer,
+paragraph_support_idx}], paragraphs[{idx, title, paragraph_text}]`; all other fields are ignored.
+The earlier answers replace #1, #2 … in a sub-question, and its text is its accepted query.
 """
 
 from __future__ import annotations
@@ -70,7 +71,10 @@ def _paragraphs(row: Row) -> dict[int, tuple[str, str]]:
 
 
 def _fill(question: str, answers: list[str], hops: int, hop: Row) -> str:
-    """The sub-question with #n replaced by the n-th earlier answer. A number beyond the decomposition is part of the text ("a #40 hit")."""
+    """The sub-question with #n replaced by the n-th earlier answer.
+
+    A number beyond the decomposition is part of the text ("a #40 hit").
+    """
 
     def answer(match: re.Match) -> str:
         number = int(match[1])

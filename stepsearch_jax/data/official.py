@@ -1,4 +1,7 @@
-"""Data sets from their official files: what their TFDS builders share. Each data set says how one row is read; see musique.py, hotpotqa.py, …"""
+"""What the TFDS builders of data sets with official files share.
+
+Each data set says how to read one row; see musique.py, hotpotqa.py, …
+"""
 
 from __future__ import annotations
 
@@ -22,9 +25,11 @@ CORPUS_STEMS = ("corpus",)
 class Format:
     """The official files of a data set.
 
-    stems: for each split, the names that its file may have, without ending. read_question(row, split): the question of a row, all its gold documents among
-    the missing ones, because they have not been looked for. read_passages(row): title and text of the passages that a row brings along; None: rows bring
-    none. address: where the files are to be had, and their licence.
+    stems: for each split, the names that its file may have, without ending.
+    read_question(row, split): the question of a row; all its gold documents count as missing,
+    because no corpus has been searched yet.
+    read_passages(row): title and text of the passages that a row brings; None: rows bring none.
+    address: where to get the files, and their licence.
     """
 
     name: str
@@ -37,24 +42,23 @@ class Format:
 
 @dataclasses.dataclass(kw_only=True)
 class OfficialConfig(tfds.core.BuilderConfig):
-    """`path`: the folder with the official files; `corpus`: as in `find_inputs`. Two configs of different content need different names."""
+    """`path`: the folder with the official files; `corpus`: as in `find_inputs`.
+
+    Two configs of different content need different names.
+    """
 
     path: str
     corpus: str
 
 
 class OfficialBuilder(RecordsBuilder, skip_registration=True):
-    """Base of the builders; splits as found, and corpus."""
+    """Base of the builders: the splits that have a file, and the corpus."""
 
     FORMAT: Format
 
     def make_records(self, written_to: pathlib.Path) -> Records:
-        return read_files(
-            self.FORMAT,
-            pathlib.Path(self.builder_config.path),
-            written_to,
-            self.builder_config.corpus,
-        )
+        config = self.builder_config
+        return read_files(self.FORMAT, pathlib.Path(config.path), written_to, config.corpus)
 
 
 def find_inputs(
@@ -62,8 +66,9 @@ def find_inputs(
 ) -> tuple[dict[str, pathlib.Path], list[pathlib.Path]]:
     """-> (the file of each split that has one, the files of the corpus).
 
-    corpus: files with commas between them; "": the one beside the splits, or none, if the rows bring their own passages. Raises FileNotFoundError when
-    there is no split, or no corpus; ValueError when a file is there twice.
+    corpus: comma-separated files; "": the one beside the splits, or none if the rows bring their
+    own passages. Raises FileNotFoundError when there is no split or no corpus, ValueError when a
+    file exists twice.
     """
     splits = {
         split: path for split, stems in form.stems.items() if (path := find_file(folder, stems))
@@ -72,8 +77,8 @@ def find_inputs(
         *others, last = form.stems
         names = f"{', '.join(others)} or {last}" if others else last
         raise FileNotFoundError(
-            f"no {names} file (.jsonl or .jsonl.gz, for example) in {folder}: set data.path to the folder of {form.name}, from "
-            f"{form.address}"
+            f"no {names} file (.jsonl or .jsonl.gz, for example) in {folder}: "
+            f"set data.path to the folder of {form.name}, from {form.address}"
         )
     paths = (
         [pathlib.Path(path) for path in corpus.split(",")]
@@ -85,8 +90,8 @@ def find_inputs(
             raise FileNotFoundError(f"the corpus {path} is not there: change data.corpus")
     if not paths and form.read_passages is None:
         raise FileNotFoundError(
-            f"{form.name} brings no passages to search: put a corpus (corpus.jsonl, each row with title and text) into {folder}, or "
-            "set data.corpus to one"
+            f"{form.name} brings no passages to search: put a corpus (corpus.jsonl, each row with "
+            f"title and text) into {folder}, or set data.corpus to one"
         )
     return splits, paths
 
@@ -94,19 +99,19 @@ def find_inputs(
 def read_files(
     form: Format, folder: pathlib.Path, written_to: pathlib.Path, corpus: str = ""
 ) -> Records:
-    """Documents (id = row of the corpus) and the questions of each split that has a file; without a corpus the documents are the rows' own passages, each once.
+    """Documents (id = row of the corpus) and the questions of each split that has a file.
 
-    The documents are written into the folder `written_to`. Raises FileNotFoundError as `find_inputs` does, and ValueError that names file and line for a
-    malformed row or an empty file.
+    Without a corpus the documents are the rows' own passages, each once. The documents are written
+    into the folder `written_to`. Raises FileNotFoundError as `find_inputs` does, and ValueError
+    with file and line for a malformed row or an empty file.
     """
     splits, corpora = find_inputs(form, folder, corpus)
     questions = {}
     for split, path in splits.items():
         with contextlib.closing(read_rows(path)) as rows:
             questions[split] = [form.read_question(row, split) for row in rows]
-    documents = write_documents(
-        read_corpus(corpora) if corpora else _read_own_passages(form, splits.values()), written_to
-    )
+    found = read_corpus(corpora) if corpora else _read_own_passages(form, splits.values())
+    documents = write_documents(found, written_to)
     named = {**splits, **{f"corpus {n}" if n else "corpus": path for n, path in enumerate(corpora)}}
     return Records(
         documents,

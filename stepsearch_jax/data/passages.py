@@ -1,4 +1,7 @@
-"""Passages of a corpus, and how the gold ones of a question are found among them. Of a corpus nothing is kept but what is looked for, or 16 bytes each."""
+"""Passages of a corpus, and how to find the gold ones of a question among them.
+
+Of a corpus only the wanted passages, or 16 bytes of each, are kept in memory.
+"""
 
 from __future__ import annotations
 
@@ -14,25 +17,28 @@ import numpy as np
 from stepsearch_jax.data.rows import Row, read_rows
 from stepsearch_jax.records import Document, Question
 
-_UNSORTED = 1 << 20  # digests that `Seen` keeps one by one before it puts them with the others
+_Passages = tuple[tuple[str, str], ...]  # title and text of each
+_UNSORTED = 1 << 20  # digests that `Seen` collects before it merges them into its sorted array
 
 
 def locate_gold(
     splits: dict[str, list[Question]], documents: Iterable[Document]
 ) -> dict[str, list[Question]]:
-    """The questions with those of their missing gold documents found that are among `documents`. Ids that they have must be ids of these documents.
+    """The questions with the ids of their missing gold documents that are among `documents`.
 
-    A passage is the first document with its title and text; without a text, the only document with its title. White space does not count at all, because
-    data sets join the sentences of one and the same paragraph with a blank or without.
+    Ids that the questions already have must be ids of these documents. A passage is the first
+    document with its title and text; without a text, the only document with its title. White space
+    is ignored, because data sets join the sentences of the same paragraph with a blank or without.
     """
     wanted = (
         passage
         for question in itertools.chain(*splits.values())
         for passage in question.missing_gold
     )
+    # None: not found.
     ids: dict[tuple[str, str | None], int | None] = dict.fromkeys(
         itertools.starmap(_squeeze_passage, wanted)
-    )  # None: not found
+    )
     bearers = dict.fromkeys((title for title, _ in ids), 0)  # how many documents have the title
     for document in documents if ids else ():
         title = _squeeze(document.title)
@@ -41,15 +47,13 @@ def locate_gold(
             for key in (title, _squeeze(document.text)), (title, None):
                 if key in ids and ids[key] is None:
                     ids[key] = document.id
+    # A title alone is no name if several documents have it.
     ids.update({(title, None): None for title, count in bearers.items() if count > 1})
 
-    def sort(
-        missing: tuple[tuple[str, str], ...],
-    ) -> tuple[tuple[int, ...], tuple[tuple[str, str], ...]]:
+    def sort(missing: _Passages) -> tuple[tuple[int, ...], _Passages]:
         found = {passage: ids[_squeeze_passage(*passage)] for passage in missing}
-        return tuple(dict.fromkeys(i for i in found.values() if i is not None)), tuple(
-            passage for passage, i in found.items() if i is None
-        )
+        present = tuple(dict.fromkeys(i for i in found.values() if i is not None))
+        return present, tuple(passage for passage, i in found.items() if i is None)
 
     def find(question: Question) -> Question:
         subs = []
@@ -72,7 +76,7 @@ def locate_gold(
 
 
 class Seen:
-    """The passages that there have been, as 16 bytes each: a digest of title and text without white space."""
+    """A set of passages, 16 bytes each: a digest of title and text without white space."""
 
     def __init__(self):
         self._sorted, self._others = np.zeros(0, "S16"), set()
@@ -81,7 +85,7 @@ class Seen:
         return self._holds(_digest(passage))
 
     def add(self, passage: tuple[str, str]) -> bool:
-        """Remembers a passage -> whether it is a new one."""
+        """Adds a passage -> whether it is new."""
         digest = _digest(passage)
         if self._holds(digest):
             return False
@@ -100,9 +104,8 @@ class Seen:
 
 def _digest(passage: tuple[str, str]) -> bytes:
     raw = "\n".join(map(_squeeze, passage)).encode()
-    return (
-        hashlib.blake2b(raw, digest_size=16).digest().rstrip(b"\0")
-    )  # NumPy's strings have no zeros at the end
+    # NumPy's strings have no zeros at the end.
+    return hashlib.blake2b(raw, digest_size=16).digest().rstrip(b"\0")
 
 
 def _squeeze(text: str) -> str:
@@ -110,14 +113,16 @@ def _squeeze(text: str) -> str:
 
 
 def _squeeze_passage(title: str, text: str) -> tuple[str, str | None]:
-    """Title and text without white space; None for a text that is not given."""
+    """Title and text without white space; None for an empty text."""
     return _squeeze(title), _squeeze(text) if text else None
 
 
 def read_passage(row: Row) -> tuple[str, str]:
-    """Title and text of a row of a corpus: fields `title` and `text` (PhantomWiki: `article`), or `contents` alone, in Search-R1's form '"title"\\ntext'.
+    """Title and text of a row of a corpus.
 
-    One pair of quotes is taken off a title that begins and ends with one: "Heroes" (David Bowie album) keeps its own.
+    Fields: `title` and `text` (PhantomWiki: `article`), or `contents` alone, in Search-R1's form
+    '"title"\\ntext'. A title that begins and ends with a quote loses this pair: "Heroes" (David
+    Bowie album) keeps its own.
     """
     if row.has("text") or row.has("article") or not row.has("contents"):
         return row.text("title"), row.text("text", "article")
@@ -129,9 +134,10 @@ def read_passage(row: Row) -> tuple[str, str]:
 
 
 def read_corpus(paths: Sequence[pathlib.Path]) -> Iterator[tuple[str, str]]:
-    """Title and text of the passages of all these files: of the first file every row, of the others what no file before them holds.
+    """Title and text of the passages of all files.
 
-    Of a single file nothing is remembered, of several a digest of each passage that stands before the last.
+    The first file gives every row, the others give what no file before them holds. With several
+    files, a digest of each passage before the last file is kept in memory; with one file, nothing.
     """
     before: list[Seen] = []
     for n, path in enumerate(paths, start=1):

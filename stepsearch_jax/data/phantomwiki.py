@@ -1,9 +1,11 @@
-"""PhantomWiki (Gong et al., 2025), made-up universes of people, as a TFDS builder: files `questions` and `articles`; one split, test.
+"""PhantomWiki (Gong et al., 2025), made-up universes of people, as a TFDS builder.
 
-A row of `questions`: `id, question, answer[…], difficulty` and, where the way to the answer is known, `hops[{relation, gold_titles[…], values[…]}]`. Where
-several answers are right all of them are wanted: they are one answer, with commas between them. A hop is a sub-question about the people of
-`gold_titles`, whose articles are its gold documents; asked for each of them alone it is an accepted query. A first hop that looks up who has a trait
-(an occupation, a hobby, a date of birth) asks for the people instead.
+Files `questions` and `articles`; one split, test. A row of `questions`: `id, question, answer[…],
+difficulty` and, if the way to the answer is known, `hops[{relation, gold_titles[…], values[…]}]`.
+Several answers are one comma-separated answer: all of them are wanted. A hop is a sub-question
+about the people of `gold_titles`, whose articles are its gold documents; the question about each of
+them alone is an accepted query. A first hop that looks up who has a trait (an occupation, a hobby,
+a date of birth) asks for the people instead.
 """
 
 from __future__ import annotations
@@ -20,11 +22,8 @@ TRAITS = {"job": "occupation", "hobby": "hobby", "dob": "date of birth", "gender
 def read_question(row: Row, split: str) -> Question:
     """The question of a row."""
     question = row.text("question")
-    subs = (
-        [_read_hop(hop, n == 0, question) for n, hop in enumerate(row.objects("hops"))]
-        if row.has("hops")
-        else []
-    )
+    hops = row.objects("hops") if row.has("hops") else []
+    subs = [_read_hop(hop, n == 0, question) for n, hop in enumerate(hops)]
     return Question(
         uid=row.identifier("id", otherwise=split),
         question=question,
@@ -35,18 +34,12 @@ def read_question(row: Row, split: str) -> Question:
 
 
 def _read_hop(hop: Row, first: bool, question: str) -> SubQuestion:
-    relation, titles, values = (
-        hop.text("relation"),
-        hop.answers("gold_titles"),
-        hop.answers("values"),
-    )
+    relation = hop.text("relation")
+    titles, values = hop.answers("gold_titles"), hop.answers("values")
     gold = tuple((title, "") for title in titles)
-    if (
-        first
-        and relation in TRAITS
-        and values[0] in question
-        and not any(title in question for title in titles)
-    ):
+    # The question names the trait's value, but none of the people.
+    names_value = values[0] in question and not any(title in question for title in titles)
+    if first and relation in TRAITS and names_value:
         asked = f"Who is the person whose {TRAITS[relation]} is {values[0]}?"
         return SubQuestion(
             question=asked, answer=", ".join(titles), queries=(asked,), missing_gold=gold
@@ -65,12 +58,13 @@ FORMAT = Format(
     stems={"test": ("questions",)},
     read_question=read_question,
     corpus_stems=("articles", "corpus"),
-    address="https://huggingface.co/datasets/kilian-group/phantom-wiki-v1 or the generator, https://github.com/kilian-group/phantom-wiki (MIT)",
+    address="https://huggingface.co/datasets/kilian-group/phantom-wiki-v1 "
+    "or the generator, https://github.com/kilian-group/phantom-wiki (MIT)",
 )
 
 
 class PhantomWiki(OfficialBuilder):
-    """PhantomWiki; a universe a folder."""
+    """PhantomWiki; one folder per universe."""
 
     VERSION = tfds.core.Version("1.0.0")
     FORMAT = FORMAT

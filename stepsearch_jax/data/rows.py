@@ -1,4 +1,4 @@
-"""Rows of data files, each with its place, so that a fault can be named: JSON lines, JSON arrays, CSV, Parquet."""
+"""Rows of data files (JSON lines, JSON arrays, CSV, Parquet), with their places for messages."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ _HALF = re.compile(r"\\u[dD][89a-fA-F]")  # an escape that is half of a surrogat
 
 
 class Row:
-    """One object of a file. `where` names its place ("file, line 3"), `number` counts the objects of the file from 1.
+    """One object of a file.
 
-    Every method checks what it returns and raises ValueError, with `where`, when it is not as asked for. None counts as missing.
+    `where` names its place ("file, line 3"), `number` counts the objects of the file from 1. Every
+    method checks the field that it returns, and raises ValueError with `where` for a wrong one.
+    None counts as missing.
     """
 
     def __init__(self, values: dict, where: str, number: int):
@@ -56,7 +58,10 @@ class Row:
         return self.get(next((name for name in names if self.has(name)), names[0]), str)
 
     def identifier(self, *names: str, otherwise: str) -> str:
-        """The text or number in the first of these fields that is there, as text; without one, `otherwise` and the number of the row, from 0."""
+        """The text or number in the first of these fields that is there, as text.
+
+        Without one, `otherwise` and the number of the row, from 0.
+        """
         value = next(
             (self.values[name] for name in names if self.has(name)),
             f"{otherwise}_{self.number - 1}",
@@ -114,9 +119,9 @@ class Row:
 
 
 def describe_files(files: Sequence[pathlib.Path]) -> list[list]:
-    """Place, size and time of each file, as JSON: another one in its place is told apart without being read.
+    """Path, size and time of each file, as JSON: they show a change without reading the file.
 
-    Raises FileNotFoundError for one that is not there, or a folder.
+    Raises FileNotFoundError for a missing file, or a folder.
     """
     for path in files:
         if not path.is_file():
@@ -127,7 +132,10 @@ def describe_files(files: Sequence[pathlib.Path]) -> list[list]:
 
 
 def find_file(folder: pathlib.Path, stems: Sequence[str]) -> pathlib.Path | None:
-    """The file in `folder` that has one of these names and an ending that can be read. Raises ValueError when there are two."""
+    """The file in `folder` that has one of these names and a known ending.
+
+    Raises ValueError when there are two.
+    """
     found = [
         path
         for path in (folder / f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES)
@@ -139,19 +147,20 @@ def find_file(folder: pathlib.Path, stems: Sequence[str]) -> pathlib.Path | None
 
 
 def read_rows(path: pathlib.Path) -> Iterator[Row]:
-    """The objects of a file, in order. Raises FileNotFoundError, and ValueError for a file that holds none, or something else.
+    """The objects of a file, in order.
 
-    Close it (contextlib.closing) where what is done with the rows may fail: a progress bar that is left open garbles the message.
+    Raises FileNotFoundError, and ValueError for a file that holds no objects or something else.
+    Close the iterator (contextlib.closing) if the caller can fail between rows: an open progress
+    bar garbles the message.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there")
     if not path.name.endswith(SUFFIXES):
         raise ValueError(f"{path}: the name should end in one of {', '.join(SUFFIXES)}")
     number = 0
+    values = _read_values(path)
     try:
-        for place, value in tqdm(
-            _read_values(path), desc=f"reading {path.name}", unit=" rows", leave=False
-        ):
+        for place, value in tqdm(values, desc=f"reading {path.name}", unit=" rows", leave=False):
             number += 1
             if not isinstance(value, dict):
                 raise ValueError(
@@ -160,7 +169,7 @@ def read_rows(path: pathlib.Path) -> Iterator[Row]:
             yield Row(value, f"{path}, {place}", number)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(
-            f"{path}: behind row {number} the file cannot be read ({error}); fetch it again"
+            f"{path}: after row {number} the file cannot be read ({error}); fetch it again"
         ) from None
     if not number:
         raise ValueError(f"{path}: the file is empty; at least one row is needed")
@@ -173,7 +182,7 @@ def hash_file(path: pathlib.Path) -> str:
 
 
 def _read_values(path: pathlib.Path) -> Iterator[tuple[str, object]]:
-    """(place, value) of each row; of text that belongs to no row nothing is told."""
+    """(place, value) of each row."""
     kind = path.name.removesuffix(".gz").rsplit(".", 1)[1]
     if kind == "parquet":
         yield from _read_parquet(path)
@@ -186,35 +195,35 @@ def _read_values(path: pathlib.Path) -> Iterator[tuple[str, object]]:
         while start and start in _BEFORE_JSON:
             start = file.read(1)
         file.seek(0)
-        yield from (
-            _read_array(path, "".join(_decode_lines(path, file)))
-            if kind == "json" and start == b"["
-            else _read_lines(path, file)
-        )
+        if kind == "json" and start == b"[":
+            yield from _read_array(path, "".join(_decode_lines(path, file)))
+        else:
+            yield from _read_lines(path, file)
 
 
 def _decode_lines(path: pathlib.Path, file: Iterable[bytes]) -> Iterator[str]:
-    """The lines of a file as text, without the byte order mark that some programs put before the first."""
+    """The lines of a file as text, without a byte order mark before the first."""
     for number, line in enumerate(file, start=1):
         try:
             yield (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).decode()
         except UnicodeDecodeError as error:
             raise ValueError(
-                f"{path}, line {number}: not UTF-8 ({error.reason} {error.object[error.start]:#04x}); save the file as UTF-8"
+                f"{path}, line {number}: not UTF-8 ({error.reason} "
+                f"{error.object[error.start]:#04x}); save the file as UTF-8"
             ) from None
 
 
 def _read_table(path: pathlib.Path, file: Iterable[bytes]) -> Iterator[tuple[str, object]]:
     reader = csv.DictReader(_decode_lines(path, file))
     try:
-        reader.fieldnames = next(
-            filter(None, reader.reader), None
-        )  # by itself it skips empty lines only behind them
+        # The reader skips empty lines only after the line with the names.
+        reader.fieldnames = next(filter(None, reader.reader), None)
         for values in reader:
             yield f"line {reader.line_num}", values
     except csv.Error as error:
         raise ValueError(
-            f"{path}, line {reader.reader.line_num}: not CSV, or a longer text than CSV may hold ({error}); a .jsonl file may hold any"
+            f"{path}, line {reader.reader.line_num}: not CSV, or too long a text for CSV "
+            f"({error}); a .jsonl file can hold it"
         ) from None
 
 
@@ -228,7 +237,7 @@ def _read_lines(path: pathlib.Path, file: Iterable[bytes]) -> Iterator[tuple[str
 
 
 def _read_array(path: pathlib.Path, text: str) -> Iterator[tuple[str, object]]:
-    """One element after the other: the objects of a file of 600 MB need not stand in memory all at once."""
+    """One element at a time: the objects of a file of 600 MB need not all be in memory at once."""
     position, line, counted = _skip(text, text.index("[") + 1), 1, 0
     more = text[position : position + 1] != "]"
     while more:
@@ -243,38 +252,37 @@ def _read_array(path: pathlib.Path, text: str) -> Iterator[tuple[str, object]]:
             position = _skip(text, position + 1)
         elif text[position : position + 1] != "]":
             raise ValueError(
-                f"{path}, line {line}: not JSON (a comma or the end of the array is missing behind this row)"
+                f"{path}, line {line}: not JSON "
+                "(a comma or the end of the array is missing after this row)"
             )
     rest = _skip(text, position + 1)
     if rest < len(text):
-        raise ValueError(
-            f"{path}, line {1 + text.count(chr(10), 0, rest)}: not JSON (text behind the end of the array)"
-        )
+        line = 1 + text.count("\n", 0, rest)
+        raise ValueError(f"{path}, line {line}: not JSON (text after the end of the array)")
 
 
 @contextlib.contextmanager
 def _naming_line(path: pathlib.Path, line: int) -> Iterator[None]:
-    """What json says of a text that it cannot read, with the place: where json knows no line, the one where the text begins."""
+    """Adds file and line to the errors of json; without a line of its own, the text's first."""
     try:
         yield
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {max(line, error.lineno)}: not JSON ({error})") from None
     except RecursionError:
-        raise ValueError(
-            f"{path}, line {line}: lists and objects lie too deep in one another"
-        ) from None
+        raise ValueError(f"{path}, line {line}: lists and objects are nested too deep") from None
     except ValueError as error:  # a number of thousands of digits
         raise ValueError(f"{path}, line {line}: {error}") from None
 
 
 def _check_pairs(path: pathlib.Path, line: int, raw: str, value: object) -> None:
-    """Half of a surrogate pair, which JSON can name alone, is no text: no file that is made of the row could hold it."""
+    """Refuses half of a surrogate pair: JSON can name it, but no text file can hold it."""
     if _HALF.search(raw):
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             raise ValueError(
-                f"{path}, line {line}: {error.object[error.start]!r} is half of a surrogate pair, not text; remove it"
+                f"{path}, line {line}: {error.object[error.start]!r} is half of a surrogate pair, "
+                "not text; remove it"
             ) from None
 
 
@@ -298,5 +306,6 @@ def _read_parquet(path: pathlib.Path) -> Iterator[tuple[str, object]]:
                     yield f"row {number}", values
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise ValueError(
-            f"{path}: behind row {number} it cannot be read as a Parquet file ({error}); fetch it again"
+            f"{path}: after row {number} it cannot be read as a Parquet file ({error}); "
+            "fetch it again"
         ) from None

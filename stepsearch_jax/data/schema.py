@@ -1,4 +1,7 @@
-"""Questions as flat rows of strings, the form in which they are stored: nested parts are JSON text, so that no stored feature is ragged."""
+"""Questions as flat rows of strings, as they are stored.
+
+Nested parts are JSON text, so that no stored feature is ragged.
+"""
 
 from __future__ import annotations
 

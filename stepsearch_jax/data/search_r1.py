@@ -1,8 +1,11 @@
-"""The training and test rows of Search-R1 (arXiv 2503.09516), Parquet files for verl, as a TFDS builder. StepSearch's processed rows have this form, too.
+"""The training and test rows of Search-R1 (arXiv 2503.09516), Parquet files for verl.
 
-A row: `question`, or a `prompt[{role, content}]` at whose end it stands behind "Question:"; `golden_answers[…]`, or `reward_model.ground_truth.target[…]`;
-`data_source`, its shape. If there are any, `reward_model.ground_truth.search_keys[[query, …], …]` are accepted queries and
-`extra_info.support_docs[{title, paragraph_text}, …]` gold documents (data/stepsearch.py). The corpus is Search-R1's own, or another.
+A TFDS builder; StepSearch's processed rows have this form, too. A row: `question`, or a
+`prompt[{role, content}]` that ends with "Question:" and the question; `golden_answers[…]`, or
+`reward_model.ground_truth.target[…]`; `data_source`, its shape. Optionally,
+`reward_model.ground_truth.search_keys[[query, …], …]` are accepted queries and
+`extra_info.support_docs[{title, paragraph_text}, …]` gold documents (data/stepsearch.py). The
+corpus is Search-R1's own, or another.
 """
 
 from __future__ import annotations
@@ -24,12 +27,10 @@ def read_question(row: Row, split: str) -> Question:
         answers = row.answers("golden_answers")
     elif truth is None:
         raise row.fault("field 'golden_answers' is missing, and so is 'reward_model'")
+    elif isinstance(truth.values.get("target"), str):
+        answers = (truth.text("target"),)
     else:
-        answers = (
-            (truth.text("target"),)
-            if isinstance(truth.values.get("target"), str)
-            else truth.answers("target")
-        )
+        answers = truth.answers("target")
     queries = read_queries(truth, "search_keys") if truth and truth.has("search_keys") else []
     extra = row.object("extra_info") if row.has("extra_info") else None
     documents = read_documents(extra, "support_docs") if extra and extra.has("support_docs") else []
@@ -58,7 +59,8 @@ FORMAT = Format(
     stems={split: (split,) for split in ("train", "validation", "test")},
     read_question=read_question,
     corpus_stems=("corpus", "wiki-18"),
-    address="https://huggingface.co/datasets/PeterJinGo/nq_hotpotqa_train, and its corpus from https://huggingface.co/datasets/PeterJinGo/wiki-18-corpus",
+    address="https://huggingface.co/datasets/PeterJinGo/nq_hotpotqa_train, "
+    "and its corpus from https://huggingface.co/datasets/PeterJinGo/wiki-18-corpus",
 )
 
 

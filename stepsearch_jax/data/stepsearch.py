@@ -1,9 +1,13 @@
-"""The released training rows of StepSearch (arXiv 2505.15107), as a TFDS builder; `python -m stepsearch_jax.prepare keys` writes the same form.
+"""The released training rows of StepSearch (arXiv 2505.15107), as a TFDS builder.
 
-A row: `question, final_answer, answer_aliases, sub_searchs[[query, …], …], sub_support_docs[{title, paragraph_text}, …]` and, if there are some, `id`,
-`shape`, `sub_questions[…]`, `sub_answers[…]` and `sub_answer_aliases[[…], …]`, one for each list of queries, and `support_docs`, gold documents of the question
-as a whole. A list of queries is a sub-question; without `sub_questions`, its text is its first query, and no list may be empty. Where there are as many
-documents (or lists of them) as lists of queries, each is the gold document of its sub-question; otherwise all are the question's as a whole.
+`python -m stepsearch_jax.prepare keys` writes the same form. A row: `question, final_answer,
+answer_aliases, sub_searchs[[query, …], …], sub_support_docs[{title, paragraph_text}, …]`;
+optionally `id`, `shape`, `sub_questions[…]`, `sub_answers[…]` and `sub_answer_aliases[[…], …]`, one
+for each list of queries, and `support_docs`, gold documents of the question as a whole.
+
+A list of queries is a sub-question; without `sub_questions`, its text is its first query, and no
+list may be empty. If there are as many documents (or lists of them) as lists of queries, each is
+the gold document of its sub-question; otherwise all belong to the question as a whole.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from stepsearch_jax.records import Question, SubQuestion
 
 
 def read_queries(row: Row, name: str, empty: bool = False) -> list[tuple[str, ...]]:
-    """The accepted queries of each sub-question. empty: there may be none."""
+    """The accepted queries of each sub-question. empty: a list may be empty."""
     groups = row.lists(name)
     for i, group in enumerate(groups):
         if not (group or empty) or not all(
@@ -27,7 +31,10 @@ def read_queries(row: Row, name: str, empty: bool = False) -> list[tuple[str, ..
 
 
 def read_documents(row: Row, name: str) -> list[list[tuple[str, str]]]:
-    """Title and text of gold documents: groups of them, also where the row names them one by one. Without a text, the title says which one is meant."""
+    """Groups of gold documents, title and text; a document that the row names alone is a group.
+
+    A text of "" stands for the document with this title.
+    """
     groups = []
     for i, entry in enumerate(row.get(name, list)):
         documents = [
@@ -38,16 +45,12 @@ def read_documents(row: Row, name: str) -> list[list[tuple[str, str]]]:
             raise row.fault(
                 f"{name}[{i}] should be an object with title and paragraph_text, or a list of such"
             )
-        groups.append(
-            [
-                (
-                    document.text("title"),
-                    document.text("paragraph_text") if document.has("paragraph_text") else "",
-                )
-                for document in documents
-            ]
-        )
+        groups.append([_read_document(document) for document in documents])
     return groups
+
+
+def _read_document(row: Row) -> tuple[str, str]:
+    return row.text("title"), row.text("paragraph_text") if row.has("paragraph_text") else ""
 
 
 def make_sub_questions(
@@ -57,7 +60,10 @@ def make_sub_questions(
     answers=(),
     aliases=(),
 ) -> dict:
-    """Sub-questions and loose gold documents, as arguments of Question. questions, answers, aliases: of each list of queries, or ()."""
+    """Sub-questions and loose gold documents, as arguments of Question.
+
+    questions, answers, aliases: one for each list of queries, or ().
+    """
     paired = len(queries) == len(documents)
     subs = []
     for i, group in enumerate(queries):
@@ -78,10 +84,9 @@ def _join(groups: list[list[tuple[str, str]]]) -> tuple[tuple[str, str], ...]:
 
 
 def read_passages(row: Row) -> list[tuple[str, str]]:
-    """The gold documents of a row, those named by title alone excepted; it has no others."""
-    groups = read_documents(row, "sub_support_docs") + (
-        read_documents(row, "support_docs") if row.has("support_docs") else []
-    )
+    """The gold documents of a row, except those named by title alone; it has no others."""
+    groups = read_documents(row, "sub_support_docs")
+    groups += read_documents(row, "support_docs") if row.has("support_docs") else []
     return [(title, text) for group in groups for title, text in group if text]
 
 

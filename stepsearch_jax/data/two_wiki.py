@@ -1,9 +1,12 @@
 """2WikiMultihopQA (Ho et al., 2020) from its official rows, as a TFDS builder.
 
-A row: as HotpotQA's, with `evidences[[subject, relation, object]]`. Every evidence is a sub-question that asks for the object; the text is that of `qa_pairs`
-where the row has some, and made from subject and relation otherwise. Objects of the same subject and relation are answers of one sub-question.
-The gold document of a sub-question is its subject's article. Subjects are not always called as their articles are: what cannot be told apart with
-certainty stays a gold document of the question as a whole.
+A row: as HotpotQA's, with `evidences[[subject, relation, object]]`. Every evidence is a
+sub-question that asks for the object; its text comes from `qa_pairs` if the row has them, and from
+subject and relation otherwise. Objects of the same subject and relation are answers of one
+sub-question. The gold document of a sub-question is its subject's article. Subjects and articles do
+not always have
+the same name: an article without a certain subject stays a gold document of the question as a
+whole.
 """
 
 from __future__ import annotations
@@ -49,13 +52,16 @@ def read_question(row: Row, split: str) -> Question:
 
 
 def match_titles(subjects: list[str], titles: list[str]) -> dict[str, str]:
-    """Subject -> title of its article: the same text, else the same apart from case and a bracket at the end, else the only ones left of both."""
+    """Subject -> title of its article.
+
+    The same text, else the same apart from case and a bracket at the end, else the only ones left
+    of both.
+    """
     found = {subject: subject for subject in subjects if subject in titles}
 
     def left() -> tuple[list[str], list[str]]:
-        return [subject for subject in subjects if subject not in found], [
-            title for title in titles if title not in found.values()
-        ]
+        open_subjects = [subject for subject in subjects if subject not in found]
+        return open_subjects, [title for title in titles if title not in found.values()]
 
     open_subjects, open_titles = left()
     for subject in open_subjects:
@@ -78,14 +84,14 @@ def _plain(title: str) -> str:
 
 def _read_hops(row: Row) -> dict[tuple[str, str], list[str]]:
     """(subject, relation) -> the sub-question and its answers."""
-    evidences = row.lists("evidences")
-    written = (
-        [pair.text("question") for pair in row.objects("qa_pairs")] if row.has("qa_pairs") else None
-    )
-    if written is not None and len(written) != len(evidences):
-        raise row.fault(
-            f"'qa_pairs' holds {len(written)} pairs for {len(evidences)} evidences; it should hold one for each"
-        )
+    evidences, written = row.lists("evidences"), None
+    if row.has("qa_pairs"):
+        written = [pair.text("question") for pair in row.objects("qa_pairs")]
+        if len(written) != len(evidences):
+            raise row.fault(
+                f"'qa_pairs' holds {len(written)} pairs for {len(evidences)} evidences; "
+                "it should hold one for each"
+            )
     hops: dict[tuple[str, str], list[str]] = {}
     for i, evidence in enumerate(evidences):
         match evidence:
