@@ -1,10 +1,13 @@
-"""Runs a sweep: every method of one or more sweep files under every seed, then one table and one figure of all.
+"""Runs a sweep: all methods of one or more sweep files under all seeds, then a table and a figure.
 
-    python launch/sweep.py --sweep=configs/sweeps/baselines.py[,more files] --config=configs/atlas_sweep.py --workdir=runs/sweep [--jobs=2]
+    python launch/sweep.py --sweep=configs/sweeps/baselines.py[,more files] \\
+        --config=configs/atlas_sweep.py --workdir=runs/sweep [--jobs=2]
 
-Paths are relative to the repository. WORKDIR/points/ receives a run and its log for every point, WORKDIR table.md, table.json, figure.png, figure.svg.
-Points that are finished are skipped, unfinished ones resumed, and one that fails leaves the others alone; start the same command again to go on.
-On other machines that share WORKDIR, or copy its points there afterwards: --print-commands prints one command a point, and --table-only makes the table.
+Paths are relative to the repository. WORKDIR/points/ receives a run and its log for every point,
+WORKDIR table.md, table.json, figure.png, figure.svg. Rerun the same command to continue: finished
+points are skipped, unfinished ones resumed, and a failed point leaves the others alone. On other
+machines that share WORKDIR, or copy its points there afterwards, --print-commands prints one
+command per point, and --table-only makes the table.
 """
 
 from __future__ import annotations
@@ -35,26 +38,32 @@ TRAIN = ("-m", "stepsearch_jax.train")
 
 
 def main(arguments: Sequence[str], train: Sequence[str] = (sys.executable, *TRAIN)) -> int:
-    """The command -> exit status: 0, 1 if a point failed, 2 for bad input. `train`: the training command, without flags."""
+    """The command -> exit status: 0, 1 if a point failed, 2 for bad input, 130 if interrupted.
+
+    train: the training command, without flags.
+    """
     options, common = parse_arguments(arguments)
     workdir = pathlib.Path(options.workdir)
     try:
+        # What there is to run: the points without a finished run.
         sweeps = load_sweeps(options.sweep.split(","), options.config, common)
         points = list_points(sweeps)
         todo = [point for point in points if not is_finished(point, workdir)]
         if options.table_only and not workdir.is_dir():
-            raise FileNotFoundError(f"{workdir} holds no sweep of which to make a table")
+            raise FileNotFoundError(f"{workdir} holds no sweep for --table-only")
+        # Print the commands instead of running them.
         if options.print_commands:
             for point in todo:
                 prefix = options.command_prefix.replace("{name}", point.name)
-                print(
-                    f"{prefix} {shlex.join(make_command(('python', *TRAIN), options.config, point, workdir))}".lstrip()
-                )
+                command = make_command(("python", *TRAIN), options.config, point, workdir)
+                print(f"{prefix} {shlex.join(command)}".lstrip())
             return 0
+        # Run them, then compare all finished points.
         failed = {}
         if not options.table_only:
             print(
-                f"{len(points)} points, {len(points) - len(todo)} of them finished; runs and logs: {workdir / POINTS}",
+                f"{len(points)} points, {len(points) - len(todo)} of them finished; "
+                f"runs and logs: {workdir / POINTS}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -67,7 +76,8 @@ def main(arguments: Sequence[str], train: Sequence[str] = (sys.executable, *TRAI
         return 2
     except KeyboardInterrupt:
         print(
-            f"sweep: interrupted, and its runs ended; the same command goes on with those in {workdir / POINTS}",
+            "sweep: interrupted, and its runs ended; "
+            f"rerun the same command to resume those in {workdir / POINTS}",
             file=sys.stderr,
         )
         return 130
@@ -85,6 +95,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
         allow_abbrev=False,
         epilog="--config.key=value sets a key of the config for all points.",
     )
+    # The sweep: its files, its config, its folder.
     parser.add_argument(
         "--sweep",
         required=True,
@@ -101,8 +112,9 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
         "--workdir",
         required=True,
         metavar="DIR",
-        help="folder of the sweep; one that holds finished points is gone on with",
+        help="folder of the sweep; finished points in it are skipped, unfinished ones resumed",
     )
+    # What to do: run, print commands, or make the table.
     parser.add_argument(
         "--jobs",
         type=int,
@@ -127,6 +139,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
         action="store_true",
         help="make table and figure of what is finished, and run nothing",
     )
+    # All other arguments must be keys of the config.
     options, common = parser.parse_known_args(arguments)
     for flag in common:
         if not (flag.startswith("--config.") and "=" in flag):
@@ -147,10 +160,8 @@ def write_comparison(sweeps: Sequence[Sweep], workdir: pathlib.Path, config_file
         write_figure(figure, workdir)
         files += FIGURE_FILES
     print(format_table(results))
-    print(
-        f"wrote {', '.join(str(workdir / name) for name in files)}; wall time so far {format_duration(results['wall_s'])}",
-        flush=True,
-    )
+    written = ", ".join(str(workdir / name) for name in files)
+    print(f"wrote {written}; wall time so far {format_duration(results['wall_s'])}", flush=True)
 
 
 if __name__ == "__main__":

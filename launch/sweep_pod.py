@@ -1,11 +1,15 @@
 """Runs a sweep on several TPUs, a point at a time on each; then one table and one figure of all.
 
-    PROJECT=… ZONE=… ACCELERATOR=… VERSION=… python launch/sweep_pod.py --pods=search-1,search-2 --storage=gs://my-bucket/sweep \\
-        --sweep=configs/sweeps/baselines.py --config=configs/atlas_sweep.py --workdir=runs/sweep [--copy=SOURCE=FOLDER …] [--config.key=value …]
+    PROJECT=… ZONE=… ACCELERATOR=… VERSION=… python launch/sweep_pod.py \\
+        --pods=search-1,search-2 --storage=gs://my-bucket/sweep \\
+        --sweep=configs/sweeps/baselines.py --config=configs/atlas_sweep.py --workdir=runs/sweep \\
+        [--copy=SOURCE=FOLDER …] [--config.key=value …]
 
-The TPUs have been created and set up (launch/pod/create.sh, launch/pod/setup.sh) and are the sweep's own: what trains there is ended first. Each point is run
-by launch/pod/train_pod.sh, which also replaces a TPU that was preempted. The runs lie in STORAGE/points; what the table needs of them is fetched to
-WORKDIR/points. Finished points are skipped, unfinished ones resumed: start the same command again to go on. DRY_RUN=1 prints the points' commands.
+Create and set up the TPUs first (launch/pod/create.sh, launch/pod/setup.sh). They belong to the
+sweep: it first ends other training on them. launch/pod/train_pod.sh runs each point, and also
+replaces a preempted TPU. The runs are in STORAGE/points; the files that the table needs are fetched
+to WORKDIR/points. Rerun the same command to continue: finished points are skipped, unfinished ones
+resumed. DRY_RUN=1 prints the points' commands.
 """
 
 from __future__ import annotations
@@ -25,22 +29,22 @@ from typing import IO
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "launch")]
 
-FILES = ("config.json", "evaluation.json", "metrics.jsonl")  # of a run: what table and figure read
+FILES = ("config.json", "evaluation.json", "metrics.jsonl")  # the files that table and figure read
 VARIABLES = ("PROJECT", "ZONE", "ACCELERATOR", "VERSION")
-EVERY_HOST = (
-    "--config.distributed.processes=0"  # as train_pod.sh sets it: the points' configs hold it, too
-)
+# As train_pod.sh sets it: the points' configs hold it, too.
+EVERY_HOST = "--config.distributed.processes=0"
 POINT = "--on-a-free-pod"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command -> exit status, as that of launch/sweep.py."""
+    """The command -> exit status, as launch/sweep.py's."""
     import sweep  # here, because the processes of the points need none of it
 
     from stepsearch_jax.run.folder import lock
     from stepsearch_jax.sweeps.points import list_points, load_sweeps
     from stepsearch_jax.sweeps.running import is_finished, make_command
 
+    # Flags of its own; launch/sweep.py parses the others.
     parser = argparse.ArgumentParser(
         prog="python launch/sweep_pod.py",
         description=__doc__,
@@ -64,6 +68,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     options, rest = parser.parse_known_args(arguments)
     pods, copies = options.pods.split(","), [f"--copy={pair}" for pair in options.copy]
+    # Check the flags and the environment before any TPU is touched.
     if not re.match("gs://[^/]", options.storage):
         parser.error(f"--storage={options.storage}: a folder of a bucket is needed, gs://…")
     if len(set(pods)) < len(pods) or not all(pods):
@@ -77,52 +82,44 @@ def main(arguments: Sequence[str]) -> int:
     workdir = pathlib.Path(swept.workdir)
 
     try:
+        # Print the commands instead of running them.
         if os.environ.get("DRY_RUN") == "1":
             for point in list_points(load_sweeps(swept.sweep.split(","), swept.config, common)):
                 if not is_finished(point, workdir):
-                    print(
-                        f"NAME={'|'.join(pods)}",
-                        shlex.join(
-                            make_train(storage, make_command(copies, swept.config, point, workdir))
-                        ),
-                    )
+                    flags = make_command(copies, swept.config, point, workdir)
+                    print(f"NAME={'|'.join(pods)}", shlex.join(make_train(storage, flags)))
             return 0
+        # End what trains on the TPUs, unless another sweep is at work in the folder.
         if not swept.table_only:
             with lock(workdir):
                 stop(pods)
     except (ValueError, OSError) as error:
         print(f"sweep_pod: {error}", file=sys.stderr)
         return 2
-    # A point is this script again, which takes a TPU that no other point has: as many are started at a time as there are TPUs.
-    status = sweep.main(
-        rest, train=(sys.executable, __file__, POINT, options.pods, storage, *copies)
-    )
+    # Each point runs this script again, which takes a free TPU: one point per TPU at a time.
+    train = (sys.executable, __file__, POINT, options.pods, storage, *copies)
+    status = sweep.main(rest, train=train)
     if status == 130:  # interrupted
         stop(pods)
     return status
 
 
 def stop(pods: Sequence[str]) -> None:
-    """Ends what trains on the TPUs; one that cannot be reached is gone, or train_pod.sh will say so."""
-    ending = [
-        subprocess.Popen(["bash", "launch/pod/stop.sh"], env=os.environ | {"NAME": pod})
-        for pod in pods
-    ]
+    """Ends what trains on the TPUs; an unreachable one is gone, or train_pod.sh reports it."""
+    command = ["bash", "launch/pod/stop.sh"]
+    ending = [subprocess.Popen(command, env=os.environ | {"NAME": pod}) for pod in pods]
     for process in ending:
         process.wait()
 
 
 def make_train(storage: str, flags: Sequence[str]) -> list[str]:
-    """The command that runs a point: `flags` are those of the training command, with the point's folder here, which becomes the one in `storage`."""
-    name = pathlib.Path(find_workdir(flags)).name
-    return [
-        "bash",
-        "launch/pod/train_pod.sh",
-        *(
-            f"--workdir={storage}/points/{name}" if flag.startswith("--workdir=") else flag
-            for flag in flags
-        ),
-    ]
+    """The command that runs a point.
+
+    flags: those of the training command; the point's local folder becomes its folder in `storage`.
+    """
+    moved = f"--workdir={storage}/points/{pathlib.Path(find_workdir(flags)).name}"
+    flags = [moved if flag.startswith("--workdir=") else flag for flag in flags]
+    return ["bash", "launch/pod/train_pod.sh", *flags]
 
 
 def find_workdir(flags: Sequence[str]) -> str:
@@ -130,7 +127,7 @@ def find_workdir(flags: Sequence[str]) -> str:
 
 
 def run_point(pods: Sequence[str], storage: str, flags: Sequence[str]) -> int:
-    """Runs a point on a TPU that is free and fetches what the table needs -> exit status."""
+    """Runs a point on a free TPU and fetches what the table needs -> exit status."""
     folder = pathlib.Path(find_workdir(flags))
     folder.mkdir(parents=True, exist_ok=True)
     pod, held = take_free(pods, folder.parent)
@@ -140,23 +137,15 @@ def run_point(pods: Sequence[str], storage: str, flags: Sequence[str]) -> int:
         signal.signal(signal.SIGTERM, lambda *_: process.terminate())
         status = process.wait()
     for name in FILES:
-        status = (
-            status
-            or subprocess.run(
-                [
-                    "gcloud",
-                    "storage",
-                    "cp",
-                    f"{storage}/points/{folder.name}/{name}",
-                    str(folder / name),
-                ]
-            ).returncode
-        )
+        if status == 0:
+            source = f"{storage}/points/{folder.name}/{name}"
+            command = ["gcloud", "storage", "cp", source, str(folder / name)]
+            status = subprocess.run(command).returncode
     return status
 
 
 def take_free(pods: Sequence[str], folder: pathlib.Path) -> tuple[str, IO]:
-    """-> (the first TPU that no other point has, its lock, which is let go when it is closed)."""
+    """-> (the first TPU that no other point has, its lock; closing the lock frees the TPU)."""
     for pod in pods:
         file = open(folder / f".{pod}.lock", "w")
         try:

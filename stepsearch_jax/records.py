@@ -1,7 +1,7 @@
 """The text side of the program: questions, documents and what happened in an episode.
 
-Plain immutable records of strings and integers. Nothing here knows about tokens or devices; the array side is `types.py`, and only `rollout/` turns one
-into the other.
+Plain immutable records of strings and integers. Nothing here knows about tokens or devices; the
+array side is `types.py`, and only `rollout/` turns one into the other.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ class TurnStatus(enum.IntEnum):
 
     NONE = 0  # the turn never happened
     SEARCH = 1  # a well-formed <search>…</search>
-    INVALID = 2  # no well-formed action: a warning was appended; the turn counts against the budget
+    INVALID = 2  # no well-formed action: a warning follows; the turn counts against the budget
     ANSWER = 3  # a well-formed <answer>…</answer>: the episode is over
 
 
@@ -32,8 +32,9 @@ class Document:
 class SubQuestion:
     """One hop of a question, with earlier answers filled in.
 
-    `gold_ids` are the corpus ids of the documents that hold the answer; `queries` are the accepted search queries (the k_ij of the key reward).
-    `missing_gold` are title and text of gold documents that the corpus does not hold (text "" where the data set names them by title alone).
+    `gold_ids` are the corpus ids of the documents that hold the answer; `queries` are the accepted
+    search queries (the k_ij of the key reward). `missing_gold` are title and text of gold documents
+    that the corpus does not hold (text "" if the data set names them by title alone).
     """
 
     question: str
@@ -46,9 +47,11 @@ class SubQuestion:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Question:
-    """A multi-hop question. `uid` is the data set's own identifier, `shape` the graph shape or type (for tables), for example "2hop".
+    """A multi-hop question.
 
-    `loose_gold_ids` and `loose_missing_gold` are gold documents of which the data set does not say to which sub-question they belong.
+    `uid` is the data set's own identifier, `shape` the graph shape or type (for tables), for
+    example "2hop". `loose_gold_ids` and `loose_missing_gold` are gold documents that the data set
+    assigns to no sub-question.
     """
 
     uid: str
@@ -67,32 +70,24 @@ class Question:
 
     @property
     def gold_ids(self) -> tuple[int, ...]:
-        """Corpus ids of all gold documents, without repetition, in the order of the hops, loose ones last."""
-        return tuple(
-            dict.fromkeys(
-                (*(i for sub in self.sub_questions for i in sub.gold_ids), *self.loose_gold_ids)
-            )
-        )
+        """Corpus ids of all gold documents, each once, in order of the hops, loose ones last."""
+        hops = (i for sub in self.sub_questions for i in sub.gold_ids)
+        return tuple(dict.fromkeys((*hops, *self.loose_gold_ids)))
 
     @property
     def missing_gold(self) -> tuple[tuple[str, str], ...]:
-        """Title and text of all gold documents that the corpus does not hold, without repetition."""
-        return tuple(
-            dict.fromkeys(
-                (
-                    *(passage for sub in self.sub_questions for passage in sub.missing_gold),
-                    *self.loose_missing_gold,
-                )
-            )
-        )
+        """Title and text of all gold documents that the corpus does not hold, each once."""
+        hops = (passage for sub in self.sub_questions for passage in sub.missing_gold)
+        return tuple(dict.fromkeys((*hops, *self.loose_missing_gold)))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Turn:
-    """One turn: the text that the policy wrote, up to its closing tag (`action`), and what came back.
+    """One turn: the policy's text up to its closing tag (`action`), and the observation.
 
-    `query` is set on search turns, `answer` on the answer turn. `doc_ids` are the retrieved corpus ids, best first, empty when the search failed
-    (`search_ok=False`) or nothing was searched. `observation` is the environment's text, never parsed by anything.
+    `query` is set on search turns, `answer` on the answer turn. `doc_ids` are the retrieved corpus
+    ids, best first, empty when the search failed (`search_ok=False`) or nothing was searched.
+    `observation` is the environment's text; nothing parses it.
     """
 
     status: TurnStatus
@@ -106,7 +101,7 @@ class Turn:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Episode:
-    """What one question became. `finished`: the policy answered. `truncated`: the context ran out first."""
+    """What became of a question. `finished`: the policy answered. `truncated`: out of context."""
 
     question: Question
     prompt: str

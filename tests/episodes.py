@@ -1,4 +1,4 @@
-"""Random episodes as arrays, and the advantage estimators as plain loops over Python lists: the oracles of the mathematics."""
+"""Random episodes as arrays, and the advantage estimators as loops over Python lists (oracles)."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ PER_TOKEN = (
 def draw_episodes(seed: int, share: float = 0.9) -> dict[str, np.ndarray]:
     """The arrays of `stepwise_ppo_loss` by name, B rows of T tokens and up to K turns.
 
-    Rows hold a prompt, turns of actions and observations, and padding. A `share` of the actions are in action_mask, so that turns have holes; one row in six
-    has no turn at all. Groups are of any size, their rows in any order; two or three have ids, one of them negative.
+    Rows hold a prompt, turns of actions and observations, and padding. A `share` of the actions are
+    in action_mask, so that turns have holes; one row in six has no turn at all. There are up to
+    three groups, one with a negative id, of any size and with their rows in any order.
     """
     rng = np.random.default_rng(seed)
     normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
@@ -60,34 +61,30 @@ def draw_episodes(seed: int, share: float = 0.9) -> dict[str, np.ndarray]:
 
 
 def pad_rows_and_tokens(batch: dict, rows: int, tokens: int) -> dict:
-    """The same batch with rows of padding below and padding to the right, filled with what must not matter."""
+    """The same batch with padding below and to the right; its values must not matter."""
 
     def pad(name, array):
         fill = False if array.dtype == bool else -1 if name in ("turn_ids", "search_end") else 7
-        return np.pad(
-            array,
-            ((0, rows), (0, tokens if name in PER_TOKEN else 0))[: array.ndim],
-            constant_values=fill,
-        )
+        widths = ((0, rows), (0, tokens if name in PER_TOKEN else 0))[: array.ndim]
+        return np.pad(array, widths, constant_values=fill)
 
     return {name: pad(name, array) for name, array in batch.items()}
 
 
 def insert_observation(batch: dict, at: int, length: int) -> dict:
-    """The same batch with `length` more observation tokens before token `at`, in the turn of the token before them."""
+    """The same batch with `length` more observation tokens before token `at`.
+
+    They belong to the turn of the token before them.
+    """
     longer = {}
     for name in PER_TOKEN:
-        token = (
-            batch[name][:, at - 1 : at]
-            if name in ("turn_ids", "token_mask")
-            else np.zeros_like(batch[name][:, :1])
-        )
-        longer[name] = np.concatenate(
-            [batch[name][:, :at], token.repeat(length, axis=1), batch[name][:, at:]], axis=1
-        )
-    return (
-        batch | longer | dict(search_end=batch["search_end"] + length * (batch["search_end"] >= at))
-    )
+        array = batch[name]
+        copied = name in ("turn_ids", "token_mask")
+        token = array[:, at - 1 : at] if copied else np.zeros_like(array[:, :1])
+        inserted = token.repeat(length, axis=1)
+        longer[name] = np.concatenate([array[:, :at], inserted, array[:, at:]], axis=1)
+    ends = batch["search_end"]
+    return batch | longer | dict(search_end=ends + length * (ends >= at))
 
 
 def list_turns(action_mask: np.ndarray, turn_ids: np.ndarray, b: int) -> list[list[int]]:
@@ -127,7 +124,10 @@ def loop_estimate(
     gae_lambda,
     whiten_advantages,
 ):
-    """`estimate_advantages` from its definitions -> (advantages, returns, value_mask), NumPy [B, T], float64."""
+    """`estimate_advantages` from its definitions.
+
+    Returns (advantages, returns, value_mask), NumPy [B, T], float64.
+    """
     shape = action_mask.shape
     advantages, returns, value_mask = np.zeros(shape), np.zeros(shape), np.zeros(shape, bool)
     turns = [list_turns(action_mask, turn_ids, b) for b in range(shape[0])]
@@ -135,39 +135,31 @@ def loop_estimate(
         [sum(float(rewards[b, t]) for t in tokens) for tokens in turns[b]] for b in range(shape[0])
     ]
     for b in range(shape[0]):
+        # The rows of the group that have a turn, and their summed rewards.
         members = [
             other for other in range(shape[0]) if group_ids[other] == group_ids[b] and turns[other]
         ]
         totals = {other: sum(turn_rewards[other]) for other in members}
+        # Token by token, also in rows without a turn.
         if estimator == "gae":
             kept = [t for t in range(shape[1]) if credit_mask[b, t]]
-            found = loop_gae(
-                [float(rewards[b, t]) for t in kept],
-                [float(values[b, t]) for t in kept],
-                gamma,
-                gae_lambda,
-            )
+            token_rewards = [float(rewards[b, t]) for t in kept]
+            token_values = [float(values[b, t]) for t in kept]
+            found = loop_gae(token_rewards, token_values, gamma, gae_lambda)
             for t, advantage in zip(kept, found):
-                advantages[b, t], returns[b, t], value_mask[b, t] = (
-                    advantage,
-                    advantage + values[b, t],
-                    True,
-                )
+                advantages[b, t], returns[b, t] = advantage, advantage + values[b, t]
+                value_mask[b, t] = True
         if not turns[b]:
             continue
+        # Turn by turn: the value is that of the turn's first action.
         if estimator == "turn_gae":
-            found = loop_gae(
-                turn_rewards[b],
-                [float(values[b, tokens[0]]) for tokens in turns[b]],
-                gamma,
-                gae_lambda,
-            )
+            first_values = [float(values[b, tokens[0]]) for tokens in turns[b]]
+            found = loop_gae(turn_rewards[b], first_values, gamma, gae_lambda)
             for tokens, advantage in zip(turns[b], found):
                 advantages[b, tokens] = advantage
-                returns[b, tokens[0]], value_mask[b, tokens[0]] = (
-                    advantage + values[b, tokens[0]],
-                    True,
-                )
+                returns[b, tokens[0]] = advantage + values[b, tokens[0]]
+                value_mask[b, tokens[0]] = True
+        # Without a critic: row by row against the group, or turn by turn.
         elif estimator == "grpo":
             advantages[b, action_mask[b]] = standardize(totals[b], list(totals.values()))
         elif estimator == "rloo":
@@ -182,6 +174,7 @@ def loop_estimate(
             ]
             for k, tokens in enumerate(turns[b]):
                 advantages[b, tokens] = sum(gamma**j * reward for j, reward in enumerate(found[k:]))
+    # Whitening over all tokens that have an advantage.
     covered = credit_mask if estimator == "gae" else action_mask
     if whiten_advantages and estimator not in CRITIC_FREE and covered.any():
         kept = advantages[covered]

@@ -21,15 +21,19 @@ SEARCH, ANSWER, INVALID = TurnStatus.SEARCH, TurnStatus.ANSWER, TurnStatus.INVAL
 
 # Pieces that are, nearly are, hide or overlap tags.
 FRAGMENTS = (
-    *TAGS, *TAGS, "<", ">", "/", "</", "<<", "<search", "search>", "</sea", "</ans", "<answer", " <search> ", "?</search>\n\n", "</search>\n",
-    "<search>\n", "<<search>", "</sea</search>", "</answer>.", "<Search>", "< search>", "<search >", "</search", "<answers>", "<information>",
-    "</information>", "<think>", "who wrote it?", " Rome", "é", "€", "\n\n", "search", "answer", "<searc", "h>", "<s", "<a", "</a", "/search>", "><",
-    " ", "<|im_end|>",
+    *TAGS, *TAGS, "<", ">", "/", "</", "<<", "<search", "search>", "</sea", "</ans", "<answer",
+    " <search> ", "?</search>\n\n", "</search>\n", "<search>\n", "<<search>", "</sea</search>",
+    "</answer>.", "<Search>", "< search>", "<search >", "</search", "<answers>", "<information>",
+    "</information>", "<think>", "who wrote it?", " Rome", "é", "€", "\n\n", "search", "answer",
+    "<searc", "h>", "<s", "<a", "</a", "/search>", "><", " ", "<|im_end|>",
 )  # fmt: skip
 
 
 def search_strings(ids, token_bytes, eos_ids):
-    """The rule by plain string search after every token: (index of the token that ends the turn, status), or (None, 0) if nothing ends it."""
+    """The rule by plain string search after every token.
+
+    Returns (index of the token that ends the turn, status), or (None, 0) if nothing ends it.
+    """
     text = b""
     for index, i in enumerate(ids):
         if i in eos_ids:
@@ -43,9 +47,8 @@ def search_strings(ids, token_bytes, eos_ids):
         if closings:
             end, kind, status = min(closings)
             other = {b"<search>": b"<answer>", b"<answer>": b"<search>"}[kind]
-            return index, status if text.rfind(kind, 0, end) > text.rfind(
-                other, 0, end
-            ) else INVALID
+            matches = text.rfind(kind, 0, end) > text.rfind(other, 0, end)
+            return index, status if matches else INVALID
     return None, 0
 
 
@@ -63,17 +66,13 @@ def run_automaton(ids, automaton):
     [
         ("<search> capital of France </search>", (SEARCH, "capital of France")),
         ("<think> so </think> <answer>Paris</answer>", (ANSWER, "Paris")),
-        (
-            "<search>a</search> and <answer>b</answer>",
-            (SEARCH, "a"),
-        ),  # the first closing tag decides
+        # The first closing tag decides.
+        ("<search>a</search> and <answer>b</answer>", (SEARCH, "a")),
         ("<answer>b</answer><search>a</search>", (ANSWER, "b")),
-        ("<search>a<search>b</search>", (SEARCH, "b")),  # the last opening tag counts
+        # The last opening tag counts, and must be of the closing tag's kind.
+        ("<search>a<search>b</search>", (SEARCH, "b")),
         ("<answer>a<search>b</search>", (SEARCH, "b")),
-        (
-            "<search>a <answer>b</search>",
-            (INVALID, None),
-        ),  # ... and must be of the closing tag's kind
+        ("<search>a <answer>b</search>", (INVALID, None)),
         ("b</search>", (INVALID, None)),
         ("</answer><search>a</search>", (INVALID, None)),
         ("<search>never closed", (INVALID, None)),
@@ -112,10 +111,8 @@ BYTE_AUTOMATON = make_tag_automaton(BYTES, (256,))
 
 def test_automaton_shape_and_absorbing_ends():
     automaton = BYTE_AUTOMATON
-    assert automaton.next_state.dtype == np.int8 and automaton.next_state.shape == (
-        len(automaton.event),
-        257,
-    )
+    assert automaton.next_state.dtype == np.int8
+    assert automaton.next_state.shape == (len(automaton.event), 257)
     ends = np.flatnonzero(automaton.event)
     assert sorted(automaton.event[ends]) == [SEARCH, INVALID, ANSWER]
     assert (automaton.next_state[ends] == ends[:, None]).all()
@@ -150,7 +147,7 @@ def test_mode_is_the_kind_of_the_last_opening_tag(text, mode):
     st.integers(0, 60),
 )
 def test_bytes_agree_with_string_search_and_parser(parts, end_at):
-    """Over single bytes, for any text: same end and status as the string search; and the parser says the same of the whole turn."""
+    """Over single bytes, for any text: automaton, string search and parser agree on the turn."""
     text = "".join(parts).encode(errors="replace")
     ids = [*text[:end_at], 256, *text[end_at:]] if end_at < len(text) else list(text)
     expected = search_strings(ids, BYTES, (256,))
@@ -161,7 +158,7 @@ def test_bytes_agree_with_string_search_and_parser(parts, end_at):
 
 
 def test_end_token_outside_the_vocabulary_is_refused():
-    with pytest.raises(ValueError, match="end token 300 is not in the vocabulary of 257 tokens"):
+    with pytest.raises(ValueError, match="token 300 .*257"):
         make_tag_automaton(BYTES, (300,))
 
 
@@ -171,13 +168,13 @@ def test_decode_query():
 
     assert query("so <search> é of <search> the river Po </search>\n") == "the river Po"
     assert query("<search></search>") == ""
-    with pytest.raises(ValueError, match="no <search>…</search>"):
+    with pytest.raises(ValueError, match="</search>"):
         query("rch> cut off at its start </search>")
-    with pytest.raises(ValueError, match="no <search>…</search>"):
+    with pytest.raises(ValueError, match="<search>"):
         query("<answer> x </answer>")
 
 
-# ---- the real vocabulary -------------------------------------------------------------------------------------------------------------------------
+# --- the real vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -224,10 +221,12 @@ def test_the_stop_token_may_hold_more_than_the_tag(qwen):
 
 
 def make_continuation(rng, tokenizer, by_text, tag_like):
-    """A random turn: fragments around tags, written by the tokenizer itself, or cut into tokens at random, or strewn with random tokens."""
-    text = rng.choice(("", "<search>", "<answer>")) + "".join(
-        rng.choice(FRAGMENTS) for _ in range(rng.randrange(1, 12))
-    )
+    """A random turn of fragments around tags.
+
+    The tokenizer encodes it, or it is cut into tokens at random; then random tokens are inserted.
+    """
+    opening = rng.choice(("", "<search>", "<answer>"))
+    text = opening + "".join(rng.choice(FRAGMENTS) for _ in range(rng.randrange(1, 12)))
     if rng.random() < 0.3:
         ids = tokenizer.encode(text)
     else:
@@ -237,13 +236,12 @@ def make_continuation(rng, tokenizer, by_text, tag_like):
             rest = rest[len(tokenizer.token_bytes[ids[-1]]) :]
     for _ in range(rng.randrange(3)):
         kind = rng.random()
-        new = (
-            rng.choice(tag_like)
-            if kind < 0.5
-            else rng.randrange(tokenizer.vocab_size)
-            if kind < 0.9
-            else rng.choice(tokenizer.eos_ids)
-        )
+        if kind < 0.5:
+            new = rng.choice(tag_like)
+        elif kind < 0.9:
+            new = rng.randrange(tokenizer.vocab_size)
+        else:
+            new = rng.choice(tokenizer.eos_ids)
         ids.insert(rng.randrange(len(ids) + 1), new)
     return ids
 

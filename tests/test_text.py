@@ -23,7 +23,10 @@ PIECES = [
 
 
 def test_an_episode_by_hand():
-    """A search, its observation and an answer; both actions end in tokens that hold more than the tag, which is nobody's text."""
+    """A search, its observation and an answer.
+
+    Both actions end in tokens that hold more than the tag; the rest belongs to no text.
+    """
     tokens = np.array([[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 0]], np.int32)
     place = np.arange(12)[None]
     trajectory = Trajectory(

@@ -27,23 +27,10 @@ def pieces(tokenizer, text):
 
 
 def test_words_after_a_space_are_single_tokens():
-    assert pieces(TOKENIZER, " Rome is the capital of Italy.") == [
-        " Rome",
-        " is",
-        " the",
-        " capital",
-        " of",
-        " Italy",
-        ".",
-    ]
-    assert pieces(TOKENIZER, " O'Hara 1923 ##> naïve") == [
-        " O",
-        "'",
-        "Hara",
-        " 1923",
-        " ##>",
-        " naïve",
-    ]
+    expected = [" Rome", " is", " the", " capital", " of", " Italy", "."]
+    assert pieces(TOKENIZER, "".join(expected)) == expected
+    expected = [" O", "'", "Hara", " 1923", " ##>", " naïve"]
+    assert pieces(TOKENIZER, "".join(expected)) == expected
 
 
 def test_everything_else_is_bytes_and_tags():
@@ -79,44 +66,26 @@ def test_text_never_becomes_control_tokens(qwen):
 
 
 def test_word_tokenizer_ids_are_stable_and_distinct():
-    tokens = [b for b in TOKENIZER.token_bytes if b]
-    assert (
-        TOKENIZER.vocab_size == len(TOKENIZER.token_bytes)
-        and len(set(tokens)) == len(tokens) == TOKENIZER.vocab_size - 2
-    )
-    assert (
-        make_word_tokenizer(WORDS).fingerprint
-        == TOKENIZER.fingerprint
-        != make_word_tokenizer(WORDS[:-1]).fingerprint
-    )
+    tokens = [raw for raw in TOKENIZER.token_bytes if raw]
+    assert TOKENIZER.vocab_size == len(TOKENIZER.token_bytes)
+    assert len(set(tokens)) == len(tokens) == TOKENIZER.vocab_size - 2
+    assert make_word_tokenizer(WORDS).fingerprint == TOKENIZER.fingerprint
+    assert make_word_tokenizer(WORDS[:-1]).fingerprint != TOKENIZER.fingerprint
     assert make_word_tokenizer([*WORDS, *WORDS]).vocab_size == TOKENIZER.vocab_size
-    with pytest.raises(ValueError, match="needs words"):
+    with pytest.raises(ValueError, match="words"):
         make_word_tokenizer([])
 
 
 def test_atlas_adds_the_words_of_the_short_template():
     tokenizer = load_tokenizer("atlas", WORDS)
-    assert pieces(tokenizer, " Question: Rome\n Doc 1 <## Title: Rome ##>") == [
-        " Question",
-        ":",
-        " Rome",
-        "\n",
-        " Doc",
-        " 1",
-        " <##",
-        " Title",
-        ":",
-        " Rome",
-        " ##>",
-    ]
+    expected = [" Question", ":", " Rome", "\n", " Doc", " 1"]
+    expected += [" <##", " Title", ":", " Rome", " ##>"]
+    assert pieces(tokenizer, " Question: Rome\n Doc 1 <## Title: Rome ##>") == expected
 
 
 def test_byte_alphabet_has_every_byte():
-    assert (
-        sorted(BYTE_OF.values()) == list(range(256))
-        and BYTE_OF["Ġ"] == ord(" ")
-        and BYTE_OF["Ċ"] == ord("\n")
-    )
+    assert sorted(BYTE_OF.values()) == list(range(256))
+    assert BYTE_OF["Ġ"] == ord(" ") and BYTE_OF["Ċ"] == ord("\n")
 
 
 def test_batch_is_encode_of_each(qwen):
@@ -124,24 +93,20 @@ def test_batch_is_encode_of_each(qwen):
     assert qwen.encode_batch(texts) == [qwen.encode(text) for text in texts]
 
 
-# ---- the real tokenizer --------------------------------------------------------------------------------------------------------------------------
+# --- the real tokenizer
 
 
 def test_qwen_facts(qwen):
     assert qwen.vocab_size == 151_665
-    assert (
-        qwen.eos_ids == (151_645, 151_643) and qwen.pad_id == 151_643
-    )  # <|im_end|> and <|endoftext|>
+    # <|im_end|> and <|endoftext|>
+    assert qwen.eos_ids == (151_645, 151_643) and qwen.pad_id == 151_643
     assert qwen.encode("</search>") == [522, 1836, 29]
 
 
 def test_qwen_bytes_agree_with_the_library(qwen, shared_data):
     """Oracle: the tokenizers library's own decoder, on random token strings (added tokens apart)."""
-    inner = Inner.from_str(
-        gzip.decompress(
-            (shared_data / "tokenizer_qwen2_5" / "tokenizer.json.gz").read_bytes()
-        ).decode()
-    )
+    raw = (shared_data / "tokenizer_qwen2_5" / "tokenizer.json.gz").read_bytes()
+    inner = Inner.from_str(gzip.decompress(raw).decode())
     rng = random.Random(0)
     for _ in range(300):
         ids = [rng.randrange(151_643) for _ in range(rng.randrange(1, 20))]
@@ -155,7 +120,7 @@ def test_qwen_round_trip_is_exact_up_to_its_normal_form(qwen, text):
     assert qwen.decode(qwen.encode(text)) == text
 
 
-# ---- bad input -----------------------------------------------------------------------------------------------------------------------------------
+# --- bad input
 
 
 def write_tokenizer(folder, change=lambda content: None):
@@ -178,16 +143,12 @@ def test_padding_and_truncation_of_a_file_are_ignored(tmp_path):
     inner.enable_padding(length=12, pad_id=1, pad_token="<|pad|>")
     inner.enable_truncation(3)
     (tmp_path / "tokenizer.json").write_text(inner.to_str())
-    tokenizer, texts = (
-        load_tokenizer(str(tmp_path), ()),
-        [" Rome", " Rome is the capital of Italy."],
-    )
+    tokenizer = load_tokenizer(str(tmp_path), ())
+    texts = [" Rome", " Rome is the capital of Italy."]
     assert inner.encode_batch(texts)[1].ids != TOKENIZER.encode(texts[1])
-    assert (
-        tokenizer.encode_batch(texts)
-        == [tokenizer.encode(text) for text in texts]
-        == TOKENIZER.encode_batch(texts)
-    )
+    expected = TOKENIZER.encode_batch(texts)
+    assert tokenizer.encode_batch(texts) == expected
+    assert [tokenizer.encode(text) for text in texts] == expected
     assert tokenizer.fingerprint == TOKENIZER.fingerprint
 
 
@@ -197,34 +158,30 @@ def test_config_names_end_and_padding(tmp_path):
         json.dumps({"eos_token": {"content": "Ġof"}, "pad_token": "<|pad|>"})
     )
     tokenizer = load_tokenizer(folder, ())
-    assert [tokenizer.token_bytes[i] for i in tokenizer.eos_ids] == [
-        b" of",
-        b"",
-    ] and tokenizer.pad_id == 1
+    assert [tokenizer.token_bytes[i] for i in tokenizer.eos_ids] == [b" of", b""]
+    assert tokenizer.pad_id == 1
 
 
 def test_missing_folder_and_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match="tokenizer folder .*nowhere does not exist"):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
         load_tokenizer(str(tmp_path / "nowhere"), ())
-    with pytest.raises(
-        FileNotFoundError, match="holds neither tokenizer.json nor tokenizer.json.gz"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json .*tokenizer\.json\.gz"):
         load_tokenizer(str(tmp_path), ())
 
 
 def test_unreadable_files(tmp_path):
     folder = write_tokenizer(tmp_path / "t")
     (tmp_path / "t" / "tokenizer_config.json").write_text("{")
-    with pytest.raises(ValueError, match="tokenizer_config.json is not valid JSON"):
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json .*JSON"):
         load_tokenizer(folder, ())
     (tmp_path / "t" / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match="tokenizer.json cannot be read as a tokenizer"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read"):
         load_tokenizer(folder, ())
 
 
 def test_missing_byte_is_named(tmp_path):
     folder = write_tokenizer(tmp_path / "t", lambda content: content["model"]["vocab"].pop("q"))
-    with pytest.raises(ValueError, match=r"tokenizer.json: tokenizer lacks byte 0x71 \('q'\)"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json: .*0x71 \('q'\)"):
         load_tokenizer(folder, ())
 
 
@@ -232,18 +189,17 @@ def test_vocabulary_that_is_not_byte_level(tmp_path):
     folder = write_tokenizer(
         tmp_path / "t", lambda content: content["model"]["vocab"].update({"▁the": 5000})
     )
-    with pytest.raises(ValueError, match="token 5000 '▁the' is not in the byte-level alphabet"):
+    with pytest.raises(ValueError, match="5000 '▁the'"):
         load_tokenizer(folder, ())
 
 
 def test_no_end_token(tmp_path):
     def remove_end(content):
         content["model"]["vocab"].pop("<|endoftext|>")
-        content["added_tokens"] = [
-            token for token in content["added_tokens"] if token["content"] != "<|endoftext|>"
-        ]
+        added = content["added_tokens"]
+        content["added_tokens"] = [token for token in added if token["content"] != "<|endoftext|>"]
 
-    with pytest.raises(ValueError, match="none of the end tokens"):
+    with pytest.raises(ValueError, match=r"end tokens <\|endoftext\|>"):
         load_tokenizer(write_tokenizer(tmp_path / "t", remove_end), ())
 
 

@@ -1,4 +1,4 @@
-"""Episodes of text, put together from turns, and similarities from a table: what the tests of scoring are made of."""
+"""Episodes of text made from turns, and similarities from a table, for the tests of scoring."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def invalid(action, observation="<warning>…</warning>"):
 def make_question(gold=(), keys=((),), answers=("Paris",)):
     """One sub-question per entry of `keys`; all gold documents belong to the first."""
     subs = tuple(
-        SubQuestion("?", "!", (), tuple(gold) if i == 0 else (), tuple(k))
-        for i, k in enumerate(keys)
+        SubQuestion("?", "!", (), tuple(gold) if i == 0 else (), tuple(queries))
+        for i, queries in enumerate(keys)
     )
     return Question("q0", "Where?", answers[0], tuple(answers[1:]), subs)
 

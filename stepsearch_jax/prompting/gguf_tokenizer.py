@@ -7,17 +7,15 @@ import pathlib
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-CONTROL, USER_DEFINED = (
-    3,
-    4,
-)  # token types of the format: never made from text, and found in it whole
+# Token types of the format: never made from text, and found in text as a whole.
+CONTROL, USER_DEFINED = 3, 4
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def _by_pattern(digits: int) -> list:
-    """Words, at most so many digits, punctuation, space: what Qwen2 and Llama 3 cut a text into."""
+    """Words, at most `digits` digits, punctuation, space: how Qwen2 and Llama 3 split a text."""
     number = r"\p{N}" if digits == 1 else rf"\p{{N}}{{1,{digits}}}"
     pattern = Regex(f"{CONTRACTIONS}|{WORDS}|{number}|{REST}")
     return [
@@ -41,7 +39,8 @@ SPLITTERS["default"] = SPLITTERS["gpt-2"]
 def read_gguf_tokenizer(path: pathlib.Path) -> tuple[tokenizers.Tokenizer, str | None, str | None]:
     """-> (byte-level BPE, its end token, its padding token), from the metadata of a GGUF file.
 
-    Raises FileNotFoundError for a missing file, ImportError without the package gguf, ValueError for a tokenizer of another kind.
+    Raises FileNotFoundError for a missing file, ImportError without the package gguf, ValueError
+    for a tokenizer of another kind.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no tokenizer file {path}")
@@ -51,17 +50,13 @@ def read_gguf_tokenizer(path: pathlib.Path) -> tuple[tokenizers.Tokenizer, str |
         raise ImportError(f"reading {path} needs the package gguf: pip install gguf") from error
     try:
         fields = gguf.GGUFReader(path).fields
-        read = lambda name, *default: (
-            fields[f"tokenizer.ggml.{name}"].contents()
-            if f"tokenizer.ggml.{name}" in fields or not default
-            else default[0]
-        )
-        kind, splitter, tokens, types = (
-            read("model"),
-            read("pre", "default"),
-            read("tokens"),
-            read("token_type"),
-        )
+
+        def read(name: str, *default):
+            key = f"tokenizer.ggml.{name}"
+            return fields[key].contents() if key in fields or not default else default[0]
+
+        kind, splitter = read("model"), read("pre", "default")
+        tokens, types = read("tokens"), read("token_type")
         merges = [tuple(merge.split(" ")) for merge in read("merges", [])]
         end, pad = read("eos_token_id", None), read("padding_token_id", None)
     except (KeyError, ValueError, IndexError) as error:
@@ -70,8 +65,8 @@ def read_gguf_tokenizer(path: pathlib.Path) -> tuple[tokenizers.Tokenizer, str |
         ) from error
     if kind != "gpt2" or splitter not in SPLITTERS:
         raise ValueError(
-            f"{path} holds a tokenizer of kind {kind}, {splitter}; supported are gpt2 (byte-level BPE) with {', '.join(SPLITTERS)}: "
-            "name a folder with tokenizer.json instead"
+            f"{path} holds a tokenizer of kind {kind}, {splitter}; supported are gpt2 (byte-level "
+            f"BPE) with {', '.join(SPLITTERS)}: name a folder with tokenizer.json instead"
         )
     inner = tokenizers.Tokenizer(
         models.BPE(
@@ -82,14 +77,12 @@ def read_gguf_tokenizer(path: pathlib.Path) -> tuple[tokenizers.Tokenizer, str |
     )
     if splitter == "qwen2":
         inner.normalizer = normalizers.NFC()
-    inner.pre_tokenizer, inner.decoder = (
-        pre_tokenizers.Sequence(SPLITTERS[splitter]()),
-        decoders.ByteLevel(),
-    )
+    inner.pre_tokenizer = pre_tokenizers.Sequence(SPLITTERS[splitter]())
+    inner.decoder = decoders.ByteLevel()
     named = lambda kind: [
         AddedToken(token, special=kind == CONTROL, normalized=False)
-        for token, of in zip(tokens, types)
-        if of == kind
+        for token, its_kind in zip(tokens, types)
+        if its_kind == kind
     ]
     inner.add_special_tokens(named(CONTROL))
     inner.add_tokens(named(USER_DEFINED))

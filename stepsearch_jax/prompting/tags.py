@@ -1,11 +1,14 @@
 """The tags of an action, and the automaton that finds them in sampled tokens at the exact byte.
 
-The rule, for one turn: the action ends at the first closing tag, `</search>` or `</answer>`, at the token that completes it; what that token holds
-beyond the tag is ignored. The action is well-formed if the last opening tag before it is of its own kind; otherwise, and when an end token comes
-first, the turn is invalid.
+The rule, for one turn: the action ends at the first closing tag, `</search>` or `</answer>`, at the
+token that completes it; what that token holds beyond the tag is ignored. The action is well-formed
+if the last opening tag before it is of the same kind; otherwise, or if an end token comes first,
+the turn is invalid.
 
-`parse_action` applies the rule to text. `make_tag_automaton` compiles the same rule into a table over token ids, because a tag has no stable split
-into tokens: in byte-pair encodings `>` merges with whatever follows it.
+`parse_action` applies the rule to text. `make_tag_automaton` compiles the same rule into a table
+over
+token ids, because a tag has no stable split into tokens: in byte-pair encodings `>` merges with the
+text that follows it.
 """
 
 from __future__ import annotations
@@ -26,9 +29,12 @@ _TAG = re.compile("<(/?)(" + "|".join(KINDS) + ")>")
 class TagAutomaton(NamedTuple):
     """The rule as a finite automaton over S states and V token ids.
 
-    next_state [S, V] smallest signed integer type that holds S: the state after a token. States with an event lead to themselves, whatever the token.
-    mode [S] int8: kind of the last opening tag: 0 none, 1 search, 2 answer; 0 in states with an event.
-    event [S] int8: 0 = the action goes on, else the `TurnStatus` with which it ended (SEARCH, INVALID or ANSWER).
+    next_state [S, V] smallest signed integer type that holds S: the state after a token. States
+        with an event lead to themselves, whatever the token.
+    mode [S] int8: kind of the last opening tag: 0 none, 1 search, 2 answer; 0 in states with an
+        event.
+    event [S] int8: 0 = the action goes on, else the `TurnStatus` with which it ended (SEARCH,
+        INVALID or ANSWER).
     start: the state before the first token of a turn.
     """
 
@@ -41,15 +47,16 @@ class TagAutomaton(NamedTuple):
 def make_tag_automaton(token_bytes: Sequence[bytes], eos_ids: Sequence[int]) -> TagAutomaton:
     """Compiles the rule for a vocabulary.
 
-    token_bytes: the bytes of each of the V tokens (control tokens: none, so they can never be part of a tag). eos_ids: tokens that end a turn as
-    invalid. Raises ValueError if an end token is not in the vocabulary.
+    token_bytes: the bytes of each of the V tokens (control tokens have none, so they can never be
+    part of a tag). eos_ids: tokens that end a turn as invalid. Raises ValueError if an end token is
+    not in the vocabulary.
     """
     vocab = len(token_bytes)
     if bad := [i for i in eos_ids if not 0 <= i < vocab]:
         raise ValueError(f"end token {bad[0]} is not in the vocabulary of {vocab} tokens")
     table, mode, event, start = _make_byte_automaton()
 
-    # Tokens are sorted by length, longest first: those with a byte at some position are then a leading slice.
+    # With the longest tokens first, those with a byte at some position are a leading slice.
     order = np.argsort([-len(b) for b in token_bytes], kind="stable")
     ordered = [token_bytes[i] for i in order]
     lengths = np.array([len(b) for b in ordered])
@@ -73,9 +80,10 @@ def make_tag_automaton(token_bytes: Sequence[bytes], eos_ids: Sequence[int]) -> 
 def _make_byte_automaton() -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """The automaton over bytes: (next_state [S, 256], mode [S], event [S], start).
 
-    A state is (the longest prefix of a tag that the text ends with, kind of the last opening tag), or one of three ends. A tag holds `<` only at its
-    start, so a byte that does not go on with the prefix falls back to `<` or to nothing: the failure links of Aho and Corasick (1975) have no other
-    targets here.
+    A state is (the longest prefix of a tag that the text ends with, kind of the last opening tag),
+    or one of three ends. A tag holds `<` only at its start, so a byte that does not continue the
+    prefix falls back to `<` or to nothing: the failure links of Aho and Corasick (1975) have no
+    other targets here.
     """
     prefixes = sorted({tag[:n] for tag in TAGS for n in range(len(tag))})
     modes = (0, *range(1, len(KINDS) + 1))
@@ -110,16 +118,17 @@ def _make_byte_automaton() -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
 
 
 def cut_action(text: str) -> str:
-    """One turn's text without what the token that completed its closing tag holds beyond the tag."""
+    """One turn's text up to its closing tag: the token that completes it may hold more."""
     closing = re.search("</(" + "|".join(KINDS) + ")>", text)
     return text[: closing.end()] if closing else text
 
 
 def parse_action(text: str) -> tuple[TurnStatus, str | None]:
-    """Status and content of one turn, from the text of its action tokens alone (never a text that holds documents).
+    """Status and content of one turn, from the text of its action tokens alone.
 
-    Returns (SEARCH, query), (ANSWER, answer) or (INVALID, None); query and answer without surrounding white space, possibly empty. Agrees with the
-    automaton for every text; the limits on the number of tokens are the rollout's.
+    The text must not hold documents. Returns (SEARCH, query), (ANSWER, answer) or (INVALID, None);
+    query and answer without surrounding white space, possibly empty. Agrees with the automaton for
+    every text; the rollout limits the number of tokens.
     """
     opened: tuple[str, int] | None = None
     for match in _TAG.finditer(text):
@@ -134,9 +143,10 @@ def parse_action(text: str) -> tuple[TurnStatus, str | None]:
 
 
 def decode_query(ids: np.ndarray, token_bytes: Sequence[bytes]) -> str:
-    """The query in the last tokens of a search turn: what stands between the last `<search>` and `</search>`.
+    """The query in the last tokens of a search turn: between the last `<search>` and `</search>`.
 
-    ids: [n] token ids; they must reach back far enough to hold the whole opening tag. Raises ValueError if they hold no well-formed search.
+    ids: [n] token ids; they must reach back far enough to hold the whole opening tag. Raises
+    ValueError if they hold no well-formed search.
     """
     text = b"".join(token_bytes[i] for i in ids).decode("utf-8", errors="replace")
     status, query = parse_action(text)

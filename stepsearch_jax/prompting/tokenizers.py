@@ -1,4 +1,4 @@
-"""Text to token ids and back: byte-level BPE from a folder, or a word-level vocabulary made on the spot."""
+"""Text to token ids and back: byte-level BPE from a folder, or a word-level vocabulary."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from stepsearch_jax.prompting import templates
 from stepsearch_jax.prompting.gguf_tokenizer import read_gguf_tokenizer
 
 END, PAD = "<|endoftext|>", "<|pad|>"
-# Tokens with which checkpoints of the supported families end a text; a base model uses the first whatever its tokenizer_config names.
+# Tokens with which checkpoints of the supported families end a text. A base model uses the first,
+# whatever its tokenizer_config names.
 END_TOKENS = (END, "<|im_end|>")
+# The files of a tokenizer that a folder may hold.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -27,15 +29,16 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
-)  # what a folder may hold of a tokenizer
-NEEDED_BYTES = (
-    *range(0x20, 0x7F),
-    0x0A,
-)  # printable ASCII and newline: what tags, prompts and observations are written with
+)
+# Printable ASCII and newline: the bytes of tags, prompts and observations.
+NEEDED_BYTES = (*range(0x20, 0x7F), 0x0A)
 
 
 def _make_byte_alphabet() -> dict[str, int]:
-    """GPT-2's alphabet: byte-level vocabularies write bytes that print as themselves (Latin-1), the others as code points from 256 upwards."""
+    """GPT-2's alphabet of byte-level vocabularies: character -> byte.
+
+    Printable bytes are written as themselves (Latin-1), the others as code points from 256 upwards.
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {
@@ -47,18 +50,23 @@ BYTE_OF = _make_byte_alphabet()
 
 
 class Tokenizer:
-    """A byte-level tokenizer: every token is a string of bytes, and a text is the bytes of its tokens joined.
+    """A byte-level tokenizer: tokens are strings of bytes, and a text is the bytes of its tokens.
 
-    vocab_size: largest id + 1 (a checkpoint's embedding may have more rows). token_bytes: the bytes of each id; control tokens have none. eos_ids:
-    tokens that end a text. pad_id: fills what no mask keeps. fingerprint: a hash that changes with anything that changes ids.
+    vocab_size: largest id + 1 (a checkpoint's embedding may have more rows).
+    token_bytes: the bytes of each id; control tokens have none.
+    eos_ids: tokens that end a text.
+    pad_id: fills places that no mask keeps.
+    fingerprint: a hash that changes whenever ids change.
 
-    Raises ValueError if a token is not written in the byte-level alphabet, if there is no end token, or if a needed byte cannot be produced.
+    Raises ValueError if a token is not written in the byte-level alphabet, if there is no end
+    token, or if a needed byte has no token.
     """
 
     def __init__(self, inner: tokenizers.Tokenizer, end_tokens: Sequence[str], pad_token: str):
-        # Text never turns into control tokens, so a document cannot end a text, and every text is encoded to its own bytes.
+        # Text never becomes control tokens: a document cannot end a text, and every text is encoded
+        # to its own bytes.
         inner.encode_special_tokens = True
-        # Nor is it filled up or cut here, whatever a batch was when the file was saved.
+        # The file may hold padding and truncation of the last batch before it was saved.
         inner.no_padding()
         inner.no_truncation()
         self._inner = inner
@@ -75,7 +83,8 @@ class Tokenizer:
         for byte in NEEDED_BYTES:
             if bytes([byte]) not in produced:
                 raise ValueError(
-                    f"tokenizer lacks byte {byte:#04x} ({chr(byte)!r}): no token stands for it alone; use a byte-level tokenizer"
+                    f"tokenizer lacks byte {byte:#04x} ({chr(byte)!r}): no token stands for it "
+                    "alone; use a byte-level tokenizer"
                 )
 
     def encode(self, text: str) -> list[int]:
@@ -84,16 +93,16 @@ class Tokenizer:
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """`encode` of each text, on all cores."""
-        return [
-            encoding.ids
-            for encoding in self._inner.encode_batch_fast(texts, add_special_tokens=False)
-        ]
+        encodings = self._inner.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of `ids`; bytes that are not UTF-8 become U+FFFD, control tokens and ids beyond the vocabulary (a model may have more) nothing."""
-        return b"".join(self.token_bytes[i] for i in ids if i < self.vocab_size).decode(
-            "utf-8", errors="replace"
-        )
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD.
+
+        Control tokens give no text, nor do ids beyond the vocabulary (a model may have more).
+        """
+        raw = b"".join(self.token_bytes[i] for i in ids if i < self.vocab_size)
+        return raw.decode("utf-8", errors="replace")
 
     def name_token(self, i: int) -> str:
         """Token i as its vocabulary writes it."""
@@ -119,7 +128,8 @@ def _list_token_bytes(inner: tokenizers.Tokenizer, ids: dict[str, int], size: in
             token_bytes[i] = bytes(BYTE_OF[char] for char in token)
         except KeyError as error:
             raise ValueError(
-                f"token {i} {token!r} is not in the byte-level alphabet; use a byte-level BPE tokenizer"
+                f"token {i} {token!r} is not in the byte-level alphabet; "
+                "use a byte-level BPE tokenizer"
             ) from error
     return token_bytes
 
@@ -127,9 +137,11 @@ def _list_token_bytes(inner: tokenizers.Tokenizer, ids: dict[str, int], size: in
 def load_tokenizer(name_or_folder: str, words: Sequence[str]) -> Tokenizer:
     """The tokenizer of a run.
 
-    name_or_folder: "atlas" makes a word-level tokenizer of `words` (the embedded data's vocabulary) and the words of the short template; anything
-    else is a .gguf file, or a folder with `tokenizer.json` or `tokenizer.json.gz`, and optionally `tokenizer_config.json`, whose end and padding tokens are
-    used; `words` is then unused. Raises FileNotFoundError for a missing folder or file, ValueError for one that cannot be read or used.
+    name_or_folder: "atlas" makes a word-level tokenizer of `words` (the embedded data's vocabulary)
+    and the words of the short template. Anything else is a .gguf file, or a folder with
+    `tokenizer.json` or `tokenizer.json.gz`, and optionally `tokenizer_config.json`, whose end and
+    padding tokens are used; `words` is then unused. Raises FileNotFoundError for a missing folder
+    or file, ValueError for one that cannot be read or used.
     """
     if name_or_folder == "atlas":
         return make_word_tokenizer([*words, *templates.list_short_words()])
@@ -138,30 +150,26 @@ def load_tokenizer(name_or_folder: str, words: Sequence[str]) -> Tokenizer:
         return _make_tokenizer(folder, *read_gguf_tokenizer(folder))
     if not folder.is_dir():
         raise FileNotFoundError(
-            f'tokenizer folder {folder} does not exist; name a folder with tokenizer.json, a .gguf file, or "atlas"'
+            f"tokenizer folder {folder} does not exist; "
+            'name a folder with tokenizer.json, a .gguf file, or "atlas"'
         )
-    plain, zipped, settings = (
-        folder / "tokenizer.json",
-        folder / "tokenizer.json.gz",
-        folder / "tokenizer_config.json",
-    )
+    plain, zipped = folder / "tokenizer.json", folder / "tokenizer.json.gz"
+    settings = folder / "tokenizer_config.json"
     if not plain.is_file() and not zipped.is_file():
         raise FileNotFoundError(f"{folder} holds neither tokenizer.json nor tokenizer.json.gz")
     path = plain if plain.is_file() else zipped
     try:
         raw = path.read_bytes()
-        inner = tokenizers.Tokenizer.from_str(
-            (raw if path is plain else gzip.decompress(raw)).decode()
-        )
+        content = raw if path is plain else gzip.decompress(raw)
+        inner = tokenizers.Tokenizer.from_str(content.decode())
     except Exception as error:  # the library raises plain Exception
         raise ValueError(f"{path} cannot be read as a tokenizer: {error}") from error
     try:
         config = json.loads(settings.read_text()) if settings.is_file() else {}
     except ValueError as error:
         raise ValueError(f"{settings} is not valid JSON: {error}") from error
-    return _make_tokenizer(
-        path, inner, *(_name_token(config.get(key)) for key in ("eos_token", "pad_token"))
-    )
+    end, pad = (_name_token(config.get(key)) for key in ("eos_token", "pad_token"))
+    return _make_tokenizer(path, inner, end, pad)
 
 
 def _make_tokenizer(
@@ -174,7 +182,11 @@ def _make_tokenizer(
 
 
 def list_tokenizer_files(name_or_folder: str, tokenizer: Tokenizer) -> dict[str, bytes]:
-    """Name -> content of the files with which others load what `load_tokenizer` gave for `name_or_folder`: a folder's own, unpacked, or new ones."""
+    """Name -> content of the files with which other programs load this tokenizer.
+
+    If `name_or_folder`, as given to `load_tokenizer`, is a folder, its own files, unpacked;
+    otherwise new ones.
+    """
     folder = pathlib.Path(name_or_folder)
     if not folder.is_dir():
         ends = [tokenizer.name_token(i) for i in (tokenizer.eos_ids[0], tokenizer.pad_id)]
@@ -188,9 +200,9 @@ def list_tokenizer_files(name_or_folder: str, tokenizer: Tokenizer) -> dict[str,
             "tokenizer.json": tokenizer.to_json().encode(),
             "tokenizer_config.json": json.dumps(settings, indent=2).encode(),
         }
-    found = {
-        path.name.removesuffix(".gz"): path for path in sorted(folder.iterdir(), reverse=True)
-    }  # a plain file before its packed copy
+    # In this order a plain file replaces its packed copy.
+    paths = sorted(folder.iterdir(), reverse=True)
+    found = {path.name.removesuffix(".gz"): path for path in paths}
     return {
         name: gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         for name, path in found.items()
@@ -204,11 +216,12 @@ def _name_token(entry: str | dict | None) -> str | None:
 
 
 def make_word_tokenizer(words: Sequence[str]) -> Tokenizer:
-    """One id for each word after a space, single bytes for everything else; every text comes back exactly.
+    """One id for each word after a space, single bytes for everything else.
 
-    Texts for it are written so that words follow a space: " Rome" is one token if "Rome" is in `words`, "Rome" at the start of a text is four. Ids,
-    in order: the two control tokens, 256 bytes, the tags, the words. A word that GPT-2's splitting cuts ("O'Hara") has one id for each piece.
-    Raises ValueError if `words` is empty.
+    Every text comes back exactly. Write texts for it so that words follow a space: " Rome" is one
+    token if "Rome" is in `words`, "Rome" at the start of a text is four. Ids, in order: the two
+    control tokens, 256 bytes, the tags, the words. A word that GPT-2's splitting cuts ("O'Hara")
+    has one id for each piece. Raises ValueError if `words` is empty.
     """
     if not words:
         raise ValueError("a word-level tokenizer needs words")
@@ -220,11 +233,8 @@ def make_word_tokenizer(words: Sequence[str]) -> Tokenizer:
             pieces.append(splitter.pre_tokenize_str(word)[0][0])
     alphabet = sorted(BYTE_OF, key=BYTE_OF.get)
     tokens = dict.fromkeys([END, PAD, *alphabet, *templates.ALL_TAGS, *pieces])
-    inner = tokenizers.Tokenizer(
-        models.BPE(
-            vocab={token: i for i, token in enumerate(tokens)}, merges=[], ignore_merges=True
-        )
-    )
+    vocab = {token: i for i, token in enumerate(tokens)}
+    inner = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
     inner.pre_tokenizer = splitter
     inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens(

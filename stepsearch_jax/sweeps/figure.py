@@ -1,4 +1,4 @@
-"""The figure of a sweep: how F1 rose during training, and what was reached, one row of panels for every table."""
+"""The figure of a sweep, one row of panels per table: F1 during training, and F1 after it."""
 
 from __future__ import annotations
 
@@ -17,52 +17,44 @@ from stepsearch_jax.sweeps.results import mean_interval
 from stepsearch_jax.sweeps.running import POINTS
 
 FIGURE_FILES = ("figure.png", "figure.svg")
-_COLORS = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-)  # Okabe and Ito, told apart by colour-blind readers as well
+# Okabe and Ito's colours, which colour-blind readers can distinguish.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _REFERENCE, _INK, _SOFT, _LINES = "#9a9a9a", "#222222", "#666666", "#dddddd"
+_STYLE = {
+    "font.size": 9,
+    "axes.edgecolor": _LINES,
+    "text.color": _INK,
+    "axes.labelcolor": _SOFT,
+    "xtick.color": _SOFT,
+    "ytick.color": _SOFT,
+    "axes.unicode_minus": True,
+}
 _SMOOTHING = 5  # iterations in the moving average of each run's curve
-_COLUMNS = 4  # of small panels, where there are more methods than colours
+_COLUMNS = 4  # of small panels, if there are more methods than colours
 _NAME_GAP = 0.065  # between two names at the ends of curves, in heights of the panel
 
 
 def draw_figure(results: dict[str, Any], workdir: pathlib.Path) -> Figure | None:
-    """The figure of the contents of table.json, with curves from the finished runs' metrics.jsonl; None while no run is finished.
+    """The figure of the contents of table.json; None while no run is finished.
 
-    Left, F1 of the sampled training episodes over iterations, as the mean over seeds of moving averages with its 95 % interval as a band: all methods in one
-    panel, or, where they are more than the colours, each in its own, in front of the table's first method in grey. Right, greedy F1 after RL: mean,
-    interval, every seed as a ring, and F1 before RL as a broken line. Methods that share their runs are drawn once, under both names.
+    Curves come from the finished runs' metrics.jsonl. Left: F1 of the sampled training episodes
+    over iterations, as the mean over seeds of moving averages with its 95 % interval as a band. All
+    methods share one panel; if there are more methods than colours, each has its own, in front of
+    the table's first method in grey. Right: greedy F1 after RL, with mean, interval, every seed as
+    a ring, and F1 before RL as a broken line. Methods that share their runs are drawn once, under
+    both names.
     """
-    tables = [
-        (table, methods)
-        for table in results["sweeps"]
-        if (methods := _list_methods(table, workdir))
-    ]
+    tables = [(table, _list_methods(table, workdir)) for table in results["sweeps"]]
+    tables = [(table, methods) for table, methods in tables if methods]
     if not tables:
         return None
     heights = [
         _panel_rows(methods) * 1.6 + 0.9 if _is_crowded(methods) else 3.6 for _, methods in tables
     ]
-    with matplotlib.rc_context(
-        {
-            "font.size": 9,
-            "axes.edgecolor": _LINES,
-            "text.color": _INK,
-            "axes.labelcolor": _SOFT,
-            "xtick.color": _SOFT,
-            "ytick.color": _SOFT,
-            "axes.unicode_minus": True,
-        }
-    ):
+    with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(11.5, sum(heights)), layout="constrained")
-        for part, (table, methods) in zip(
-            np.atleast_1d(figure.subfigures(len(tables), 1, height_ratios=heights)), tables
-        ):
+        parts = np.atleast_1d(figure.subfigures(len(tables), 1, height_ratios=heights))
+        for part, (table, methods) in zip(parts, tables):
             part.suptitle(table["name"], x=0.01, ha="left", fontweight="bold")
             left, right = part.subfigures(1, 2, width_ratios=(3, 2))
             (_draw_small_panels if _is_crowded(methods) else _draw_one_panel)(left, methods)
@@ -71,18 +63,24 @@ def draw_figure(results: dict[str, Any], workdir: pathlib.Path) -> Figure | None
 
 
 def write_figure(figure: Figure, workdir: pathlib.Path) -> None:
-    """Writes figure.png and figure.svg, each whole or not at all; the same figure gives the same files."""
+    """Writes figure.png and figure.svg, each whole or not at all.
+
+    The same figure gives the same files.
+    """
     for name in FIGURE_FILES:
         temporary = workdir / f".{os.getpid()}.{name}"
+        metadata = {"Date": None} if name.endswith(".svg") else None
         with matplotlib.rc_context({"svg.hashsalt": "sweep", "svg.fonttype": "none"}):
-            figure.savefig(
-                temporary, dpi=160, metadata={"Date": None} if name.endswith(".svg") else None
-            )
+            figure.savefig(temporary, dpi=160, metadata=metadata)
         temporary.replace(workdir / name)
 
 
 def _list_methods(table: dict[str, Any], workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """What is drawn of the methods with a finished run: label, color, runs [seeds], and curve = (iterations, mean, half of the interval or None)."""
+    """What to draw of the methods with a finished run.
+
+    Each: label, color, f1 (mean and interval), seeds (F1 after RL), and curve = (iterations, mean,
+    half of the interval).
+    """
     methods: dict[str, dict[str, Any]] = {}
     for row in table["methods"]:
         finished = [run for run in row["runs"] if run["finished"]]
@@ -105,16 +103,15 @@ def _read_curve(folder: pathlib.Path) -> dict[int, float]:
     """Iteration (from 1) -> F1 of its training episodes, smoothed."""
     rows = [row for row in read_metrics(folder) if row["stage"] == "rl" and "f1" in row]
     y = np.array([row["f1"] for row in rows], dtype=float)
-    return dict(
-        zip(
-            (row["iteration"] + 1 for row in rows),
-            moving_average(y, _SMOOTHING) if len(y) >= _SMOOTHING else y,
-        )
-    )
+    smooth = moving_average(y, _SMOOTHING) if len(y) >= _SMOOTHING else y
+    return dict(zip((row["iteration"] + 1 for row in rows), smooth))
 
 
 def _average(curves: list[dict[int, float]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Iterations, mean and half of the interval [n] of several curves, where all of them have a point; no interval is 0."""
+    """Iterations, mean and half of the interval [n] of several curves, at their common points.
+
+    No interval is 0.
+    """
     x = sorted(set.intersection(*(set(curve) for curve in curves)))
     means = [mean_interval([curve[iteration] for curve in curves]) for iteration in x]
     return (
@@ -140,10 +137,8 @@ def _draw_curve(axes: Axes, method: dict[str, Any], color: str) -> None:
 
 def _finish(axes: Axes, methods: list[dict[str, Any]]) -> None:
     """The scale that all curves of a table share, and a plain look."""
-    top = max(
-        float(np.max(np.append(y + half, 0.0)))
-        for _, y, half in (method["curve"] for method in methods)
-    )
+    curves = [method["curve"] for method in methods]
+    top = max(float(np.max(np.append(y + half, 0.0))) for _, y, half in curves)
     axes.set_ylim(0, min(1.0, top * 1.08) or 1.0)
     axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, integer=True))
     axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
@@ -196,6 +191,7 @@ def _draw_small_panels(part, methods: list[dict[str, Any]]) -> None:
 
 
 def _draw_final(axes: Axes, methods: list[dict[str, Any]], before: float) -> None:
+    # F1 before RL, as a broken line.
     axes.axvline(before, color=_SOFT, linewidth=1, linestyle=(0, (4, 3)))
     axes.annotate(
         "before RL",
@@ -207,16 +203,13 @@ def _draw_final(axes: Axes, methods: list[dict[str, Any]], before: float) -> Non
         va="top",
         fontsize=8,
     )
+    # One line per method: its interval, its seeds as rings below, and its mean with the number.
+    ends = [before]
     for n, method in enumerate(methods):
-        mean, half = method["f1"]["mean"], method["f1"]["interval"]
+        mean, half, color = method["f1"]["mean"], method["f1"]["interval"], method["color"]
         if half is not None:
-            axes.plot(
-                [mean - half, mean + half],
-                [n, n],
-                color=method["color"],
-                linewidth=2,
-                solid_capstyle="round",
-            )
+            span = [mean - half, mean + half]
+            axes.plot(span, [n, n], color=color, linewidth=2, solid_capstyle="round")
         if len(method["seeds"]) > 1:
             axes.plot(
                 method["seeds"],
@@ -224,40 +217,33 @@ def _draw_final(axes: Axes, methods: list[dict[str, Any]], before: float) -> Non
                 "o",
                 markersize=4,
                 markerfacecolor="none",
-                markeredgecolor=method["color"],
+                markeredgecolor=color,
             )
-        axes.plot(mean, n, "o", color=method["color"], markersize=7)
+        axes.plot(mean, n, "o", color=color, markersize=7)
         axes.annotate(
             f"{mean:.3f}",
             (mean, n),
             xytext=(0, 7),
             textcoords="offset points",
             ha="center",
-            color=method["color"],
+            color=color,
             fontsize=8,
         )
-    axes.set_yticks(
-        range(len(methods)),
-        [method["label"].replace(" = ", "\n= ") for method in methods],
-        color=_INK,
-    )
+        ends += [*method["seeds"], mean - (half or 0.0), mean + (half or 0.0)]
+    # The methods' names, and a scale that shows everything with a margin, within 0 to 1.
+    labels = [method["label"].replace(" = ", "\n= ") for method in methods]
+    axes.set_yticks(range(len(methods)), labels, color=_INK)
     axes.set_ylim(len(methods) - 0.5, -1.0)
-    ends = [
-        before,
-        *(x for method in methods for x in method["seeds"]),
-        *(
-            method["f1"]["mean"] + side * (method["f1"]["interval"] or 0.0)
-            for method in methods
-            for side in (-1, 1)
-        ),
-    ]
     axes.set_xlim(max(min(ends) - 0.03, 0.0), min(max(ends) + 0.03, 1.0))
     axes.set_title("F1 after RL, greedy", loc="left", fontsize=9, color=_SOFT)
     _plain(axes, "x")
 
 
 def _spread(places: list[float]) -> list[float]:
-    """Heights near `places`, in their order, at least a name's height apart and not above the panel's top where there is room."""
+    """Heights near `places`, in the same order, at least a name's height apart.
+
+    They stay below the panel's top if there is room.
+    """
     order = np.argsort(places)
     spread = np.array(places, dtype=float)[order]
     for n in range(1, len(spread)):

@@ -1,7 +1,7 @@
-"""From sweep files to points: the training runs that a comparison consists of, each with the config that it will have.
+"""From sweep files to points: the training runs of a comparison, each with its config.
 
-A sweep file defines `sweep(add)` and calls `add(method, overrides, seeds)` for every row of its table: what the row is called, the keys of the config
-that it changes, and the seeds of its runs.
+A sweep file defines `sweep(add)` and calls `add(method, overrides, seeds)` for every row of its
+table: the row's name, the config keys that it changes, and the seeds of its runs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ from stepsearch_jax.run.folder import describe_difference, flatten, to_json
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One training run. `name`: its folder's; `flags`: what stands behind --config and --workdir; `config`: what its config.json will hold."""
+    """One training run.
+
+    `name`: its folder's; `flags`: those after --config and --workdir; `config`: the contents of its
+    config.json.
+    """
 
     name: str
     flags: tuple[str, ...]
@@ -47,18 +51,22 @@ class Sweep:
 
 
 def load_sweeps(files: Sequence[str], config_file: str, common: Sequence[str]) -> list[Sweep]:
-    """The sweeps of `files` over the config `config_file` (a path, with an argument after a colon where the file takes one).
+    """The sweeps of `files` over the config `config_file`.
 
-    common: flags "--config.key=value" for all points. Two methods, of one file or of two, whose configs are equal are one point, under its first name.
-    Raises FileNotFoundError or ValueError, with file and method, for a file that cannot be read, a key that the config does not have or that is
-    set twice, a value of the wrong type, and two different settings under one name.
+    config_file: a path, with an argument after a colon if the file takes one. common: flags
+    "--config.key=value" for all points. Methods with equal configs, in one file or in two, share
+    one point, under its first name. Raises FileNotFoundError or ValueError, with file and method,
+    for an unreadable file, a key that the config does not have or that is set twice, a value of the
+    wrong type, and two different settings under one name.
     """
     by_name: dict[str, Point] = {}
     by_config: dict[str, Point] = {}
+    # The keys that points may change; those of the command line cannot be swept.
     keys = _list_keys(_parse_config(config_file, ()))
     common_keys = [flag.removeprefix("--config.").partition("=")[0] for flag in common]
     _check_keys(common_keys, keys, "the command line", config_file)
 
+    # One run of a method. An equal config is the same point; a name stands for one config.
     def make_point(method: str, overrides: Mapping[str, Any], seed: int, where: str) -> Point:
         name = f"{re.sub('[^a-z0-9]+', '-', method.lower()).strip('-')}-{seed}"
         point_flags = (
@@ -70,35 +78,30 @@ def load_sweeps(files: Sequence[str], config_file: str, common: Sequence[str]) -
             config = to_json(_parse_config(config_file, point_flags))
         except flags.Error as error:
             raise ValueError(f"{where}: {' '.join(str(error).split())}") from error
-        point = by_config.setdefault(
-            json.dumps(config, sort_keys=True), Point(name, point_flags, config)
-        )
+        content = json.dumps(config, sort_keys=True)
+        point = by_config.setdefault(content, Point(name, point_flags, config))
         if by_name.setdefault(name, point) is not point:
             difference = describe_difference(by_name[name].config, config)
             raise ValueError(
-                f"{where}: another point is called {name} and has another config ({difference}): rename one"
+                f"{where}: another point is called {name} and has another config "
+                f"({difference}): rename one"
             )
         return point
 
+    # One file: checks every call of its add(), and makes the points.
     def load(file: str) -> Sweep:
         methods: list[Method] = []
 
         def add(method: str, overrides: Mapping[str, Any], seeds: Iterable[int]) -> None:
             where = f"{file}, {method!r}"
-            if (
-                not isinstance(method, str)
-                or not re.search("[a-zA-Z0-9]", method)
-                or re.search(r"[|\n]", method)
-            ):
+            if not _is_name(method):
                 raise ValueError(
-                    f"{where}: a method's name is one line of text, with letters or digits and without |"
+                    f"{where}: a method's name is one line of text, with letters or digits and "
+                    "without |"
                 )
             seeds = list(seeds)
-            if (
-                not seeds
-                or any(type(seed) is not int for seed in seeds)
-                or len(set(seeds)) < len(seeds)
-            ):
+            whole = all(type(seed) is int for seed in seeds)
+            if not seeds or not whole or len(set(seeds)) < len(seeds):
                 raise ValueError(
                     f"{where}: seeds are different whole numbers, at least one, not {seeds}"
                 )
@@ -107,15 +110,11 @@ def load_sweeps(files: Sequence[str], config_file: str, common: Sequence[str]) -
             _check_keys(overrides, keys, where, config_file)
             if twice := {*common_keys, "seed"} & set(overrides) | {"seed"} & set(common_keys):
                 raise ValueError(
-                    f"{where}: {sorted(twice)[0]} is set twice: seeds are an argument of add(), and a key of the command line cannot be swept"
+                    f"{where}: {sorted(twice)[0]} is set twice: seeds are an argument of add(), "
+                    "and a key of the command line cannot be swept"
                 )
-            methods.append(
-                Method(
-                    method,
-                    dict(overrides),
-                    {seed: make_point(method, overrides, seed, where) for seed in seeds},
-                )
-            )
+            points = {seed: make_point(method, overrides, seed, where) for seed in seeds}
+            methods.append(Method(method, dict(overrides), points))
 
         _call_sweep(file, add)
         if not methods:
@@ -131,13 +130,23 @@ def load_sweeps(files: Sequence[str], config_file: str, common: Sequence[str]) -
 
 
 def list_points(sweeps: Sequence[Sweep]) -> list[Point]:
-    """Every different point, once, seed by seed: what is interrupted has something of every method. In a seed, in the order of the files."""
+    """Every different point, once, seed by seed, and within a seed in the order of the files.
+
+    An interrupted sweep has runs of every method.
+    """
     found: dict[str, tuple[int, Point]] = {}
     for sweep in sweeps:
         for method in sweep.methods:
             for n, point in enumerate(method.points.values()):
                 found.setdefault(point.name, (n, point))
     return [point for _, point in sorted(found.values(), key=lambda pair: pair[0])]
+
+
+def _is_name(method: object) -> bool:
+    """Whether a method's name can be a cell of the table and part of a folder's name."""
+    if not isinstance(method, str):
+        return False
+    return bool(re.search("[a-zA-Z0-9]", method)) and not re.search(r"[|\n]", method)
 
 
 def _call_sweep(file: str, add) -> None:
@@ -151,7 +160,10 @@ def _call_sweep(file: str, add) -> None:
 
 
 def _parse_config(config_file: str, point_flags: Sequence[str]) -> ConfigDict:
-    """The config as the training command makes it of these flags. Raises flags.Error for a value of the wrong type."""
+    """The config that the training command makes from these flags.
+
+    Raises flags.Error for a value of the wrong type.
+    """
     arguments = ["sweep", f"--config={config_file}", *point_flags]
     values = flags.FlagValues()
     define_config(values, arguments)
@@ -168,7 +180,8 @@ def _check_keys(wanted: Iterable[str], keys: set[str], where: str, config_file: 
     for key in wanted:
         if key not in keys:
             raise ValueError(
-                f"{where}: the config {config_file} has no key {key!r}; configs/base.py lists all of them"
+                f"{where}: the config {config_file} has no key {key!r}; "
+                "configs/base.py lists all of them"
             )
 
 

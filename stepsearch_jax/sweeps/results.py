@@ -1,4 +1,7 @@
-"""What a sweep shows: for every method its means over seeds with intervals, as table.json and, laid out like the paper's Tables 2 and 3, as table.md."""
+"""The results of a sweep: for every method its means over seeds with intervals.
+
+Written as table.json and, laid out like the paper's Tables 2 and 3, as table.md.
+"""
 
 from __future__ import annotations
 
@@ -19,19 +22,17 @@ TABLE_FILES = ("table.md", "table.json")
 
 
 def mean_interval(values: Sequence[float]) -> dict[str, float | None] | None:
-    """{"mean", "interval"}: the mean and half of its 95 % interval, t_{0.975, n-1} s / sqrt(n) with Student's t; no interval (None) for one value.
+    """{"mean", "interval"}: the mean and half of its 95 % interval.
 
-    None for no values.
+    The half is t_{0.975, n-1} s / sqrt(n) with Student's t; None for one value. No values: None.
     """
     n = len(values)
     if not n:
         return None
-    return {
-        "mean": statistics.fmean(values),
-        "interval": float(stdtrit(n - 1, 0.975)) * statistics.stdev(values) / math.sqrt(n)
-        if n > 1
-        else None,
-    }
+    interval = None
+    if n > 1:
+        interval = float(stdtrit(n - 1, 0.975)) * statistics.stdev(values) / math.sqrt(n)
+    return {"mean": statistics.fmean(values), "interval": interval}
 
 
 def read_results(
@@ -39,10 +40,15 @@ def read_results(
 ) -> dict[str, Any]:
     """The contents of table.json.
 
-    {"config", "wall_s": how long sweeps were at work in `workdir`, "sweeps": [{"name", "before": measure -> mean before RL or None, "methods": […]}]}; of
-    each method "method", "overrides", "same_as" (the method above whose runs these are, or None), "budget" (iterations, episodes and
-    optimiser steps of a run), measure -> `mean_interval` after RL, "f1_gain" (after minus before, run by run), and "runs": of
-    every seed "seed", "name", "finished", "wall_s" (None if unknown), and where it is finished "questions" (how many, and which), "before" and "after".
+    {"config", "wall_s": how long sweeps were at work in `workdir`, "sweeps": [{"name", "before":
+    measure -> mean before RL or None, "methods": […]}]}.
+
+    Each method: "method", "overrides", "same_as" (the method above with the same runs, or None),
+    "budget" (iterations, episodes and optimiser steps of a run), measure -> `mean_interval` after
+    RL, "f1_gain" (after minus before, run by run), and "runs".
+
+    Each run: "seed", "name", "finished", "wall_s" (None if unknown), and if it is finished
+    "questions" (how many, and which), "before" and "after".
     """
     times = Times(workdir).read()
     tables = []
@@ -80,23 +86,20 @@ def _read_method(
         }
         if run["finished"]:
             evaluation = read_json(workdir / POINTS / point.name / "evaluation.json")
-            run["questions"] = (
-                f"{evaluation['questions']} questions of {point.config['evaluation']['split']}"
-            )
-            run |= {
-                when: {key: evaluation[when][key] for key, _ in MEASURES}
-                for when in ("before", "after")
-            }
+            split = point.config["evaluation"]["split"]
+            run["questions"] = f"{evaluation['questions']} questions of {split}"
+            for when in ("before", "after"):
+                run[when] = {key: evaluation[when][key] for key, _ in MEASURES}
         runs.append(run)
     finished = [run for run in runs if run["finished"]]
     config = next(iter(method.points.values())).config
+    iterations = config["iterations"]
     episodes = config["rollout"]["prompts"] * config["rollout"]["group_size"]
+    steps = config["rl"]["minibatches"] * config["rl"]["ppo_epochs"]
     budget = {
-        "iterations": config["iterations"],
-        "episodes": config["iterations"] * episodes,
-        "optimiser steps": config["iterations"]
-        * config["rl"]["minibatches"]
-        * config["rl"]["ppo_epochs"],
+        "iterations": iterations,
+        "episodes": iterations * episodes,
+        "optimiser steps": iterations * steps,
     }
     measures = {key: mean_interval([run["after"][key] for run in finished]) for key, _ in MEASURES}
     gain = mean_interval([run["after"]["f1"] - run["before"]["f1"] for run in finished])
@@ -114,11 +117,13 @@ def _read_method(
 def format_table(results: dict[str, Any]) -> str:
     """table.md from the contents of table.json."""
     lines = [
-        f"Config: `{results['config']}`. Answers are greedy. Mean over seeds ± half of its 95 % interval (Student's t); one seed has no interval."
+        f"Config: `{results['config']}`. Answers are greedy. Mean over seeds ± half of its 95 % "
+        "interval (Student's t); one seed has no interval."
     ]
     if results["wall_s"]:
         lines[0] += f" Wall time of the sweep: {format_duration(results['wall_s'])}."
     for table in results["sweeps"]:
+        # The heading: the budget of each run, and the columns.
         rows = table["methods"]
         budget = ", ".join(
             f"{_join_values(row['budget'][key] for row in rows)} {key}" for key in rows[0]["budget"]
@@ -136,22 +141,20 @@ def format_table(results: dict[str, Any]) -> str:
             "| " + " | ".join(titles) + " |",
             "|" + "---|" * len(titles),
         ]
+        # The policy before RL, then one row for each method.
         if table["before"]:
-            lines.append(
-                "| before RL | | "
-                + " | ".join(format_number(table["before"][key]) for key, _ in MEASURES)
-                + " | |"
-            )
+            cells = " | ".join(format_number(table["before"][key]) for key, _ in MEASURES)
+            lines.append(f"| before RL | | {cells} | |")
         for row in rows:
             done, planned = sum(run["finished"] for run in row["runs"]), len(row["runs"])
             cells = [
                 row["method"],
                 str(done) if done == planned else f"{done} of {planned}",
                 *(_format_mean(row[key]) for key, _ in MEASURES),
+                _format_mean(row["f1_gain"], format_signed),
             ]
-            lines.append(
-                "| " + " | ".join([*cells, _format_mean(row["f1_gain"], format_signed)]) + " |"
-            )
+            lines.append("| " + " | ".join(cells) + " |")
+        # Methods whose runs are the same.
         shared = [f"*{row['method']}* and *{row['same_as']}*" for row in rows if row["same_as"]]
         if shared:
             lines += ["", f"Equal settings, and so the same runs: {'; '.join(shared)}."]
@@ -166,26 +169,22 @@ def write_tables(results: dict[str, Any], workdir: pathlib.Path) -> None:
 
 def format_duration(seconds: float) -> str:
     """3725 -> "1 h 2 min"; below a minute in seconds."""
+    if seconds < 60:
+        return f"{round(seconds)} s"
     hours, minutes = divmod(round(seconds / 60), 60)
-    return (
-        f"{round(seconds)} s"
-        if seconds < 60
-        else f"{hours} h {minutes} min"
-        if hours
-        else f"{minutes} min"
-    )
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def _format_mean(value: dict[str, float | None] | None, format_one=format_number) -> str:
     if value is None:
         return "–"
-    return format_one(value["mean"]) + (
-        "" if value["interval"] is None else f" ± {format_number(value['interval'])}"
-    )
+    mean, interval = format_one(value["mean"]), value["interval"]
+    return mean if interval is None else f"{mean} ± {format_number(interval)}"
 
 
 def _join_values(values: Iterable[Any]) -> str:
-    """The different values, in the order in which they come."""
+    """The different values, in order of appearance."""
+    different = dict.fromkeys(values)
     return " or ".join(
-        f"{value:,}" if isinstance(value, int) else str(value) for value in dict.fromkeys(values)
+        f"{value:,}" if isinstance(value, int) else str(value) for value in different
     )

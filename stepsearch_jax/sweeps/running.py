@@ -1,4 +1,4 @@
-"""Running the points of a sweep: which are finished already, and the others as processes of the training command, some at a time."""
+"""Runs the unfinished points of a sweep as processes of the training command, some at a time."""
 
 from __future__ import annotations
 
@@ -15,25 +15,27 @@ from stepsearch_jax.metrics import progress
 from stepsearch_jax.run.folder import CONFIG_FILE, describe_difference, lock
 from stepsearch_jax.sweeps.points import Point
 
-POINTS = (
-    "points"  # WORKDIR/points/NAME is the folder of a run, WORKDIR/points/NAME.log what it said
-)
+# WORKDIR/points/NAME is the folder of a run, WORKDIR/points/NAME.log its output.
+POINTS = "points"
 TIMES_FILE = "times.json"
-_GRACE_SECONDS = 10.0  # a process that is told to end is killed after so long; its checkpoints are whole at any time
+# A terminated process is killed after this time; its checkpoints are whole at any time.
+_GRACE_SECONDS = 10.0
 _POLL_SECONDS = 0.2
 
 
 def is_finished(point: Point, workdir: pathlib.Path) -> bool:
-    """Whether the point's run is complete: training has written its evaluation.json, which nothing else does.
+    """Whether the point's run is complete: training has written its evaluation.json.
 
-    Raises ValueError if its folder holds a run with another config, or something unreadable.
+    Nothing else writes it. Raises ValueError if the folder holds a run with another config, or
+    something unreadable.
     """
     folder = workdir / POINTS / point.name
     config = read_json(folder / CONFIG_FILE)
     if config is not None and config != point.config:
         raise ValueError(
-            f"{folder} holds a run with another config ({describe_difference(config, point.config)}): "
-            f"remove {folder} to run it anew, or choose another --workdir"
+            f"{folder} holds a run with another config "
+            f"({describe_difference(config, point.config)}): "
+            f"remove {folder} to run it again, or choose another --workdir"
         )
     return config is not None and read_json(folder / "evaluation.json") is not None
 
@@ -41,13 +43,12 @@ def is_finished(point: Point, workdir: pathlib.Path) -> bool:
 def make_command(
     train: Sequence[str], config_file: str, point: Point, workdir: pathlib.Path
 ) -> list[str]:
-    """The arguments of the process that runs, or resumes, a point. `train`: the training command, without flags."""
-    return [
-        *train,
-        f"--config={config_file}",
-        f"--workdir={workdir / POINTS / point.name}",
-        *point.flags,
-    ]
+    """The arguments of the process that runs, or resumes, a point.
+
+    train: the training command, without flags.
+    """
+    folder = workdir / POINTS / point.name
+    return [*train, f"--config={config_file}", f"--workdir={folder}", *point.flags]
 
 
 @dataclasses.dataclass
@@ -66,11 +67,12 @@ def run_points(
     config_file: str,
     jobs: int,
 ) -> dict[str, str]:
-    """Runs the points, `jobs` at a time -> name of each that failed -> why: its exit status and the last line of its log.
+    """Runs the points, `jobs` at a time.
 
-    Their times are added to WORKDIR/times.json. Where the platform can pin processes, several jobs share out the cores evenly. However this ends, by
-    Ctrl-C for example, the processes that it started end with it; runs that are not finished are resumed the next time. Raises ValueError when another
-    sweep is at work in `workdir`.
+    Returns {name of a failed point: its exit status and the last line of its log}. Adds the times
+    to WORKDIR/times.json. If the platform can pin processes, several jobs share the cores evenly.
+    When this function ends, also by Ctrl-C, it ends the processes that it started; the next sweep
+    resumes unfinished runs. Raises ValueError when another sweep is at work in `workdir`.
     """
     waiting, running, failed = list(points), {}, {}
     shares = _share_cores(jobs)
@@ -78,31 +80,26 @@ def run_points(
     with lock(workdir) as held, progress(len(points), "sweep") as bar:
         try:
             while waiting or running:
-                for slot in [slot for slot in range(jobs) if slot not in running][: len(waiting)]:
+                # Start a point in every free slot.
+                free = [slot for slot in range(jobs) if slot not in running]
+                for slot in free[: len(waiting)]:
                     point = waiting.pop(0)
-                    running[slot] = _start(
-                        point,
-                        workdir,
-                        make_command(train, config_file, point, workdir),
-                        shares[slot],
-                        held,
-                    )
+                    command = make_command(train, config_file, point, workdir)
+                    running[slot] = _start(point, workdir, command, shares[slot], held)
                 time.sleep(_POLL_SECONDS)
-                for slot, run in [
-                    (slot, run) for slot, run in running.items() if run.process.poll() is not None
-                ]:
+                # Take the ended ones out, with their times and failures.
+                for slot, run in list(running.items()):
+                    if run.process.poll() is None:
+                        continue
                     del running[slot]
                     times.add(run.point.name, time.monotonic() - run.started)
                     if reason := _find_failure(run, workdir):
                         failed[run.point.name] = reason
                     left = len(waiting) + len(running)
-                    bar.set_postfix(
-                        dict(
-                            finished=len(points) - left - len(failed), failed=len(failed), left=left
-                        )
-                    )
+                    finished = len(points) - left - len(failed)
+                    bar.set_postfix(dict(finished=finished, failed=len(failed), left=left))
                     bar.update(1)
-        finally:
+        finally:  # also after Ctrl-C: no process outlives the sweep
             _end([run.process for run in running.values()])
             for run in running.values():
                 times.add(run.point.name, time.monotonic() - run.started)
@@ -110,7 +107,10 @@ def run_points(
 
 
 class Times:
-    """WORKDIR/times.json, in seconds: `sweep`, how long sweeps were at work here, and `points`, how long each run took, all attempts together."""
+    """WORKDIR/times.json, in seconds.
+
+    `sweep`: how long sweeps were at work here; `points`: how long each run took, over all attempts.
+    """
 
     def __init__(self, workdir: pathlib.Path):
         self._path, self._last = workdir / TIMES_FILE, time.monotonic()
@@ -138,7 +138,7 @@ def _start(
     log = workdir / POINTS / f"{point.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as file:
-        # A session of its own: Ctrl-C reaches this process alone, which then ends the others in order.
+        # A session of its own: Ctrl-C reaches only this process, which then ends the others.
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -174,7 +174,6 @@ def _find_failure(run: _Run, workdir: pathlib.Path) -> str | None:
             return None
     except ValueError as error:
         return str(error)
-    lines = [
-        line.strip() for line in run.log.read_text(errors="replace").splitlines() if line.strip()
-    ]
+    lines = run.log.read_text(errors="replace").splitlines()
+    lines = [line.strip() for line in lines if line.strip()]
     return f"exit status {run.process.returncode}: {lines[-1] if lines else 'its log is empty'}"
