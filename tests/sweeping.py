@@ -15,8 +15,10 @@ CONFIG = """
 import ml_collections
 def get_config():
     return ml_collections.ConfigDict(dict(
-        seed=0, iterations=6, rollout=dict(prompts=8, group_size=1), rl=dict(minibatches=2, ppo_epochs=1), policy=dict(learning_rate=0.001),
-        reward=dict(gamma_key=0.618, use_gain=True, placement="step"), evaluation=dict(split="test"), data=dict(shapes=("2hop",))))
+        seed=0, iterations=6, rollout=dict(prompts=8, group_size=1),
+        rl=dict(minibatches=2, ppo_epochs=1), policy=dict(learning_rate=0.001),
+        reward=dict(gamma_key=0.618, use_gain=True, placement="step"),
+        evaluation=dict(split="test"), data=dict(shapes=("2hop",))))
 """
 SWEEP = """
 def sweep(add):
@@ -25,15 +27,17 @@ def sweep(add):
     add("merged", {"reward.placement": "merged"}, [0])
     add("step only", {"reward.gamma_key": 0.0}, [0, 1])
 """
-# A training command: notes its start, and does with the folder of its point what the plan says. `f1` is the last of the plan's so far unused figures.
+# A training command: notes its start, and does with the folder of its point what the plan says.
 TRAIN = """#!{python}
 import json, os, pathlib, sys, time
 here = pathlib.Path(__file__).parent
-flags = dict(argument.removeprefix("--").split("=", 1) for argument in sys.argv[1:] if argument.startswith("--"))
+arguments = [argument for argument in sys.argv[1:] if argument.startswith("--")]
+flags = dict(argument.removeprefix("--").split("=", 1) for argument in arguments)
 folder = pathlib.Path(flags["workdir"])
 plan = json.loads((here / "plan.json").read_text())[folder.name]
+cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
 with (here / "started").open("a") as file:
-    file.write(json.dumps([folder.name, sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None, sys.argv[1:]]) + "\\n")
+    file.write(json.dumps([folder.name, cores, sys.argv[1:]]) + "\\n")
 folder.mkdir(parents=True, exist_ok=True)
 (folder / "config.json").write_text(json.dumps(plan["config"]))
 time.sleep(plan.get("seconds", 0.0))
@@ -47,9 +51,11 @@ f1, n = plan["f1"], plan["config"]["iterations"]
 with (folder / "metrics.jsonl").open("w") as file:
     file.write(json.dumps(dict(stage="sft", iteration=0, f1=9.0)) + "\\n")
     for iteration in range(n):
-        file.write(json.dumps(dict(stage="rl", iteration=iteration, f1=f1 * (iteration + 1) / n)) + "\\n")
+        row = dict(stage="rl", iteration=iteration, f1=f1 * (iteration + 1) / n)
+        file.write(json.dumps(row) + "\\n")
 means = lambda f1: dict(f1=f1, em=f1 / 2, gold_recall=0.9, searches=2.5, invalid=0.0)
-(folder / "evaluation.json").write_text(json.dumps(dict(questions=20, before=means(0.1), after=means(f1))))
+evaluation = dict(questions=20, before=means(0.1), after=means(f1))
+(folder / "evaluation.json").write_text(json.dumps(evaluation))
 """
 
 
@@ -78,7 +84,10 @@ class Bench:
         return self.folder / name
 
     def set_sweep(self, text: str, name: str = "small.py", **changes) -> None:
-        """The sweep file, and a plan in which point number n (from 1, in the order of running) reaches 0.1 n; `changes`: of points, by name with _ for -."""
+        """The sweep file, and a plan: point n (from 1, in the order of running) reaches 0.1 n.
+
+        changes: of points, by name with _ for -.
+        """
         self.sweep = str(self.write(name, text))
         self.plan = {}
         with contextlib.suppress(ValueError):

@@ -92,10 +92,8 @@ def test_one_method_may_not_have_two_settings_in_two_files(bench):
     other = bench.write("other.py", define('add("Full", {"iterations": 5}, [2, 9])'))
     bench.sweep += f",{other}"
     status, _, err = bench.run()
-    assert status == 2 and re.search(
-        r"other\.py, 'Full': another point is called full-2 and has another config .iterations: 6, now 5",
-        err,
-    )
+    assert status == 2
+    assert re.search(r"other\.py, 'Full': .* full-2 .*iterations: 6, now 5", err)
     other.write_text(define('add("Full", {"iterations": 6}, [2, 9])'))
     bench.change_plan()
     assert len(bench.run("--print-commands")[1].splitlines()) == 7  # seed 2 is in both
@@ -274,15 +272,9 @@ def test_tuning_is_alike_for_all_and_apart_from_what_is_reported():
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_sweeps_open_with_command_hardware_and_duration(name):
     text = (REPO / SHIPPED[name]).read_text().split('"""')[1]
-    assert (
-        f"python launch/sweep.py --sweep={SHIPPED[name]} --config=configs/atlas_sweep.py --workdir=runs/"
-        in text
-    )
-    runs = len(
-        list_points(
-            load_sweeps([str(REPO / SHIPPED[name])], str(REPO / "configs/atlas_sweep.py"), ())
-        )
-    )
-    assert re.search(rf"\b{runs} (different )?runs", text) and re.search(
-        r"\d minutes on two cores", text
-    )
+    command = f"python launch/sweep.py --sweep={SHIPPED[name]} "
+    assert command + "--config=configs/atlas_sweep.py --workdir=runs/" in text
+    config = str(REPO / "configs/atlas_sweep.py")
+    runs = len(list_points(load_sweeps([str(REPO / SHIPPED[name])], config, ())))
+    assert re.search(rf"\b{runs} (different )?runs", text)
+    assert re.search(r"\d minutes on two cores", text)

@@ -19,7 +19,10 @@ def bench(tmp_path, capsys) -> Bench:
 
 
 def test_intervals_by_hand():
-    """Quantiles 0.975 of Student's t from printed tables: 12.706 (1 degree of freedom), 3.182 (3), 2.776 (4)."""
+    """Quantiles 0.975 of Student's t from printed tables.
+
+    12.706 (1 degree of freedom), 3.182 (3), 2.776 (4).
+    """
     assert results.mean_interval([]) is None
     assert results.mean_interval([0.4]) == {"mean": 0.4, "interval": None}
     # 0 and 1: s = 1 / sqrt 2, s / sqrt 2 = 0.5
@@ -27,7 +30,8 @@ def test_intervals_by_hand():
         "mean": 0.5,
         "interval": pytest.approx(12.706 * 0.5, rel=1e-4),
     }
-    # 1, 2, 3, 4: squared deviations 2.25 + 0.25 + 0.25 + 2.25 = 5, s = sqrt(5 / 3), s / sqrt 4 = 0.6455
+    # 1, 2, 3, 4: squared deviations 2.25 + 0.25 + 0.25 + 2.25 = 5, s = sqrt(5 / 3),
+    # s / sqrt 4 = 0.6455
     assert results.mean_interval([4.0, 1.0, 3.0, 2.0]) == {
         "mean": 2.5,
         "interval": pytest.approx(3.182 * math.sqrt(5 / 3) / 2, rel=1e-3),
@@ -87,12 +91,10 @@ def test_many_methods_get_panels_of_their_own(bench):
         for axes in half.axes
         if axes.get_visible()
     ]
-    assert len(panels) == 9 + 1 and [axes.get_title(loc="left") for axes in panels[:9]] == [
-        f"method {n}" for n in range(9)
-    ]
-    assert [len(axes.lines) for axes in panels[:9]] == [
-        2
-    ] * 9  # the first method's curve, and its own
+    titles = [axes.get_title(loc="left") for axes in panels[:9]]
+    assert len(panels) == 9 + 1 and titles == [f"method {n}" for n in range(9)]
+    # The first method's curve, and its own.
+    assert [len(axes.lines) for axes in panels[:9]] == [2] * 9
 
 
 def test_no_figure_before_a_run_is_finished(bench):
@@ -103,11 +105,13 @@ def test_no_figure_before_a_run_is_finished(bench):
 
 
 def test_curves_by_hand(bench):
-    """Six iterations, F1 = f (i + 1) / 6. The mean of five neighbours leaves a line as it is; the ends have the mean of three and of four."""
+    """Six iterations, F1 = f (i + 1) / 6.
+
+    The mean of five neighbours leaves a line as it is; the ends have the mean of three and of four.
+    """
     bench.run()
-    curve = figure._read_curve(
-        bench.workdir / "points/full-2"
-    )  # reaches 0.6: 0.1, 0.2, ... 0.6; the lines of the fine-tuning are not read
+    # Reaches 0.6: 0.1, 0.2, ... 0.6; the lines of the fine-tuning are not read.
+    curve = figure._read_curve(bench.workdir / "points/full-2")
     assert list(curve) == [1, 2, 3, 4, 5, 6]
     np.testing.assert_allclose(list(curve.values()), [0.2, 0.25, 0.3, 0.4, 0.45, 0.5])
     x, mean, half = figure._average([{1: 0.0, 2: 0.3, 3: 1.0}, {1: 1.0, 2: 0.3}])

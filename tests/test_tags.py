@@ -1,4 +1,4 @@
-"""The rule that ends a turn: on text by hand, and the automaton over tokens against a plain string search."""
+"""The rule that ends a turn: by hand, and the automaton over tokens against a string search."""
 
 import random
 

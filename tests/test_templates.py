@@ -33,7 +33,7 @@ def test_bad_prompts_are_refused():
 
 
 def test_the_paper_prompts_example_plays_by_the_rules():
-    """Each turn of the example is a well-formed action; observations look like the environment's."""
+    """Each turn of the example is a well-formed action; observations are the environment's."""
     paper = templates.PAPER
     example = paper[paper.index("An example:") : paper.rindex("Question:")]
     turns = re.split(r"<information>.*?</information>", example, flags=re.DOTALL)

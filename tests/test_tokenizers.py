@@ -104,7 +104,7 @@ def test_qwen_facts(qwen):
 
 
 def test_qwen_bytes_agree_with_the_library(qwen, shared_data):
-    """Oracle: the tokenizers library's own decoder, on random token strings (added tokens apart)."""
+    """Oracle: the tokenizers library's decoder, on random token strings (no added tokens)."""
     raw = (shared_data / "tokenizer_qwen2_5" / "tokenizer.json.gz").read_bytes()
     inner = Inner.from_str(gzip.decompress(raw).decode())
     rng = random.Random(0)
@@ -138,7 +138,7 @@ def test_plain_folder_loads_and_gives_the_same_ids(tmp_path):
 
 
 def test_padding_and_truncation_of_a_file_are_ignored(tmp_path):
-    """Hugging Face saves those of the last batch; they would fill up and cut prompts and documents."""
+    """Hugging Face saves those of the last batch; they would pad and cut prompts and documents."""
     inner = Inner.from_str(TOKENIZER.to_json())
     inner.enable_padding(length=12, pad_id=1, pad_token="<|pad|>")
     inner.enable_truncation(3)
