@@ -24,8 +24,8 @@ from stepsearch_jax.benchmark.cases import Case
 from stepsearch_jax.models.architecture import ModelConfig
 from stepsearch_jax.models.transformer import Policy
 from stepsearch_jax.records import TurnStatus
-from stepsearch_jax.rollout.state import Environment, Prompts, RolloutSettings
 from stepsearch_jax.rollout.programs import make_rollout, make_rollout_copy
+from stepsearch_jax.rollout.state import Environment, Prompts, RolloutSettings
 from stepsearch_jax.runtime import add_xla_flag, start_jax
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from stepsearch_jax.data.atlas_grammar import name_groups
+from stepsearch_jax.data.atlas_kinds import name_groups
 from stepsearch_jax.prompting.templates import render_prompt
 from stepsearch_jax.records import Question
 from stepsearch_jax.rollout.scripted import KINDS, PERFECT, run_script
