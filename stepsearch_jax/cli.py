@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import logging
 import os
 import pathlib
@@ -24,6 +23,7 @@ import ml_collections
 from absl import flags
 from absl import logging as absl_logging
 
+from stepsearch_jax import __version__
 from stepsearch_jax.files import check_buckets
 from stepsearch_jax.run.config_file import define_config
 from stepsearch_jax.search.watchdog import EXIT_CODE, call_off
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--version",
         action="version",
-        version=f"stepsearch {importlib.metadata.version('stepsearch_jax')}",
+        version=f"stepsearch {__version__}",
     )
     parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of those below")
     parser.add_argument("arguments", metavar="…", nargs=argparse.REMAINDER, help="its arguments")
