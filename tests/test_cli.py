@@ -79,6 +79,8 @@ from stepsearch_jax import cli
 from stepsearch_jax.search.watchdog import Watchdog
 
 cli.GRACE_S = 1.0
+# A shell that starts the tests in the background has had it ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def press(x):
     os.kill(os.getpid(), signal.SIGINT)
