@@ -5,10 +5,10 @@
 #
 # Makes .venv and trains with configs/atlas_quickstart.py into DIR (relative to the repository; runs/quickstart unless named, with -VARIANT behind it),
 # which ends by printing how well questions of an unseen world are answered before and after reinforcement learning, and where the report is.
-# Interrupted, it goes on where it was.
+# Rerun the same command to resume an interrupted run.
 #
 #   VARIANT                 anew, continued, shuffled or one_search: see configs/atlas_quickstart.py
-#   --fresh                 remove DIR first and begin anew; a DIR whose run has other settings is otherwise refused
+#   --fresh                 remove DIR first; without it, a DIR whose run has other settings is refused
 #   --config.seed=1         another seed, in another --workdir; any key of configs/base.py can be set like this
 #   PYTHON=python3.12       the Python that .venv is made with (3.11 or newer)
 #   DRY_RUN=1               print the commands instead
@@ -37,13 +37,13 @@ if [[ -e $workdir && $fresh == 1 ]]; then
     exit 2
   fi
   if [[ -e $workdir/.lock ]] && command -v flock >/dev/null && ! flock --nonblock "$workdir/.lock" true; then
-    echo "a run is at work in $workdir: end it first" >&2
+    echo "a run is using $workdir: end it first" >&2
     exit 2
   fi
   echo "removing the earlier run in $workdir"
   run rm -r -- "$workdir"
 elif [[ -e $workdir ]]; then
-  echo "going on with the run in $workdir (--fresh begins anew)"
+  echo "resuming the run in $workdir (--fresh removes it first)"
 fi
 
 use_venv requirements.txt

@@ -216,7 +216,7 @@ def test_quickstart_resumes_a_run_or_replaces_it(clone):
     clone.run("launch/quickstart.sh", "--workdir=runs/my run")
     (workdir / "checkpoint").touch()
     done = clone.run("launch/quickstart.sh", "--workdir=runs/my run")
-    assert "going on with the run in runs/my run" in done.stdout
+    assert "resuming" in done.stdout and "runs/my run" in done.stdout
     assert (workdir / "checkpoint").exists()
     done = clone.run("launch/quickstart.sh", "--workdir=runs/my run", "--fresh", DRY_RUN="1")
     assert "rm -r -- runs/my\\ run" in done.stdout and (workdir / "checkpoint").exists()
@@ -232,7 +232,7 @@ def test_fresh_removes_no_run_that_is_at_work(clone):
     (workdir / "config.json").touch()
     with lock(workdir):
         done = clone.run("launch/quickstart.sh", "--fresh")
-        assert done.returncode == 2 and "a run is at work in runs/quickstart" in done.stderr
+        assert done.returncode == 2 and "runs/quickstart" in done.stderr
         assert (workdir / "config.json").exists()
     assert clone.run("launch/quickstart.sh", "--fresh", DRY_RUN="1").returncode == 0
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Creates a TPU and waits until it is ready. One that was preempted, or failed, is deleted first and created anew; one that is ready is left as it is.
+# Creates a TPU and waits until it is ready. One that was preempted, or failed, is deleted first and created again; one that is ready is left as it is.
 #
 #   PROJECT=my-project ZONE=us-west4-a NAME=search-1 ACCELERATOR=v5litepod-16 VERSION=v2-alpha-tpuv5-lite [CAPACITY=spot] bash launch/pod/create.sh
 #

@@ -57,7 +57,7 @@ train() {
   wait "$child"
 }
 child=
-trap 'if [[ -n $child ]] && kill -- "-$child" 2>/dev/null; then echo "the training goes on on $NAME" >&2; fi; exit 130' INT TERM HUP
+trap 'if [[ -n $child ]] && kill -- "-$child" 2>/dev/null; then echo "the training continues on $NAME" >&2; fi; exit 130' INT TERM HUP
 
 # From where the run was resumed last: nothing, if it never was.
 read_progress() { cat "$logs"/*/0.log 2>/dev/null | grep -o 'resumed from .*' | tail -n 1 || true; }
