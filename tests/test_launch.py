@@ -98,6 +98,7 @@ PYTEST = "pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15"
 def test_test_script_installs_only_what_changed(clone):
     checks = [
         "ruff check --quiet --output-format=concise .",
+        "ruff format --quiet --check .",
         f"{PYTEST} tests/test_x.py -k a b",
     ]
     arguments = ("tests/test_x.py", "-k", "a b")
@@ -126,7 +127,7 @@ def test_failed_installation_is_tried_again_and_fails_the_script(clone):
     assert clone.take_log() == ["venv --clear .venv"]
     clone.set_python(sys.executable)
     assert clone.run("launch/test.sh").returncode == 0
-    assert len(clone.take_log()) == 5
+    assert len(clone.take_log()) == 6
     (clone.root / "requirements.txt").write_text("new\n")
     clone.set_python(sys.executable, status=1)
     shutil.copy(clone.python, clone.root / ".venv/bin/python")
