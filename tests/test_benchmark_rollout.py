@@ -343,6 +343,7 @@ serve(make)
     assert not folder.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("peer,package", [("transformers", "torch"), ("tunix", "tunix")])
 def test_a_peer_that_is_installed_computes_the_same(peer, package):
     pytest.importorskip(package)

@@ -288,6 +288,7 @@ def test_tokenizer_files_that_are_none(tmp_path):
         load_tokenizer(str(tmp_path / "bad.gguf"), ())
 
 
+@pytest.mark.slow
 def test_smollm2_is_cut_as_in_transformers(tmp_path):
     """And so by the folder that an export writes."""
     path = find_smollm2()

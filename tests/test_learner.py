@@ -183,12 +183,12 @@ def run_four_steps(shape, microbatch_size=0, critic=True):
 @pytest.mark.parametrize(
     "shape,microbatch_size,critic",
     [
-        ((8, 1, 1), 0, True),
-        ((2, 2, 2), 0, True),
         ((2, 2, 2), 4, False),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in [
+                ((8, 1, 1), 0, True),
+                ((2, 2, 2), 0, True),
                 ((1, 4, 2), 0, True),
                 ((4, 1, 2), 0, True),
                 ((2, 2, 2), 4, True),
@@ -256,14 +256,15 @@ def test_value_model_starts_from_the_policy():
     "change,critic",
     [
         (dict(advantage="gae"), True),
-        (
+        (CRITIC_FREE, False),
+        pytest.param(
             dict(
                 advantage="gae", over_observations=True, outcome_overwrites=True, placement="merged"
             ),
             True,
+            marks=pytest.mark.slow,
         ),
-        (CRITIC_FREE, False),
-        (dict(advantage="gae", old_logprobs="sampler"), True),
+        pytest.param(dict(advantage="gae", old_logprobs="sampler"), True, marks=pytest.mark.slow),
         pytest.param(
             dict(
                 advantage="turn_gae",

@@ -44,6 +44,7 @@ def trace(work, *arguments):
         tracemalloc.stop()
 
 
+@pytest.mark.slow
 def test_memory_hardly_grows_with_the_corpus(config, tmp_path, monkeypatch):
     """From making the data set to scoring, by what Python and NumPy allocate: the most at each
     stage, and what a system keeps."""

@@ -242,8 +242,17 @@ def decode_everything(
     return logits
 
 
-@pytest.mark.parametrize("by_token", [False, True])
-@pytest.mark.parametrize("block", [1, 4, 16])
+@pytest.mark.parametrize(
+    "block,by_token",
+    [
+        (1, True),
+        (4, False),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [(1, False), (4, True), (16, False), (16, True)]
+        ),
+    ],
+)
 def test_cached_equals_whole(block, by_token):
     """Whatever the layout of the cache and the size of the blocks in which it is read: smaller than
     a chunk, unequal to the context, larger than it.
@@ -324,6 +333,7 @@ def test_padding_leaves_the_cache_alone(by_token, shape, token_axes):
         assert np.argwhere(written).tolist() == [[1, 0], [1, 1]]
 
 
+@pytest.mark.slow
 def test_bfloat16_is_close():
     reference = np.asarray(full_logits(Policy(CONFIG), make_params(Policy(CONFIG)), TOKENS))
     config = dataclasses.replace(CONFIG, dtype=jnp.bfloat16)
@@ -389,7 +399,7 @@ def test_score_tokens_in_chunks(monkeypatch):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), chunked, whole)
 
 
-@pytest.mark.parametrize("block", [512, 4])
+@pytest.mark.parametrize("block", [pytest.param(512, marks=pytest.mark.slow), 4])
 def test_score_answers_equals_one_forward_an_answer(monkeypatch, block):
     """Against a forward pass of its own for every beginning with the answer behind it; blocks of 4
     queries do not divide the 10 + 3 x 5 tokens.

@@ -192,6 +192,7 @@ def test_levers_are_sorted_by_what_they_save():
 # ---- A tiny run as a whole
 
 
+@pytest.mark.slow
 def test_parts_are_what_a_chip_holds(figures):
     """By hand, over fsdp 2 and tensor 2: [vocabulary, width] tables and matrices in quarters, but
     biases of queries, keys and values in halves (tensor alone) and norms whole; the optimiser twice
@@ -207,6 +208,7 @@ def test_parts_are_what_a_chip_holds(figures):
     assert figures["parts"]["rollout_copy"] > policy  # over tensor alone
 
 
+@pytest.mark.slow
 def test_every_phase_has_its_costs(figures):
     """The products of the update are those of the rule and attention's; nothing is computed twice
     over tensor or fsdp."""
@@ -235,6 +237,7 @@ def test_the_rollout_follows_its_lengths(figures):
     assert 1.02 * now < then < 1.4 * now
 
 
+@pytest.mark.slow
 def test_the_report_shows_everything(figures):
     text = report.render(figures)
     for title in (*report.TITLES.values(), *report.PHASE_TITLES.values(), "fits: "):
@@ -245,6 +248,7 @@ def test_the_report_shows_everything(figures):
     assert "does not fit" in text and "  0.50  slots: rollout.slots=2" in text
 
 
+@pytest.mark.slow
 def test_the_table_of_several_slices(figures):
     needs = [figures["phases"][name]["need"]["total"] / GIB for name in programs.PHASES]
     refused = {name: {"need": phase["need"]} for name, phase in figures["phases"].items()}
@@ -287,6 +291,7 @@ def test_the_table_asks_for_what_is_missing(tmp_path):
     assert "0.5b, 1.5b, 3b, 7b" in wrong.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fits", [True, False])
 def test_exit_status_and_json(monkeypatch, tmp_path, capsys, figures, fits):
     monkeypatch.setattr(preflight, "describe_slice", lambda name: (CHIP, jax.devices()[:4]))

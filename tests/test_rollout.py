@@ -110,9 +110,16 @@ LAYOUTS = {  # settings and meshes that must change no token
     "one row, one token at a time": ("callback", (1, 1, 1), dict(prefill_rows=1, prefill_tokens=1)),
     "everything at once": ("callback", (1, 1, 1), dict(prefill_rows=64, prefill_tokens=64)),
 }
+QUICK = ("fewer slots", "fewer slots on a mesh", "one row, one token at a time")  # always run
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(layout, id=name, marks=[] if name in QUICK else pytest.mark.slow)
+        for name, layout in LAYOUTS.items()
+    ],
+)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_layout_changes_no_token(layout, temperature):
     mode, shape, changes = layout

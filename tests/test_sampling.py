@@ -206,8 +206,15 @@ def in_slices(function, slices: int):
     )
 
 
-@pytest.mark.parametrize("slices", [2, 4])
-@pytest.mark.parametrize("top_k,top_p", [(0, 1.0), (5, 1.0), (200, 0.7), (0, 0.9), (0, 1e-6)])
+@pytest.mark.parametrize("slices", [pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize(
+    "top_k,top_p",
+    [
+        (0, 1.0),
+        (200, 0.7),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(5, 1.0), (0, 0.9), (0, 1e-6)]),
+    ],
+)
 def test_slices_of_the_vocabulary_change_nothing(slices, top_k, top_p):
     """768 tokens, 384 blocks of two: the same tokens are kept, and every slice knows the token that
     a single device draws, greedily too.

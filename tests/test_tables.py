@@ -136,6 +136,7 @@ def read_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_on_two_data_sets(tmp_path_factory, tmp_path, capsys):
     # every question once for each method, in the dumps and in the table
     shutil.copytree(running.searching_start(tmp_path_factory), tmp_path / "start")
