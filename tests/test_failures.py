@@ -114,12 +114,17 @@ def test_one_process(mode, tmp_path, tmp_path_factory):
     [
         ("raises", 1, 2),
         ("hangs", 0, 2),
-        ("hangs", 1, 2),
-        ("exits", 1, 2),
-        ("is killed", 0, 2),
-        ("raises", 0, 4),
-        ("hangs", 3, 4),
         ("is killed", 2, 4),
+        *(
+            pytest.param(*case, marks=pytest.mark.nightly)
+            for case in [
+                ("hangs", 1, 2),
+                ("exits", 1, 2),
+                ("is killed", 0, 2),
+                ("raises", 0, 4),
+                ("hangs", 3, 4),
+            ]
+        ),
     ],
 )
 def test_several_processes(mode, faulty, processes, tmp_path, tmp_path_factory):

@@ -132,8 +132,14 @@ def test_without_a_critic_there_is_no_value_model(tmp_path, tmp_path_factory):
             "rl.kl_estimator": "k3",
             **GROUPS,
         },
-        {"rl.advantage": "turn_gae", "rl.gamma": 0.9, "rl.old_logprobs": "sampler"},
-        {"reward.outcome_overwrites": True, "rl.over_observations": True},
+        pytest.param(
+            {"rl.advantage": "turn_gae", "rl.gamma": 0.9, "rl.old_logprobs": "sampler"},
+            marks=pytest.mark.nightly,
+        ),
+        pytest.param(
+            {"reward.outcome_overwrites": True, "rl.over_observations": True},
+            marks=pytest.mark.nightly,
+        ),
     ],
     ids=lambda change: change.get("rl.advantage", "gae over observations"),
 )

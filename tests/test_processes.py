@@ -49,15 +49,15 @@ def keep_queries(index, queries, k):
     asked.extend(queries)
     return search(index, queries, k)
 
-def keep_episodes(system, sample, params, split, rows, key, temperature, *options, **others):
+def keep_episodes(system, sample, params, *options, **named):
     asked.clear()
-    rollout = collect(system, sample, params, split, rows, key, temperature, *options, **others)
-    if temperature:
+    rollout = collect(system, sample, params, *options, **named)
+    if named["temperature"]:
         names = ("question_ids", "tokens", "turn_status", "doc_ids", "sampler_logprobs")
         arrays = {name: getattr(rollout.rows, name) for name in names}
         arrays["step_rewards"] = rollout.scores.step_rewards
         arrays["outcome"] = rollout.scores.outcome_rewards
-        arrays["rows"] = process_rows(system.mesh, len(rows))
+        arrays["rows"] = process_rows(system.mesh, len(named["question_rows"]))
         arrays["queries"] = np.array(sorted(asked), dtype=str)
         np.savez(kept / f"{len(list(kept.iterdir()))}.npz", **arrays)
     return rollout

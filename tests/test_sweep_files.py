@@ -272,6 +272,7 @@ def test_tuning_is_alike_for_all_and_apart_from_what_is_reported():
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_sweeps_open_with_command_hardware_and_duration(name):
     text = (REPO / SHIPPED[name]).read_text().split('"""')[1]
+    text = re.sub(r"\s*\\\n\s*", " ", text)
     command = f"python launch/sweep.py --sweep={SHIPPED[name]} "
     assert command + "--config=configs/atlas_sweep.py --workdir=runs/" in text
     config = str(REPO / "configs/atlas_sweep.py")

@@ -225,7 +225,7 @@ def kill_when(reached, *arguments) -> None:
     assert process.wait() == -signal.SIGKILL
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_musique_runs_the_whole_way(shared_data, tmp_path):
     """configs/musique_tiny.py with one step of fine-tuning, one iteration and eight questions."""
     workdir = tmp_path / "run"
