@@ -85,7 +85,7 @@ def get_config(argument: str = "3b") -> ml_collections.ConfigDict:
     mesh.data, mesh.fsdp = 1, SLICES[place] // mesh.tensor
 
     config.rollout.dtype = "bfloat16"
-    # All 256 episodes at a time: reading the parameters costs the same for one token of 64 of them.
+    # All 256 episodes at a time: a decode step reads all parameters, for one episode or for many.
     config.rollout.slots = 0
     config.rl.microbatch_size = mesh.fsdp  # one row per fsdp shard
     return config

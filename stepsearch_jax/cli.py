@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import logging
 import os
 import pathlib
@@ -63,13 +64,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of those below")
     parser.add_argument("arguments", metavar="…", nargs=argparse.REMAINDER, help="its arguments")
+    leave_at_interrupt()
     options = parser.parse_args(arguments)
     sys.argv[1:] = options.arguments
     runpy.run_module(f"stepsearch_jax.{options.command}", run_name="__main__", alter_sys=True)
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Ends with one line and status 2 for flags that are missing, unknown or no good."""
+    """Ends with one line and status 2 for flags that are missing or no good."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"stepsearch_jax: {message}; --help lists the flags\n")
@@ -100,11 +102,11 @@ def make_parser(command: str, text: str, *common: str) -> argparse.ArgumentParse
             required=True,
             type=_name_folder,
             metavar="DIR",
-            help="folder of the run, also gs://…; a run that it holds is resumed",
+            help="folder of the run, also gs://…; train resumes the run that it holds",
         )
     if "json" in common:
         parser.add_argument(
-            "--json", type=pathlib.Path, metavar="FILE", help="also write the figures to this file"
+            "--json", type=name_path, metavar="FILE", help="also write the figures to this file"
         )
     return parser
 
@@ -115,6 +117,13 @@ def _name_folder(text: str) -> str:
     return text
 
 
+def name_path(text: str) -> pathlib.Path:
+    """A file or folder, as a type of argparse; an empty name would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty: name a file or folder")
+    return pathlib.Path(text)
+
+
 def parse_flags(
     parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None
 ) -> argparse.Namespace:
@@ -122,6 +131,8 @@ def parse_flags(
 
     Raises SystemExit for wrong flags.
     """
+    if arguments is None:
+        leave_at_interrupt()
     options, rest = parser.parse_known_args(arguments)
     if getattr(options, "config", None) is not None:
         options.config = read_config(parser, options.config, rest)
@@ -140,9 +151,9 @@ def read_config(
     """
     argv = [parser.prog, f"--config={file}", *overrides]
     values = flags.FlagValues()
-    define_config(values, argv)
-    values.set_gnu_getopt()  # a stray argument does not hide the flags behind it
     try:
+        define_config(values, argv)
+        values.set_gnu_getopt()  # a stray argument does not hide the flags behind it
         _, *stray = values(argv)
     except flags.Error as error:  # its last line is the config's own message
         raise SystemExit(f"stepsearch_jax: {str(error).strip().splitlines()[-1]}") from error
@@ -161,6 +172,11 @@ def read_config(
             f"stepsearch_jax: {unknown[0]}: the config has no such key; configs/base.py lists all "
             "of them"
         ) from error
+    except (TypeError, ValueError) as error:  # of ml_collections: a key below a value, or no key
+        given = " ".join(overrides)
+        raise SystemExit(
+            f"stepsearch_jax: one of {given} sets nothing ({error}); write --config.key=value"
+        ) from error
     if stray:
         raise SystemExit(
             f"stepsearch_jax: unexpected argument {stray[0]}; write --config.key=value"
@@ -169,7 +185,9 @@ def read_config(
 
 
 def start_logging() -> None:
-    """Logs to stderr: all messages of this package, and warnings of the libraries."""
+    """Logs to stderr: all messages of this package, warnings of the libraries, and the stacks of
+    the threads if native code crashes."""
+    faulthandler.enable(file=2)
     absl_logging.set_verbosity(absl_logging.WARNING)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
@@ -184,6 +202,7 @@ def one_line_errors(after_interrupt: str) -> Iterator[None]:
 
     after_interrupt: what the message says the user can do after Ctrl-C, or what is lost.
     """
+    _raise_at_interrupt()
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
@@ -206,6 +225,7 @@ def run_guarded(
     """
     # From here on Ctrl-C ends the process, unless it is ignored, as in background jobs.
     start_logging()
+    _raise_at_interrupt()
     interrupted = INTERRUPTED, f"interrupted; {after_interrupt}"
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         end_after_interrupt(*interrupted)
@@ -237,6 +257,25 @@ def run_guarded(
         if isinstance(error, jax.errors.JaxRuntimeError):
             raise
         leave(1, str(error))
+
+
+def leave_at_interrupt() -> None:
+    """Has Ctrl-C end the process with one line while a command still loads its libraries.
+
+    An exception would fill pages there, or be lost in a function that a library calls.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave_before_work)
+
+
+def _leave_before_work(*_) -> None:
+    leave(INTERRUPTED, "interrupted; nothing was begun")
+
+
+def _raise_at_interrupt() -> None:
+    """Ends what `leave_at_interrupt` set: the work begins."""
+    if signal.getsignal(signal.SIGINT) is _leave_before_work:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def end_after_interrupt(status: int, message: str) -> None:

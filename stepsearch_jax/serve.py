@@ -24,7 +24,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import pathlib
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -293,7 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "--index",
-        type=pathlib.Path,
+        type=cli.name_path,
         metavar="FOLDER",
         help="made by python -m stepsearch_jax.prepare index",
     )

@@ -135,6 +135,27 @@ def test_an_interruption_ends_with_one_line(where):
     assert (done.stdout == "tidied up\n") == (where in ("plainly", "beside a search"))
 
 
+LOADING = """
+import os, signal
+from stepsearch_jax import cli
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+cli.parse_flags(cli.make_parser("x", "text"))
+try:
+    os.kill(os.getpid(), signal.SIGINT)  # as in the midst of an import
+except BaseException:
+    pass
+print("not reached")
+"""
+
+
+def test_an_interruption_while_libraries_load_is_one_line():
+    done = subprocess.run(
+        [sys.executable, "-c", LOADING], capture_output=True, text=True, timeout=50
+    )
+    assert done.returncode == 130 and done.stdout == "" and done.stderr.count("\n") == 1
+
+
 PAGES = """
 import resource, sys
 import jax, jax.numpy as jnp

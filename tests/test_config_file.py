@@ -51,6 +51,9 @@ REFUSED = {  # flags -> the message
     ("plain.py", "word", "--config.seed=1"): r"unexpected argument word; ",
     ("plain.py", "--config.on", "false"): r"unexpected argument false; ",
     ("plain.py", "--config.sed=1"): r"--config\.sed=1: the config has no such key",
+    ("plain.py", "--config.seed.x=1"): r"--config\.seed\.x=1",
+    ("plain.py", "--config.=1"): r"one of --config\.=1 ",
+    ("word.py:a", "--config.word.x=1"): r"one of --config\.word\.x=1 ",
 }
 
 

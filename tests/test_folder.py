@@ -258,6 +258,16 @@ def test_run_of_another_format_is_refused_in_one_line(run, written):
         assert "\n" not in str(error.value)
 
 
+def test_run_of_format_1_is_refused_in_the_midst_of_its_warm_start(run):
+    """Then it holds imitation/ alone, which is called sft/ now."""
+    folder, config = run
+    (folder / "run.json").unlink()
+    (folder / "start").rmdir()
+    (folder / "imitation").mkdir()
+    with pytest.raises(ValueError, match="format 1"):
+        check_resumable(folder, config, DATA)
+
+
 @pytest.mark.parametrize("prefix", [*folder._RESUMABLE, *folder._STATE])
 def test_every_prefix_that_resuming_compares_is_of_a_key(prefix):
     assert any(key.startswith(prefix) for key in flatten(base.get_config().to_dict()))

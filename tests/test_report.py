@@ -355,7 +355,7 @@ def test_curves_and_the_ones_left_out(tmp_path):
     assert [attributes["aria-label"] for tag, attributes, _ in page.found if tag == "svg"] == [
         "F1",
         "Searches per question",
-        "Imitation loss",
+        "Fine-tuning loss",
     ]
     [note] = [text for text in page.of_class("note") if text.startswith("Not recorded")]
     assert note.endswith(

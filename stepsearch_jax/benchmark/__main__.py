@@ -120,9 +120,10 @@ def _add_subject(
         help=text.splitlines()[0],
         description=text,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     options.add_argument(
-        "--json", type=pathlib.Path, metavar="FILE", help="also write the figures to FILE"
+        "--json", type=cli.name_path, metavar="FILE", help="also write the figures to FILE"
     )
     options.add_argument(
         "--repeats",
@@ -149,7 +150,7 @@ def _add_subject(
         )
         options.add_argument(
             "--figure",
-            type=pathlib.Path,
+            type=cli.name_path,
             metavar="FILE",
             help="draw seconds and prefilled tokens against turns (needs the case turns)",
         )
@@ -171,7 +172,7 @@ def _add_subject(
     if "folder" in flags:
         options.add_argument(
             "--folder",
-            type=pathlib.Path,
+            type=cli.name_path,
             metavar="FOLDER",
             required=True,
             help="for corpora and indexes, which stay there",
@@ -195,7 +196,7 @@ def _add_subject(
     if "model" in flags:
         options.add_argument(
             "--model",
-            type=pathlib.Path,
+            type=cli.name_path,
             required=True,
             metavar="PATH",
             help="Hugging Face folder or .gguf file",

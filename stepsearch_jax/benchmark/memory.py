@@ -51,7 +51,7 @@ def measure(
         )
     sizes = []
     for count in sorted(passages):
-        corpus, made = folder / f"corpus-{count}-{seed}.jsonl", folder / f"holding-{count}-{seed}"
+        corpus, made = folder / f"corpus-{count}-{seed}.jsonl", folder / f"memory-{count}-{seed}"
         made.mkdir(parents=True)
         if not corpus.exists():
             write_corpus(corpus, count, seed)

@@ -148,7 +148,7 @@ def load_policy(weights: Weights, config: ModelConfig, abstract_params):
     """
     check_architecture(weights, config)
     leaves, places = flax.traverse_util.flatten_dict(abstract_params["params"]), list_places(config)
-    _check_tensors(weights, config, places, leaves)
+    _check_tensors(weights, places, leaves)
     loaded = {
         place.path: _load_leaf(weights, config, place, leaves[place.path]) for place in places
     }
@@ -189,9 +189,7 @@ def check_architecture(weights: Weights, config: ModelConfig) -> None:
         )
 
 
-def _check_tensors(
-    weights: Weights, config: ModelConfig, places: Sequence[Place], leaves: dict
-) -> None:
+def _check_tensors(weights: Weights, places: Sequence[Place], leaves: dict) -> None:
     """Raises ValueError, naming the first faults, for missing, misshapen or unexpected tensors."""
     faults, known = [], {"lm_head.weight"}
     for place in places:

@@ -1,4 +1,4 @@
-"""Whether a run fits a slice of TPUs, and how long an iteration takes at best. No TPU is needed.
+r"""Whether a run fits a slice of TPUs, and how long an iteration takes at best. No TPU is needed.
 
     python -m stepsearch_jax.preflight --config=configs/X.py[:arg] --topology=v5e:4x4 \
         [--json=FILE] [--config.key=value …]

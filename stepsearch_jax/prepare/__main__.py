@@ -16,6 +16,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from stepsearch_jax import cli
+
 COMMANDS = ("audit", "index", "keys")
 
 
@@ -32,4 +34,5 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    cli.leave_at_interrupt()
     main(sys.argv[1:])

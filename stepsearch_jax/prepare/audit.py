@@ -319,7 +319,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = cli.make_parser("prepare audit", __doc__, "config", "json")
     parser.add_argument(
         "--corpus",
-        type=pathlib.Path,
+        type=cli.name_path,
         nargs="+",
         default=[],
         metavar="FILE",

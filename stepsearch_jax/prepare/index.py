@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = cli.make_parser("prepare index", __doc__, "json")
     parser.add_argument(
         "--corpus",
-        type=pathlib.Path,
+        type=cli.name_path,
         nargs="+",
         required=True,
         metavar="FILE",
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument(
         "--out",
-        type=pathlib.Path,
+        type=cli.name_path,
         required=True,
         metavar="FOLDER",
         help="the index; replaces one of other files or settings",

@@ -268,7 +268,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = cli.make_parser("prepare keys", __doc__, "config", "json")
     parser.add_argument(
         "--out",
-        type=pathlib.Path,
+        type=cli.name_path,
         required=True,
         metavar="FOLDER",
         help="where the rows and report.json are written",

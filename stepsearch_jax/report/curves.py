@@ -119,7 +119,7 @@ CURVES = (
         ),
     ),
     Curve(
-        "Imitation loss",
+        "Fine-tuning loss",
         "sft",
         ("loss", "loss/*"),
         from_zero=True,

@@ -20,8 +20,8 @@ CONFIG_FILE = "config.json"
 RUN_FILE = "run.json"
 # Format of run folders: raised whenever a config key, a file or a metric changes name or meaning.
 FORMAT = 2
-# A run has begun as soon as WORKDIR holds one of these folders.
-_BEGUN = ("sft", "start", "checkpoints")
+# A run has begun as soon as WORKDIR holds one of these folders; format 1 had imitation/ for sft/.
+_BEGUN = ("sft", "start", "checkpoints", "imitation")
 
 # Keys that may change when a run is resumed: how long it runs, what is evaluated and kept, and on
 # which machines it computes the same.
@@ -127,18 +127,29 @@ def check_resumable(
     # Without a complete checkpoint no iteration is left, and the warm-ups follow the new number.
     if not any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*")):
         began["iterations"] = config.iterations
-    return began | {"data": began["data"] | dict(data)}
+    return began | {"data": began.get("data", {}) | dict(data)}
 
 
 def check_data(workdir: pathlib.Path, data: Mapping[str, str], remedy: str) -> None:
     """Raises ValueError if the run in WORKDIR started with another corpus, or with other questions
     in a split of the same name (`System.describe_data`).
     """
-    began = (read_json(workdir / RUN_FILE) or {"data": {}})["data"]
+    began = (read_json(workdir / RUN_FILE) or {}).get("data", {})
     if other := [name for name in data if began.get(name, data[name]) != data[name]]:
         raise ValueError(
             f"{workdir} holds a run with other data ({', '.join(other)}): give it the files that "
             f"it started with, {remedy}"
+        )
+
+
+def check_format(workdir: pathlib.Path) -> None:
+    """Raises ValueError if the run in WORKDIR is of another format, or does not say of which."""
+    found = (read_json(workdir / RUN_FILE) or {}).get("format")
+    if found != FORMAT:
+        what = f"of format {found}" if found else f"of format 1, or whose {RUN_FILE} is lost"
+        raise ValueError(
+            f"{workdir} holds a run {what}, and this version reads format {FORMAT}: resume it with "
+            "the version that started it, or choose another --workdir"
         )
 
 
@@ -162,17 +173,13 @@ def check_readable(workdir: pathlib.Path, config: ConfigDict) -> None:
 def _check(
     workdir: pathlib.Path, config: ConfigDict, matters: Callable[[str], bool], remedy: str
 ) -> None:
-    trained, run = read_json(workdir / CONFIG_FILE), read_json(workdir / RUN_FILE)
+    trained = read_json(workdir / CONFIG_FILE)
     if trained is None:
         raise ValueError(
             f"{workdir} holds a run without its {CONFIG_FILE}, the settings of the run: put that "
             "file back, or choose another --workdir"
         )
-    if (found := (run or {}).get("format", 1)) != FORMAT:
-        raise ValueError(
-            f"{workdir} holds a run of format {found}, and this version reads format {FORMAT} "
-            f"({RUN_FILE}): resume it with the version that started it, or choose another --workdir"
-        )
+    check_format(workdir)
     old, new = flatten(trained), flatten(to_json(config))
     if difference := describe_difference(
         {key: value for key, value in old.items() if matters(key)},

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from stepsearch_jax.files import read_json, write_json
 from stepsearch_jax.metrics import progress
-from stepsearch_jax.run.folder import CONFIG_FILE, describe_difference, lock
+from stepsearch_jax.run.folder import CONFIG_FILE, check_format, describe_difference, lock
 from stepsearch_jax.sweeps.points import Point
 
 # WORKDIR/points/NAME is the folder of a run, WORKDIR/points/NAME.log its output.
@@ -26,11 +26,13 @@ _POLL_SECONDS = 0.2
 def is_finished(point: Point, workdir: pathlib.Path) -> bool:
     """Whether the point's run is complete: training has written its evaluation.json.
 
-    Nothing else writes it. Raises ValueError if the folder holds a run with another config, or
-    something unreadable.
+    Nothing else writes it. Raises ValueError if the folder holds a run of another config or another
+    format, or something unreadable.
     """
     folder = workdir / POINTS / point.name
     config = read_json(folder / CONFIG_FILE)
+    if config is not None:
+        check_format(folder)
     if config is not None and config != point.config:
         raise ValueError(
             f"{folder} holds a run with another config "
