@@ -57,14 +57,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         epilog=f"commands:\n{lines}\n\n`stepsearch COMMAND --help` shows its flags.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--version",
-        action="version",
-        version=f"stepsearch {__version__}",
-    )
+    parser.add_argument("--version", action="version", version=f"stepsearch {__version__}")
     parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of those below")
     parser.add_argument("arguments", metavar="…", nargs=argparse.REMAINDER, help="its arguments")
     leave_at_interrupt()
+    if arguments is None and not sys.argv[1:]:
+        parser.print_help()
+        raise SystemExit(2)
     options = parser.parse_args(arguments)
     sys.argv[1:] = options.arguments
     runpy.run_module(f"stepsearch_jax.{options.command}", run_name="__main__", alter_sys=True)

@@ -48,6 +48,7 @@ def read_gguf_tokenizer(path: pathlib.Path) -> tuple[tokenizers.Tokenizer, str |
         import gguf
     except ImportError as error:
         raise ImportError(f"reading {path} needs the package gguf: pip install gguf") from error
+    # The metadata that describe the tokenizer.
     try:
         fields = gguf.GGUFReader(path).fields
 
@@ -68,6 +69,7 @@ def read_gguf_tokenizer(path: pathlib.Path) -> tuple[tokenizers.Tokenizer, str |
             f"{path} holds a tokenizer of kind {kind}, {splitter}; supported are gpt2 (byte-level "
             f"BPE) with {', '.join(SPLITTERS)}: name a folder with tokenizer.json instead"
         )
+    # Byte-level BPE, cut into words first as its family does.
     inner = tokenizers.Tokenizer(
         models.BPE(
             vocab={token: number for number, token in enumerate(tokens)},
@@ -79,6 +81,7 @@ def read_gguf_tokenizer(path: pathlib.Path) -> tuple[tokenizers.Tokenizer, str |
         inner.normalizer = normalizers.NFC()
     inner.pre_tokenizer = pre_tokenizers.Sequence(SPLITTERS[splitter]())
     inner.decoder = decoders.ByteLevel()
+    # Tokens outside the BPE: special ones, and those that a user has added.
     named = lambda kind: [
         AddedToken(token, special=kind == CONTROL, normalized=False)
         for token, its_kind in zip(tokens, types)
