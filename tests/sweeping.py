@@ -8,6 +8,7 @@ import json
 import pathlib
 import sys
 
+from stepsearch_jax.run.folder import FORMAT
 from stepsearch_jax.sweeps.points import list_points, load_sweeps
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
@@ -40,6 +41,7 @@ with (here / "started").open("a") as file:
     file.write(json.dumps([folder.name, cores, sys.argv[1:]]) + "\\n")
 folder.mkdir(parents=True, exist_ok=True)
 (folder / "config.json").write_text(json.dumps(plan["config"]))
+(folder / "run.json").write_text(json.dumps(dict(format=FORMAT_NUMBER)))
 time.sleep(plan.get("seconds", 0.0))
 if plan.get("hang"):
     (folder / "pid").write_text(str(os.getpid()))
@@ -56,7 +58,7 @@ with (folder / "metrics.jsonl").open("w") as file:
 means = lambda f1: dict(f1=f1, em=f1 / 2, gold_recall=0.9, searches=2.5, invalid=0.0)
 evaluation = dict(questions=20, before=means(0.1), after=means(f1))
 (folder / "evaluation.json").write_text(json.dumps(evaluation))
-"""
+""".replace("FORMAT_NUMBER", str(FORMAT))
 
 
 def load_command():
