@@ -29,7 +29,8 @@ from typing import IO
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "launch")]
 
-FILES = ("config.json", "evaluation.json", "metrics.jsonl")  # the files that table and figure read
+# What table and figure read.
+FILES = ("config.json", "run.json", "evaluation.json", "metrics.jsonl")
 VARIABLES = ("PROJECT", "ZONE", "ACCELERATOR", "VERSION")
 # As train_pod.sh sets it: the points' configs hold it, too.
 EVERY_HOST = "--config.distributed.processes=0"
