@@ -15,11 +15,18 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TextIO
 
 import numpy as np
-import tensorboardX
 import tqdm
 from etils import epath
 
 from stepsearch_jax.files import in_bucket, read_json_lines, write_text
+
+# tensorboardX loads torch where it is installed, for tensors that nobody gives it here: 3 seconds.
+_hides_torch = sys.modules.setdefault("torch", None) is None
+try:
+    import tensorboardX
+finally:
+    if _hides_torch:
+        del sys.modules["torch"]
 
 METRICS_FILE = "metrics.jsonl"
 _LINE_SECONDS = 30.0  # between two progress lines if stderr is not a terminal

@@ -8,8 +8,10 @@ import pathlib
 # there are any, it takes half as long. XLA ends the process at a flag that it does not know.
 COMPILE_FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 # At night programs are compiled with the emitters that users have: sums round otherwise there.
-has_old_emitters = importlib.metadata.version("jaxlib").startswith("0.10.")
-if has_old_emitters and os.environ.get("NIGHTLY") != "1":
+knows_the_flags = importlib.metadata.version("jaxlib").startswith("0.10.")
+if knows_the_flags:
+    COMPILE_FAST += " --xla_cpu_parallel_codegen_split_count=1"
+if knows_the_flags and os.environ.get("NIGHTLY") != "1":
     COMPILE_FAST += " --xla_cpu_use_fusion_emitters=false"
 
 os.environ["JAX_PLATFORMS"] = "cpu"

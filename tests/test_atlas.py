@@ -74,6 +74,7 @@ def test_grammar_is_as_large_as_promised():
     assert len(set(KINDS["person"].first) & set(KINDS["person"].second)) == 0
 
 
+@pytest.mark.slow
 def test_same_arguments_give_the_same_worlds_in_another_process():
     arguments = {**ARGUMENTS, "entities": 80, "questions": {"train": 24, "test": 24}}
     code = (

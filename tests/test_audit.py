@@ -273,6 +273,7 @@ def test_help_and_unknown_commands(capsys):
     assert "--corpus FILE" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_real_splits_have_in_common_what_is_known_of_them(shared_data):
     read = {
         kind: read_records(OFFICIAL[kind].FORMAT, shared_data / kind)

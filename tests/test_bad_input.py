@@ -302,9 +302,7 @@ COMMANDS = {
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(
-            name, marks=() if name in ("unknown key", "malformed row") else pytest.mark.slow
-        )
+        pytest.param(name, marks=() if name == "unknown key" else pytest.mark.slow)
         for name in COMMANDS
     ],
 )

@@ -61,6 +61,7 @@ def test_batches_are_of_the_size_that_is_claimed():
     assert make_small()[0] == corpus and make_small(seed=1)[0] != corpus
 
 
+@pytest.mark.slow
 def test_figures_hang_together():
     pytest.importorskip("sklearn")
     figures = reward.measure(repeats=3, seed=0, size=SMALL)
@@ -75,6 +76,7 @@ def test_figures_hang_together():
     assert f"{figures['ratio']:.0f}x" == table[2].split()[-1] and "ms" in table[4]
 
 
+@pytest.mark.slow
 def test_sides_that_disagree_end_the_run(monkeypatch):
     pytest.importorskip("sklearn")
     peer = reward.fit_and_gain

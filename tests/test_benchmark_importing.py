@@ -38,6 +38,7 @@ def test_memory_that_was_given_back_is_seen():
     assert 60 * MIB < memory.risen < 160 * MIB
 
 
+@pytest.mark.slow
 def test_a_model_is_read_written_and_read_by_transformers():
     pytest.importorskip("torch", reason="the logits are compared with torch's")
     figures = measure(repeats=2, seed=0, model=GOLDEN / "qwen2")
@@ -47,6 +48,7 @@ def test_a_model_is_read_written_and_read_by_transformers():
     assert "qwen2: 0.0M parameters" in render(figures)
 
 
+@pytest.mark.slow
 def test_a_model_that_comes_out_wrong_ends_it(monkeypatch):
     pytest.importorskip("torch", reason="the logits are compared with torch's")
     write = importing.export_policy

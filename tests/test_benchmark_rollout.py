@@ -61,6 +61,7 @@ def small():
     return inputs, jax.tree.map(np.asarray, trajectory), np.asarray(counters), clock
 
 
+@pytest.mark.slow
 def test_every_episode_has_the_asked_turns(small):
     """5 prompt tokens, then three times 4 sampled ones with 6 observed ones between: 29 tokens."""
     inputs, trajectory, counters, clock = small

@@ -197,6 +197,7 @@ print([name for name in ("jax", "bm25s") if name in sys.modules])
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_recall_on_real_questions(shared_data, tmp_path):
     """MuSiQue: the gold passage of each of 475 gold sub-questions, earlier answers filled in, among
     13,196 passages. Measured 0.792 at 3."""

@@ -25,7 +25,7 @@ def sampled() -> Trajectory:
 @pytest.mark.parametrize(
     "change",
     [
-        dict(kl_estimator="k3"),
+        pytest.param(dict(kl_estimator="k3"), marks=pytest.mark.slow),
         dict(advantage="turn_return", kl_placement="loss"),
         dict(old_logprobs="sampler"),
         pytest.param(dict(over_observations=True), marks=pytest.mark.slow),

@@ -251,6 +251,7 @@ def test_an_endpoint_that_refuses_everything_after_a_while_ends_the_run(tmp_path
         assert endpoint.asked.total() <= 3 + 9 + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drip", ["first line", "headers", "body"])
 def test_an_answer_that_comes_a_byte_at_a_time_is_a_failure(tmp_path, drip):
     with (
@@ -299,6 +300,7 @@ def test_a_pause_that_cannot_be_read_is_our_own(tmp_path, wanted):
         assert endpoint.asked.total() == 2
 
 
+@pytest.mark.slow
 def test_retry_after_and_rate_are_honoured(tmp_path):
     with Endpoint(pause_first("1")) as endpoint:
         write_with(endpoint, tmp_path / "s", [("x", ())])

@@ -291,6 +291,7 @@ def test_atlas_comes_back_from_disk_as_it_was_made(tmp_path):
         source.documents[len(documents)]
 
 
+@pytest.mark.slow
 def test_real_musique_every_gold_paragraph_is_found(shared_data):
     documents, splits = read_musique(shared_data / "musique")
     assert len(documents) == 13_196

@@ -81,6 +81,7 @@ def find_minilm() -> pathlib.Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_real_minilm():
     pytest.importorskip("torch", reason="the live comparison needs torch")
     from make_encoder import embed
@@ -371,6 +372,7 @@ def test_a_run_that_cannot_be_is_refused(tmp_path_factory):
         build_system(config, ["validation"])
 
 
+@pytest.mark.slow
 def test_episodes_search_the_dense_index(tmp_path_factory):
     """The episode program, driven from Python, with a random policy that likes the search tags:
     each search found what is nearest to its query.

@@ -83,6 +83,7 @@ def count_searched(port: int) -> int:
     return round(float(lines[0].split()[-1]))
 
 
+@pytest.mark.slow
 def test_a_server_votes_as_its_index_does_and_may_die(folder, monkeypatch):
     rows, figures = make_keys(folder, "local", "--engines", ONE, OTHER)
     of_engines = figures["all"]["engines"]

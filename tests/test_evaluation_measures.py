@@ -120,6 +120,7 @@ def test_intervals_by_loops(values, seed):
         np.testing.assert_allclose(got[1:], [between(0.025), between(0.975)], atol=1e-9)
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_mean_about_as_often_as_they_say():
     """200 samples of 80 answers, right with probability 0.3: 95 % of the intervals hold 0.3."""
     rng = np.random.default_rng(1)

@@ -68,6 +68,7 @@ def test_what_is_no_export_is_not_replaced(tmp_path, files, monkeypatch):
             export.check_target(pathlib.Path(current), config)
 
 
+@pytest.mark.slow
 def test_a_run_is_exported(tmp_path, tmp_path_factory):
     config = running.here(tiny_config.get_config(str(running.shared_cache(tmp_path_factory))))
     with pytest.raises(FileNotFoundError, match="holds no run"):

@@ -92,10 +92,8 @@ NAMED = {  # what the faulty process says, and its exit code
 }
 
 
-@pytest.mark.parametrize(
-    "mode",
-    [pytest.param(mode, marks=() if mode == "is killed" else pytest.mark.slow) for mode in NAMED],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", NAMED)
 def test_one_process(mode, tmp_path, tmp_path_factory):
     codes, (output,), seconds = run_with_fault(
         tmp_path, tmp_path_factory, mode, faulty=0, processes=1

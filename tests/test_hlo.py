@@ -181,6 +181,7 @@ def write_by_mask(cache, k, v, layer, rows, positions):
     return cache.replace(k=build(cache.k.swapaxes(-1, -2), k).swapaxes(-1, -2), v=build(cache.v, v))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name,fault", [("attend_cached", attend_whole_layer), ("write_cache", write_by_mask)]
 )

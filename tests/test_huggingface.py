@@ -88,6 +88,12 @@ def assert_logits(config, params, tokens, lengths, expected) -> None:
     np.testing.assert_allclose(cached_logits(config, params, tokens, lengths), expected, atol=1e-4)
 
 
+# Always run: grouped heads with a bias, and norms of queries and keys with stretched positions.
+QUICK_CASES = ("qwen2", "qwen3_yarn")
+QUICK_AND_SLOW_CASES = [
+    pytest.param(case, marks=() if case in QUICK_CASES else pytest.mark.slow) for case in CASES
+]
+
 # ---- Against recorded logits ---------------------------------------------------------------------
 
 
@@ -104,7 +110,7 @@ def test_every_family_is_recorded():
     assert sum(file.stat().st_size for file in GOLDEN.rglob("*") if file.is_file()) < 300_000
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", QUICK_AND_SLOW_CASES)
 def test_logits_equal_transformers(case):
     config, params = load(GOLDEN / case)
     golden = safetensors.numpy.load_file(GOLDEN / f"{case}_logits.safetensors")
@@ -128,6 +134,7 @@ def test_leaves_arrive_in_their_slices(case):
     assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(params))
 
 
+@pytest.mark.slow
 def test_rope_scalings_bite():
     """Without its scaling, or with another kind, a model misses the recorded logits."""
     for case in ("qwen2_yarn", "llama_llama3", "llama_linear"):
@@ -517,7 +524,7 @@ def test_export_needs_a_family(tmp_path):
 # ---- Against transformers itself -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", QUICK_AND_SLOW_CASES)
 def test_there_and_back_live(case, tmp_path):
     """A fresh model of transformers, read here; the model written here, read by transformers."""
     pytest.importorskip("torch", reason="the live comparison needs torch")

@@ -177,6 +177,7 @@ index.main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_goes_on(tmp_path):
     """SIGKILL, twice, in the middle of the shards; then the same command to its end."""
     documents = [Document(d.id, d.title, d.text or "?") for d in draw_documents(2000, 2, 3000)]

@@ -183,7 +183,6 @@ def run_four_steps(shape, microbatch_size=0, critic=True):
 @pytest.mark.parametrize(
     "shape,microbatch_size,critic",
     [
-        ((2, 2, 2), 4, False),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in [
@@ -192,6 +191,7 @@ def run_four_steps(shape, microbatch_size=0, critic=True):
                 ((1, 4, 2), 0, True),
                 ((4, 1, 2), 0, True),
                 ((2, 2, 2), 4, True),
+                ((2, 2, 2), 4, False),
                 ((8, 1, 1), 8, True),
                 (ONE, 2, True),
                 (ONE, 2, False),
@@ -256,7 +256,7 @@ def test_value_model_starts_from_the_policy():
     "change,critic",
     [
         (dict(advantage="gae"), True),
-        (CRITIC_FREE, False),
+        pytest.param(CRITIC_FREE, False, marks=pytest.mark.slow),
         pytest.param(
             dict(
                 advantage="gae", over_observations=True, outcome_overwrites=True, placement="merged"
@@ -430,6 +430,7 @@ def test_without_a_value_model_a_bad_step_is_skipped_all_the_same():
     assert not any("value" in name for name in metrics)
 
 
+@pytest.mark.slow
 def test_a_state_without_a_value_model_is_saved_and_restored(tmp_path):
     state = make_state((2, 2, 2), critic=False)
     saved, checkpoints = to_host(state), checkpoint.Checkpoints(tmp_path, keep=1)

@@ -453,6 +453,7 @@ def test_remat_changes_nothing():
         )
 
 
+@pytest.mark.slow
 def test_remat_keeps_less():
     """The forward pass keeps less for the backward pass from "none" to "dots" to "layers"."""
 

@@ -272,6 +272,7 @@ def test_the_table_of_several_slices(figures):
 # ---- The command
 
 
+@pytest.mark.slow
 def test_the_table_asks_for_what_is_missing(tmp_path):
     (tmp_path / "7b-v5e-8x8.json").write_text("{}")
     run = lambda *more: subprocess.run(

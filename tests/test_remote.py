@@ -160,6 +160,7 @@ def test_passing_faults_are_tried_again(index, fault):
         assert len(times) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drip", ["first line", "headers", "body"])
 def test_dribbling_does_not_buy_time(index, drip):
     start = time.monotonic()

@@ -69,7 +69,12 @@ def compare(got, episodes: list[tiny.OracleEpisode], context: int) -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize(
     "mode,shape",
-    [("callback", (1, 1, 1)), ("host", (1, 1, 1)), ("callback", (4, 1, 2)), ("host", (2, 2, 2))],
+    [
+        ("callback", (1, 1, 1)),
+        ("host", (2, 2, 2)),
+        pytest.param("callback", (4, 1, 2), marks=pytest.mark.slow),
+        pytest.param("host", (1, 1, 1), marks=pytest.mark.slow),
+    ],
 )
 def test_matches_oracle(mode, shape, temperature):
     got, _ = tiny.run_rollout(mode, shape, prompts_of(16), KEY, temperature)
@@ -118,7 +123,7 @@ LAYOUTS = {  # settings and meshes that must change no token
     "one row, one token at a time": ("callback", (1, 1, 1), dict(prefill_rows=1, prefill_tokens=1)),
     "everything at once": ("callback", (1, 1, 1), dict(prefill_rows=64, prefill_tokens=64)),
 }
-QUICK = ("fewer slots", "fewer slots on a mesh", "one row, one token at a time")  # always run
+QUICK = ("fewer slots",)  # always run
 
 
 @pytest.mark.parametrize(

@@ -220,17 +220,21 @@ HEALTH = b"GET /health HTTP/1.1\r\nHost: a\r\n"
 @pytest.mark.parametrize(
     "before",
     [
-        b"GET /",
-        HEALTH,
-        HEALTH + b"\r\nGET /health HTTP/1.1\r\nX: ",
-        HEALTH + b"Content-Length: 1000\r\n\r\n",
+        pytest.param(HEALTH, id="headers"),
+        pytest.param(b"GET /", id="first line", marks=pytest.mark.slow),
+        pytest.param(
+            HEALTH + b"\r\nGET /health HTTP/1.1\r\nX: ", id="second headers", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            HEALTH + b"Content-Length: 1000\r\n\r\n", id="unread body", marks=pytest.mark.slow
+        ),
     ],
-    ids=["first line", "headers", "second headers", "unread body"],
 )
 def test_who_sends_slowly_is_cut_off(hasty, before):
     assert 1.0 < send_slowly(hasty, before, 0.1, 8.0) < 7.0
 
 
+@pytest.mark.slow
 def test_who_does_not_take_the_answer_is_cut_off(hasty, index):
     """The answer is longer than what the system holds for a connection: without a time limit the
     rest would stay in the server's memory."""
@@ -252,6 +256,7 @@ def test_who_does_not_take_the_answer_is_cut_off(hasty, index):
     assert 0 < read < whole
 
 
+@pytest.mark.slow
 def test_ordinary_requests_and_slow_searches_go_on(hasty, index):
     http = urllib3.PoolManager(maxsize=1, retries=False)
     for _ in range(8):  # one connection, for longer than the limit

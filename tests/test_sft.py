@@ -40,7 +40,7 @@ def sft_optimizer(name: str, phases, max_grad_norm=1.0):
 @pytest.mark.parametrize(
     "name,rate,shape,steps",
     [
-        ("muon", 0.05, (2, 2, 2), 16),
+        pytest.param("muon", 0.05, (2, 2, 2), 16, marks=pytest.mark.slow),
         ("adamw", 2e-2, ONE, 40),
         pytest.param("adamw", 2e-2, (2, 2, 2), 40, marks=pytest.mark.slow),
     ],

@@ -317,7 +317,14 @@ def test_optimiser_state_is_cut_like_its_parameters():
     assert any(spec != PartitionSpec() for spec in cut)
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 2), (8, 1, 1), (1, 4, 2)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (2, 2, 2),
+        pytest.param((8, 1, 1), marks=pytest.mark.slow),
+        pytest.param((1, 4, 2), marks=pytest.mark.slow),
+    ],
+)
 def test_checkpoint_restores_every_bit_on_any_mesh(tmp_path, shape):
     state = make_state(sharding.make_mesh(2, 2, 2), 3)
     saved = jax.tree.map(np.asarray, state)

@@ -69,6 +69,7 @@ def held_out(tmp_path_factory):
     return measure
 
 
+@pytest.mark.slow
 def test_shipped_policy_has_the_loss_that_its_log_ends_with(held_out):
     logged = json.loads(LOG.read_text().splitlines()[-1])
     loss, exact = held_out(find_checkpoint(atlas_quickstart.WARM_START))

@@ -309,7 +309,13 @@ def is_running(pid: int) -> bool:
     return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminate"])
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGINT, id="ctrl-c"),
+        pytest.param(signal.SIGTERM, id="terminate", marks=pytest.mark.slow),
+    ],
+)
 def test_an_interrupted_sweep_ends_its_runs_and_goes_on_later(bench, number):
     bench.change_plan(full_0=dict(hang=True), without_key_0=dict(hang=True))
     process = Process(bench)
@@ -322,6 +328,7 @@ def test_an_interrupted_sweep_ends_its_runs_and_goes_on_later(bench, number):
     assert bench.run()[0] == 0 and len(bench.take_starts()) == 6
 
 
+@pytest.mark.slow
 def test_runs_that_a_killed_sweep_left_keep_the_next_one_out(bench):
     """Otherwise two processes would write one folder."""
     bench.change_plan(full_0=dict(hang=True), without_key_0=dict(hang=True))

@@ -79,6 +79,7 @@ def test_figure_has_every_method_once(bench):
     assert {name: (bench.workdir / name).read_bytes() for name in files} == files
 
 
+@pytest.mark.slow
 def test_many_methods_get_panels_of_their_own(bench):
     calls = [f'add("method {n}", {{"iterations": {n + 2}}}, [0])' for n in range(9)]
     bench.set_sweep(define(*calls))

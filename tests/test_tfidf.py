@@ -113,6 +113,7 @@ def musique(shared_data):
     return texts, cases
 
 
+@pytest.mark.slow
 def test_pair_fit_equals_refitted_scikit_learn_on_real_passages(musique):
     """All questions in one call: a document is compared with its own question's gold ones."""
     text_module = pytest.importorskip("sklearn.feature_extraction.text")

@@ -90,6 +90,7 @@ def test_a_search_that_holds_the_interpreter_lock_ends_the_process(stderr):
     assert "came to a sudden end while the search was running" in output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("search,status", [("hang", EXIT_CODE), ("hang_with_the_lock", 1)])
 def test_a_closed_stderr_does_not_save_the_process(search, status):
     code, _, seconds = run_callback(search, "closed")
@@ -112,6 +113,7 @@ print("done")
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
 
 
+@pytest.mark.slow
 def test_the_timer_never_runs_for_calls_that_return_in_time():
     """Even while the watchdog's thread cannot run: here it never starts.
 
@@ -191,6 +193,7 @@ with Watchdog(2.0, "limit").watching("a call"):
     assert done.returncode == 1 and "line 7 in <module>" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_call_that_makes_progress_may_take_longer():
     """Eight parts of 0.3 s under a limit of 1.5 s, then one that hangs."""
     done = run("""
