@@ -229,6 +229,7 @@ def test_configs_that_are_refused(peer, changes, complaint):
         sample_model.choose_models(config, peer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [2e-3, np.nan])
 def test_a_peer_with_other_weights_is_refused(error, monkeypatch):
     monkeypatch.setattr(rollout, "Peer", FakePeer)
@@ -293,6 +294,7 @@ def write_interpreter(path, program: str):
     return str(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["transformers_rollout", "tunix_rollout", "tunix_update"])
 def test_a_missing_peer_is_named_with_what_to_install(name, tmp_path):
     blocked = (

@@ -82,6 +82,7 @@ def test_a_case_works_through_every_token_once():
     assert sum(work.flops for work in prefills + steps) == flops
 
 
+@pytest.mark.slow
 def test_rates_are_measured_once():
     book = roofline.RateBook(TINY)
     rates = book.at(4096.0, 6, unembeds=True)

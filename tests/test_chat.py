@@ -73,7 +73,7 @@ class Endpoint:
 
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
     def __enter__(self):
         return self
@@ -269,6 +269,7 @@ def test_an_answer_longer_than_any_is_a_failure(tmp_path):
         write_with(SimpleNamespace(url=url), tmp_path / "s", [("x", ())], retries=0, timeout=5.0)
 
 
+@pytest.mark.slow
 def test_a_long_pause_or_another_place_ends_the_run(tmp_path):
     """It neither waits for hours nor takes the page behind a redirection for the model's answer."""
     for wanted in ("86400", "9" * 30):

@@ -180,7 +180,10 @@ print(sorted(faults)[6] * resource.getpagesize() // 2**20)
     not hasattr(ctypes.CDLL(None), "mallopt") or sys.platform != "linux",
     reason="malloc is not glibc's",
 )
-@pytest.mark.parametrize("memory, fresh", [("kept", range(0, 8)), ("left", range(48, 80))])
+@pytest.mark.parametrize(
+    "memory, fresh",
+    [("kept", range(0, 8)), pytest.param("left", range(48, 80), marks=pytest.mark.slow)],
+)
 def test_freed_memory_is_reused(memory, fresh):
     """MiB of pages that a call of a program faults in, the median of twelve: a freed block may be
     slightly too small for the next one.

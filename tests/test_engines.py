@@ -136,6 +136,7 @@ def test_a_server_votes_as_its_index_does_and_may_die(folder, monkeypatch):
         assert (folder / "cut" / name).read_bytes() == (folder / "whole" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_an_encoder_votes_as_its_vectors_say(folder):
     """The tiny encoder beside BM25, on sentences of words that it knows.
 

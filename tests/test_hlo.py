@@ -100,6 +100,7 @@ def compile_rollout() -> tuple[Module, Instruction]:
     return module, loop
 
 
+@pytest.mark.slow
 def test_decode_loop_copies_no_layer():
     module, loop = compile_rollout()
     inside = reach(module, loop)

@@ -443,6 +443,7 @@ def test_a_state_without_a_value_model_is_saved_and_restored(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, to_host(restored), saved)
 
 
+@pytest.mark.slow
 def test_minibatches_and_epochs_are_steps_one_after_the_other():
     state, norms = make_state(), []
     for part in (0, 1, 0, 1):

@@ -372,6 +372,7 @@ def test_score_tokens(tie):
             )
 
 
+@pytest.mark.slow
 def test_score_tokens_in_chunks(monkeypatch):
     """Chunks of 4 positions, which do not divide the 10: the same values and gradients, from
     smaller arrays.
@@ -436,6 +437,7 @@ def test_score_values():
     assert np.abs(got[:, 1:]).min() > 0
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing():
     def gradient(remat):
         policy = Policy(dataclasses.replace(CONFIG, remat=remat))

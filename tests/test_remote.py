@@ -109,7 +109,7 @@ def fake_server(respond, health=None):
 
     server = http.server.ThreadingHTTPServer(("localhost", 0), Handler)
     server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         yield f"http://localhost:{server.server_port}", times
     finally:

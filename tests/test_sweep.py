@@ -231,6 +231,7 @@ def test_cores_are_shared_only_where_there_are_enough(monkeypatch):
     assert running._share_cores(2) == [None, None]
 
 
+@pytest.mark.slow
 def test_times_add_up(bench):
     """Every run takes 0.3 s at least; times are rounded to tenths."""
     bench.change_plan(**{name.replace("-", "_"): dict(seconds=0.3) for name in bench.plan})

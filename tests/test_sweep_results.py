@@ -105,6 +105,7 @@ def test_no_figure_before_a_run_is_finished(bench):
     assert sorted(path.name for path in bench.workdir.iterdir()) == ["table.json", "table.md"]
 
 
+@pytest.mark.slow
 def test_curves_by_hand(bench):
     """Six iterations, F1 = f (i + 1) / 6.
 

@@ -49,6 +49,7 @@ def dripping(before: bytes, drop: bytes):
         listener.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before,drop", DRIPS.values(), ids=DRIPS)
 def test_a_dripping_answer_ends_in_time(before, drop):
     http, start = limit_connections(urllib3.PoolManager(retries=False)), time.monotonic()

@@ -71,7 +71,7 @@ def run_callback(search: str, stderr: str) -> tuple[int, str, float]:
         process.kill()
 
 
-@pytest.mark.parametrize("stderr", ["there", "replaced"])
+@pytest.mark.parametrize("stderr", ["there", pytest.param("replaced", marks=pytest.mark.slow)])
 def test_a_hanging_search_ends_the_process(stderr):
     """With one line, which names it and the limit. (A busy machine has 15 s for it.)"""
     code, output, seconds = run_callback("hang", stderr)
@@ -80,7 +80,7 @@ def test_a_hanging_search_ends_the_process(stderr):
     assert re.match(r"stepsearch_jax: the search .* \d+\.\d s .*search\.timeout_s = 1\)", line)
 
 
-@pytest.mark.parametrize("stderr", ["there", "replaced"])
+@pytest.mark.parametrize("stderr", ["there", pytest.param("replaced", marks=pytest.mark.slow)])
 def test_a_search_that_holds_the_interpreter_lock_ends_the_process(stderr):
     """The call begins before any tick of the watchdog's thread, which then never runs again."""
     code, output, seconds = run_callback("hang_with_the_lock", stderr)
@@ -149,6 +149,7 @@ print("done")
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
 
 
+@pytest.mark.slow
 def test_slow_calls_that_hold_the_interpreter_lock_go_on():
     """Each takes 0.5 s of a limit of 1 s, and together they last longer than the timer."""
     done = run("""
@@ -180,6 +181,7 @@ with patient.watching("all"), strict.watching("a call"), patient.watching("a par
     assert time.monotonic() - start < 15
 
 
+@pytest.mark.slow
 def test_the_timer_is_taken_back():
     """Another user of faulthandler's only timer does not switch the watchdog off for long."""
     done = run("""
