@@ -1,5 +1,6 @@
 """Eight fake CPU devices for every test, set before jax is imported; the real data's folder."""
 
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -26,7 +27,19 @@ import pytest
 REPO = pathlib.Path(__file__).resolve().parents[1]
 MARKERS = ("slow", "nightly")  # tests with one of them run on request only
 # Files that take long run first: as the last, they would keep one worker busy alone.
-LONGEST = ("test_shipped_warm_start.py", "test_learner.py", "test_models.py")
+LONGEST = ("processes", "pod_training", "serve", "learner", "huggingface", "losses", "sampling")
+
+
+def slow_but_for(quick, cases):
+    """The values of `cases` as parameters of a test by their names; all but those in `quick` slow.
+
+    cases: dict of values by name, or the names alone.
+    """
+    values = cases if isinstance(cases, dict) else dict(zip(cases, cases))
+    return [
+        pytest.param(value, id=name, marks=() if name in quick else pytest.mark.slow)
+        for name, value in values.items()
+    ]
 
 
 def pytest_addoption(parser):
@@ -39,6 +52,12 @@ def pytest_addoption(parser):
         )
 
 
+def pytest_collection_finish():
+    """Tracing makes many objects: let the collector look less often, at imported code never."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
+
+
 def pytest_collection_modifyitems(config, items):
     for marker in MARKERS:
         if not config.getoption(f"--{marker}"):
@@ -46,7 +65,7 @@ def pytest_collection_modifyitems(config, items):
             for item in items:
                 if marker in item.keywords:
                     item.add_marker(pytest.mark.skip(reason=reason))
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONGEST)
 
 
 @pytest.fixture(scope="session")

@@ -84,6 +84,7 @@ def test_every_episode_has_the_asked_turns(small):
     assert sum(device) + sum(search) + rest == pytest.approx(10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", ["action_mask", "search_end", "length", "counters"])
 def test_episodes_that_are_not_as_asked_are_refused(field, small):
     _, trajectory, counters, _ = small

@@ -22,13 +22,14 @@ def sampled() -> Trajectory:
     return tiny.run_rollout("callback", ONE, prompts, jax.random.key(7), 1.0)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
-        pytest.param(dict(kl_estimator="k3"), marks=pytest.mark.slow),
+        dict(kl_estimator="k3"),
         dict(advantage="turn_return", kl_placement="loss"),
         dict(old_logprobs="sampler"),
-        pytest.param(dict(over_observations=True), marks=pytest.mark.slow),
+        dict(over_observations=True),
     ],
     ids=lambda change: next(iter(change)),
 )

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import slow_but_for
 
 from stepsearch_jax import checkpoint
 
@@ -144,7 +145,9 @@ checkpoints.close()
 """
 
 
-@pytest.mark.parametrize("moment", ["at once", "before it is named"])
+@pytest.mark.parametrize(
+    "moment", slow_but_for(["before it is named"], ["at once", "before it is named"])
+)
 def test_a_kill_during_a_save_leaves_the_one_before(tmp_path, moment):
     folder = tmp_path / "run/checkpoints"
     environment = os.environ | {"PYTHONPATH": str(REPO), "XLA_FLAGS": ""}

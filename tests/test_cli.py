@@ -8,6 +8,7 @@ import types
 
 import ml_collections
 import pytest
+from conftest import slow_but_for
 
 from stepsearch_jax import runtime
 
@@ -116,7 +117,11 @@ cli.run_guarded(command, config, pathlib.Path("run"), "the same command goes on"
 
 
 @pytest.mark.parametrize(
-    "where", ["plainly", "lost", "in a callback", "in a program", "beside a search"]
+    "where",
+    slow_but_for(
+        ("plainly", "in a callback"),
+        ["plainly", "lost", "in a callback", "in a program", "beside a search"],
+    ),
 )
 def test_an_interruption_ends_with_one_line(where):
     done = subprocess.run(
@@ -180,10 +185,8 @@ print(sorted(faults)[6] * resource.getpagesize() // 2**20)
     not hasattr(ctypes.CDLL(None), "mallopt") or sys.platform != "linux",
     reason="malloc is not glibc's",
 )
-@pytest.mark.parametrize(
-    "memory, fresh",
-    [("kept", range(0, 8)), pytest.param("left", range(48, 80), marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("memory, fresh", [("kept", range(0, 8)), ("left", range(48, 80))])
 def test_freed_memory_is_reused(memory, fresh):
     """MiB of pages that a call of a program faults in, the median of twelve: a freed block may be
     slightly too small for the next one.

@@ -123,7 +123,7 @@ def find_by_loops(vectors: np.ndarray, query: np.ndarray, k: int) -> tuple[list[
     return best + [-1] * (k - len(best)), [scores[i] for i in best] + [0.0] * (k - len(best))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     count=st.integers(1, 40),
     k=st.sampled_from([1, 3, 50]),

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from conftest import slow_but_for
 from pretrained_models import CASES, EXPORT, GOLDEN, ONE, STORED, configure, load, make_like
 
 from configs import base
@@ -89,10 +90,7 @@ def assert_logits(config, params, tokens, lengths, expected) -> None:
 
 
 # Always run: grouped heads with a bias, and norms of queries and keys with stretched positions.
-QUICK_CASES = ("qwen2", "qwen3_yarn")
-QUICK_AND_SLOW_CASES = [
-    pytest.param(case, marks=() if case in QUICK_CASES else pytest.mark.slow) for case in CASES
-]
+some_cases = pytest.mark.parametrize("case", slow_but_for(("qwen2", "qwen3_yarn"), CASES))
 
 # ---- Against recorded logits ---------------------------------------------------------------------
 
@@ -110,7 +108,7 @@ def test_every_family_is_recorded():
     assert sum(file.stat().st_size for file in GOLDEN.rglob("*") if file.is_file()) < 300_000
 
 
-@pytest.mark.parametrize("case", QUICK_AND_SLOW_CASES)
+@some_cases
 def test_logits_equal_transformers(case):
     config, params = load(GOLDEN / case)
     golden = safetensors.numpy.load_file(GOLDEN / f"{case}_logits.safetensors")
@@ -170,9 +168,9 @@ def read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
     "case,mesh_shape",
     [
         ("qwen2", ONE),
-        ("qwen2_yarn", ONE),
-        ("llama_llama3", ONE),
-        ("llama_linear", ONE),
+        pytest.param("qwen2_yarn", ONE, marks=pytest.mark.slow),
+        pytest.param("llama_llama3", ONE, marks=pytest.mark.slow),
+        pytest.param("llama_linear", ONE, marks=pytest.mark.slow),
         ("qwen3_yarn", EIGHT),
     ],
     ids=str,
@@ -242,7 +240,7 @@ def test_an_export_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("case", ["qwen2", "qwen2_yarn"])  # one table, and two
+@pytest.mark.parametrize("case", slow_but_for(["qwen2"], ["qwen2", "qwen2_yarn"]))  # one table, two
 def test_a_larger_vocabulary_is_filled_with_the_mean(case):
     weights = open_checkpoint(GOLDEN / case)
     config = configure(weights, vocab_size=64)
@@ -524,7 +522,7 @@ def test_export_needs_a_family(tmp_path):
 # ---- Against transformers itself -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", QUICK_AND_SLOW_CASES)
+@some_cases
 def test_there_and_back_live(case, tmp_path):
     """A fresh model of transformers, read here; the model written here, read by transformers."""
     pytest.importorskip("torch", reason="the live comparison needs torch")

@@ -215,15 +215,8 @@ def test_every_mesh_and_micro_batch_makes_the_same_update(shape, microbatch_size
     assert all(jax.tree.leaves(moved))
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [
-        (8, 1, 1),
-        pytest.param((2, 2, 2), marks=pytest.mark.slow),
-        pytest.param((1, 4, 2), marks=pytest.mark.slow),
-    ],
-    ids=str,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 4, 2)], ids=str)
 def test_every_mesh_starts_alike(shape):
     params, _ = init_params(POLICY, tiny.mesh_of(ONE), RULES, jax.random.key(5))
     placed, specs = init_params(POLICY, tiny.mesh_of(shape), RULES, jax.random.key(5))
@@ -456,6 +449,7 @@ def test_minibatches_and_epochs_are_steps_one_after_the_other():
     np.testing.assert_allclose(metrics["policy_grad_norm"], np.mean(norms), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_only_the_poisoned_minibatch_is_skipped():
     batch = make_batch()
     advantages = batch.advantages.copy()

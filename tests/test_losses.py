@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import slow_but_for
 from episodes import (
     CRITIC_FREE,
     B,
@@ -81,6 +82,7 @@ CASES = {
     "turn_return": dict(advantage="turn_return", kl_placement="loss", kl_estimator="k1"),
 }
 cases = pytest.mark.parametrize("change", CASES.values(), ids=CASES)
+some_cases = pytest.mark.parametrize("change", slow_but_for(("gae", "grpo"), CASES))
 batches = st.builds(draw_episodes, st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.7, 1.0]))
 TOKENS = dict(aggregation="token_mean")
 
@@ -467,7 +469,7 @@ def test_rewards_advantages_and_returns_carry_no_gradient(name):
         assert (np.asarray(jax.grad(loss)(old)) == 0).all()
 
 
-@cases
+@some_cases
 @settings(max_examples=10, deadline=None)
 @given(batches, st.permutations(range(B)))
 def test_padding_and_order_of_episodes_change_nothing(change, batch, order):
@@ -485,7 +487,7 @@ def test_padding_and_order_of_episodes_change_nothing(change, batch, order):
         assert (other[B:] == 0).all() and (other[:, T:] == 0).all()
 
 
-@pytest.mark.parametrize("name", ["gae", "turn_gae", "turn_return"])
+@pytest.mark.parametrize("name", slow_but_for("gae", ["gae", "turn_gae", "turn_return"]))
 @settings(max_examples=8, deadline=None)
 @given(batches)
 def test_a_long_observation_changes_nothing(name, batch):

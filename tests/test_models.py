@@ -266,7 +266,7 @@ def test_cached_equals_whole(block, by_token):
         np.testing.assert_allclose(got[b, :length], expected[b, :length], atol=1e-4)
 
 
-@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("qk_norm", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_reading_fills_the_cache_as_extending_does(qk_norm):
     config = dataclasses.replace(CONFIG, qk_norm=qk_norm)
     policy, rows, positions = (

@@ -7,6 +7,7 @@ import re
 import pyarrow
 import pyarrow.parquet
 import pytest
+from conftest import slow_but_for
 from test_datasets import TWO_HOP, make_config, read_records, write_rows
 
 from stepsearch_jax.data import loading
@@ -412,7 +413,7 @@ REAL = {
 }
 
 
-@pytest.mark.parametrize("kind", REAL)
+@pytest.mark.parametrize("kind", slow_but_for(["hotpotqa", "bamboogle"], list(REAL)))
 def test_real_files(shared_data, kind):
     corpus = str(shared_data / "wiki18_sample" / "corpus.jsonl.gz") if kind == "bamboogle" else ""
     documents, splits, files = read(kind, shared_data / kind, corpus)

@@ -83,7 +83,10 @@ def test_create(cloud, capacity, flags):
     assert cloud.run("launch/pod/create.sh", **TPU)[0] == 0 and cloud.changes() == []  # it is there
 
 
-@pytest.mark.parametrize("capacity,flags", [("queued", []), ("queued-spot", ["--spot"])])
+@pytest.mark.parametrize(
+    "capacity,flags",
+    [pytest.param("queued", [], marks=pytest.mark.slow), ("queued-spot", ["--spot"])],
+)
 def test_create_queued(cloud, capacity, flags):
     """The request waits, then the TPU is made; a script started in between only waits."""
     create = [

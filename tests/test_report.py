@@ -1,5 +1,7 @@
 """The page about a run: its curves, results and transcripts, all text escaped."""
 
+import copy
+import functools
 import html.parser
 import json
 import re
@@ -9,8 +11,9 @@ import sys
 import pytest
 
 from stepsearch_jax.metrics import MetricsWriter
+from stepsearch_jax.report import page
 from stepsearch_jax.report.__main__ import main
-from stepsearch_jax.report.curves import CURVES
+from stepsearch_jax.report.curves import CURVES, draw_curves
 from stepsearch_jax.report.page import write_report
 from stepsearch_jax.report.transcripts import select, split_tags
 
@@ -126,6 +129,19 @@ class Page(html.parser.HTMLParser):
             for _, attributes, text in self.found
             if name in (attributes.get("class") or "").split()
         ]
+
+
+@functools.cache
+def draw_once(rows: str):
+    return draw_curves(json.loads(rows))
+
+
+@pytest.fixture(autouse=True)
+def shared_curves(request, monkeypatch):
+    """Equal metrics have equal curves, which take half a second, as one test shows."""
+    if "same_files" not in request.node.name:
+        draw = lambda rows: copy.deepcopy(draw_once(json.dumps(rows)))
+        monkeypatch.setattr(page, "draw_curves", draw)
 
 
 def render(workdir):

@@ -93,7 +93,7 @@ def test_greedy_at_temperature_0():
 # 6 blocks of one token, 2 blocks of five, one block
 @pytest.mark.parametrize("vary", ["episode", "index"])
 @pytest.mark.parametrize("temperature,top_k", [(1.0, 0), (0.7, 0), (1.0, 3)])
-@pytest.mark.parametrize("vocabulary", [6, 10, 7])
+@pytest.mark.parametrize("vocabulary", [6, 10, pytest.param(7, marks=pytest.mark.slow)])
 def test_frequencies(temperature, top_k, vary, vocabulary):
     """Over 20,000 episodes, or 20,000 tokens of one episode: Pearson's statistic with 9 degrees of
     freedom exceeds 38 once in 50,000 seeds.

@@ -220,7 +220,7 @@ HEALTH = b"GET /health HTTP/1.1\r\nHost: a\r\n"
 @pytest.mark.parametrize(
     "before",
     [
-        pytest.param(HEALTH, id="headers"),
+        pytest.param(HEALTH, id="headers", marks=pytest.mark.slow),
         pytest.param(b"GET /", id="first line", marks=pytest.mark.slow),
         pytest.param(
             HEALTH + b"\r\nGET /health HTTP/1.1\r\nX: ", id="second headers", marks=pytest.mark.slow

@@ -58,6 +58,7 @@ def test_durations():
 # --- the figure
 
 
+@pytest.mark.slow
 def test_figure_has_every_method_once(bench):
     bench.run()
     svg = (bench.workdir / "figure.svg").read_text()

@@ -351,6 +351,7 @@ def test_an_exchanged_name_stays_in_its_split(system):
 # --- where the first policy comes from
 
 
+@pytest.mark.slow
 def test_the_start_is_given_kept_and_read_again(system, tmp_path):
     given = running.make_searching_params(system, seed=1)
     policy, key, rules = (
