@@ -91,6 +91,7 @@ class Encoder(nn.Module):
             split_rngs={"params": True},
             length=config.num_layers,
             in_axes=nn.broadcast,
+            check_constancy_invariants=False,  # would trace the layer twice
         )
         x, _ = layers(config, name="layers")(x, mask)
         if config.pooling == "cls":

@@ -202,6 +202,7 @@ class Trunk(nn.Module):
             length=config.num_layers,
             in_axes=(0, *[nn.broadcast] * 5),
             metadata_params={nn.PARTITION_NAME: "layers"},
+            check_constancy_invariants=False,  # would trace the layer twice
         )(config)
         self.final_norm = RMSNorm(config)
 
