@@ -298,13 +298,15 @@ COMMANDS = {
     "missing config": (["--config=configs/nothing.py"], r"^stepsearch_jax: .*configs/nothing\.py"),
 }
 
+# Each starts a process, which takes seconds: one always runs, one of each kind in CI, all at night.
+RUNS = {"unknown key": ()} | dict.fromkeys(
+    ("malformed row", "missing byte", "a file for a workdir", "no coordinator"), pytest.mark.slow
+)
+
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=() if name == "unknown key" else pytest.mark.slow)
-        for name in COMMANDS
-    ],
+    [pytest.param(name, marks=RUNS.get(name, pytest.mark.nightly)) for name in COMMANDS],
 )
 def test_command_refuses_with_one_line(name, tmp_path, tmp_path_factory, monkeypatch):
     monkeypatch.setenv("JAX_LOG_COMPILES", "1")

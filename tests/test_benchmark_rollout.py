@@ -99,7 +99,7 @@ def test_episodes_that_are_not_as_asked_are_refused(field, small):
         scripted.check_episodes(SMALL, trajectory, counters)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_slots_and_lock_step_sample_the_same_tokens(monkeypatch):
     """Eight episodes of 2, 5 or 9 tokens in two slots, against four pairs that wait for their
     longer one. Other noise in one of them is refused."""

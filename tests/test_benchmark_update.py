@@ -46,7 +46,7 @@ def test_both_runs_train_both_models_and_compile_nothing():
         assert values["policy_grad_norm"] > 0 and values["value_grad_norm"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_step_samples_in_a_type_of_its_own(monkeypatch):
     """The rollout reads bfloat16, its own parameters as well as the learner's, which are float32
     and stay so."""
@@ -70,7 +70,7 @@ def test_a_step_samples_in_a_type_of_its_own(monkeypatch):
     assert len(types) >= 3 and all(found == {"bfloat16"} for found in types)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_figures(monkeypatch):
     monkeypatch.setattr(roofline, "measure_matmuls", lambda *_, **__: 1e9)
     found = update.measure(

@@ -93,7 +93,10 @@ NAMED = {  # what the faulty process says, and its exit code
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", NAMED)
+@pytest.mark.parametrize(
+    "mode",
+    [pytest.param(mode, marks=pytest.mark.nightly if mode == "exits" else ()) for mode in NAMED],
+)
 def test_one_process(mode, tmp_path, tmp_path_factory):
     codes, (output,), seconds = run_with_fault(
         tmp_path, tmp_path_factory, mode, faulty=0, processes=1
@@ -110,12 +113,12 @@ def test_one_process(mode, tmp_path, tmp_path_factory):
 @pytest.mark.parametrize(
     "mode,faulty,processes",
     [
-        ("raises", 1, 2),
         ("hangs", 0, 2),
-        ("is killed", 2, 4),
         *(
             pytest.param(*case, marks=pytest.mark.nightly)
             for case in [
+                ("raises", 1, 2),
+                ("is killed", 2, 4),
                 ("hangs", 1, 2),
                 ("exits", 1, 2),
                 ("is killed", 0, 2),

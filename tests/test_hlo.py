@@ -118,7 +118,14 @@ def test_decode_loop_copies_no_layer():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("data,tensor,head_dim", [(4, 1, 32), (2, 2, 64), (4, 1, 128)])
+@pytest.mark.parametrize(
+    "data,tensor,head_dim",
+    [
+        pytest.param(4, 1, 32, marks=pytest.mark.nightly),
+        (2, 2, 64),
+        pytest.param(4, 1, 128, marks=pytest.mark.nightly),
+    ],
+)
 def test_no_loop_copies_a_layer_on_tpus(monkeypatch, data, tensor, head_dim):
     """The same program compiled for four chips of a TPU v5e, in bfloat16, without a TPU: heads
     that fill less than their lanes, just as much, and more."""

@@ -186,14 +186,19 @@ def run_four_steps(shape, microbatch_size=0, critic=True):
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in [
-                ((8, 1, 1), 0, True),
-                ((2, 2, 2), 0, True),
                 ((1, 4, 2), 0, True),
-                ((4, 1, 2), 0, True),
                 ((2, 2, 2), 4, True),
                 ((2, 2, 2), 4, False),
-                ((8, 1, 1), 8, True),
                 (ONE, 2, True),
+            ]
+        ),
+        *(
+            pytest.param(*case, marks=pytest.mark.nightly)
+            for case in [
+                ((8, 1, 1), 0, True),
+                ((2, 2, 2), 0, True),
+                ((4, 1, 2), 0, True),
+                ((8, 1, 1), 8, True),
                 (ONE, 2, False),
             ]
         ),
@@ -257,7 +262,9 @@ def test_value_model_starts_from_the_policy():
             True,
             marks=pytest.mark.slow,
         ),
-        pytest.param(dict(advantage="gae", old_logprobs="sampler"), True, marks=pytest.mark.slow),
+        pytest.param(
+            dict(advantage="gae", old_logprobs="sampler"), True, marks=pytest.mark.nightly
+        ),
         pytest.param(
             dict(
                 advantage="turn_gae",
@@ -272,7 +279,7 @@ def test_value_model_starts_from_the_policy():
         pytest.param(
             dict(advantage="turn_return", aggregation="sequence_mean"),
             False,
-            marks=pytest.mark.slow,
+            marks=pytest.mark.nightly,
         ),
     ],
     ids=lambda x: (

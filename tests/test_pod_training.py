@@ -112,7 +112,7 @@ def test_sweep_dry_run_and_bad_input(pod_sweep, monkeypatch):
     assert pod_sweep.cloud.take_calls() == []
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_real_training_survives_a_preemption_bit_for_bit(tmp_path, tmp_path_factory):
     """Two hosts train together; after the first checkpoint their machines vanish.
 

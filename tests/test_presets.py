@@ -121,7 +121,7 @@ def test_without_a_critic_there_is_no_value_model(tmp_path, tmp_path_factory):
         np.testing.assert_array_equal(with_critic, without)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "change",
     [
@@ -132,14 +132,8 @@ def test_without_a_critic_there_is_no_value_model(tmp_path, tmp_path_factory):
             "rl.kl_estimator": "k3",
             **GROUPS,
         },
-        pytest.param(
-            {"rl.advantage": "turn_gae", "rl.gamma": 0.9, "rl.old_logprobs": "sampler"},
-            marks=pytest.mark.nightly,
-        ),
-        pytest.param(
-            {"reward.outcome_overwrites": True, "rl.over_observations": True},
-            marks=pytest.mark.nightly,
-        ),
+        {"rl.advantage": "turn_gae", "rl.gamma": 0.9, "rl.old_logprobs": "sampler"},
+        {"reward.outcome_overwrites": True, "rl.over_observations": True},
     ],
     ids=lambda change: change.get("rl.advantage", "gae over observations"),
 )

@@ -89,16 +89,15 @@ def test_matches_oracle(mode, shape, temperature):
         assert any(e.truncated for e in episodes) and any(not all(e.search_oks) for e in episodes)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize(
     "mode,shape",
     [
         ("callback", (4, 1, 2)),
-        *(
-            pytest.param(*case, marks=pytest.mark.nightly)
-            for case in [("callback", (1, 1, 1)), ("host", (1, 1, 1)), ("host", (4, 1, 2))]
-        ),
+        ("callback", (1, 1, 1)),
+        ("host", (1, 1, 1)),
+        ("host", (4, 1, 2)),
     ],
 )
 def test_matches_oracle_on_64_episodes(mode, shape, temperature):
@@ -146,8 +145,15 @@ def test_layout_changes_no_token(layout, temperature):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["callback", "host"])
-@pytest.mark.parametrize("slots", [0, 2])
+@pytest.mark.parametrize(
+    "mode,slots",
+    [
+        ("callback", 2),
+        ("host", 0),
+        pytest.param("callback", 0, marks=pytest.mark.nightly),
+        pytest.param("host", 2, marks=pytest.mark.nightly),
+    ],
+)
 def test_rows_that_fill_up_the_batch_get_no_slot(mode, slots):
     """They stay as they are, and the others have the tokens that they have without them."""
     prompts = prompts_of(8)

@@ -206,11 +206,11 @@ def in_slices(function, slices: int):
     )
 
 
-@pytest.mark.parametrize("slices", [pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("slices", [pytest.param(2, marks=pytest.mark.nightly), 4])
 @pytest.mark.parametrize(
     "top_k,top_p",
     [
-        (0, 1.0),
+        pytest.param(0, 1.0, marks=pytest.mark.slow),
         (200, 0.7),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in [(5, 1.0), (0, 0.9), (0, 1e-6)]),
     ],

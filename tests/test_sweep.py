@@ -395,7 +395,7 @@ def test_commands_are_printed_for_what_is_not_finished(bench):
 # --- the real thing
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_real_points(tmp_path, tmp_path_factory, monkeypatch):
     monkeypatch.chdir(REPO)
     cache = commands.shared_cache(tmp_path_factory)
