@@ -4,7 +4,7 @@
 #   bash launch/test.sh [arguments for pytest]      for example: bash launch/test.sh tests/test_losses.py
 #
 #   SLOW=1              also the tests marked slow, as CI does
-#   NIGHTLY=1           also the warm start made again, which takes half an hour
+#   NIGHTLY=1           also the tests marked nightly: more variants, and the warm start made again
 #   PYTHON=python3.12   the Python that .venv is made with (3.11 or newer)
 #   DRY_RUN=1           print the commands instead
 set -euo pipefail

@@ -3,7 +3,7 @@
     mean over questions = Σ amount / Σ weight
 
 A measure of one question is a pair (amount, weight), with weight 0 if it is undefined. The mean is
-over the questions that define it, or a share of all their turns.
+over the questions that define it, or a fraction of all their turns.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from stepsearch_jax.records import Episode, TurnStatus
 from stepsearch_jax.rewards.text_metrics import compare_answer, holds_answer
 
-LEVEL = 0.95  # share of the bootstrap's means that lie within an interval
+LEVEL = 0.95  # fraction of the bootstrap's means that lie within an interval
 
 
 class Estimate(NamedTuple):
@@ -52,10 +52,10 @@ def measure_episode(
 
     em, f1, cover_em       the answer against the accepted ones, 0 for none
     answer_in_evidence     1 if a retrieved document holds an accepted answer as whole words
-    gold_recall            share of the gold documents retrieved; undefined if none are known
+    gold_recall            fraction of the gold documents retrieved; undefined if none are known
     gold_recall_hop_i      the same of sub-question i alone
     searches               search turns, failed ones included
-    invalid_turns          share of turns without a valid action
+    invalid_turns          fraction of turns without a valid action
     truncated              1 if the context ran out
     """
     question = episode.question

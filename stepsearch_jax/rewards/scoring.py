@@ -33,7 +33,7 @@ class EpisodeMeasures:
     em: np.ndarray  # [B] float32: exact match, best over the accepted answers
     f1: np.ndarray  # [B] float32: word F1, best over the accepted answers
     cover_em: np.ndarray  # [B] float32: an accepted answer occurs in the given one
-    gold_recall: np.ndarray  # [B] float32: share of the gold documents retrieved, 0 if none known
+    gold_recall: np.ndarray  # [B] float32: fraction of gold documents retrieved, 0 if none known
     gold_known: np.ndarray  # [B] bool: gold documents are known (average gold_recall over these)
     searches: np.ndarray  # [B] int32: search turns, failed ones included
 

@@ -88,8 +88,8 @@ def policy_loss(
     ±20. A truncated rho keeps the gradient max_ratio A ∇logprobs. Without truncation rho has no
     upper bound at A < 0, and one token far from the policy that sampled it could outweigh a batch.
     max_ratio: at least 1 + clip_high; inf = no truncation.
-    metrics, aggregated like the loss: `clip_fraction`, share of tokens whose clipped term is the
-    smaller one; `truncated_fraction`, share with rho > max_ratio; `approx_kl`, k3 estimate of
+    metrics, aggregated like the loss: `clip_fraction`, fraction of tokens whose clipped term is the
+    smaller one; `truncated_fraction`, fraction with rho > max_ratio; `approx_kl`, k3 estimate of
     KL(old || new) per token.
     Reference: the paper and its code clip both sides at 0.2 and truncate nothing; separate bounds
       are from DAPO (arXiv 2503.14476, section 3.1). Weights truncated from above: Ionides 2008,
