@@ -27,7 +27,10 @@ import pytest
 REPO = pathlib.Path(__file__).resolve().parents[1]
 MARKERS = ("slow", "nightly")  # tests with one of them run on request only
 # Files that take long run first: as the last, they would keep one worker busy alone.
-LONGEST = ("processes", "pod_training", "serve", "learner", "huggingface", "losses", "sampling")
+LONGEST = (
+    *("train", "shipped_warm_start", "processes", "preflight", "rollout", "failures", "learner"),
+    *("serve", "answer_gain", "examples", "memory", "huggingface", "models", "losses", "sampling"),
+)
 
 
 def slow_but_for(quick, cases):
@@ -65,7 +68,8 @@ def pytest_collection_modifyitems(config, items):
             for item in items:
                 if marker in item.keywords:
                     item.add_marker(pytest.mark.skip(reason=reason))
-    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONGEST)
+    order = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @pytest.fixture(scope="session")

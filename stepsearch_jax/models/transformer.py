@@ -202,7 +202,8 @@ class Trunk(nn.Module):
             length=config.num_layers,
             in_axes=(0, *[nn.broadcast] * 5),
             metadata_params={nn.PARTITION_NAME: "layers"},
-            check_constancy_invariants=False,  # would trace the layer twice
+            # True traces the layer twice. Random parameters depend on it, nothing else does.
+            check_constancy_invariants=self.is_initializing(),
         )(config)
         self.final_norm = RMSNorm(config)
 
