@@ -299,7 +299,7 @@ def apply(fault: Fault, root: pathlib.Path) -> None:
 def run_tests(root: pathlib.Path, tests: str) -> int:
     """pytest's exit code: 0 all passed, 1 some failed, more: they did not run."""
     file, *options = tests.split()
-    pytest = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    pytest = [sys.executable, "-m", "pytest", "-x", "-q", "--slow", "-p", "no:cacheprovider"]
     command = [*pytest, f"tests/{file}", *options]
     silent = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return subprocess.run(command, cwd=root, **silent).returncode
