@@ -50,8 +50,8 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     # --- Data: questions, and the passages to search
 
     config.data = data = ml_collections.ConfigDict()
-    # Format of the data set: atlas | musique | hotpotqa | 2wikimultihopqa | bamboogle | phantomwiki
-    # | stepsearch | search_r1 (read by data/).
+    # Format of the data set: atlas | jsonl (one's own) | musique | hotpotqa | 2wikimultihopqa
+    # | bamboogle | phantomwiki | stepsearch | search_r1 (read by data/).
     data.kind = "musique"
     data.path = ""  # folder with the official files; unused by atlas, which is generated
     # Files of passages to search, separated by commas. A later file adds only passages that the

@@ -34,7 +34,8 @@ class SubQuestion:
 
     `gold_ids` are the corpus ids of the documents that hold the answer; `queries` are the accepted
     search queries (the k_ij of the key reward). `missing_gold` are title and text of gold documents
-    that the corpus does not hold (text "" if the data set names them by title alone).
+    that the corpus does not hold (text "" if the data set names them by title alone, title "" if it
+    gives a title or a text without saying which).
     """
 
     question: str

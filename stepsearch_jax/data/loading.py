@@ -30,6 +30,7 @@ from stepsearch_jax.data import (
     builder,
     documents,
     hotpotqa,
+    jsonl,
     musique,
     official,
     passages,
@@ -44,6 +45,7 @@ from stepsearch_jax.records import Document, Question
 
 logger = logging.getLogger("stepsearch_jax")
 OFFICIAL = {  # data.kind -> the builder that reads its files
+    "jsonl": jsonl.Jsonl,
     "musique": musique.Musique,
     "hotpotqa": hotpotqa.HotpotQA,
     "2wikimultihopqa": two_wiki.TwoWiki,

@@ -27,8 +27,10 @@ def locate_gold(
     """The questions with the ids of their missing gold documents that are among `documents`.
 
     Ids that the questions already have must be ids of these documents. A passage is the first
-    document with its title and text; without a text, the only document with its title. White space
-    is ignored, because data sets join the sentences of the same paragraph with a blank or without.
+    document with its title and text; without a text, the only document with its title; without a
+    title, the only document with its text as title, or else the first one with this text. White
+    space is ignored, because data sets join the sentences of the same paragraph with a blank or
+    without.
     """
     wanted = (
         passage
@@ -39,9 +41,15 @@ def locate_gold(
     ids: dict[tuple[str, str | None], int | None] = dict.fromkeys(
         itertools.starmap(_squeeze_passage, wanted)
     )
+    # What is a title or a text: if not found as the one, it is looked up as the other.
+    either = {text for title, text in ids if not title}
+    by_text: dict[str, int] = {}
+    ids |= dict.fromkeys((text, None) for text in either)
     bearers = dict.fromkeys((title for title, _ in ids), 0)  # how many documents have the title
     for document in documents if ids else ():
         title = _squeeze(document.title)
+        if either and (text := _squeeze(document.text)) in either:
+            by_text.setdefault(text, document.id)
         if title in bearers:
             bearers[title] += 1
             for key in (title, _squeeze(document.text)), (title, None):
@@ -49,6 +57,9 @@ def locate_gold(
                     ids[key] = document.id
     # A title alone is no name if several documents have it.
     ids.update({(title, None): None for title, count in bearers.items() if count > 1})
+    for text in either:
+        named = ids[text, None]
+        ids["", text] = by_text.get(text) if named is None else named
 
     def sort(missing: _Passages) -> tuple[tuple[int, ...], _Passages]:
         found = {passage: ids[_squeeze_passage(*passage)] for passage in missing}
