@@ -77,7 +77,8 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
 
     config.prompt = prompt = ml_collections.ConfigDict()
     prompt.template = "paper"  # paper | reference | short (templates in prompting/)
-    # "atlas", a folder with tokenizer.json or tokenizer.json.gz, or a .gguf file.
+    # "atlas", a folder with tokenizer.json or tokenizer.json.gz, a .gguf file, or a model on the
+    # Hugging Face Hub.
     prompt.tokenizer = "atlas"
     prompt.max_prompt_tokens = 2048  # a longer prompt is refused before work starts [C]
 
@@ -96,8 +97,8 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     search.max_failure_fraction = 0.0
     search.bm25_k1 = 0.9  # bm25: term saturation [O]
     search.bm25_b = 0.4  # bm25: length normalisation [O]
-    # dense: Hugging Face folder of a BERT-type encoder such as MiniLM or E5 (config.json,
-    # *.safetensors, tokenizer.json).
+    # dense: a BERT-type encoder such as MiniLM or E5, as a folder (config.json, *.safetensors,
+    # tokenizer.json) or by its name on the Hugging Face Hub ("intfloat/e5-base-v2").
     search.encoder = ""
     search.query_prefix = ""  # dense: put before each query; "query: " for E5
     search.passage_prefix = ""  # dense: put before each document; "passage: " for E5
@@ -146,8 +147,9 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     # --- Model: its weights, sizes and dtype
 
     config.model = model = ml_collections.ConfigDict()
-    # Pretrained weights of the policy: a Hugging Face folder of the Qwen2, Qwen3 or Llama family
-    # (config.json, *.safetensors) or a .gguf file; the sizes below must match it.
+    # Pretrained weights of the policy: a model of the Qwen2, Qwen3 or Llama family, as a folder
+    # (config.json, *.safetensors), by its name on the Hugging Face Hub (from its cache, or
+    # downloaded: "Qwen/Qwen2.5-0.5B"), or a .gguf file; the sizes below must match it.
     # "" = random parameters, or those of sft.checkpoint.
     model.checkpoint = ""
     # Least rows of the embedding, rounded up to a multiple of 64; 0 = the larger of the

@@ -17,6 +17,7 @@ LAYERS = (
     "masking",
     "sharding",
     "files",
+    "hub",
     "metrics",
     "data",
     "search",
@@ -39,6 +40,7 @@ COMMANDS = {"train", "evaluate", "export", "serve", "prepare", "preflight", "ben
 HOST = {
     "records",
     "files",
+    "hub",
     "metrics",
     "data",
     "search",

@@ -21,6 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from stepsearch_jax.data.documents import Mapped
 from stepsearch_jax.dense.encoder import Encoder, load_encoder, read_encoder_config
+from stepsearch_jax.hub import find_model
 from stepsearch_jax.records import Document
 from stepsearch_jax.search.cache import describe_search, hash_documents
 from stepsearch_jax.search.embeddings import embed_corpus
@@ -82,13 +83,15 @@ class TextEncoder:
 def load_text_encoder(
     folder: str | pathlib.Path, batch: int, devices: Sequence[jax.Device]
 ) -> TextEncoder:
-    """The encoder in a Hugging Face folder: config.json, *.safetensors, tokenizer.json.
+    """The encoder in a Hugging Face folder, or on the Hub (`hub.find_model`).
+
+    It consists of config.json, *.safetensors and tokenizer.json.
 
     It follows the modules.json of sentence-transformers. batch: texts embedded at a time on each of
     `devices`. Raises FileNotFoundError or ValueError, naming file and key, for an encoder that
     cannot be read or used.
     """
-    return TextEncoder(pathlib.Path(folder), batch, devices)
+    return TextEncoder(find_model(str(folder), "encoder", "search.encoder"), batch, devices)
 
 
 class DenseIndex:

@@ -13,6 +13,7 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
+from stepsearch_jax.hub import find_model
 from stepsearch_jax.prompting import templates
 from stepsearch_jax.prompting.gguf_tokenizer import read_gguf_tokenizer
 
@@ -138,20 +139,21 @@ def load_tokenizer(name_or_folder: str, words: Sequence[str]) -> Tokenizer:
     """The tokenizer of a run.
 
     name_or_folder: "atlas" makes a word-level tokenizer of `words` (the embedded data's vocabulary)
-    and the words of the short template. Anything else is a .gguf file, or a folder with
-    `tokenizer.json` or `tokenizer.json.gz`, and optionally `tokenizer_config.json`, whose end and
-    padding tokens are used; `words` is then unused. Raises FileNotFoundError for a missing folder
-    or file, ValueError for one that cannot be read or used.
+    and the words of the short template. Anything else is a .gguf file, or a folder or a model on
+    the Hub (`hub.find_model`) with `tokenizer.json` or `tokenizer.json.gz`, and optionally
+    `tokenizer_config.json`, whose end and padding tokens are used; `words` is then unused. Raises
+    FileNotFoundError for a missing folder or file, ValueError for one that cannot be read or used.
     """
     if name_or_folder == "atlas":
         return make_word_tokenizer([*words, *templates.list_short_words()])
-    folder = pathlib.Path(name_or_folder)
+    folder = find_model(name_or_folder, "tokenizer", "prompt.tokenizer")
     if folder.suffix == ".gguf":
         return _make_tokenizer(folder, *read_gguf_tokenizer(folder))
     if not folder.is_dir():
         raise FileNotFoundError(
             f"tokenizer folder {folder} does not exist; "
-            'name a folder with tokenizer.json, a .gguf file, or "atlas"'
+            'name a folder with tokenizer.json, a .gguf file, "atlas", or a model on the Hugging Face '
+            'Hub ("Qwen/Qwen2.5-0.5B")'
         )
     plain, zipped = folder / "tokenizer.json", folder / "tokenizer.json.gz"
     settings = folder / "tokenizer_config.json"
@@ -187,7 +189,7 @@ def list_tokenizer_files(name_or_folder: str, tokenizer: Tokenizer) -> dict[str,
     If `name_or_folder`, as given to `load_tokenizer`, is a folder, its own files, unpacked;
     otherwise new ones.
     """
-    folder = pathlib.Path(name_or_folder)
+    folder = find_model(name_or_folder, "tokenizer", "prompt.tokenizer")
     if not folder.is_dir():
         ends = [tokenizer.name_token(i) for i in (tokenizer.eos_ids[0], tokenizer.pad_id)]
         settings = dict(

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import pathlib
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -21,6 +20,7 @@ from stepsearch_jax.data import atlas_grammar
 from stepsearch_jax.data.documents import Mapped
 from stepsearch_jax.data.loading import Source, load_source
 from stepsearch_jax.data.schema import encode_question
+from stepsearch_jax.hub import find_model
 from stepsearch_jax.models.architecture import ModelConfig
 from stepsearch_jax.models.huggingface import open_checkpoint
 from stepsearch_jax.models.weights import Weights, check_architecture
@@ -163,9 +163,11 @@ def build_system(config: ml_collections.ConfigDict, splits: Sequence[str], searc
     )
     check_config(config, mesh)
     watchdog = Watchdog(search_config.timeout_s, "config.search.timeout_s")
-    weights = (
-        open_checkpoint(pathlib.Path(config.model.checkpoint)) if config.model.checkpoint else None
-    )
+    weights = None
+    if config.model.checkpoint:
+        weights = open_checkpoint(
+            find_model(config.model.checkpoint, "weights", "model.checkpoint")
+        )
 
     # Tokenizer, data set, index and tf-idf: kept under cache_dir, made once per host if missing.
     words = atlas_grammar.vocabulary() if prompt_config.tokenizer == "atlas" else []
