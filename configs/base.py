@@ -149,13 +149,14 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     config.model = model = ml_collections.ConfigDict()
     # Pretrained weights of the policy: a model of the Qwen2, Qwen3 or Llama family, as a folder
     # (config.json, *.safetensors), by its name on the Hugging Face Hub (from its cache, or
-    # downloaded: "Qwen/Qwen2.5-0.5B"), or a .gguf file; the sizes below must match it.
-    # "" = random parameters, or those of sft.checkpoint.
+    # downloaded: "Qwen/Qwen2.5-0.5B"), or a .gguf file. The sizes below must match it, or be left
+    # to it: num_layers = 0. "" = random parameters, or those of sft.checkpoint.
     model.checkpoint = ""
     # Least rows of the embedding, rounded up to a multiple of 64; 0 = the larger of the
     # tokenizer's size and the checkpoint's rows.
     model.vocab_size = 0
-    model.num_layers = 36  # Qwen2.5-3B
+    # Qwen2.5-3B. 0 = this and all keys down to tie_embeddings are the checkpoint's.
+    model.num_layers = 36
     model.embed_dim = 2048  # model width
     model.num_heads = 16  # query heads
     model.num_kv_heads = 2  # key and value heads; each serves num_heads / num_kv_heads query heads

@@ -32,6 +32,7 @@ from stepsearch_jax.evaluation.greedy import evaluate_policy, write_results
 from stepsearch_jax.evaluation.tables import evaluate_datasets
 from stepsearch_jax.files import check_workdir
 from stepsearch_jax.run.folder import check_data, check_has_run, check_readable, write_config
+from stepsearch_jax.run.pretrained import open_weights
 from stepsearch_jax.run.start import begin_run, bind_answer_gain, make_sampler
 from stepsearch_jax.run.system import build_system
 
@@ -42,6 +43,7 @@ def evaluate_command(config, workdir: pathlib.Path) -> None:
     if config.evaluation.datasets:
         return evaluate_datasets(config, workdir)
     check_has_run(workdir)
+    open_weights(config)  # gives the config the sizes that it leaves to the checkpoint
     check_readable(workdir, config)
     split = config.evaluation.split
     system = build_system(config, [split])

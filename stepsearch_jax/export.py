@@ -65,6 +65,7 @@ import re
 from stepsearch_jax.models.huggingface import INDEX, export_policy
 from stepsearch_jax.prompting.tokenizers import TOKENIZER_FILES, list_tokenizer_files
 from stepsearch_jax.run.folder import check_has_run, check_readable
+from stepsearch_jax.run.pretrained import open_weights
 from stepsearch_jax.run.start import begin_run
 from stepsearch_jax.run.system import build_system
 
@@ -111,6 +112,7 @@ def export(
     Raises FileNotFoundError if WORKDIR holds no run.
     """
     check_has_run(workdir)
+    open_weights(config)  # gives the config the sizes that it leaves to the checkpoint
     check_readable(workdir, config)
     check_target(folder, config)
     system = build_system(config, [])

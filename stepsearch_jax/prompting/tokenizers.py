@@ -152,8 +152,8 @@ def load_tokenizer(name_or_folder: str, words: Sequence[str]) -> Tokenizer:
     if not folder.is_dir():
         raise FileNotFoundError(
             f"tokenizer folder {folder} does not exist; "
-            'name a folder with tokenizer.json, a .gguf file, "atlas", or a model on the Hugging Face '
-            'Hub ("Qwen/Qwen2.5-0.5B")'
+            'name a folder with tokenizer.json, a .gguf file, "atlas", or a model on the Hugging '
+            'Face Hub ("Qwen/Qwen2.5-0.5B")'
         )
     plain, zipped = folder / "tokenizer.json", folder / "tokenizer.json.gz"
     settings = folder / "tokenizer_config.json"

@@ -20,9 +20,7 @@ from stepsearch_jax.data import atlas_grammar
 from stepsearch_jax.data.documents import Mapped
 from stepsearch_jax.data.loading import Source, load_source
 from stepsearch_jax.data.schema import encode_question
-from stepsearch_jax.hub import find_model
 from stepsearch_jax.models.architecture import ModelConfig
-from stepsearch_jax.models.huggingface import open_checkpoint
 from stepsearch_jax.models.weights import Weights, check_architecture
 from stepsearch_jax.prompting.tags import decode_query, make_tag_automaton
 from stepsearch_jax.prompting.templates import encode_environment, render_document, render_prompt
@@ -34,6 +32,7 @@ from stepsearch_jax.rollout.state import Environment, Prompts, RolloutSettings
 from stepsearch_jax.rollout.text import Answers, encode_answers, encode_prompts
 from stepsearch_jax.run.checks import check_config, check_cuts
 from stepsearch_jax.run.corpus import build_search_index, normalize_texts, read_texts
+from stepsearch_jax.run.pretrained import open_weights
 from stepsearch_jax.run.settings import describe_models, rollout_settings, round_vocabulary
 from stepsearch_jax.search.cache import hash_texts, locate_corpus, lock_cache
 from stepsearch_jax.search.callback import (
@@ -153,6 +152,7 @@ def build_system(config: ml_collections.ConfigDict, splits: Sequence[str], searc
     FileNotFoundError, naming what to change, if anything does not fit together.
     """
     # Mesh and config; pretrained weights are opened, not read.
+    weights = open_weights(config)
     mesh_config, search_config, prompt_config = config.mesh, config.search, config.prompt
     mesh = sharding.make_mesh(
         mesh_config.data,
@@ -163,11 +163,6 @@ def build_system(config: ml_collections.ConfigDict, splits: Sequence[str], searc
     )
     check_config(config, mesh)
     watchdog = Watchdog(search_config.timeout_s, "config.search.timeout_s")
-    weights = None
-    if config.model.checkpoint:
-        weights = open_checkpoint(
-            find_model(config.model.checkpoint, "weights", "model.checkpoint")
-        )
 
     # Tokenizer, data set, index and tf-idf: kept under cache_dir, made once per host if missing.
     words = atlas_grammar.vocabulary() if prompt_config.tokenizer == "atlas" else []
