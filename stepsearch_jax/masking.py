@@ -9,6 +9,13 @@ import jax
 import jax.numpy as jnp
 
 
+def check_masks(**masks: jax.Array) -> None:
+    """Raises TypeError, naming the argument, for a mask of numbers: "not 0" would be a guess."""
+    for name, mask in masks.items():
+        if mask.dtype != bool:
+            raise TypeError(f"{name} has dtype {mask.dtype}, not bool: pass {name} > 0")
+
+
 def masked_sum(x: jax.Array, mask: jax.Array, axis=None) -> jax.Array:
     """Sum of `x` where `mask`."""
     return jnp.where(mask, x, 0).sum(axis)

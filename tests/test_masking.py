@@ -1,5 +1,7 @@
 """Masked statistics: by hand, against NumPy, with empty masks and with NaN outside a mask."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ from stepsearch_jax.masking import (
     standardize_in_groups,
     whiten,
 )
+from stepsearch_jax.rl import advantages, losses
 
 X = jnp.array([[1.0, 100.0, 3.0], [jnp.nan, 8.0, jnp.inf]])
 MASK = jnp.array([[True, False, True], [False, True, False]])
@@ -98,3 +101,40 @@ def test_equal_entries_of_a_group_become_exactly_nothing():
     for value in (0.1 + 0.2, 1e6 / 3, -7e-3):
         arrays = jnp.full((7, 3), value), jnp.ones((7, 3), bool), jnp.zeros(7, int)
         np.testing.assert_array_equal(standardize_in_groups(*arrays, epsilon=1e-6), 0)
+
+
+def call_with(function, **masks):
+    """Calls a public loss or estimator; all arrays it takes are ones, [2, 3]."""
+    arrays = {
+        name: jnp.ones((2, 3))
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind != parameter.KEYWORD_ONLY
+    }
+    return function(**arrays | masks)
+
+
+MASKED = [  # function, and its masks
+    (losses.aggregate, ["mask"]),
+    (losses.loss_normalizer, ["mask"]),
+    (losses.policy_loss, ["action_mask"]),
+    (losses.value_loss, ["value_mask"]),
+    (losses.entropy_bonus, ["action_mask"]),
+    (losses.kl_loss, ["action_mask"]),
+    (losses.stepwise_ppo_loss, ["token_mask", "action_mask"]),
+    (advantages.gae, ["action_mask"]),
+    (advantages.turn_gae, ["action_mask"]),
+    (advantages.grpo, ["action_mask"]),
+    (advantages.rloo, ["action_mask"]),
+    (advantages.turn_return, ["action_mask"]),
+    (advantages.estimate_advantages, ["action_mask", "credit_mask"]),
+    (advantages.stepwise_advantages, ["token_mask", "action_mask"]),
+]
+
+
+@pytest.mark.parametrize("function,masks", MASKED, ids=lambda x: getattr(x, "__name__", ""))
+@pytest.mark.parametrize("dtype", ["float32", "int32"])
+def test_a_mask_of_numbers_is_named(function, masks, dtype):
+    for wrong in masks:
+        given = {name: jnp.ones((2, 3), bool if name != wrong else dtype) for name in masks}
+        with pytest.raises(TypeError, match=f"{wrong} has dtype {dtype}.*{wrong} > 0"):
+            call_with(function, **given)

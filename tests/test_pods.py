@@ -51,6 +51,11 @@ def test_missing_names_are_named(script, cloud):
     assert cloud.take_calls() == []
 
 
+def test_the_tpus_other_name_is_refused(cloud):
+    status, _, error = cloud.run("launch/pod/create.sh", **TPU | {"ACCELERATOR": "v5e-16"})
+    assert status == 2 and "v5litepod-16" in error and cloud.changes() == []
+
+
 @pytest.mark.parametrize(
     "arguments",
     [(), ("train",), ("train", "attempt-1"), ("copy", "gs://b/x"), ("stop",), ("instal",)],

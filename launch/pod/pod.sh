@@ -19,6 +19,10 @@ require() {
     echo "$variable is missing: $meaning; see --help" >&2
     exit 2
   done
+  if [[ ${ACCELERATOR:-} == v5e-* ]]; then
+    echo "ACCELERATOR=$ACCELERATOR: Google calls this type v5litepod-${ACCELERATOR#v5e-}" >&2
+    exit 2
+  fi
 }
 
 # gcloud compute tpus WORDS, in our project and zone; it asks nothing.

@@ -14,7 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from stepsearch_jax.choices import CRITIC_ESTIMATORS, check_choice
-from stepsearch_jax.masking import masked_mean, masked_sum, standardize_in_groups, whiten
+from stepsearch_jax.masking import (
+    check_masks,
+    masked_mean,
+    masked_sum,
+    standardize_in_groups,
+    whiten,
+)
 from stepsearch_jax.rewards.placement import place_rewards
 from stepsearch_jax.rl.kl import kl_penalty
 
@@ -46,6 +52,7 @@ def gae(
       `action_mask`). At its gamma = gae_lambda = 1 the values in between cancel, and action tokens
       get the same advantage either way.
     """
+    check_masks(action_mask=action_mask)
     rewards = jnp.where(action_mask, rewards, 0).astype(jnp.float32)
     values = jnp.where(action_mask, values, 0).astype(jnp.float32)
 
@@ -90,6 +97,7 @@ def turn_gae(
     Reference: neither the paper nor its code has it; both run GAE over tokens. At gamma =
       gae_lambda = 1 the first action token of a turn has the same advantage as under token GAE.
     """
+    check_masks(action_mask=action_mask)
     starts = _turn_starts(action_mask, turn_ids)
     advantages, returns = gae(
         _sum_turns(rewards, action_mask, starts), values, starts, gamma=gamma, gae_lambda=gae_lambda
@@ -112,6 +120,7 @@ def grpo(rewards: jax.Array, action_mask: jax.Array, group_ids: jax.Array) -> ja
     Reference: std is the population's; some implementations take the sample's, which is
       sqrt(n / (n - 1)) times as large.
     """
+    check_masks(action_mask=action_mask)
     present = action_mask.any(axis=1, keepdims=True)
     returns = masked_sum(rewards, action_mask, axis=1)[:, None]
     return jnp.where(
@@ -132,6 +141,7 @@ def rloo(rewards: jax.Array, action_mask: jax.Array, group_ids: jax.Array) -> ja
     The baseline leaves out the episode itself, so it does not bias the gradient. Groups, rows
     without action tokens and lone episodes: as in `grpo`.
     """
+    check_masks(action_mask=action_mask)
     present, returns = action_mask.any(axis=1), masked_sum(rewards, action_mask, axis=1)
     # [B, B]
     others = (group_ids[:, None] == group_ids) & present & ~jnp.eye(len(group_ids), dtype=bool)
@@ -166,6 +176,7 @@ def turn_return(
       and step rewards of a group jointly, as does GRPO with process supervision (arXiv 2402.03300,
       section 4.1.3).
     """
+    check_masks(action_mask=action_mask)
     starts = _turn_starts(action_mask, turn_ids)
     position = jnp.arange(action_mask.shape[1])
     is_last = position == jnp.where(starts, position, -1).max(axis=1, keepdims=True)
@@ -253,6 +264,7 @@ def estimate_advantages(
     Reference: the paper does not mention whitening; its released code whitens token GAE.
     Raises ValueError on an unknown estimator.
     """
+    check_masks(action_mask=action_mask, credit_mask=credit_mask)
     if not uses_critic(estimator):
         if estimator == "turn_return":
             advantages = turn_return(rewards, action_mask, turn_ids, group_ids, gamma=gamma)
@@ -327,6 +339,7 @@ def stepwise_advantages(
       of them; rewards, KL and policy loss stay on action tokens.
     Raises ValueError on an unknown kl_placement.
     """
+    check_masks(token_mask=token_mask, action_mask=action_mask)
     check_choice("rl.kl_placement", kl_placement)
     # Rewards at their tokens, and the KL charge of each action token.
     placed = place_rewards(

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from stepsearch_jax.choices import check_choice
-from stepsearch_jax.masking import masked_mean, masked_sum
+from stepsearch_jax.masking import check_masks, masked_mean, masked_sum
 from stepsearch_jax.rl.advantages import stepwise_advantages, uses_critic
 from stepsearch_jax.rl.kl import bounded_log_ratio, kl_penalty
 
@@ -45,6 +45,7 @@ def aggregate(
       sequence means.
     Raises ValueError on an unknown aggregation.
     """
+    check_masks(mask=mask)
     check_choice("rl.aggregation", aggregation)
     if normalizer is None:
         normalizer = loss_normalizer(mask, aggregation=aggregation)
@@ -60,6 +61,7 @@ def loss_normalizer(mask: jax.Array, *, aggregation: str = "token_mean") -> jax.
 
     Raises ValueError on an unknown aggregation.
     """
+    check_masks(mask=mask)
     check_choice("rl.aggregation", aggregation)
     return mask.sum() if aggregation == "token_mean" else mask.any(axis=1).sum()
 
@@ -96,6 +98,7 @@ def policy_loss(
       "Truncated importance sampling"; V-trace uses them for lagging samplers (arXiv 1802.01561,
       section 4.1).
     """
+    check_masks(action_mask=action_mask)
     old_logprobs, advantages = jax.lax.stop_gradient((old_logprobs, advantages))
     # Zeros outside the mask before exp: padding at -inf must not poison the gradient.
     logprobs = jnp.where(action_mask, logprobs, 0)
@@ -141,6 +144,7 @@ def value_loss(
     `value_error`, mean squared error without clipping.
     Reference: the paper does not mention clipping of values; its released code clips at 0.5.
     """
+    check_masks(value_mask=value_mask)
     old_values, returns = jax.lax.stop_gradient((old_values, returns))
     values, old_values, returns = (
         jnp.where(value_mask, x, 0) for x in (values, old_values, returns)
@@ -172,6 +176,7 @@ def entropy_bonus(
     entropy, action_mask [B, T] -> (bonus [], metrics).
     Reference: only the released code has it (weight 1e-3); the paper does not.
     """
+    check_masks(action_mask=action_mask)
     bonus = aggregate(entropy, action_mask, aggregation=aggregation, normalizer=normalizer)
     return bonus, {"entropy": jax.lax.stop_gradient(bonus)}
 
@@ -201,6 +206,7 @@ def kl_loss(
     Reference: the paper and its code charge the KL in the reward; the loss term is GRPO's (arXiv
       2402.03300, eq. 4), and so is the default estimator.
     """
+    check_masks(action_mask=action_mask)
     # As in policy_loss: nothing outside the mask may reach the gradient.
     logprobs = jnp.where(action_mask, logprobs, 0)
     ref_logprobs = jnp.where(action_mask, jax.lax.stop_gradient(ref_logprobs), 0)
