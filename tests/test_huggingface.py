@@ -224,6 +224,9 @@ def test_export_with_its_tokenizer(tmp_path, shared_data):
         "tokenizer.json",
         "tokenizer_config.json",
     }
+    (tmp_path / "mine").touch()
+    modes = {path.stat().st_mode for path in [*(tmp_path / "model").iterdir(), tmp_path / "mine"]}
+    assert len(modes) == 1  # as all files of this user: others may read them
     assert not (tmp_path / "model" / "model.safetensors.index.json").exists()
     assert json.loads((tmp_path / "model" / "tokenizer.json").read_text())["model"]["type"] == "BPE"
 

@@ -256,6 +256,9 @@ def export_policy(
                 (made / file).write_text(json.dumps(content, indent=2) + "\n")
             for file, raw in tokenizer_files.items():
                 (made / file).write_bytes(raw)
+            mode = (made / "config.json").stat().st_mode
+            for file, _ in files:  # safetensors writes files that only their owner may read
+                (made / file).chmod(mode)
             if folder.exists():
                 os.rename(folder, old)
             os.rename(made, folder)
