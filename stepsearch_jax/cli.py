@@ -23,10 +23,11 @@ from typing import NoReturn
 import ml_collections
 from absl import flags
 from absl import logging as absl_logging
+from etils import epath
 
 from stepsearch_jax import __version__
 from stepsearch_jax.files import check_buckets
-from stepsearch_jax.run.config_file import define_config
+from stepsearch_jax.run.config_file import CONFIG_FILE, define_config
 from stepsearch_jax.search.watchdog import EXIT_CODE, call_off
 
 logger = logging.getLogger("stepsearch_jax")
@@ -79,7 +80,8 @@ class OneLineParser(argparse.ArgumentParser):
 def make_parser(command: str, text: str, *common: str) -> argparse.ArgumentParser:
     """The parser of `python -m stepsearch_jax.COMMAND`.
 
-    text: what --help shows. common: which of the flags config, workdir and json the command has.
+    text: what --help shows. common: which of the flags config, workdir and json the command has;
+    run: workdir, and a config that is by default the run's own.
     """
     parser = OneLineParser(
         f"python -m stepsearch_jax.{command}",
@@ -87,15 +89,18 @@ def make_parser(command: str, text: str, *common: str) -> argparse.ArgumentParse
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    if "config" in common:
+    of_run = "run" in common
+    if of_run or "config" in common:
+        default = f" (default: DIR/{CONFIG_FILE}, the config of the run)" if of_run else ""
         parser.add_argument(
             "--config",
-            required=True,
+            required=not of_run,
             metavar="FILE",
             help="configs/X.py, or the name of one of this package's configs, such as "
-            "atlas_quickstart; append :ARGUMENT if it takes one; --config.KEY=VALUE sets a key",
+            "atlas_quickstart; append :ARGUMENT if it takes one; --config.KEY=VALUE sets a key"
+            + default,
         )
-    if "workdir" in common:
+    if of_run or "workdir" in common:
         parser.add_argument(
             "--workdir",
             required=True,
@@ -133,6 +138,11 @@ def parse_flags(
     if arguments is None:
         leave_at_interrupt()
     options, rest = parser.parse_known_args(arguments)
+    if {"config", "workdir"} <= vars(options).keys() and options.config is None:
+        check_buckets(options.workdir)
+        options.config = str(epath.Path(options.workdir) / CONFIG_FILE)
+        if not epath.Path(options.config).exists():
+            parser.error(f"there is no {options.config}, so that the flag --config is needed")
     if getattr(options, "config", None) is not None:
         options.config = read_config(parser, options.config, rest)
     elif rest:

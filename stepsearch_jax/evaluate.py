@@ -1,19 +1,19 @@
 r"""Greedy evaluation of every question of a split, once.
 
-    python -m stepsearch_jax.evaluate --config=configs/X.py[:arg] --workdir=DIR \
-        [--config.evaluation.split=test …]
+    python -m stepsearch_jax.evaluate --workdir=DIR [--config.evaluation.split=test …]
 
-evaluates the run in DIR before RL (its warm start) and after (its newest checkpoint), and writes
-config.json, evaluation.json, transcripts.jsonl and report.html into DIR/evaluation/SPLIT. The files
-of the training run stay as they are. --config.evaluation.controls=True adds the scripted searcher
-that the warm start imitated, and a perfect one.
+evaluates the run in DIR, with its config (DIR/config.json; flags change it), before RL (its warm
+start) and after (its newest checkpoint), and writes config.json, evaluation.json, transcripts.jsonl
+and report.html into DIR/evaluation/SPLIT. The files of the training run stay as they are.
+--config.evaluation.controls=True adds the scripted searcher that the warm start imitated, and a
+perfect one.
 
-    python -m stepsearch_jax.evaluate --config=configs/X.py --workdir=DIR \
+    python -m stepsearch_jax.evaluate --workdir=DIR \
         --config.evaluation.datasets=musique:FOLDER,bamboogle:FOLDER:test …
 
 evaluates both policies on these data sets, beside baselines that cannot search, and writes one
-table (`tables.py`). If DIR holds no run, it evaluates the pretrained policy that
-config.model.checkpoint names.
+table (`tables.py`). If DIR holds no run, give --config=configs/X.py: it evaluates the pretrained
+policy that config.model.checkpoint names.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from __future__ import annotations
 from stepsearch_jax import cli
 
 if __name__ == "__main__":  # before the imports that take seconds
-    options = cli.parse_flags(cli.make_parser("evaluate", __doc__, "config", "workdir"))
+    options = cli.parse_flags(cli.make_parser("evaluate", __doc__, "run"))
 
 import pathlib
 from functools import partial

@@ -1,11 +1,11 @@
 r"""Writes a run's policy as a Hugging Face folder.
 
-    python -m stepsearch_jax.export --config=configs/X.py[:arg] --workdir=DIR --folder=MODEL \
+    python -m stepsearch_jax.export --workdir=DIR --folder=MODEL \
         [--dtype=bfloat16] [--shard_gib=4] [--config.key=value …]
 
 MODEL receives config.json, generation_config.json, the weights of DIR's newest checkpoint as
-safetensors, and the tokenizer. Repeat the config flags that the run was trained with. transformers
-loads the folder; vLLM reads folders of this form (not tried).
+safetensors, and the tokenizer. The config is that of the run, DIR/config.json; flags change it.
+transformers loads the folder; vLLM reads folders of this form (not tried).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from stepsearch_jax import cli
 
 def make_parser() -> argparse.ArgumentParser:
     """The flags."""
-    parser = cli.make_parser("export", __doc__, "config", "workdir")
+    parser = cli.make_parser("export", __doc__, "run")
     parser.add_argument(
         "--folder",
         required=True,

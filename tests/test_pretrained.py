@@ -62,7 +62,15 @@ def test_a_model_by_its_name(tmp_path, tmp_path_factory, monkeypatch):
     fields = json.loads((GOLDEN / "qwen3_yarn/config.json").read_text())
     assert written["checkpoint"] == name and written["num_layers"] == fields["num_hidden_layers"]
     assert written["qk_norm"] and written["rope_scaling"]["kind"] == "yarn"
-    running.run_command("export", cache, workdir, *flags, f"--folder={tmp_path / 'out'}")
+    # The run's own config.json spares the export these flags.
+    command = [
+        "-m",
+        "stepsearch_jax.export",
+        f"--workdir={workdir}",
+        f"--folder={tmp_path / 'out'}",
+    ]
+    process = running.start(command, log=tmp_path / "export.log")
+    assert process.wait(timeout=300) == 0, (tmp_path / "export.log").read_text()[-3000:]
     exported = json.loads((tmp_path / "out/config.json").read_text())
     assert exported["hidden_size"] == fields["hidden_size"]
     start = running.read_tree(workdir / "start")

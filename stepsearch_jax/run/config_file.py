@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import json
 import pathlib
 import sys
 import traceback
@@ -15,10 +16,12 @@ from typing import TypeVar
 
 import ml_collections
 from absl import flags
+from etils import epath
 from ml_collections import config_flags
 
 flags.disclaim_key_flags()  # --config belongs to the command, which shows it in its --help
 
+CONFIG_FILE = "config.json"  # what a run keeps its config in
 PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 Result = TypeVar("Result")
 
@@ -66,8 +69,11 @@ def load_config(name: str) -> ml_collections.ConfigDict:
 
     name: a file, or the bare name of one of this package's configs (atlas_quickstart); followed by
     a colon and an argument if its get_config takes one. Inside a config, `from configs import base`
-    imports this package's own, in any working directory.
+    imports this package's own, in any working directory. A name that ends in .json is a file that a
+    run wrote, its config.json.
     """
+    if name.endswith(".json"):
+        return _read_saved(epath.Path(name))
     # The file, or this package's own config of that name.
     file, colon, argument = name.partition(":")
     path = find_file(file)
@@ -100,6 +106,32 @@ def load_config(name: str) -> ml_collections.ConfigDict:
 
     form = "a config defines get_config(), which returns a ConfigDict (launch/sweep.py takes sweep"
     return call_file(file, get_config, f"{form} files)")
+
+
+def _read_saved(path: epath.Path) -> ml_collections.ConfigDict:
+    """The config that a run wrote. Raises ValueError for a file of another kind or version."""
+    config = load_config(str(find_configs() / "base.py"))
+    try:
+        saved = json.loads(path.read_text())
+        _fill(config, saved)
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(
+            f"{path} is no config of this version ({' '.join(str(error).split())}): give --config"
+        ) from error
+    return config
+
+
+def _fill(config: ml_collections.ConfigDict, saved: dict) -> None:
+    """Sets the keys of a config to those of config.json, which has lists for tuples."""
+    for key, value in saved.items():
+        if isinstance(config[key], ml_collections.ConfigDict):
+            _fill(config[key], value)
+        else:
+            config[key] = _as_tuples(value)
+
+
+def _as_tuples(value):
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
 
 
 def call_file(file: str, call: Callable[[ModuleType], Result], form: str) -> Result:

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 from stepsearch_jax.files import read_json, write_json
 from stepsearch_jax.metrics import progress
-from stepsearch_jax.run.folder import CONFIG_FILE, check_format, describe_difference, lock
+from stepsearch_jax.run.config_file import CONFIG_FILE
+from stepsearch_jax.run.folder import check_format, describe_difference, lock
 from stepsearch_jax.sweeps.points import Point
 
 # WORKDIR/points/NAME is the folder of a run, WORKDIR/points/NAME.log its output.

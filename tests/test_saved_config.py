@@ -1,0 +1,55 @@
+"""The config that a run wrote, read again by the commands that look at the run."""
+
+import json
+
+import pytest
+
+from stepsearch_jax import cli
+from stepsearch_jax.run.config_file import find_configs, load_config
+from stepsearch_jax.run.folder import to_json
+
+CONFIGS = sorted(path.stem for path in find_configs().glob("[!_]*.py"))
+
+
+def write(folder, config, **changes):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(to_json(config) | changes))
+    return folder / "config.json"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_it_is_the_config_that_was_written(name, tmp_path):
+    config = load_config(name)
+    again = load_config(str(write(tmp_path / "run", config)))
+    assert again.to_dict() == config.to_dict()  # tuples are tuples again
+
+
+def parse(*arguments):
+    return cli.parse_flags(cli.make_parser("evaluate", "text", "run"), arguments)
+
+
+def test_a_command_takes_the_config_of_its_run(tmp_path):
+    config = load_config("atlas_quickstart")
+    config.rl.gamma = 0.25
+    write(tmp_path / "run", config)
+    flags = (f"--workdir={tmp_path / 'run'}", "--config.seed=7")
+    found = parse(*flags).config
+    assert (found.rl.gamma, found.seed) == (0.25, 7)
+    assert parse(*flags, "--config=atlas_quickstart").config.rl.gamma != 0.25
+    with pytest.raises(SystemExit, match="config.sede=7"):
+        parse(flags[0], "--config.sede=7")
+
+
+def test_without_a_run_the_flag_is_asked_for(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse(f"--workdir={tmp_path}")
+    assert "--config is needed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '{"sede": 1}', '{"rl": 3}', '{"seed": "one"}', '{"rl": {"gama": 1.0}}']
+)
+def test_another_file_is_refused_in_one_line(text, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(SystemExit, match=r"config\.json is no config of this version"):
+        parse(f"--workdir={tmp_path}")
