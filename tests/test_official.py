@@ -333,7 +333,7 @@ def test_a_malformed_row_names_file_and_line(tmp_path, kind, changes, message):
         read(kind, tmp_path)
 
 
-@pytest.mark.parametrize("kind", OFFICIAL)
+@pytest.mark.parametrize("kind", FILES)
 def test_builders_store_and_missing_files_say_where_to_get_them(tmp_path, kind):
     stem, row = FILES[kind]
     config = make_config(tmp_path, kind=kind, path=str(tmp_path))

@@ -431,7 +431,7 @@ def test_a_run_begins_with_pretrained_weights(config, system, tmp_path):
 
     for change, error, message in [
         (dict(num_layers=7), ValueError, "config.model.num_layers is 7"),
-        (dict(checkpoint="no/such"), FileNotFoundError, "no/such/config.json"),
+        (dict(checkpoint="no/such"), FileNotFoundError, "config.model.checkpoint=no/such: "),
         (dict(previous_token_peak=1.0), ValueError, "model.previous_token_peak 0"),
     ]:
         bad = config.copy_and_resolve_references()

@@ -80,7 +80,7 @@ FORMAT = Format(
     name="your own questions",
     stems={"train": ("train",), "validation": ("validation",), "test": ("test",)},
     read_question=read_question,
-    address="rows of question and answers (docs/data.md)",
+    address="your own files: docs/data.md shows the rows",
 )
 
 
