@@ -331,7 +331,7 @@ def test_missing_flag(flag, tmp_path):
     process = running.start(
         [
             "-m",
-            "stepsearch_jax.evaluate",
+            "stepsearch_jax.train",
             *(f"--{name}={value}" for name, value in given.items() if name != flag),
         ],
         log=tmp_path / "log",
