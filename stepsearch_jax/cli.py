@@ -139,10 +139,13 @@ def parse_flags(
         leave_at_interrupt()
     options, rest = parser.parse_known_args(arguments)
     if {"config", "workdir"} <= vars(options).keys() and options.config is None:
-        check_buckets(options.workdir)
+        try:
+            check_buckets(options.workdir)
+        except ValueError as error:
+            parser.error(str(error))
         options.config = str(epath.Path(options.workdir) / CONFIG_FILE)
         if not epath.Path(options.config).exists():
-            parser.error(f"there is no {options.config}, so that the flag --config is needed")
+            parser.error(f"there is no {options.config}: give --config")
     if getattr(options, "config", None) is not None:
         options.config = read_config(parser, options.config, rest)
     elif rest:

@@ -16,7 +16,10 @@ PARTS = {
     "tokenizer": (
         "tokenizer.json",
         "tokenizer_config.json",
+        "vocab.json",
+        "merges.txt",
         "special_tokens_map.json",
+        "added_tokens.json",
         "chat_template.jinja",
     ),
 }
@@ -60,7 +63,7 @@ def find_model(name: str, part: str, key: str) -> pathlib.Path:
     by_hand = f"`hf download {name}` where there is network, and copy the cache or set {key}"
     if constants.HF_HUB_OFFLINE:
         raise FileNotFoundError(
-            f"{there}; HF_HUB_OFFLINE=1 forbids to download it: unset it, or run {by_hand}"
+            f"{there}; HF_HUB_OFFLINE=1 forbids downloading it: unset it, or run {by_hand}"
         )
     # From the Hub.
     logger.info("downloading the %s of %s from the Hugging Face Hub", part, name)
@@ -73,13 +76,13 @@ def find_model(name: str, part: str, key: str) -> pathlib.Path:
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise FileNotFoundError(
-            f"{there}; nor does the Hub, or only for those who log in (`hf auth login`): "
-            "check the name"
+            f"{there}; the Hub has no such model, or shows it only to those who log in: check the "
+            "name, or run `hf auth login`"
         ) from error
     except Exception as error:  # the library's own, its HTTP client's, the system's
         raise FileNotFoundError(
-            f"{there}; the Hub cannot be reached ({type(error).__name__}: {error}): try again, or "
-            f"run {by_hand}"
+            f"{there}; downloading it failed ({type(error).__name__}: {error}): try again, or run "
+            f"{by_hand}"
         ) from error
     if not _is_whole(folder, part):
         raise FileNotFoundError(

@@ -40,7 +40,6 @@ COMMANDS = {"train", "evaluate", "export", "serve", "prepare", "preflight", "ben
 HOST = {
     "records",
     "files",
-    "hub",
     "metrics",
     "data",
     "search",

@@ -43,7 +43,7 @@ def test_a_command_takes_the_config_of_its_run(tmp_path):
 def test_without_a_run_the_flag_is_asked_for(tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse(f"--workdir={tmp_path}")
-    assert "--config is needed" in capsys.readouterr().err
+    assert f"no {tmp_path}/config.json: give --config" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -53,3 +53,10 @@ def test_another_file_is_refused_in_one_line(text, tmp_path):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(SystemExit, match=r"config\.json is no config of this version"):
         parse(f"--workdir={tmp_path}")
+
+
+def test_a_bucket_that_cannot_be_read_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        parse("--workdir=gs://b/run")
+    assert "pip install gcsfs" in capsys.readouterr().err

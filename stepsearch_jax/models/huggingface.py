@@ -22,6 +22,7 @@ import safetensors
 import safetensors.numpy
 from jax.experimental import multihost_utils
 
+from stepsearch_jax.hub import INDEX
 from stepsearch_jax.models.architecture import ModelConfig, RopeScaling
 from stepsearch_jax.models.weights import (
     Place,
@@ -38,7 +39,6 @@ ARCHITECTURES = {  # by model_type
 }
 SUPPORTED = "supported are qwen2 (Qwen2, Qwen2.5), qwen3 (Qwen3, dense) and llama (Llama, SmolLM2)"
 STORED_TYPES = {"F32", "F16", "BF16"}
-INDEX = "model.safetensors.index.json"
 # Endings of tensors that old files hold and no model needs.
 CONSTANTS = ("rotary_emb.inv_freq", "embeddings.position_ids")
 

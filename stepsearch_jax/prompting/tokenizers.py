@@ -13,7 +13,7 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from stepsearch_jax.hub import find_model
+from stepsearch_jax.hub import PARTS, find_model
 from stepsearch_jax.prompting import templates
 from stepsearch_jax.prompting.gguf_tokenizer import read_gguf_tokenizer
 
@@ -22,15 +22,7 @@ END, PAD = "<|endoftext|>", "<|pad|>"
 # whatever its tokenizer_config names.
 END_TOKENS = (END, "<|im_end|>")
 # The files of a tokenizer that a folder may hold.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
+TOKENIZER_FILES = PARTS["tokenizer"]
 # Printable ASCII and newline: the bytes of tags, prompts and observations.
 NEEDED_BYTES = (*range(0x20, 0x7F), 0x0A)
 
