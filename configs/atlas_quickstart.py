@@ -59,7 +59,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     rollout.attention_block = 64
     rollout.prefill_tokens = 80
 
-    config.rl.pad_to_multiple_of = 64
+    config.rl.microbatch_size = 4
+    config.rl.width_buckets = 8
     config.policy.learning_rate, config.policy.warmup = 5e-4, 0.0
     config.value.learning_rate, config.value.warmup = 1e-3, 0.0
 

@@ -301,10 +301,12 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     rl.kl_horizon = 10000.0
     rl.minibatches = 4  # optimiser steps per epoch over a rollout [P]
     rl.ppo_epochs = 1  # passes over a rollout, all in the same order
-    # A rollout is cut to its longest episode, rounded up to this; one compiled program per length.
-    rl.pad_to_multiple_of = 128
-    # Rows per forward and backward pass, gradients are accumulated; 0 = the whole minibatch.
+    # Rows per forward and backward pass, gradients are accumulated; 0 = the whole minibatch. Rows
+    # of similar length share a micro-batch.
     rl.microbatch_size = 0
+    # Widths that a micro-batch may have: the smallest that holds its longest row, out of so many
+    # up to rollout.context. Each is compiled; more of them mean less padding [O].
+    rl.width_buckets = 4
 
     # --- Optimisers of the policy and of the value model
 

@@ -16,7 +16,6 @@ from stepsearch_jax.data.loading import question_rows
 from stepsearch_jax.rl import learner
 from stepsearch_jax.run.collect import collect
 from stepsearch_jax.run.config_file import load_config
-from stepsearch_jax.run.iteration import cut_padding
 from stepsearch_jax.run.settings import learner_settings, make_optimizers
 from stepsearch_jax.run.start import begin_run, make_sampler
 from stepsearch_jax.run.system import build_system
@@ -58,8 +57,7 @@ for iteration in range(config.iterations):
     )
     scores = rollout.scores
     rewards = rows_to_mesh(system.mesh, (scores.step_rewards, scores.outcome_rewards))
-    trajectory = cut_padding(rollout, config.rl.pad_to_multiple_of)
-    batch, metrics = build_batch(state, reference_params, trajectory, *rewards)
+    batch, metrics = build_batch(state, reference_params, rollout.trajectory, *rewards)
     state, _ = update(state, batch, metrics["kl"])
     state = state.replace(position=state.position + config.rollout.prompts)
     f1, gain = scores.measures.f1.mean(), scores.gain.sum(1).mean()

@@ -33,7 +33,6 @@ from stepsearch_jax.run.iteration import (
     Clock,
     CompileCounter,
     choose_rewards,
-    cut_padding,
     dump_batch,
     rollout_metrics,
 )
@@ -141,13 +140,14 @@ def run_iterations(system: System, workdir: pathlib.Path, first_iterations: int)
             params = to_rollout_layout(state.policy.params)
             rollout = roll_out(params, question_rows=rows, key=key)
             del params
-            trajectory = cut_padding(rollout, config.rl.pad_to_multiple_of)
             clock.lap("rollout")
 
             # -- Rewards at their tokens, minus the KL; advantages and returns. These stay fixed
             # during the optimiser steps.
             rewards = rows_to_mesh(system.mesh, choose_rewards(config, rollout, iteration))
-            batch, batch_metrics = build_batch(state, reference_params, trajectory, *rewards)
+            batch, batch_metrics = build_batch(
+                state, reference_params, rollout.trajectory, *rewards
+            )
             clock.lap("score")
 
             # -- Update: one optimiser step a minibatch, for the policy and the value model. A step

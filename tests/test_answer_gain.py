@@ -68,7 +68,7 @@ def test_gain_is_the_rise_from_turn_to_turn():
     rng, params = np.random.default_rng(3), tiny.draw_params(POLICY, 1)
     trajectory = make_trajectory(rng)
     answers, length = rng.integers(0, 24, (4, 6)).astype(np.int32), np.array([6, 5, 4, 6], np.int32)
-    got = np.asarray(make_answer_gain(CONFIG, OPENING, 0)(params, trajectory, answers, length))
+    got = np.asarray(make_answer_gain(CONFIG, OPENING, 0, 1)(params, trajectory, answers, length))
 
     def mean_logprob(b, end):
         alone = np.concatenate([trajectory.tokens[b, :end], answers[b, : length[b]]])
@@ -84,7 +84,7 @@ def test_gain_is_the_rise_from_turn_to_turn():
         expected[b, k] = mean_logprob(b, behind) - mean_logprob(b, before)
     np.testing.assert_allclose(got, expected, atol=1e-5)
     assert (np.abs(expected) > 1e-3).sum() == 4
-    in_parts = make_answer_gain(CONFIG, OPENING, 2)(params, trajectory, answers, length)
+    in_parts = make_answer_gain(CONFIG, OPENING, 2, 3)(params, trajectory, answers, length)
     np.testing.assert_allclose(in_parts, got, atol=1e-5)
 
 
@@ -92,7 +92,7 @@ def test_padding_changes_nothing():
     rng, params = np.random.default_rng(4), tiny.draw_params(POLICY, 1)
     trajectory = make_trajectory(rng)
     answers, length = rng.integers(0, 24, (4, 6)).astype(np.int32), np.array([6, 5, 4, 6], np.int32)
-    gain = make_answer_gain(CONFIG, OPENING, 0)
+    gain = make_answer_gain(CONFIG, OPENING, 0, 1)
     other = trajectory.replace(tokens=np.where(trajectory.token_mask, trajectory.tokens, 23))
     behind = np.where(np.arange(6) < length[:, None], answers, 23)
     np.testing.assert_allclose(

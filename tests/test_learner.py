@@ -40,6 +40,7 @@ SETTINGS = learner.LearnerSettings(
     minibatches=1,
     ppo_epochs=1,
     microbatch_size=0,
+    width_buckets=1,
     placement="step",
     outcome_overwrites=False,
 )
@@ -220,6 +221,56 @@ def test_every_mesh_and_micro_batch_makes_the_same_update(shape, microbatch_size
     assert all(jax.tree.leaves(moved))
 
 
+# Micro-batches of rows of similar length, each as wide as its longest row needs
+
+
+def ragged_batch() -> Batch:
+    """Rows of 3 to 12 tokens in no order; what lies behind them must not matter."""
+    batch = make_batch()
+    lengths = np.random.default_rng(3).permutation(np.arange(ROWS) * 10 // (ROWS - 1) + 3)
+    lengths = np.minimum(lengths, LENGTH)
+    inside = np.arange(LENGTH) < lengths[:, None]
+    return batch.replace(
+        token_mask=inside,
+        action_mask=batch.action_mask & inside,
+        value_mask=batch.value_mask & inside,
+    )
+
+
+@pytest.mark.parametrize(
+    "shape,microbatch_size,critic",
+    [
+        (ONE, 4, True),
+        pytest.param(ONE, 0, True, marks=pytest.mark.slow),
+        pytest.param((2, 2, 2), 4, True, marks=pytest.mark.slow),
+        pytest.param(ONE, 2, False, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_widths_change_no_update(shape, microbatch_size, critic):
+    """Gradients are those of whole rows, and less of what is computed is padding."""
+    change = dict(minibatches=2) | ({} if critic else CRITIC_FREE)
+
+    def run(shape, **widths):
+        batch = sharding.rows_to_mesh(tiny.mesh_of(shape), ragged_batch())
+        update = one_step(**change, **widths)
+        return to_host(update(make_state(shape, critic), batch, jnp.float32(0.02)))
+
+    expected, plain = run(ONE)
+    got, metrics = run(shape, microbatch_size=microbatch_size, width_buckets=2)
+    close_to_leaf_maximum(first_gradients(got), first_gradients(expected), 1e-5)
+    close_to_leaf_maximum(latest_params(got), latest_params(expected), 1e-5)
+    # The widths are 8 and 12.
+    whole, cut = [], []
+    for lengths in (ragged_batch().token_mask[part::2].sum(1) for part in range(2)):
+        parts = np.sort(lengths).reshape(-1, microbatch_size or ROWS // 2)
+        computed = sum((8 if part.max() <= 8 else 12) * len(part) for part in parts)
+        whole.append(1 - lengths.sum() / (12 * len(lengths)))
+        cut.append(1 - lengths.sum() / computed)
+    np.testing.assert_allclose(plain["padding_fraction"], np.mean(whole), rtol=1e-5)
+    np.testing.assert_allclose(metrics["padding_fraction"], np.mean(cut), rtol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 4, 2)], ids=str)
 def test_every_mesh_starts_alike(shape):
@@ -358,7 +409,7 @@ def test_gradient_is_that_of_the_loss_function(change, critic):
     reported_before = {"kl", "reward"}  # by make_build_batch
     if loss_keys["old_logprobs"] == "learner":
         reported_before |= {"entropy"}
-    of_update = metrics.keys() - {"policy_grad_norm", "value_grad_norm"}
+    of_update = metrics.keys() - {"policy_grad_norm", "value_grad_norm", "padding_fraction"}
     assert of_update == expected_metrics.keys() - reported_before
     for name in metrics.keys() & expected_metrics.keys():
         np.testing.assert_allclose(metrics[name], expected_metrics[name], rtol=1e-4, err_msg=name)
@@ -479,14 +530,6 @@ def test_adaptive_kl(mean_kl, error):
     batch = sharding.rows_to_mesh(tiny.mesh_of(ONE), make_batch())
     got, _ = four_steps()(make_state(), batch, jnp.float32(mean_kl))
     np.testing.assert_allclose(got.kl_coef, 0.1 * (1 + error * 16 / 1000), rtol=1e-6)
-
-
-def test_split_rows_by_stride():
-    """Rows 0 and 3, 1 and 4, 2 and 5."""
-    rows = {"x": np.arange(12).reshape(6, 2)}
-    parts = learner.split_rows(rows, 3)
-    assert parts["x"][..., 0].tolist() == [[0, 6], [2, 8], [4, 10]]
-    np.testing.assert_array_equal(learner.join_rows(parts)["x"], rows["x"])
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])

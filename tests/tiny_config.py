@@ -36,7 +36,7 @@ def get_config(cache_dir: str) -> ml_collections.ConfigDict:
     rollout.context, rollout.attention_block = 256, 64
 
     config.rl.minibatches = 2
-    config.rl.pad_to_multiple_of = 256
+    config.rl.width_buckets = 1
     config.policy.learning_rate = config.value.learning_rate = 1e-4
 
     sft = config.sft

@@ -81,6 +81,7 @@ SETTINGS = learner.LearnerSettings(
     minibatches=1,
     ppo_epochs=1,
     microbatch_size=0,
+    width_buckets=1,
     placement="step",
     outcome_overwrites=False,
 )

@@ -195,7 +195,9 @@ def compile_programs(
     """
     mesh, rollout_config = parts.mesh, config.rollout
     model, rollout_model = describe_models(config, round_vocabulary(config.model.vocab_size))
-    settings, optimizers = learner_settings(config), make_optimizers(config, config.iterations)
+    # All rows count as the longest, so the greatest width is the only one that runs.
+    settings = dataclasses.replace(learner_settings(config), width_buckets=1)
+    optimizers = make_optimizers(config, config.iterations)
     compiled = {}
 
     def compile_one(phase: str, function, *arguments):

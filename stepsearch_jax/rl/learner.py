@@ -1,8 +1,8 @@
 """The learner: scoring a rollout, and the optimiser steps on it, as jitted functions on the mesh.
 
-Rows are only ever split by stride (row r belongs to part r mod n), which is local to every shard
+Minibatches are split by stride (row r belongs to minibatch r mod n), which is local to every shard
 and the same on every mesh. Losses are divided by the count of the whole minibatch. So neither the
-mesh nor the micro-batch size changes an update.
+mesh nor the micro-batches (`microbatches`) change an update.
 """
 
 from __future__ import annotations
@@ -27,6 +27,13 @@ from stepsearch_jax.rl.losses import (
     loss_normalizer,
     policy_loss,
     value_loss,
+)
+from stepsearch_jax.rl.microbatches import (
+    choose_widths,
+    map_rows,
+    padding_fraction,
+    split_rows,
+    sum_rows,
 )
 from stepsearch_jax.types import Batch, ModelState, TrainState, Trajectory
 
@@ -57,6 +64,7 @@ class LearnerSettings:
     minibatches: int
     ppo_epochs: int
     microbatch_size: int
+    width_buckets: int
     placement: str
     outcome_overwrites: bool
 
@@ -97,18 +105,6 @@ def make_optimizer(
     return optax.chain(optax.clip_by_global_norm(max_grad_norm), step)
 
 
-def split_rows(tree, parts: int):
-    """[B, ...] -> [parts, B / parts, ...], row r in part r mod parts."""
-    return jax.tree.map(
-        lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), tree
-    )
-
-
-def join_rows(tree):
-    """The inverse of `split_rows`."""
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
-
-
 def make_build_batch(model: ModelConfig, settings: LearnerSettings):
     """-> build_batch(state, reference_params, trajectory, step_rewards, outcome_rewards).
 
@@ -128,18 +124,25 @@ def make_build_batch(model: ModelConfig, settings: LearnerSettings):
     def build_batch(
         state: TrainState, reference_params, trajectory: Trajectory, step_rewards, outcome_rewards
     ):
-        def score(tokens):
+        whole = trajectory.tokens.shape[1]
+
+        def score(tokens, width):
+            tokens = tokens[:, :width]
             old = score_tokens(policy, state.policy.params, tokens) if by_learner else ()
             ref_logprobs = score_tokens(policy, reference_params, tokens)[0]
+            values = jnp.zeros_like(ref_logprobs)
             if critic:
-                return *old, ref_logprobs, score_values(value, state.value.params, tokens)
-            return *old, ref_logprobs, jnp.zeros_like(ref_logprobs)
+                values = score_values(value, state.value.params, tokens)
+            pad = lambda x: jnp.pad(x, ((0, 0), (0, whole - width)))
+            return tuple(map(pad, (*old, ref_logprobs, values)))
 
         # Forward passes over so many rows at a time.
-        rows = trajectory.tokens.shape[0]
-        parts = 1 if not settings.microbatch_size else max(1, rows // settings.microbatch_size)
-        *old, ref_logprobs, old_values = join_rows(
-            jax.lax.map(score, split_rows(trajectory.tokens, parts))
+        *old, ref_logprobs, old_values = map_rows(
+            score,
+            trajectory.tokens,
+            trajectory.length,
+            settings.microbatch_size,
+            choose_widths(whole, settings.width_buckets),
         )
         old_logprobs = old[0] if by_learner else trajectory.sampler_logprobs
         mask = trajectory.action_mask
@@ -201,7 +204,7 @@ def explained_variance(values: jax.Array, returns: jax.Array, mask: jax.Array) -
     )
 
 
-def make_answer_gain(model: ModelConfig, opening: int, microbatch_size: int):
+def make_answer_gain(model: ModelConfig, opening: int, microbatch_size: int, width_buckets: int):
     """-> answer_gain(policy_params, trajectory, answers [B, A], answer_length [B]) -> gain [B, K].
 
         gain_k = L_k - L_{k-1}
@@ -211,6 +214,7 @@ def make_answer_gain(model: ModelConfig, opening: int, microbatch_size: int):
     other turn gets their share.
     answers: right-padded tokens, the first `opening` of which are given, not scored
     (`models.scoring.score_answers`). microbatch_size: rows of one forward pass; 0 = all.
+    width_buckets: widths that they may have.
     Source: IGPO, arXiv 2510.14967, section 3, which takes differences of probabilities. Differences
       of log-probabilities telescope too, and early searches, when the answer is still unlikely,
       weigh as much as later ones.
@@ -221,16 +225,21 @@ def make_answer_gain(model: ModelConfig, opening: int, microbatch_size: int):
     def answer_gain(
         policy_params, trajectory: Trajectory, answers: jax.Array, answer_length: jax.Array
     ) -> jax.Array:
-        B, K = trajectory.search_end.shape
+        K = trajectory.search_end.shape[1]
         # [B, K + 1, T]: the tokens before turn k.
         token_mask, turn_ids = trajectory.token_mask[:, None], trajectory.turn_ids[:, None]
         until = token_mask & (turn_ids < jnp.arange(K + 1)[:, None])
-        score = lambda part: score_answers(
-            policy, policy_params, *part[:3], jnp.int32(opening), part[3]
-        )
-        parts = max(1, B // microbatch_size) if microbatch_size else 1
+
+        def score(part, width):
+            tokens, seen, answers, length = part
+            return score_answers(
+                policy, policy_params, tokens[:, :width], seen, answers, jnp.int32(opening), length
+            )
+
         rows = trajectory.tokens, until.sum(-1), answers, answer_length
-        levels = join_rows(jax.lax.map(score, split_rows(rows, parts)))  # [B, K + 1]
+        widths = choose_widths(trajectory.tokens.shape[1], width_buckets)
+        # [B, K + 1]
+        levels = map_rows(score, rows, trajectory.length, microbatch_size, widths)
         searched = (trajectory.search_end >= 0) & trajectory.search_ok
         return jnp.where(searched, jnp.diff(levels, axis=1), 0)
 
@@ -288,8 +297,6 @@ def make_gradients(model: ModelConfig, settings: LearnerSettings):
         return loss, metrics | {"value_loss": loss}
 
     def gradients(params: dict, minibatch: Batch, kl_coef):
-        rows = minibatch.tokens.shape[0]
-        parts = 1 if not settings.microbatch_size else max(1, rows // settings.microbatch_size)
         terms = {
             "policy": (policy_objective, minibatch.action_mask),
             "value": (value_objective, minibatch.value_mask),
@@ -299,7 +306,8 @@ def make_gradients(model: ModelConfig, settings: LearnerSettings):
             name: loss_normalizer(terms[name][1], aggregation=aggregation) for name in params
         }
 
-        def of_part(part):
+        def of_part(part, width):
+            part = jax.tree.map(lambda x: x[:, :width], part)
             part_gradients, metrics = {}, {}
             for name in params:
                 differentiate = jax.grad(terms[name][0], has_aux=True)
@@ -309,14 +317,11 @@ def make_gradients(model: ModelConfig, settings: LearnerSettings):
                 metrics |= own
             return part_gradients, metrics
 
-        if parts == 1:
-            return of_part(minibatch)
-        # One micro-batch after the other; gradients and metrics are summed.
-        add = lambda total, part: (jax.tree.map(jnp.add, total, of_part(part)), None)
-        microbatches = split_rows(minibatch, parts)
-        shapes = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], microbatches))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        return jax.lax.scan(add, zeros, microbatches)[0]
+        lengths = minibatch.token_mask.sum(1)
+        widths = choose_widths(minibatch.tokens.shape[1], settings.width_buckets)
+        cut = lengths, settings.microbatch_size, widths
+        total, metrics = sum_rows(of_part, minibatch, *cut)
+        return total, metrics | {"padding_fraction": padding_fraction(*cut)}
 
     return gradients
 

@@ -15,7 +15,7 @@ from stepsearch_jax.masking import masked_mean
 from stepsearch_jax.models.architecture import ModelConfig
 from stepsearch_jax.models.scoring import examine_tokens, score_tokens
 from stepsearch_jax.models.transformer import Policy
-from stepsearch_jax.rl.learner import join_rows, split_rows
+from stepsearch_jax.rl.microbatches import join_rows, split_rows
 from stepsearch_jax.types import ModelState
 
 # Which axes of each stacked kernel are inputs and outputs of its matrix; axis 0 counts layers.

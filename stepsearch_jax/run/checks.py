@@ -74,7 +74,7 @@ RANGES = {
         "rl.kl_horizon",
         "rl.minibatches",
         "rl.ppo_epochs",
-        "rl.pad_to_multiple_of",
+        "rl.width_buckets",
         "sft.demonstrations",
         "sft.held_out",
         "sft.log_every",

@@ -46,6 +46,7 @@ _RESUMABLE = (
     "rollout.prefill_tokens",
     "rollout.attention_block",
     "rl.microbatch_size",
+    "rl.width_buckets",
     "model.remat",
     "sft.log_every",
 )

@@ -1,4 +1,4 @@
-"""The parts of an iteration: padding, rewards for the update, metrics, dumps and times."""
+"""The parts of an iteration: rewards for the update, metrics, dumps and times."""
 
 from __future__ import annotations
 
@@ -12,21 +12,9 @@ from jax.experimental import multihost_utils
 
 from stepsearch_jax.run.collect import Collected
 from stepsearch_jax.sharding import rows_from_mesh
-from stepsearch_jax.types import Batch, Trajectory
+from stepsearch_jax.types import Batch
 
 logger = logging.getLogger("stepsearch_jax")
-
-
-def cut_padding(rollout: Collected, multiple: int) -> Trajectory:
-    """The trajectory up to the longest episode of all processes, rounded up to `multiple` tokens.
-
-    Short rollouts then cost less than the whole context. Each rounded length compiles one program.
-    """
-    longest = int(np.max(multihost_utils.process_allgather(rollout.rows.length.max())))
-    width = -(-longest // multiple) * multiple
-    per_token = ("tokens", "token_mask", "action_mask", "turn_ids", "sampler_logprobs")
-    trajectory = rollout.trajectory
-    return trajectory.replace(**{name: getattr(trajectory, name)[:, :width] for name in per_token})
 
 
 def choose_rewards(config, rollout: Collected, iteration: int) -> tuple[np.ndarray, np.ndarray]:
@@ -114,8 +102,7 @@ class Clock:
 class CompileCounter:
     """Counts the programs that this process compiles, or loads from jax's cache.
 
-    After a run's first iteration there should be none, except for a rollout of a rounded length
-    that is new (`cut_padding`).
+    After a run's first iteration there should be none.
     """
 
     def __init__(self):

@@ -110,6 +110,7 @@ def learner_settings(config: ml_collections.ConfigDict) -> LearnerSettings:
                 "minibatches",
                 "ppo_epochs",
                 "microbatch_size",
+                "width_buckets",
             )
         },
     )

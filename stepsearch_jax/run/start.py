@@ -54,8 +54,9 @@ def bind_answer_gain(system: System):
     openings = {split.answers.opening for split in system.splits.values() if split.answers}
     if not openings:
         return None
+    rl_config = system.config.rl
     gain = learner.make_answer_gain(
-        system.learner_model, *openings, system.config.rl.microbatch_size
+        system.learner_model, *openings, rl_config.microbatch_size, rl_config.width_buckets
     )
 
     def answer_gain(params, trajectory, split, rows):
