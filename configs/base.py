@@ -86,7 +86,7 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
 
     config.search = search = ml_collections.ConfigDict()
     # bm25 | dense: nearest by an encoder's vectors, as in the paper; needs rollout.search="host"
-    # | remote: a search server.
+    # | remote: a search server | "package.module:function" (docs/plugins.md).
     search.kind = "bm25"
     search.k = 3  # documents per search [P]
     # Tokens of an observation, header and documents together; documents are cut to share them [C].
@@ -232,7 +232,8 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     reward.key_match = "max"  # max [P] | overwrite: a later, worse query lowers it [C]
     # What a search gained. gain: how much closer its documents are to the gold ones, G [P]
     # | answer_logprob: how much its turn raised the policy's own mean log-probability per token of
-    # "answer</answer>" after "<answer>"; needs no gold documents (arXiv 2510.14967).
+    # "answer</answer>" after "<answer>"; needs no gold documents (arXiv 2510.14967)
+    # | "package.module:function" (docs/plugins.md).
     reward.step_reward = "gain"
     reward.use_gain = True  # the step reward counts what a search gained
     reward.use_redundancy = True  # the step reward counts redundancy P

@@ -33,7 +33,20 @@ CHOICES = {  # config key -> its values; configs/base.py explains them
 }
 
 
+# Keys that also take a function of the user's, "package.module:function" (`plugins`).
+PLUGINS = ("search.kind", "reward.step_reward")
+
+
+def is_plugin(value: str) -> bool:
+    """Whether the value of a key names a function of the user's."""
+    return ":" in value
+
+
 def check_choice(key: str, value: str) -> None:
     """Raises ValueError with the key and its values if `value` is not one of them."""
-    if value not in CHOICES[key]:
-        raise ValueError(f"config.{key} is {value!r}; it must be one of {', '.join(CHOICES[key])}")
+    if value in CHOICES[key] or key in PLUGINS and is_plugin(value):
+        return
+    function = ', or "package.module:function"' if key in PLUGINS else ""
+    raise ValueError(
+        f"config.{key} is {value!r}; it must be one of {', '.join(CHOICES[key])}{function}"
+    )

@@ -160,7 +160,7 @@ def run_iterations(system: System, workdir: pathlib.Path, first_iterations: int)
             clock.lap("update")
 
             # -- Report.
-            metrics = rollout_metrics(rollout)
+            metrics = rollout_metrics(rollout, config.reward.step_reward)
             metrics |= {name: float(x) for name, x in (batch_metrics | update_metrics).items()}
             metrics |= {"kl_coef": float(state.kl_coef), "skipped": int(state.skipped)}
             metrics |= clock.seconds | compilations.take(iteration, start)

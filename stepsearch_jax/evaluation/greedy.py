@@ -240,6 +240,7 @@ def write_results(
         "before": before,
         "after": after,
         "retrieval": system.retrieval,
+        "step_reward": system.describe_step_reward(),
     }
     if evaluation_config.controls:
         try:

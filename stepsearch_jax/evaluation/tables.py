@@ -191,7 +191,13 @@ def measure_dataset(
         controls = {method: means[method] for method in baselines.given}
         write_json(
             folder / "evaluation.json",
-            {"questions": count, **measures, "controls": controls, "retrieval": system.retrieval},
+            {
+                "questions": count,
+                **measures,
+                "controls": controls,
+                "retrieval": system.retrieval,
+                "step_reward": system.describe_step_reward(),
+            },
         )
         write_transcripts(folder, transcripts)
         rows = [{key: value for key, value in line.items() if key != "turns"} for line in lines]

@@ -19,6 +19,7 @@ from etils import epath
 
 from stepsearch_jax.files import read_json, write_text
 from stepsearch_jax.metrics import METRICS_FILE, read_metrics
+from stepsearch_jax.plugins import name_step_reward
 from stepsearch_jax.report.curves import draw_curves
 from stepsearch_jax.report.transcripts import read_transcripts, select
 
@@ -125,6 +126,9 @@ def write_report(workdir: str | os.PathLike) -> pathlib.Path:
         further=further,
         shown=shown,
         episodes=len(episodes),
+        gain_name=name_step_reward(
+            ((evaluation or {}).get("step_reward") or {}).get("function") or "gain"
+        ),
         merged=((config or {}).get("reward") or {}).get("placement") == "merged",
         config=None if config is None else json.dumps(config, indent=2, ensure_ascii=False),
     )

@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 import jax
 import ml_collections
 
+from stepsearch_jax.choices import is_plugin
 from stepsearch_jax.data.documents import Mapped
 from stepsearch_jax.data.loading import Source, open_source
 from stepsearch_jax.dense.index import DenseIndex, build_dense_index, load_text_encoder
+from stepsearch_jax.plugins import PluginIndex
 from stepsearch_jax.records import Document
 from stepsearch_jax.rewards.text_metrics import normalize
 from stepsearch_jax.search.bm25 import Bm25Index, build_index, check_settings
@@ -24,7 +26,7 @@ def build_search_index(
     folder: pathlib.Path,
     devices: Sequence[jax.Device],
     ended: Callable[[], None] = lambda: None,
-) -> Bm25Index | DenseIndex | RemoteIndex:
+) -> Bm25Index | DenseIndex | RemoteIndex | PluginIndex:
     """The index that config.search asks for, kept in `folder`.
 
     devices: of this process, for a dense index. ended: called whenever a request to a remote
@@ -49,6 +51,8 @@ def build_search_index(
             search_config.bm25_k1,
             search_config.bm25_b,
         )
+    if is_plugin(search_config.kind):
+        return PluginIndex(search_config.kind, documents, hash_documents(documents), search_config)
     encoder = load_text_encoder(search_config.encoder, search_config.encode_batch, devices)
     return build_dense_index(
         documents,
@@ -63,7 +67,7 @@ def build_search_index(
 
 def open_corpus(
     config: ml_collections.ConfigDict,
-) -> tuple[Source, Bm25Index | DenseIndex | RemoteIndex]:
+) -> tuple[Source, Bm25Index | DenseIndex | RemoteIndex | PluginIndex]:
     """The data set and the index of a config, without model and mesh.
 
     A dense index uses all devices of this process, other indexes none.

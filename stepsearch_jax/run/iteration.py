@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from stepsearch_jax.plugins import name_step_reward
 from stepsearch_jax.run.collect import Collected
 from stepsearch_jax.sharding import rows_from_mesh
 from stepsearch_jax.types import Batch
@@ -41,8 +42,11 @@ def choose_rewards(config, rollout: Collected, iteration: int) -> tuple[np.ndarr
     return np.where(searched, steps[other], 0), outcomes[other] + unplaced
 
 
-def rollout_metrics(rollout: Collected) -> dict[str, float]:
-    """Means over the episodes of all processes, and counts; gold_recall over those with gold."""
+def rollout_metrics(rollout: Collected, step_reward: str) -> dict[str, float]:
+    """Means over the episodes of all processes, and counts; gold_recall over those with gold.
+
+    step_reward: the config's reward.step_reward; one of the user's gives the gain its name.
+    """
     scores, measures, rows = rollout.scores, rollout.scores.measures, rollout.rows
     columns = {
         "f1": measures.f1,
@@ -51,7 +55,7 @@ def rollout_metrics(rollout: Collected) -> dict[str, float]:
         "searches": measures.searches,
         "step_reward": scores.step_rewards.sum(1),
         "outcome_reward": scores.outcome_rewards,
-        "gain": scores.gain.sum(1),
+        name_step_reward(step_reward): scores.gain.sum(1),
         "redundancy": scores.redundancy.sum(1),
         "key_reward": scores.key_rewards,
         "format_ok": scores.gate_passed,

@@ -16,12 +16,14 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from stepsearch_jax import sharding
+from stepsearch_jax.choices import is_plugin
 from stepsearch_jax.data import atlas_grammar
 from stepsearch_jax.data.documents import Mapped
 from stepsearch_jax.data.loading import Source, load_source
 from stepsearch_jax.data.schema import encode_question
 from stepsearch_jax.models.architecture import ModelConfig
 from stepsearch_jax.models.weights import Weights, check_architecture
+from stepsearch_jax.plugins import describe_function, load_step_reward, score_steps
 from stepsearch_jax.prompting.tags import decode_query, make_tag_automaton
 from stepsearch_jax.prompting.templates import encode_environment, render_document, render_prompt
 from stepsearch_jax.prompting.tokenizers import Tokenizer, load_tokenizer
@@ -118,9 +120,14 @@ class System:
     def score(self, episodes: Sequence[Episode], gain: np.ndarray | None = None) -> StepScores:
         """Rewards of episodes, by the config's reward section.
 
-        gain [B, K]: replaces the information gain of the retrieved documents.
+        gain [B, K]: replaces the information gain of the retrieved documents, as a step reward of
+        the user's does.
         """
         reward_config = self.config.reward
+        if self._step_reward is not None:
+            gain = score_steps(
+                self._step_reward, episodes, self.source.documents, self.settings.turns
+            )
         return score_episodes(
             episodes,
             self._similarity,
@@ -140,9 +147,18 @@ class System:
             texts=self._texts,
         )
 
+    def describe_step_reward(self) -> dict[str, str]:
+        """What results say about config.reward.step_reward: its name and, if it is a function of
+        the user's, a hash of its file."""
+        name = self.config.reward.step_reward
+        if self._step_reward is None:
+            return {"function": name}
+        return describe_function(self._step_reward, name)
+
     _similarity: object = None
     _rendered: Sequence[tuple[str, str]] | None = None
     _texts: Sequence[str] | None = None
+    _step_reward: Callable | None = None  # the user's, if reward.step_reward names one
 
 
 def build_system(config: ml_collections.ConfigDict, splits: Sequence[str], search=None) -> System:
@@ -162,6 +178,8 @@ def build_system(config: ml_collections.ConfigDict, splits: Sequence[str], searc
         config.model.num_kv_heads,
     )
     check_config(config, mesh)
+    step_reward = config.reward.step_reward
+    step_reward = load_step_reward(step_reward) if is_plugin(step_reward) else None
     watchdog = Watchdog(search_config.timeout_s, "config.search.timeout_s")
 
     # Tokenizer, data set, index and tf-idf: kept under cache_dir, made once per host if missing.
@@ -240,6 +258,7 @@ def build_system(config: ml_collections.ConfigDict, splits: Sequence[str], searc
         _similarity=similarity,
         _rendered=Mapped(lambda document: (document.title, document.text), source.documents),
         _texts=texts,
+        _step_reward=step_reward,
     )
 
 
