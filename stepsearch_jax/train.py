@@ -25,6 +25,7 @@ from stepsearch_jax.data.loading import question_rows
 from stepsearch_jax.evaluation.greedy import evaluate_policy, write_results
 from stepsearch_jax.files import check_workdir
 from stepsearch_jax.metrics import MetricsWriter, progress
+from stepsearch_jax.report.page import format_number
 from stepsearch_jax.rl import learner
 from stepsearch_jax.run.checks import check_sampling
 from stepsearch_jax.run.collect import collect
@@ -72,14 +73,27 @@ def prepare_workdir(system: System, workdir: pathlib.Path) -> int:
     for name, split in system.splits.items():
         logger.info(
             "%s: %d questions; %d passages; "
-            "recall@%d of the gold passages for the gold sub-questions: %.3f",
+            "recall@%d of the gold passages for the gold sub-questions: %s",
             name,
             len(split.questions),
             len(system.source.documents),
             system.config.search.k,
-            system.measure_retrieval(name),
+            format_number(system.measure_retrieval(name)),
         )
+    warn_of_no_gold(system)
     return beginning["iterations"]
+
+
+def warn_of_no_gold(system: System) -> None:
+    """Warns if every information gain will be 0 because no question names gold documents."""
+    reward_config, name = system.config.reward, system.config.data.train_split
+    by_gold = reward_config.step_reward == "gain" and reward_config.use_gain
+    if by_gold and not any(question.gold_ids for question in system.splits[name].questions):
+        logger.warning(
+            "no question of split %s has gold documents in the corpus, so every information gain "
+            "is 0: add `gold` to the questions, or set reward.step_reward=answer_logprob",
+            name,
+        )
 
 
 def run_iterations(system: System, workdir: pathlib.Path, first_iterations: int) -> dict:
@@ -166,7 +180,7 @@ def run_iterations(system: System, workdir: pathlib.Path, first_iterations: int)
             metrics |= clock.seconds | compilations.take(iteration, start)
             writer.write("rl", iteration, metrics)
             shown = ("f1", "step_reward", "gold_recall")
-            bar.set_postfix({name: f"{metrics[name]:.3f}" for name in shown})
+            bar.set_postfix({name: format_number(metrics[name]) for name in shown})
 
             # -- Evaluate now and then; the last iteration is evaluated below.
             every = config.evaluation.every

@@ -31,8 +31,10 @@ def config(tmp_path):
 def trace(work, *arguments):
     """-> (result of work(*arguments), the most bytes held meanwhile, bytes still held).
 
-    Both beyond those held before.
+    Both beyond those held before. Garbage is collected as often as in a user's process.
     """
+    thresholds = gc.get_threshold()
+    gc.set_threshold(700, 10, 10)
     gc.collect()
     tracemalloc.start()
     try:
@@ -42,6 +44,7 @@ def trace(work, *arguments):
         return result, peak, tracemalloc.get_traced_memory()[0]
     finally:
         tracemalloc.stop()
+        gc.set_threshold(*thresholds)
 
 
 @pytest.mark.slow
@@ -56,8 +59,10 @@ def test_memory_hardly_grows_with_the_corpus(config, tmp_path, monkeypatch):
     monkeypatch.setattr(corpus_tokens, "_CHUNK", 64)
     monkeypatch.setattr(reward, "VOCABULARY", 500)  # memory does grow with the different words
     held = {}
-    # The first one's memory is also what libraries keep when they are first used.
-    for count in (200, 201, 1000):
+    # The first one's memory is also what libraries keep when they are first used. The large one is
+    # measured twice, and the smaller figures count: what a thread of an earlier test allocates
+    # meanwhile is counted as well.
+    for count in (200, 201, 1000, 1001):
         folder, corpus = tmp_path / str(count), tmp_path / f"{count}.jsonl"
         folder.mkdir()
         write_corpus(corpus, count, seed=0)
@@ -72,7 +77,8 @@ def test_memory_hardly_grows_with_the_corpus(config, tmp_path, monkeypatch):
         assert scores.gain.sum(1).mean() > 0.5  # the queries find their passages mostly
         held[count] = dict(data=of_data, first=of_first, later=of_later, scoring=of_scoring)
     for stage, few in held[201].items():
-        for kind, less, more in zip(GROWTH, few, held[1000][stage], strict=True):
+        many = map(min, held[1000][stage], held[1001][stage])
+        for kind, less, more in zip(GROWTH, few, many, strict=True):
             assert more - less < GROWTH[kind] * (1000 - 201), (stage, kind, less, more)
 
 

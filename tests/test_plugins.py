@@ -101,7 +101,9 @@ def test_metrics_and_report_use_the_name(config, folder):
     searches = type("Counts", (), {"failed": 0, "seconds": 0.0})
     rollout = Collected(None, rows, [SHORT], scores, np.zeros((1, 3)), searches)
     assert "answer_found" in rollout_metrics(rollout, "my_rewards:answer_found")
-    assert "gain" in rollout_metrics(rollout, "gain")
+    metrics = rollout_metrics(rollout, "gain")
+    assert "gain" in metrics
+    assert np.isnan(metrics["gold_recall"])  # not known: the question has no gold documents
 
 
 BAD = {

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import operator
 import pathlib
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from jax.experimental import multihost_utils
 from stepsearch_jax.files import write_json, write_text
 from stepsearch_jax.metrics import progress
 from stepsearch_jax.records import Episode
-from stepsearch_jax.report.page import write_report
+from stepsearch_jax.report.page import format_number, write_report
 from stepsearch_jax.rewards.scoring import StepScores
 from stepsearch_jax.rollout.scripted import PERFECT, run_script
 from stepsearch_jax.rollout.text import to_episodes
@@ -69,8 +70,8 @@ def evaluate_policy(
 ) -> tuple[dict[str, float], list[dict]]:
     """Evaluates greedily, every question of the split exactly once -> (means, dumps).
 
-    Means: em, f1, gold_recall, searches, invalid, truncated. Dumps: one per question, in their
-    order (`dump_episode`). Both cover all processes.
+    Means: em, f1, gold_recall (NaN if no gold document is known), searches, invalid, truncated.
+    Dumps: one per question, in their order (`dump_episode`). Both cover all processes.
     """
     total = count_questions(system, split_name)
     sums, dumps = np.zeros(len(MEANS) + 2), {}
@@ -92,7 +93,7 @@ def evaluate_policy(
         total,
         split_name,
         round(means["searches"] * total),
-        ", ".join(f"{name} {value:.3f}" for name, value in means.items()),
+        ", ".join(f"{name} {format_number(value)}" for name, value in means.items()),
     )
     return means, gather_dumps(dumps)
 
@@ -156,12 +157,10 @@ def _sum_measures(episodes: list[Episode], scores: StepScores, valid: np.ndarray
 
 
 def _divide(sums: np.ndarray) -> dict[str, float]:
-    """Means over questions; gold recall over those with known gold documents, 0 without any."""
+    """Means over questions; gold recall over those with known gold documents, NaN without any."""
     total, *sums, known = sums.tolist()
-    return {
-        name: value / (max(known, 1) if name == "gold_recall" else total)
-        for name, value in zip(MEANS, sums)
-    }
+    means = {name: value / total for name, value in zip(MEANS, sums)}
+    return means | {"gold_recall": means["gold_recall"] * total / known if known else math.nan}
 
 
 def dump_episode(system: System, episode: Episode, scores: StepScores, b: int) -> dict:
@@ -228,11 +227,17 @@ def evaluate_controls(system: System, split_name: str) -> dict[str, dict[str, fl
     }
 
 
+def _none_for_nan(value):
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
 def write_results(
     system: System, folder: pathlib.Path, before: dict, after: dict, dumps: dict[str, list[dict]]
 ) -> dict:
     """Writes evaluation.json, transcripts.jsonl and report.html into `folder` and prints the table,
     on process 0 -> the contents of evaluation.json.
+
+    before, after: from `evaluate_policy`; a mean that is NaN, not known, becomes null.
     """
     evaluation_config = system.config.evaluation
     result = {
@@ -249,13 +254,13 @@ def write_results(
             logger.warning("the controls are left out: %s", error)
     if jax.process_index() == 0:
         write_transcripts(folder, dumps)
-        write_json(folder / "evaluation.json", result)
+        write_json(folder / "evaluation.json", jax.tree.map(_none_for_nan, result))
         rows = {"before RL": before, "after RL": after} | result.get("controls", {})
         print(
             f"{result['questions']} questions of {evaluation_config.split}".ljust(36)
             + "".join(name.rjust(12) for name in MEANS)
         )
         for name, means in rows.items():
-            print(name.ljust(36) + "".join(f"{means[mean]:12.3f}" for mean in MEANS))
+            print(name.ljust(36) + "".join(format_number(means[mean]).rjust(12) for mean in MEANS))
         print(f"report: {write_report(folder)}", flush=True)
     return result

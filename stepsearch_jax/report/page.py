@@ -9,6 +9,7 @@ policy's tags are coloured in the policy's own text only.
 from __future__ import annotations
 
 import json
+import math
 import os
 import pathlib
 from collections.abc import Mapping
@@ -58,8 +59,8 @@ def _results(evaluation: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def format_number(value: float | None, digits: int = 3) -> str:
-    """0.1234 -> "0.123"; None (not measured) -> "–"."""
-    return "–" if value is None else f"{value:.{digits}f}".replace("-", "−")
+    """0.1234 -> "0.123"; None or NaN (not measured, not known) -> "–"."""
+    return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}".replace("-", "−")
 
 
 def format_signed(value: float | None, digits: int = 3) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import pathlib
 import time
 
@@ -43,7 +44,9 @@ def choose_rewards(config, rollout: Collected, iteration: int) -> tuple[np.ndarr
 
 
 def rollout_metrics(rollout: Collected, step_reward: str) -> dict[str, float]:
-    """Means over the episodes of all processes, and counts; gold_recall over those with gold.
+    """Means over the episodes of all processes, and counts.
+
+    gold_recall: over the episodes whose gold documents are known, NaN if there are none.
 
     step_reward: the config's reward.step_reward; one of the user's gives the gain its name.
     """
@@ -67,7 +70,7 @@ def rollout_metrics(rollout: Collected, step_reward: str) -> dict[str, float]:
     own = np.array([np.mean(column) for column in columns.values()])
     means = multihost_utils.process_allgather(own).reshape(-1, len(columns)).mean(0)
     metrics = dict(zip(columns, means.tolist()))
-    metrics["gold_recall"] /= metrics.pop("gold_known") or 1
+    metrics["gold_recall"] /= metrics.pop("gold_known") or math.nan
 
     counters = multihost_utils.process_allgather(rollout.counters.sum(0)).reshape(-1, 3).sum(0)
     for name, count in zip(("decode_steps", "flushes", "prefilled_tokens"), counters):

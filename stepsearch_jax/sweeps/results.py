@@ -21,11 +21,13 @@ from stepsearch_jax.sweeps.running import POINTS, Times, is_finished
 TABLE_FILES = ("table.md", "table.json")
 
 
-def mean_interval(values: Sequence[float]) -> dict[str, float | None] | None:
+def mean_interval(values: Sequence[float | None]) -> dict[str, float | None] | None:
     """{"mean", "interval"}: the mean and half of its 95 % interval.
 
-    The half is t_{0.975, n-1} s / sqrt(n) with Student's t; None for one value. No values: None.
+    The half is t_{0.975, n-1} s / sqrt(n) with Student's t; None for one value. Values that are not
+    known (None) do not count. No values: None.
     """
+    values = [value for value in values if value is not None]
     n = len(values)
     if not n:
         return None
@@ -64,12 +66,11 @@ def read_results(
             ]
             rows[-1]["same_as"] = same[0] if same else None
         finished = [run for row in rows for run in row["runs"] if run["finished"]]
-        before = (
-            {key: statistics.fmean(run["before"][key] for run in finished) for key, _ in MEASURES}
-            if finished
-            else None
-        )
-        tables.append({"name": sweep.name, "before": before, "methods": rows})
+        before = {
+            key: (mean_interval([run["before"][key] for run in finished]) or {}).get("mean")
+            for key, _ in MEASURES
+        }
+        tables.append({"name": sweep.name, "before": before if finished else None, "methods": rows})
     return {"config": config_file, "wall_s": times["sweep"], "sweeps": tables}
 
 
