@@ -26,6 +26,7 @@ config = load_config("atlas_quickstart")
 config.iterations = int(sys.argv[1]) if len(sys.argv) > 1 else 3
 config.data.atlas.train_questions = 500  # fewer than the quickstart's: made in seconds
 config.rollout.prompts = 32
+config.rl.width_buckets = 2  # widths of a micro-batch: fewer to compile
 start_jax(config)
 
 # Questions, corpus, BM25 index, tokenizer and device mesh; then the programs, each jitted once.

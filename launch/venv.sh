@@ -44,7 +44,8 @@ use_venv() {
     wanted=$("$python" -c 'import hashlib, sys; print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest())' "$file")
     if [[ $(cat ".venv/installed-$file" 2>/dev/null) != "$wanted" ]]; then
       echo "installing $file into .venv (once)"
-      run .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$file"
+      # Python compiles a module when it is first imported; compiling all of them here takes a minute longer.
+      run .venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -r "$file"
       if [[ ${DRY_RUN:-0} != 1 ]]; then echo "$wanted" >".venv/installed-$file"; fi
     fi
   done

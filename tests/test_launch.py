@@ -91,7 +91,7 @@ def test_syntax(script):
     assert script.name == "venv.sh" or os.access(script, os.X_OK)
 
 
-PIP = "pip install --quiet --disable-pip-version-check -r "
+PIP = "pip install --quiet --no-compile --disable-pip-version-check -r "
 PYTEST = "pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15"
 
 
