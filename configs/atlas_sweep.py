@@ -22,6 +22,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.atlas.shapes = ("3hop_chain", "4hop_chain")
     config.rollout.max_turns = 6
     config.rollout.context = 576
+    config.rl.minibatches = 4
+    config.rl.old_logprobs = "learner"
+    config.policy.learning_rate = 5e-4
     # learning rates are chosen on these, methods compared on as many of test
     config.data.atlas.validation_questions = 256
     config.evaluation.controls = False

@@ -4,8 +4,12 @@ r"""Writes a run's policy as a Hugging Face folder.
         [--dtype=bfloat16] [--shard_gib=4] [--config.key=value …]
 
 MODEL receives config.json, generation_config.json, the weights of DIR's newest checkpoint as
-safetensors, and the tokenizer. The config is that of the run, DIR/config.json; flags change it.
-transformers loads the folder; vLLM reads folders of this form (not tried).
+safetensors, the tokenizer, and prompt.txt: the prompt that the policy expects, with {question} in
+the question's place. The config is that of the run, DIR/config.json; flags change it. transformers
+loads the folder; vLLM reads folders of this form (not tried).
+
+The tokenizer of Atlas lies in MODEL/tokenizer: in MODEL itself, transformers' AutoTokenizer would
+take it for Qwen2's, as config.json says Qwen2, and read every text wrongly.
 """
 
 from __future__ import annotations
@@ -63,18 +67,22 @@ import os
 import re
 
 from stepsearch_jax.models.huggingface import INDEX, export_policy
-from stepsearch_jax.prompting.tokenizers import TOKENIZER_FILES, list_tokenizer_files
+from stepsearch_jax.prompting.templates import TEMPLATES
+from stepsearch_jax.prompting.tokenizers import TOKENIZER_FILES, Tokenizer, list_tokenizer_files
 from stepsearch_jax.run.folder import check_has_run, check_readable
 from stepsearch_jax.run.pretrained import open_weights
 from stepsearch_jax.run.start import begin_run
 from stepsearch_jax.run.system import build_system
 
 logger = logging.getLogger("stepsearch_jax")
+PROMPT = "prompt.txt"
+APART = "tokenizer"  # the folder of a tokenizer that AutoTokenizer would misread
 EXPORTED = re.compile(
     "|".join(
         [
             r"model(-\d{5}-of-\d{5})?\.safetensors",
-            *map(re.escape, ("config.json", "generation_config.json", INDEX, *TOKENIZER_FILES)),
+            *map(re.escape, ("config.json", "generation_config.json", INDEX, PROMPT)),
+            rf"({APART}/)?({'|'.join(map(re.escape, TOKENIZER_FILES))})",
         ]
     )
 )
@@ -93,7 +101,10 @@ def check_target(folder: pathlib.Path, config) -> None:
             )
     if not os.path.lexists(folder):
         return
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {"no folder"}
+    names = {"no folder"}
+    if folder.is_dir():
+        paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+        names = {path.relative_to(folder).as_posix() for path in paths}
     # config.json alone is not enough: a run's folder has one, too.
     whole = "config.json" in names and any(name.endswith(".safetensors") for name in names)
     own = all((folder / name).is_file() and EXPORTED.fullmatch(name) for name in names)
@@ -127,9 +138,17 @@ def export(
         context=config.rollout.context,
         end_ids=tokenizer.eos_ids,
         pad_id=tokenizer.pad_id,
-        tokenizer_files=list_tokenizer_files(config.prompt.tokenizer, tokenizer),
+        other_files=list_other_files(config.prompt, tokenizer),
     )
     logger.info("wrote the policy after %d iterations to %s", int(state.iteration), folder)
+
+
+def list_other_files(prompt_config, tokenizer: Tokenizer) -> dict[str, bytes]:
+    """Name -> content of the tokenizer's files and of prompt.txt."""
+    files = list_tokenizer_files(prompt_config.tokenizer, tokenizer)
+    if prompt_config.tokenizer == "atlas":
+        files = {f"{APART}/{name}": raw for name, raw in files.items()}
+    return files | {PROMPT: TEMPLATES[prompt_config.template].encode()}
 
 
 if __name__ == "__main__":

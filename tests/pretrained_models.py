@@ -22,7 +22,7 @@ STORED = {
     "qwen2_yarn": "float16",
 }
 ONE = (1, 1, 1)  # data, fsdp, tensor
-EXPORT = dict(shard_bytes=1 << 30, context=64, end_ids=[0], pad_id=0, tokenizer_files={})
+EXPORT = dict(shard_bytes=1 << 30, context=64, end_ids=[0], pad_id=0, other_files={})
 
 
 def configure(weights, vocab_size: int = 46):

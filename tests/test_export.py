@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import running
 import tiny_config
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from stepsearch_jax import export
 from stepsearch_jax.models.huggingface import open_checkpoint
 from stepsearch_jax.models.weights import load_policy
+from stepsearch_jax.prompting.templates import render_prompt
 from stepsearch_jax.run import start
 from stepsearch_jax.run.system import build_system
 
@@ -41,6 +42,7 @@ def test_a_bucket_is_no_folder():
         ["config.json", "start/_METADATA"],
         ["config.json", "model.safetensors", "notes.txt"],
         ["config.json", "tokenizer.json/file"],
+        ["config.json", "model.safetensors", "tokenizer/notes.txt"],
         ["model.safetensors"],
         ["config.json"],
         None,
@@ -88,8 +90,11 @@ def test_a_run_is_exported(tmp_path, tmp_path_factory):
     exported = open_checkpoint(tmp_path / "model")
     again = load_policy(exported, system.learner_model, newer.policy.params)
     jax.tree.map(np.testing.assert_array_equal, again, newer.policy.params)
-    # With a config.json of qwen2, AutoTokenizer would ignore tokenizer.json and tokenize as Qwen2.
-    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model/tokenizer.json").exists()  # which would be read as Qwen2's
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "model/tokenizer")
+    prompt = (tmp_path / "model/prompt.txt").read_text()
+    question = "Who is the founder of the employer of Galine Farnby?"
+    assert prompt.replace("{question}", question) == render_prompt("short", question)
     text = (
         " Question: Who is the founder of the employer of Galine Farnby?\n"
         "<search> Galine Farnby employer</search>"

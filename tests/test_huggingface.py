@@ -216,7 +216,7 @@ def test_export_with_its_tokenizer(tmp_path, shared_data):
     files = list_tokenizer_files(folder, load_tokenizer(folder, ()))
     config, params = load(GOLDEN / "qwen2")
     export_policy(
-        tmp_path / "model", params, config, dtype="float32", **EXPORT | dict(tokenizer_files=files)
+        tmp_path / "model", params, config, dtype="float32", **EXPORT | dict(other_files=files)
     )
     assert {path.name for path in (tmp_path / "model").iterdir()} >= {
         "config.json",

@@ -37,7 +37,7 @@ def write_hub_model(hub: pathlib.Path, name: str) -> None:
     }
     model = hub / f"models--{name.replace('/', '--')}"
     params = tiny.draw_params(Policy(MODEL), 0)
-    given = EXPORT | dict(end_ids=[end], pad_id=end, tokenizer_files=files)
+    given = EXPORT | dict(end_ids=[end], pad_id=end, other_files=files)
     export_policy(model / "snapshots" / "abc", params, MODEL, dtype="float32", **given)
     (model / "refs").mkdir()
     (model / "refs/main").write_text("abc")

@@ -407,7 +407,7 @@ def test_a_run_begins_with_pretrained_weights(config, system, tmp_path):
         context=384,
         end_ids=(0,),
         pad_id=0,
-        tokenizer_files={},
+        other_files={},
     )
     config = config.copy_and_resolve_references()
     config.model.checkpoint = str(tmp_path / "model")

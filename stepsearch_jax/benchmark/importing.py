@@ -83,7 +83,7 @@ def measure(*, repeats: int, seed: int, model: pathlib.Path) -> dict:
             context=4096,
             end_ids=(0,),
             pad_id=0,
-            tokenizer_files={},
+            other_files={},
         )
         theirs = compute_peer_logits(written, tokens, length)
     real = np.arange(TOKENS) < length[:, None]

@@ -217,7 +217,7 @@ def export_policy(
     context: int,
     end_ids: Sequence[int],
     pad_id: int,
-    tokenizer_files: Mapping[str, bytes],
+    other_files: Mapping[str, bytes],
 ) -> None:
     """Writes a folder that transformers loads. All processes call it; the first one writes.
 
@@ -225,8 +225,8 @@ def export_policy(
     dtype: of the written weights, "float32", "bfloat16" or "float16". shard_bytes: a larger model
     is written to several files with an index; the host holds one file at a time. context: the
     longest text that the model can read, for config.json. end_ids: tokens that end a text.
-    tokenizer_files: name -> content of the other files
-    (`prompting.tokenizers.list_tokenizer_files`). Raises ValueError for an architecture that
+    other_files: name -> content, such as those of `prompting.tokenizers.list_tokenizer_files`; a
+    name may have folders. Raises ValueError for an architecture that
     belongs to none of the families.
     """
     first = jax.process_index() == 0
@@ -254,7 +254,8 @@ def export_policy(
                 contents[INDEX] = index
             for file, content in contents.items():
                 (made / file).write_text(json.dumps(content, indent=2) + "\n")
-            for file, raw in tokenizer_files.items():
+            for file, raw in other_files.items():
+                (made / file).parent.mkdir(parents=True, exist_ok=True)
                 (made / file).write_bytes(raw)
             mode = (made / "config.json").stat().st_mode
             for file, _ in files:  # safetensors writes files that only their owner may read
