@@ -10,7 +10,7 @@ import pytest
 from loop_tfidf import loop_gain
 
 from stepsearch_jax.benchmark import __main__ as benchmark
-from stepsearch_jax.benchmark import reward, rollout, update
+from stepsearch_jax.benchmark import padding, reward, rollout, update
 from stepsearch_jax.rewards.scoring import passes_strict_gate
 from stepsearch_jax.rewards.tfidf import fit_similarity
 
@@ -108,7 +108,8 @@ def test_the_command_prints_a_table_and_writes_figures(monkeypatch, capsys, tmp_
 
 def test_all_runs_every_subject_with_the_flags_that_it_knows(monkeypatch, capsys, tmp_path):
     seen = {}
-    for name, module in (("rollout", rollout), ("update", update), ("reward", reward)):
+    modules = dict(rollout=rollout, update=update, padding=padding, reward=reward)
+    for name, module in modules.items():
         monkeypatch.setattr(
             module, "measure", lambda name=name, **options: seen.setdefault(name, options)
         )
@@ -119,10 +120,11 @@ def test_all_runs_every_subject_with_the_flags_that_it_knows(monkeypatch, capsys
     assert seen == {
         "rollout": models | dict(repeats=3, case=["long", "slots"], peer="transformers"),
         "update": models | dict(repeats=5, peer="none"),  # which has no such peer
+        "padding": dict(repeats=5, seed=0, config=None, episodes=32),
         "reward": dict(repeats=7, seed=0),
     }
     assert json.loads((tmp_path / "f.json").read_text()) == seen
-    tables = ["table of rollout", "table of update", "table of reward"]
+    tables = [f"table of {name}" for name in modules]
     assert capsys.readouterr().out.splitlines() == tables
 
 

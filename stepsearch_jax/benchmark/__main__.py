@@ -1,6 +1,6 @@
 """Measures parts of this package beside what others use for the same job, both in one run.
 
-    python -m stepsearch_jax.benchmark {rollout,update,reward,retrieval,memory,import,all} \
+    python -m stepsearch_jax.benchmark {rollout,update,padding,reward,retrieval,memory,import,all} \
         [--peer NAME] [--json FILE] [--repeats N] [--seed S]
 
 Times depend on the machine and its load; ratios within one run hardly do. Extra packages:
@@ -50,12 +50,13 @@ class Subject:
 SUBJECTS = {
     "rollout": Subject("rollout", 3, ("case", "config", "episodes", "peer", "peer_python"), PEERS),
     "update": Subject("update", 5, ("config", "episodes", "peer", "peer_python"), ("tunix",)),
+    "padding": Subject("padding", 5, ("config", "episodes"), ()),
     "reward": Subject("reward", 7, (), ()),
     "retrieval": Subject("retrieval", 3, ("passages", "requests", "folder"), ()),
     "memory": Subject("memory", 1, ("passages", "folder", "config"), ()),
     "import": Subject("importing", 3, ("model",), ()),
 }
-MADE_UP = ("rollout", "update", "reward")  # what `all` runs: subjects that need no files
+MADE_UP = ("rollout", "update", "padding", "reward")  # what `all` runs: subjects that need no files
 ALL = (
     "Every subject that needs no files, one after another.\n\n"
     "A subject that does not know the peer is timed without it."
@@ -158,7 +159,7 @@ def _add_subject(
         options.add_argument(
             "--config",
             metavar="FILE",
-            help="of rollout and update: random weights of this config's model, such as "
+            help="of rollout, update and padding: random weights of this config's model, such as "
             "configs/musique_qwen2_5.py:0.5b, instead of the sample model; of memory: the run; "
             "--config.KEY=VALUE changes a key",
         )
