@@ -22,6 +22,7 @@ PLACEMENT, ADVANTAGES, LOSSES, LEARNER = (
     f"stepsearch_jax/{name}.py"
     for name in ("rewards/placement", "rl/advantages", "rl/losses", "rl/learner")
 )
+MICROBATCHES = "stepsearch_jax/rl/microbatches.py"
 SCORING, MASKING = "stepsearch_jax/rewards/scoring.py", "stepsearch_jax/masking.py"
 
 
@@ -280,6 +281,27 @@ FAULTS = (
         "trajectory.group_ids,",
         "jnp.arange(len(mask)),",
         "test_build_batch.py",
+    ),
+    Fault(
+        "rows stay in the order of their lengths",
+        MICROBATCHES,
+        "back = jnp.argsort(order)",
+        "back = jnp.arange(len(order))",
+        "test_microbatches.py",
+    ),
+    Fault(
+        "a micro-batch loses the end of its longest row",
+        MICROBATCHES,
+        "reshape(parts, -1)[:, -1]",
+        "reshape(parts, -1)[:, 0]",
+        "test_microbatches.py",
+    ),
+    Fault(
+        "padding counts the shortest row's width",
+        MICROBATCHES,
+        "sum() * (len(lengths) // parts)",
+        "min() * len(lengths)",
+        "test_microbatches.py",
     ),
 )
 

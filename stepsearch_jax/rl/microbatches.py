@@ -82,7 +82,7 @@ def padding_fraction(lengths: jax.Array, size: int, widths: tuple[int, ...]) -> 
         computed = jnp.float32(len(lengths) * widths[0])
     else:
         *_, buckets = _sort_rows((), lengths, parts, widths)
-        computed = (jnp.array(widths, jnp.float32)[buckets]).sum() * (len(lengths) // parts)
+        computed = jnp.array(widths, jnp.float32)[buckets].sum() * (len(lengths) // parts)
     return 1 - lengths.sum() / computed
 
 
