@@ -389,6 +389,7 @@ def test_every_key_reaches_the_scoring(name):
         _similarity=TableSimilarity(table),
         _rendered=np.arange(6),
         _texts=["in Paris"] * 6,
+        _step_reward=None,
     )
     before = System.score(system, episodes)
     config[name] = KEYS[name]
