@@ -2,7 +2,8 @@
 
 `metrics.jsonl` is what everything else reads. It has one JSON object per line, `{"stage": "rl",
 "iteration": 12, "f1": 0.41, …}`. The file of a run that was killed and resumed equals that of an
-uninterrupted run, except for `seconds/…` and `compiled_programs`, which depend on the process.
+uninterrupted run, except for `seconds/…`, `speed/…` and `compiled_programs`, which depend on the
+process.
 """
 
 from __future__ import annotations

@@ -12,7 +12,14 @@ from __future__ import annotations
 from stepsearch_jax import cli
 
 if __name__ == "__main__":  # parsed before the imports below, which take seconds
-    options = cli.parse_flags(cli.make_parser("train", __doc__, "config", "workdir"))
+    parser = cli.make_parser("train", __doc__, "config", "workdir")
+    parser.add_argument(
+        "--profile",
+        type=int,
+        metavar="ITERATION",
+        help="trace this iteration (the first is 0) with JAX's profiler into DIR/profile",
+    )
+    options = cli.parse_flags(parser)
 
 import contextlib
 import logging
@@ -33,8 +40,10 @@ from stepsearch_jax.run.folder import check_resumable, lock, write_beginning, wr
 from stepsearch_jax.run.iteration import (
     Clock,
     CompileCounter,
+    Profiler,
     choose_rewards,
     dump_batch,
+    measure_speed,
     rollout_metrics,
 )
 from stepsearch_jax.run.settings import learner_settings, make_optimizers
@@ -45,10 +54,11 @@ from stepsearch_jax.sharding import rows_to_mesh
 logger = logging.getLogger("stepsearch_jax")
 
 
-def train(config, workdir: pathlib.Path, search=None) -> dict:
+def train(config, workdir: pathlib.Path, search=None, profile: int | None = None) -> dict:
     """Runs, or resumes, a training run -> the contents of evaluation.json.
 
     search: a function queries -> ids [q, k] instead of the config's engine (`build_system`).
+    profile: an iteration to trace (`run.iteration.Profiler`).
     Raises ValueError or OSError for bad input, before anything is compiled.
     """
     check_workdir(workdir)
@@ -57,7 +67,7 @@ def train(config, workdir: pathlib.Path, search=None) -> dict:
     splits = dict.fromkeys((config.data.train_split, config.evaluation.split, *held_out))
     system = build_system(config, list(splits), search)
     with lock(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
-        return run_iterations(system, workdir, prepare_workdir(system, workdir))
+        return run_iterations(system, workdir, prepare_workdir(system, workdir), profile)
 
 
 def prepare_workdir(system: System, workdir: pathlib.Path) -> int:
@@ -96,10 +106,12 @@ def warn_of_no_gold(system: System) -> None:
         )
 
 
-def run_iterations(system: System, workdir: pathlib.Path, first_iterations: int) -> dict:
+def run_iterations(
+    system: System, workdir: pathlib.Path, first_iterations: int, profile: int | None = None
+) -> dict:
     """The training loop -> the contents of evaluation.json. The input has been checked.
 
-    first_iterations: from `prepare_workdir`.
+    first_iterations: from `prepare_workdir`; profile: from `train`.
     """
     # ---- Programs: jitted once, called in every iteration. --------------------------------------
     config = system.config
@@ -131,6 +143,7 @@ def run_iterations(system: System, workdir: pathlib.Path, first_iterations: int)
     # The reference is the policy before RL. It stays frozen: the KL is measured against it.
     state, reference_params, checkpoints, rollout_key = begin_run(system, workdir)
     start = int(state.iteration)
+    profiler = Profiler(workdir, profile, start, config.iterations)
     before, dumps = measure(to_rollout_layout(reference_params), description="before RL:")
 
     # ---- The loop. One iteration is one rollout and the optimiser steps on it. ------------------
@@ -139,6 +152,7 @@ def run_iterations(system: System, workdir: pathlib.Path, first_iterations: int)
         bar = progress(range(start, config.iterations), "training")
         for iteration in bar:
             clock = Clock()
+            profiler.begin(iteration)
             number = iteration + 1  # finished iterations, once this one is
 
             # -- Data. The order of the questions follows from the seed, so the position alone says
@@ -178,9 +192,15 @@ def run_iterations(system: System, workdir: pathlib.Path, first_iterations: int)
             metrics |= {name: float(x) for name, x in (batch_metrics | update_metrics).items()}
             metrics |= {"kl_coef": float(state.kl_coef), "skipped": int(state.skipped)}
             metrics |= clock.seconds | compilations.take(iteration, start)
+            metrics |= measure_speed(metrics, config)
             writer.write("rl", iteration, metrics)
+            profiler.end(iteration)
             shown = ("f1", "step_reward", "gold_recall")
-            bar.set_postfix({name: format_number(metrics[name]) for name in shown})
+            speeds = (metrics[f"speed/{kind}_tokens"] for kind in ("sampled", "trained"))
+            bar.set_postfix(
+                {name: format_number(metrics[name]) for name in shown}
+                | {"tok/s": " | ".join(f"{speed:,.0f}" for speed in speeds)}
+            )
 
             # -- Evaluate now and then; the last iteration is evaluated below.
             every = config.evaluation.every
@@ -228,4 +248,5 @@ class _NoWriter:
 
 if __name__ == "__main__":
     resume = "the same command resumes from the last checkpoint"
-    cli.run_guarded(train, options.config, options.workdir, resume)
+    command = partial(train, profile=options.profile)
+    cli.run_guarded(command, options.config, options.workdir, resume)

@@ -208,7 +208,7 @@ def compare_figures(got, expected) -> None:
     for line, other in zip(lines, wanted):
         assert line.keys() == other.keys()
         for name, value in line.items():
-            if not name.startswith("seconds/") and name not in ignored:
+            if not name.startswith(("seconds/", "speed/")) and name not in ignored:
                 np.testing.assert_allclose(value, other[name], rtol=1e-4, atol=1e-4, err_msg=name)
     means, wanted = (
         json.loads((workdir / "evaluation.json").read_text()) for workdir in (got, expected)

@@ -11,9 +11,15 @@ import jax
 import numpy as np
 import pytest
 import running
+import tiny_config
 
 from stepsearch_jax.metrics import read_metrics
-from stepsearch_jax.run.iteration import CompileCounter, choose_rewards
+from stepsearch_jax.run.iteration import (
+    CompileCounter,
+    Profiler,
+    choose_rewards,
+    measure_speed,
+)
 from stepsearch_jax.types import TrainState
 
 # Fine-tuning with a checkpoint in its middle; the KL coefficient adapts: it is resumed, too.
@@ -61,6 +67,27 @@ def test_shuffled_rewards_stay_together():
         and (fewer.sum(1) + more == steps.sum(1) + outcomes).all()
         and (more > outcomes).sum() >= 10
     )
+
+
+def test_only_an_iteration_that_is_still_to_come_is_profiled(tmp_path):
+    for chosen in (None, 2, 4):
+        Profiler(tmp_path, chosen, first=2, iterations=5).begin(3)
+    for chosen in (-1, 1, 5):
+        with pytest.raises(ValueError, match=f"--profile={chosen} .*2 to 4"):
+            Profiler(tmp_path, chosen, first=2, iterations=5)
+    assert not list(tmp_path.iterdir())
+
+
+def test_speed_is_tokens_by_seconds():
+    config = tiny_config.get_config("")
+    config.rl.ppo_epochs = 3
+    metrics = {"action_tokens": 120, "length": 100.0} | {
+        f"seconds/{phase}": seconds for phase, seconds in dict(rollout=4, score=2, update=6).items()
+    }
+    assert measure_speed(metrics, config) == {
+        "speed/sampled_tokens": 30,
+        "speed/trained_tokens": 8 * 100 * 3 / 8,
+    }
 
 
 def test_compiled_programs_are_counted(caplog):
@@ -153,10 +180,13 @@ def test_a_run_and_its_continuation(tmp_path, tmp_path_factory):
     }
 
     # More iterations go on from where the run stopped; the start and the figures before RL stay.
-    log = running.run_command("train", cache, workdir, *options, "--config.iterations=3")
+    longer = "--config.iterations=3", "--profile=2"
+    log = running.run_command("train", cache, workdir, *options, *longer)
     assert "resumed from iteration 2" in log and "fine-tun" not in log
     check_results(workdir, 3)
     assert json.loads((workdir / "evaluation.json").read_text())["before"] == first["before"]
+    # The last iteration was traced.
+    assert list(workdir.glob("profile/plugins/profile/*/*.xplane.pb"))
 
 
 @pytest.mark.slow
@@ -192,7 +222,7 @@ def test_kills_change_nothing(tmp_path, tmp_path_factory):
     assert (expected["['position']"], expected["['iteration']"]) == (40, 5) and expected[
         "['kl_coef']"
     ] != np.float32(1e-3)
-    of_this_process = lambda name: name.startswith("seconds/") or name == "compiled_programs"
+    of_this_process = lambda name: name.startswith(("seconds/", "speed/", "compiled_programs"))
     figures = [
         [
             {name: value for name, value in row.items() if not of_this_process(name)}

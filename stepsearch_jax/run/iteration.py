@@ -6,6 +6,7 @@ import logging
 import math
 import pathlib
 import time
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -80,6 +81,21 @@ def rollout_metrics(rollout: Collected, step_reward: str) -> dict[str, float]:
     return metrics
 
 
+def measure_speed(metrics: Mapping[str, float], config) -> dict[str, float]:
+    """Tokens a second of an iteration, of all processes, from its other metrics.
+
+    sampled: action tokens, by the rollout. trained: tokens that are not padding, each as often as
+    rl.ppo_epochs says, by scoring and update.
+    """
+    episodes = config.rollout.prompts * config.rollout.group_size
+    trained = metrics["length"] * episodes * config.rl.ppo_epochs
+    seconds = metrics["seconds/score"] + metrics["seconds/update"]
+    return {
+        "speed/sampled_tokens": metrics["action_tokens"] / metrics["seconds/rollout"],
+        "speed/trained_tokens": trained / seconds,
+    }
+
+
 def dump_batch(workdir: pathlib.Path, iteration: int, batch: Batch) -> None:
     """Writes this process's rows of a batch whose gradient was not finite to WORKDIR."""
     arrays = rows_from_mesh(batch)
@@ -104,6 +120,33 @@ class Clock:
         """Ends a phase: `seconds["seconds/NAME"]` is the time since the last phase ended."""
         now = time.perf_counter()
         self.seconds[f"seconds/{name}"], self._last = now - self._last, now
+
+
+class Profiler:
+    """Traces one iteration with JAX's profiler into WORKDIR/profile.
+
+    TensorBoard's profile plugin, XProf and Perfetto show the trace. chosen: the iteration; None:
+    no trace. Raises ValueError for an iteration that is not in [first, iterations).
+    """
+
+    def __init__(self, workdir: pathlib.Path, chosen: int | None, first: int, iterations: int):
+        if chosen is not None and not first <= chosen < iterations:
+            raise ValueError(
+                f"--profile={chosen} is not an iteration that this run is still to do: choose one "
+                f"from {first} to {iterations - 1}"
+            )
+        self._folder, self._chosen = workdir / "profile", chosen
+
+    def begin(self, iteration: int) -> None:
+        """Starts the trace if this is the chosen iteration."""
+        if iteration == self._chosen:
+            jax.profiler.start_trace(str(self._folder), create_perfetto_trace=True)
+
+    def end(self, iteration: int) -> None:
+        """Writes the trace if this was the chosen iteration."""
+        if iteration == self._chosen:
+            jax.profiler.stop_trace()
+            logger.info("a trace of iteration %d is in %s", iteration, self._folder)
 
 
 class CompileCounter:
