@@ -32,6 +32,7 @@ def held_out(tmp_path_factory):
     Measured on the last phase's held-out demonstrations.
     """
     config = atlas_quickstart.get_config("anew")
+    config.rl.microbatch_size = 0  # the tests' mesh has more shards
     config.data.cache_dir = str(tmp_path_factory.mktemp("cache"))
     sft_config = config.sft
     system = build_system(config, [sft_config.held_out_split])
