@@ -1,5 +1,6 @@
-"""README and docs against the repository: links, the tree, the training loop, differences from the
-paper. test_commands.py checks the commands and keys that they name.
+"""README and docs against the repository: links, the tree with its layers, the training loop,
+differences from the paper, an observation. test_commands.py checks the commands, files and keys
+that they name.
 """
 
 import ast
@@ -7,8 +8,11 @@ import pathlib
 import re
 
 import pytest
+from test_layering import LAYERS, layer_of, side_of
 
 from configs import base
+from stepsearch_jax.prompting import templates
+from stepsearch_jax.records import Document
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
 PAGES = {
@@ -66,16 +70,22 @@ def test_every_link_leads_somewhere(page):
     assert len(set(list_anchors(PAGES[page]))) == len(list_anchors(PAGES[page]))
 
 
-def list_tree() -> list[str]:
-    """Paths of the tree in docs/architecture.md."""
+def test_the_index_names_every_page_once():
+    pages = {page.removeprefix("docs/") for page in PAGES if page.startswith("docs/")}
+    links = list_links(PAGES["docs/README.md"])
+    assert len(pages) > 10 and sorted(links) == sorted(pages - {"README.md"})
+
+
+def list_tree() -> dict[str, str]:
+    """Path -> side of the tree in docs/architecture.md."""
     (tree,) = re.findall(
         r"^```\n(stepsearch_jax/\n.*?)^```", PAGES["docs/architecture.md"], re.M | re.S
     )
-    paths, folder = [], ""
+    paths, folder = {}, ""
     for line in tree.splitlines():
-        name = line.split()[0]
+        name, side = [*line.split(), ""][:2]
         folder = folder if line.startswith(" ") else name
-        paths.append(folder + name if line.startswith(" ") else name)
+        paths[folder + name if line.startswith(" ") else name] = side
     return paths
 
 
@@ -94,9 +104,22 @@ def test_every_package_and_module_is_in_the_tree():
     assert len(names) > 20 and names <= set(list_tree())
 
 
+def test_the_tree_has_the_order_and_the_sides_of_the_layers():
+    inside = {
+        pathlib.Path(path).stem: side
+        for path, side in list_tree().items()
+        if path.startswith("stepsearch_jax/") and path != "stepsearch_jax/"
+    }
+    places = [LAYERS.index(layer_of(module)) for module in inside]
+    assert places == sorted(places) and set(places) == set(range(len(LAYERS)))
+    for module, side in inside.items():
+        expected = side_of(module) or "both"
+        assert side == ("command" if layer_of(module) == "commands" else expected), module
+
+
 def test_differences_name_the_defaults():
     """The last cell of each row holds the values that base.py gives the keys of its first cell."""
-    config, lines = base.get_config(), PAGES["README.md"].splitlines()
+    config, lines = base.get_config(), PAGES["docs/reference.md"].splitlines()
     rows = [line.strip("| ").split(" | ") for line in lines if re.match(r"\| `\w+(\.|`)", line)]
     assert len(rows) > 12 and {len(row) for row in rows} == {4}
     named = set()
@@ -136,3 +159,15 @@ def test_the_loop_is_that_of_train_py():
         statements = iter(of_train)
         assert [ast.unparse(n) for n in shown.body if ast.unparse(n) not in statements] == []
     assert lengths and max(lengths) > 8
+
+
+def test_the_observation_shown_is_the_environments():
+    text = PAGES["docs/models.md"].split("```python\n")[1].split("```")[0]
+    shown = ast.literal_eval(text.removeprefix("observation = "))
+    documents = re.findall(r"## Title: (.+?) ##> (.+?)\n", shown)
+    assert len(documents) == 2
+    parts = [
+        templates.RANK.format(rank=rank) + templates.render_document(Document(0, title, content))
+        for rank, (title, content) in enumerate(documents, start=1)
+    ]
+    assert shown == templates.OBSERVATION_HEAD + "".join(parts) + templates.OBSERVATION_TAIL
