@@ -15,8 +15,10 @@ import pytest
 
 from configs import base
 from stepsearch_jax import cli, sharding
+from stepsearch_jax.benchmark import __main__ as benchmark
 from stepsearch_jax.cli import read_config
 from stepsearch_jax.data.atlas_world import make_worlds
+from stepsearch_jax.prepare import __main__ as prepare
 from stepsearch_jax.run.checks import check_config
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
@@ -92,10 +94,7 @@ def read_help(module: str, subcommand: str = "") -> str:
     return done.stdout
 
 
-SUBCOMMANDS = {
-    "prepare": ("audit", "keys", "index"),
-    "benchmark": ("rollout", "update", "reward", "retrieval", "memory", "import", "all"),
-}
+SUBCOMMANDS = {"prepare": prepare.COMMANDS, "benchmark": (*benchmark.SUBJECTS, "all")}
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
