@@ -1,5 +1,5 @@
-"""The commands that README, docs and the configs' docstrings show: what they run exists, and their
-flags, configs and keys are accepted.
+"""The commands that the pages of documentation and the configs' docstrings show: what they run
+exists, and their flags, configs and keys are accepted.
 """
 
 import argparse
@@ -15,26 +15,34 @@ import pytest
 
 from configs import base
 from stepsearch_jax import cli, sharding
+from stepsearch_jax.benchmark import __main__ as benchmark
 from stepsearch_jax.cli import read_config
 from stepsearch_jax.data.atlas_world import make_worlds
+from stepsearch_jax.prepare import __main__ as prepare
 from stepsearch_jax.run.checks import check_config
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
 PAGES = {
     str(path.relative_to(REPO)): path.read_text()
-    for pattern in ("README.md", "docs/*.md", "configs/*.py")
+    for pattern in ("*.md", "docs/*.md", "configs/*.py", "configs/sweeps/*.py")
     for path in sorted(REPO.glob(pattern))
 }
 
 
+RUNS = r"python -m stepsearch_jax\.[a-z]|(?:python|bash) launch/|stepsearch [a-z]"
+
+
 def list_commands(text: str) -> list[str]:
-    """Lines that run a part of this repository, those that a backslash continues in one piece."""
-    lines = text.replace("\\\n", " ").splitlines()
-    return [
-        " ".join(line.split())
-        for line in lines
-        if re.match(r"\s*(\w+=\S* )*(python -m stepsearch_jax\.|(python|bash) launch/)", line)
-    ]
+    """What a page runs of this repository: whole lines, those that a backslash continues in one
+    piece, and code spans. `stepsearch NAME` counts as `python -m stepsearch_jax.NAME`.
+    """
+    lines = re.findall(
+        rf"^\s*((?:\w+=\S* )*(?:{RUNS}).*)$", text.replace("\\\n", " "), re.MULTILINE
+    )
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    spans = re.findall(rf"(?<!`)`((?:{RUNS})[^`]+)`", prose)
+    found = [" ".join(command.split()) for command in (*lines, *spans)]
+    return [re.sub(r"^stepsearch ", "python -m stepsearch_jax.", command) for command in found]
 
 
 COMMANDS = [
@@ -56,15 +64,19 @@ def load(words: list[str]):
         return None
     return read_config(
         argparse.ArgumentParser(),
-        str(REPO / file),
+        str(REPO / file) if "/" in file else file,
         [word for word in words if word.startswith("--config.")],
     )
 
 
 def test_commands_are_found():
-    text = "```bash\nA=b python -m stepsearch_jax.train \\\n    --x=1  # why\npip install a\n"
-    assert list_commands(text) == ["A=b python -m stepsearch_jax.train --x=1 # why"]
-    assert len(COMMANDS) > 40
+    text = "```bash\nA=b python -m stepsearch_jax.train \\\n    --x=1  # why\npip install a\n```\n"
+    text += "by `stepsearch evaluate\n--y=2` or `stepsearch COMMAND`; `bash -n`\n"
+    assert list_commands(text) == [
+        "A=b python -m stepsearch_jax.train --x=1 # why",
+        "python -m stepsearch_jax.evaluate --y=2",
+    ]
+    assert len(COMMANDS) > 60
 
 
 @functools.cache
@@ -82,10 +94,7 @@ def read_help(module: str, subcommand: str = "") -> str:
     return done.stdout
 
 
-SUBCOMMANDS = {
-    "prepare": ("audit", "keys", "index"),
-    "benchmark": ("rollout", "update", "reward", "retrieval", "memory", "import", "all"),
-}
+SUBCOMMANDS = {"prepare": prepare.COMMANDS, "benchmark": (*benchmark.SUBJECTS, "all")}
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
@@ -109,7 +118,8 @@ def test_what_it_runs_and_its_flags_exist(command):
     if module := re.search(r"python -m ((?:\w+\.)+(\w+))", command):
         after = words[words.index(module[1]) + 1 :]
         shown = read_help(
-            module[1], after[0] if module[2] in SUBCOMMANDS and "{" not in command else ""
+            module[1],
+            after[0] if after and module[2] in SUBCOMMANDS and "{" not in command else "",
         )
     else:
         file = next(word for word in words if word.startswith("launch/"))
@@ -128,6 +138,8 @@ def test_its_config_is_accepted(command):
     config = load(shlex.split(command, comments=True))
     if config is None:
         return
+    if config.model.num_layers == 0:  # the sizes come from the checkpoint: any will do here
+        config.model.num_layers = 24
     check_config(config, sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1]))
     a = config.data.atlas
     if "--config.data.atlas." in command:
@@ -143,16 +155,37 @@ def test_its_config_is_accepted(command):
         )
 
 
+FOLDERS = ("configs", "docs", "examples", "launch", "stepsearch_jax", "tests")
+FILES = [f"/{path.relative_to(REPO)}" for name in FOLDERS for path in (REPO / name).rglob("*.*")]
+
+
+def find_missing(text: str) -> list[str]:
+    """Files that a page names and that are not there. A name in a code span may be the end of a
+    path, such as `rl/losses.py`."""
+    named = re.findall(rf"(?<![\w/.-])(?:{'|'.join(FOLDERS)})/[\w/.-]*\.(?:py|sh|md|png)\b", text)
+    named += re.findall(r"`([\w/]+\.(?:py|sh))`", text)
+    named = [name for name in named if "NAME" not in name]
+    return [name for name in named if not any(file.endswith(f"/{name}") for file in FILES)]
+
+
+def test_missing_files_are_found():
+    there = "docs/data.md, `losses.py`, `rl/losses.py`, launch/pod/create.sh: `data/NAME.py`"
+    assert find_missing(f"{there} docs/no.md `rl/no.py` runs/docs/other.md tests/no.py)") == [
+        "docs/no.md",
+        "tests/no.py",
+        "rl/no.py",
+    ]
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_every_file_and_key_that_a_page_names_exists(page):
-    for path in re.findall(r"(?:configs|launch)/[\w/]+\.(?:py|sh)", PAGES[page]):
-        assert (REPO / path).is_file(), path
+    assert find_missing(PAGES[page]) == []
     config = base.get_config()
     keys = re.findall(r"--config\.([a-z][\w.]*)=", PAGES[page])
     keys += [
         key
         for key in re.findall(r"`([a-z]\w*\.[a-z]\w*)`", PAGES[page])
-        if key.split(".")[0] in config and not key.endswith((".json", ".py"))
+        if key.split(".")[0] in config and not key.endswith((".json", ".py", ".txt"))
     ]
     for key in keys:
         section = config

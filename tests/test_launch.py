@@ -1,6 +1,5 @@
-"""The launch scripts with a fake Python; README and docs/architecture.md against the tree."""
+"""The launch scripts with a fake Python."""
 
-import ast
 import os
 import pathlib
 import re
@@ -11,12 +10,10 @@ import sys
 
 import pytest
 
-from configs import base
 from configs.atlas_quickstart import VARIANTS
 from stepsearch_jax.run.folder import lock
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
-README = (REPO / "README.md").read_text()
 SCRIPTS = [*sorted((REPO / "launch").glob("*.sh")), REPO / ".ci/run"]
 
 # Passes code to a real python, logs which modules are run; its training command leaves a run.
@@ -264,72 +261,3 @@ def test_test_script_explains_itself(clone):
     done = clone.run("launch/test.sh", "--help", PYTHON="/no/such/python")
     assert done.returncode == 0 and "SLOW=1" in done.stdout
     assert "pipefail" not in done.stdout and clone.take_log() == []
-
-
-# --- the README
-
-
-def find_section(title: str) -> str:
-    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
-
-
-def list_tree() -> list[str]:
-    """Paths of the tree in docs/architecture.md."""
-    paths, folder = [], ""
-    for line in (REPO / "docs/architecture.md").read_text().split("```")[1].strip().splitlines():
-        name = line.split()[0]
-        folder = folder if line.startswith(" ") else name
-        paths.append(folder + name if line.startswith(" ") else name)
-    return paths
-
-
-def test_every_path_of_the_tree_exists():
-    assert [path for path in list_tree() if not (REPO / path).exists()] == []
-
-
-def test_every_package_and_module_is_in_the_tree():
-    here = [
-        path
-        for path in (REPO / "stepsearch_jax").iterdir()
-        if path.suffix == ".py" or (path / "__init__.py").is_file()
-    ]
-    names = {f"stepsearch_jax/{path.name}{'/' * path.is_dir()}" for path in here}
-    names.remove("stepsearch_jax/__init__.py")
-    assert len(names) > 20 and names <= set(list_tree())
-
-
-def test_differences_name_the_defaults():
-    """The last cell of each row holds the values that base.py gives the keys of its first cell."""
-    config, lines = base.get_config(), find_section("Differences from the reference").splitlines()
-    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| `")]
-    assert len(rows) > 12 and {len(row) for row in rows} == {4}
-    for keys, _, _, default in rows:
-        words = re.findall(r"[\w.-]*\w", default)
-        numbers = [float(word) for word in words if re.fullmatch(r"[\d.]+(e-?\d+)?", word)]
-        for key in re.findall(r"`([\w.]+)`", keys):
-            section, _, name = key.rpartition(".")
-            value = config[section][name] if section else config[name]
-            assert str(value) in words if isinstance(value, str | bool) else value in numbers, (
-                key,
-                value,
-            )
-
-
-def test_every_link_within_the_readme_leads_somewhere():
-    anchors = {
-        re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-")
-        for title in re.findall(r"^## (.+)$", README, re.MULTILINE)
-    }
-    links = re.findall(r"\]\(#([^)]+)\)", README)
-    assert links and set(links) <= anchors
-
-
-def test_the_loop_is_that_of_train_py():
-    """Every statement of the README's loop stands in train.py's, in this order."""
-    tree = ast.parse((REPO / "stepsearch_jax/train.py").read_text())
-    is_loop = lambda node: isinstance(node, ast.For) and ast.unparse(node.target) == "iteration"
-    (loop,) = filter(is_loop, ast.walk(tree))
-    statements = iter([ast.unparse(node) for node in loop.body if hasattr(node, "value")])
-    shown = ast.parse(find_section("The loop").split("```python\n")[1].split("```")[0]).body[0]
-    assert is_loop(shown) and len(shown.body) > 8
-    assert [ast.unparse(n) for n in shown.body if ast.unparse(n) not in statements] == []
