@@ -171,3 +171,8 @@ def test_the_observation_shown_is_the_environments():
         for rank, (title, content) in enumerate(documents, start=1)
     ]
     assert shown == templates.OBSERVATION_HEAD + "".join(parts) + templates.OBSERVATION_TAIL
+
+
+def test_the_readme_stays_short():
+    text = (REPO / "README.md").read_text()
+    assert len(text.splitlines()) <= 180 and len(text.encode()) <= 14 * 1024
