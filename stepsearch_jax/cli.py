@@ -38,6 +38,7 @@ INTERRUPTED = 128 + signal.SIGINT  # the exit status after Ctrl-C
 COMMANDS = {
     "train": "train a policy to search, or resume a run",
     "evaluate": "evaluate a run or a pretrained model on one split or on several data sets",
+    "ask": "ask a policy a question and watch it search",
     "export": "write a run's policy as a Hugging Face folder",
     "report": "write a run's report.html again",
     "serve": "serve a search index over HTTP, in the form of Search-R1's /retrieve",
@@ -81,7 +82,8 @@ def make_parser(command: str, text: str, *common: str) -> argparse.ArgumentParse
     """The parser of `python -m stepsearch_jax.COMMAND`.
 
     text: what --help shows. common: which of the flags config, workdir and json the command has;
-    run: workdir, and a config that is by default the run's own.
+    run: workdir, and a config that is by default the run's own; policy: the same, where a config
+    that names a policy needs no workdir.
     """
     parser = OneLineParser(
         f"python -m stepsearch_jax.{command}",
@@ -89,7 +91,7 @@ def make_parser(command: str, text: str, *common: str) -> argparse.ArgumentParse
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    of_run = "run" in common
+    of_run = "run" in common or "policy" in common
     if of_run or "config" in common:
         default = f" (default: DIR/{CONFIG_FILE}, the config of the run)" if of_run else ""
         parser.add_argument(
@@ -103,7 +105,7 @@ def make_parser(command: str, text: str, *common: str) -> argparse.ArgumentParse
     if of_run or "workdir" in common:
         parser.add_argument(
             "--workdir",
-            required=True,
+            required="policy" not in common,
             type=_name_folder,
             metavar="DIR",
             help="folder of the run, also gs://…; train resumes the run that it holds",
@@ -139,6 +141,8 @@ def parse_flags(
         leave_at_interrupt()
     options, rest = parser.parse_known_args(arguments)
     if {"config", "workdir"} <= vars(options).keys() and options.config is None:
+        if options.workdir is None:
+            parser.error("give the --workdir of a run, or a --config that names a policy")
         try:
             check_buckets(options.workdir)
         except ValueError as error:
@@ -227,10 +231,10 @@ def one_line_errors(after_interrupt: str) -> Iterator[None]:
 def run_guarded(
     command: Callable,
     config: ml_collections.ConfigDict,
-    workdir: str,
+    workdir: str | None,
     after_interrupt: str = "the same command starts over",
 ) -> None:
-    """Sets up logging, devices and processes and calls command(config, workdir).
+    """Sets up logging, devices and processes and calls command(config, workdir or None).
 
     User errors and Ctrl-C end it with one line. If one process of several fails, it ends at once,
     without waiting for the others; they lose their connection to it and end as well.
@@ -252,7 +256,7 @@ def run_guarded(
     try:
         check_buckets(str(workdir), config.sft.checkpoint)
         start_jax(config)
-        command(config, epath.Path(workdir))
+        command(config, None if workdir is None else epath.Path(workdir))
         # No process leaves while the first one still writes the results.
         multihost_utils.sync_global_devices("done")
     except KeyboardInterrupt:

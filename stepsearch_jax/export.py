@@ -2,11 +2,14 @@ r"""Writes a run's policy as a Hugging Face folder.
 
     python -m stepsearch_jax.export --workdir=DIR --folder=MODEL \
         [--dtype=bfloat16] [--shard_gib=4] [--config.key=value …]
+    python -m stepsearch_jax.export --config=atlas_quickstart --folder=MODEL
 
 MODEL receives config.json, generation_config.json, the weights of DIR's newest checkpoint as
 safetensors, the tokenizer, and prompt.txt: the prompt that the policy expects, with {question} in
-the question's place. The config is that of the run, DIR/config.json; flags change it. transformers
-loads the folder; vLLM reads folders of this form (not tried).
+the question's place. The config is that of the run, DIR/config.json; flags change it. Without
+--workdir, the policy is the one that the config names: sft.checkpoint, such as the shipped warm
+start, or model.checkpoint. transformers loads the folder; vLLM reads folders of this form (not
+tried).
 
 The tokenizer of Atlas lies in MODEL/tokenizer: in MODEL itself, transformers' AutoTokenizer would
 take it for Qwen2's, as config.json says Qwen2, and read every text wrongly.
@@ -22,7 +25,7 @@ from stepsearch_jax import cli
 
 def make_parser() -> argparse.ArgumentParser:
     """The flags."""
-    parser = cli.make_parser("export", __doc__, "run")
+    parser = cli.make_parser("export", __doc__, "policy")
     parser.add_argument(
         "--folder",
         required=True,
@@ -71,7 +74,7 @@ from stepsearch_jax.prompting.templates import TEMPLATES
 from stepsearch_jax.prompting.tokenizers import TOKENIZER_FILES, Tokenizer, list_tokenizer_files
 from stepsearch_jax.run.folder import check_has_run, check_readable
 from stepsearch_jax.run.pretrained import open_weights
-from stepsearch_jax.run.start import begin_run
+from stepsearch_jax.run.start import load_newest_policy
 from stepsearch_jax.run.system import build_system
 
 logger = logging.getLogger("stepsearch_jax")
@@ -116,22 +119,23 @@ def check_target(folder: pathlib.Path, config) -> None:
 
 
 def export(
-    config, workdir: pathlib.Path, folder: pathlib.Path, dtype: str, shard_gib: float
+    config, workdir: pathlib.Path | None, folder: pathlib.Path, dtype: str, shard_gib: float
 ) -> None:
-    """Writes WORKDIR's newest policy to `folder`, in files of at most shard_gib GiB.
+    """Writes WORKDIR's newest policy, or the one that the config names, to `folder`.
 
-    Raises FileNotFoundError if WORKDIR holds no run.
+    In files of at most shard_gib GiB. Raises FileNotFoundError if WORKDIR holds no run.
     """
-    check_has_run(workdir)
     open_weights(config)  # gives the config the sizes that it leaves to the checkpoint
-    check_readable(workdir, config)
+    if workdir is not None:
+        check_has_run(workdir)
+        check_readable(workdir, config)
     check_target(folder, config)
     system = build_system(config, [])
-    state, _, _, _ = begin_run(system, workdir)
+    params = load_newest_policy(system, workdir)
     tokenizer = system.tokenizer
     export_policy(
         folder,
-        state.policy.params,
+        params,
         system.learner_model,
         dtype=dtype,
         shard_bytes=int(shard_gib * 2**30),
@@ -140,7 +144,7 @@ def export(
         pad_id=tokenizer.pad_id,
         other_files=list_other_files(config.prompt, tokenizer),
     )
-    logger.info("wrote the policy after %d iterations to %s", int(state.iteration), folder)
+    logger.info("wrote the policy to %s", folder)
 
 
 def list_other_files(prompt_config, tokenizer: Tokenizer) -> dict[str, bytes]:

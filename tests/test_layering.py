@@ -37,7 +37,7 @@ LAYERS = (
     "cli",
     "commands",
 )
-COMMANDS = {"train", "evaluate", "export", "serve", "prepare", "preflight", "benchmark"}
+COMMANDS = {"train", "evaluate", "ask", "export", "serve", "prepare", "preflight", "benchmark"}
 HOST = {
     "records",
     "files",

@@ -16,7 +16,7 @@ from stepsearch_jax.rl.model_state import describe_params, init_model_state, ini
 from stepsearch_jax.rollout.programs import make_rollout, make_rollout_copy
 from stepsearch_jax.run.settings import make_optimizers
 from stepsearch_jax.run.system import System
-from stepsearch_jax.run.warm_start import warm_start
+from stepsearch_jax.run.warm_start import load_named_params, warm_start
 from stepsearch_jax.types import TrainState
 
 logger = logging.getLogger("stepsearch_jax")
@@ -66,6 +66,25 @@ def bind_answer_gain(system: System):
         return sharding.rows_from_mesh(gains)
 
     return answer_gain
+
+
+def load_newest_policy(system: System, workdir: pathlib.Path | None):
+    """The newest policy of the run in WORKDIR; None: the one that the config names.
+
+    Raises FileNotFoundError if the config names none.
+    """
+    if workdir is not None:
+        return begin_run(system, workdir)[0].policy.params
+    abstract_params, _ = describe_params(
+        Policy(system.learner_model), system.mesh, dict(system.config.mesh.train_rules)
+    )
+    params = load_named_params(system, abstract_params)
+    if params is None:
+        raise FileNotFoundError(
+            "the config names no policy: give the --workdir of a run, model.checkpoint, or "
+            "sft.checkpoint"
+        )
+    return params
 
 
 def begin_run(system: System, workdir: pathlib.Path):

@@ -43,17 +43,8 @@ def warm_start(system: System, abstract_params, specs, key: jax.Array, workdir: 
             abstract_params,
             f"give the flags of the run, or remove {start}: the same command then makes it again",
         )
-    if sft_config.checkpoint:
-        remedy = (
-            f"sft.checkpoint={sft_config.checkpoint} must name parameters of this config's model, "
-            "or be empty; configs/atlas_quickstart.py:anew makes those of the quickstart again"
-        )
-        folder = find_checkpoint(sft_config.checkpoint)
-        params = checkpoint.load_params(folder, abstract_params, remedy)
-    elif system.weights is not None:
-        logger.info("reading %s", system.weights.path)
-        params = load_policy(system.weights, model, abstract_params)
-    else:
+    params = load_named_params(system, abstract_params)
+    if params is None:
         params, _ = init_params(
             Policy(model), system.mesh, dict(system.config.mesh.train_rules), key
         )
@@ -65,6 +56,21 @@ def warm_start(system: System, abstract_params, specs, key: jax.Array, workdir: 
         params = fine_tune(system, params, specs, workdir)
     checkpoint.save_params(start, params)
     return params
+
+
+def load_named_params(system: System, abstract_params):
+    """The parameters that sft.checkpoint or model.checkpoint names; None if neither does."""
+    name = system.config.sft.checkpoint
+    if name:
+        remedy = (
+            f"sft.checkpoint={name} must name parameters of this config's model, or be empty; "
+            "configs/atlas_quickstart.py:anew makes those of the quickstart again"
+        )
+        return checkpoint.load_params(find_checkpoint(name), abstract_params, remedy)
+    if system.weights is None:
+        return None
+    logger.info("reading %s", system.weights.path)
+    return load_policy(system.weights, system.learner_model, abstract_params)
 
 
 def find_checkpoint(folder: str) -> pathlib.Path:
