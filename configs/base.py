@@ -374,6 +374,13 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     checkpoint.sft_every = 100  # steps of supervised fine-tuning between checkpoints
     checkpoint.keep = 2  # number of newest checkpoints to keep
 
+    # --- Metrics: metrics.jsonl always; and copies of it
+
+    config.metrics = metrics = ml_collections.ConfigDict()
+    # Any of tensorboard | wandb (Weights & Biases; pip install wandb; WANDB_MODE=offline works).
+    metrics.loggers = ("tensorboard",)
+    metrics.wandb_project = "stepsearch_jax"  # wandb: the project of the run
+
     # --- Processes of a run on several hosts
 
     config.distributed = distributed = ml_collections.ConfigDict()

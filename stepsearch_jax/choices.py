@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 # Values of rl.advantage: those that read values, and those that compare the episodes of a group.
 CRITIC_ESTIMATORS = ("gae", "turn_gae")
 GROUP_ESTIMATORS = ("grpo", "rloo", "turn_return")
 DTYPES = ("float32", "bfloat16")
 
 CHOICES = {  # config key -> its values; configs/base.py explains them
+    "metrics.loggers": ("tensorboard", "wandb"),  # any of them
     "search.kind": ("bm25", "dense", "remote"),
     "search.embedding_dtype": DTYPES,
     "model.rope_scaling.kind": ("none", "linear", "llama3", "yarn"),
@@ -42,8 +45,15 @@ def is_plugin(value: str) -> bool:
     return ":" in value
 
 
-def check_choice(key: str, value: str) -> None:
-    """Raises ValueError with the key and its values if `value` is not one of them."""
+def check_choice(key: str, value: str | Sequence[str]) -> None:
+    """Raises ValueError with the key and its values if `value` is not one of them.
+
+    Of a tuple or list each item is checked.
+    """
+    if isinstance(value, tuple | list):
+        for item in value:
+            check_choice(key, item)
+        return
     if value in CHOICES[key] or key in PLUGINS and is_plugin(value):
         return
     function = ', or "package.module:function"' if key in PLUGINS else ""

@@ -1,4 +1,4 @@
-"""Metrics of a run: `metrics.jsonl`, TensorBoard events and progress bars.
+"""Metrics of a run: `metrics.jsonl` with its copies for loggers, and progress bars.
 
 `metrics.jsonl` is what everything else reads. It has one JSON object per line, `{"stage": "rl",
 "iteration": 12, "f1": 0.41, …}`. The file of a run that was killed and resumed equals that of an
@@ -20,18 +20,10 @@ import tqdm
 from etils import epath
 
 from stepsearch_jax.files import in_bucket, read_json_lines, write_text
-
-# tensorboardX loads torch where it is installed, for tensors that nobody gives it here: 3 seconds.
-_hides_torch = sys.modules.setdefault("torch", None) is None
-try:
-    import tensorboardX
-finally:
-    if _hides_torch:
-        del sys.modules["torch"]
+from stepsearch_jax.loggers import Loggers
 
 METRICS_FILE = "metrics.jsonl"
 _LINE_SECONDS = 30.0  # between two progress lines if stderr is not a terminal
-_TENSORBOARD_SECONDS = 10  # a kill loses at most this much of the TensorBoard curves
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
@@ -61,30 +53,29 @@ def moving_average(y: np.ndarray, window: int) -> np.ndarray:
 
 
 class MetricsWriter:
-    """Appends metrics to `workdir`/metrics.jsonl and to TensorBoard events under
-    `workdir`/tensorboard/<stage>.
+    """Appends metrics to `workdir`/metrics.jsonl, and to the config's loggers.
 
+    config: of the run, as a dict; of it, `metrics` is read (`loggers.Loggers`).
     start_iteration: the iteration at which this process starts or resumes its first stage; a
     checkpoint of s finished iterations resumes at s. Before the first line of a stage is written,
     lines of that stage that an earlier process wrote for `start_iteration` or later (or for the new
     line's iteration, if that is earlier) are dropped, and so is a line that a kill cut off. Lines
-    of other stages stay. In a program of several processes, only one may write. In a bucket there
-    are no TensorBoard events.
+    of other stages stay. In a program of several processes, only one may write.
     """
 
-    def __init__(self, workdir: str | os.PathLike, start_iteration: int):
+    def __init__(self, workdir: str | os.PathLike, start_iteration: int, config: Mapping[str, Any]):
         self._workdir = epath.Path(workdir)
         self._workdir.mkdir(parents=True, exist_ok=True)
         self._start_iteration = start_iteration
-        # One TensorBoard run per stage, so that each stage is resumed by itself.
-        self._events: dict[str, tensorboardX.SummaryWriter] = {}
+        self._stages: set[str] = set()  # that this process has written to
+        self._loggers = Loggers(self._workdir, config)
 
     def write(self, stage: str, iteration: int, values: Mapping[str, float]) -> None:
         """Appends one line and flushes it.
 
         values: name -> number (a Python, NumPy or device scalar). NaN and infinite values become
-        null, so that the line is valid JSON, and are left out of TensorBoard. Raises ValueError for
-        a value that is not a number, and for a metric called "stage" or "iteration".
+        null, so that the line is valid JSON, and are kept from the loggers. Raises ValueError for a
+        value that is not a number, and for a metric called "stage" or "iteration".
         """
         row: dict[str, Any] = {"stage": stage, "iteration": int(iteration)}
         for name, value in values.items():
@@ -100,7 +91,7 @@ class MetricsWriter:
                     f"{value!r}"
                 ) from None
             row[name] = number if math.isfinite(number) else None
-        if stage not in self._events:
+        if stage not in self._stages:
             self._open_stage(stage, min(self._start_iteration, row["iteration"]))
         path = self._workdir / METRICS_FILE
         line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
@@ -109,9 +100,8 @@ class MetricsWriter:
         else:
             with path.open("a") as file:  # closing flushes
                 file.write(line)
-        for name in values:
-            if row[name] is not None:
-                self._events[stage].add_scalar(name, row[name], row["iteration"])
+        finite = {name: row[name] for name in values if row[name] is not None}
+        self._loggers.write(stage, row["iteration"], finite)
 
     def _open_stage(self, stage: str, first_iteration: int) -> None:
         path = self._workdir / METRICS_FILE
@@ -122,20 +112,12 @@ class MetricsWriter:
                 if row["stage"] != stage or row["iteration"] < first_iteration
             ]
             write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
-        self._events[stage] = tensorboardX.SummaryWriter(
-            str(self._workdir / "tensorboard" / stage),
-            # makes TensorBoard forget later points of earlier processes
-            purge_step=first_iteration,
-            flush_secs=_TENSORBOARD_SECONDS,
-            write_to_disk=not in_bucket(self._workdir),
-            # two processes that start within one second keep their own files
-            filename_suffix=f".{os.getpid()}.{first_iteration}",
-        )
+        self._stages.add(stage)
+        self._loggers.open_stage(stage, first_iteration)
 
     def close(self) -> None:
-        """Flushes and closes the TensorBoard files; `metrics.jsonl` needs no closing."""
-        for events in self._events.values():
-            events.close()
+        """Closes the loggers; `metrics.jsonl` needs no closing."""
+        self._loggers.close()
 
     def __enter__(self) -> MetricsWriter:
         return self

@@ -31,6 +31,7 @@ import jax
 from stepsearch_jax.data.loading import question_rows
 from stepsearch_jax.evaluation.greedy import evaluate_policy, write_results
 from stepsearch_jax.files import check_workdir
+from stepsearch_jax.loggers import check_loggers
 from stepsearch_jax.metrics import MetricsWriter, progress
 from stepsearch_jax.report.page import format_number
 from stepsearch_jax.rl import learner
@@ -63,6 +64,7 @@ def train(config, workdir: pathlib.Path, search=None, profile: int | None = None
     """
     check_workdir(workdir)
     check_sampling(config)
+    check_loggers(config.metrics.loggers)
     held_out = [config.sft.held_out_split] if config.sft.phases else []
     splits = dict.fromkeys((config.data.train_split, config.evaluation.split, *held_out))
     system = build_system(config, list(splits), search)
@@ -148,7 +150,8 @@ def run_iterations(
 
     # ---- The loop. One iteration is one rollout and the optimiser steps on it. ------------------
     compilations = CompileCounter()
-    with MetricsWriter(workdir, start) if jax.process_index() == 0 else _NoWriter() as writer:
+    own = jax.process_index() == 0
+    with MetricsWriter(workdir, start, config.to_dict()) if own else _NoWriter() as writer:
         bar = progress(range(start, config.iterations), "training")
         for iteration in bar:
             clock = Clock()

@@ -13,6 +13,7 @@ import pytest
 import running
 import tiny_config
 
+from configs import base
 from stepsearch_jax import evaluate
 from stepsearch_jax.evaluation import greedy
 from stepsearch_jax.metrics import MetricsWriter
@@ -22,6 +23,8 @@ from stepsearch_jax.run import collect
 from stepsearch_jax.run.folder import FORMAT, write_beginning, write_config
 from stepsearch_jax.run.system import System, build_system
 from stepsearch_jax.sharding import rows_from_mesh, rows_to_mesh
+
+CONFIG = base.get_config().to_dict()
 
 POOR = {"good": 0.5, "repeat": 0.25, "early": 0.25}
 
@@ -244,7 +247,7 @@ def test_transcripts_say_what_happened_and_make_a_report(system, tmp_path):
             )
     assert seen_again > 0
 
-    with MetricsWriter(tmp_path, 0) as writer:
+    with MetricsWriter(tmp_path, 0, CONFIG) as writer:
         writer.write("rl", 0, {"f1": 0.5})
     means = dict.fromkeys(greedy.MEANS, 0.5)
     result = greedy.write_results(

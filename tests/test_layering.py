@@ -18,6 +18,7 @@ LAYERS = (
     "sharding",
     "files",
     "hub",
+    "loggers",
     "metrics",
     "data",
     "search",
@@ -41,6 +42,7 @@ COMMANDS = {"train", "evaluate", "ask", "export", "serve", "prepare", "preflight
 HOST = {
     "records",
     "files",
+    "loggers",
     "metrics",
     "data",
     "search",

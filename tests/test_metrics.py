@@ -12,15 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboardX.proto import event_pb2
 
+from configs import base
 from stepsearch_jax.files import read_json_lines
 from stepsearch_jax.metrics import METRICS_FILE, MetricsWriter, progress, read_metrics
+
+CONFIG = base.get_config().to_dict()
 
 
 def write_run(workdir, start, stop, stage="rl"):
     """A run whose value at an iteration depends on the iteration only, as a deterministic run's
     does.
     """
-    with MetricsWriter(workdir, start) as writer:
+    with MetricsWriter(workdir, start, CONFIG) as writer:
         for iteration in range(start, stop):
             writer.write(stage, iteration, {"f1": iteration / 7, "loss/policy": -iteration})
 
@@ -45,7 +48,7 @@ def read_events(folder):
 
 
 def test_lines_are_plain_json_in_order(tmp_path):
-    with MetricsWriter(tmp_path / "new" / "folder", 0) as writer:
+    with MetricsWriter(tmp_path / "new" / "folder", 0, CONFIG) as writer:
         writer.write("sft", 0, {"loss/policy": np.float32(0.5)})
         text = (tmp_path / "new" / "folder" / METRICS_FILE).read_text()
         assert text == '{"stage": "sft", "iteration": 0, "loss/policy": 0.5}\n'  # flushed at once
@@ -57,7 +60,7 @@ def test_lines_are_plain_json_in_order(tmp_path):
 
 
 def test_nan_and_infinity_become_null(tmp_path):
-    with MetricsWriter(tmp_path, 0) as writer:
+    with MetricsWriter(tmp_path, 0, CONFIG) as writer:
         writer.write(
             "rl", 0, {"f1": math.nan, "kl": math.inf, "entropy": -math.inf, "searches": 2.0}
         )
@@ -88,7 +91,7 @@ def test_nan_and_infinity_become_null(tmp_path):
     ],
 )
 def test_what_is_no_metric_is_refused_and_nothing_written(tmp_path, values, message):
-    with MetricsWriter(tmp_path, 0) as writer, pytest.raises(ValueError, match=message):
+    with MetricsWriter(tmp_path, 0, CONFIG) as writer, pytest.raises(ValueError, match=message):
         writer.write("rl", 0, values)
     assert not (tmp_path / METRICS_FILE).exists()
 
@@ -123,7 +126,7 @@ def test_only_the_stage_being_written_is_cut(tmp_path):
 def test_a_later_stage_of_a_resumed_process_starts_afresh(tmp_path):
     # left by a process whose supervised fine-tuning is now done again from iteration 8
     write_run(tmp_path, 0, 3, stage="rl")
-    with MetricsWriter(tmp_path, 8) as writer:
+    with MetricsWriter(tmp_path, 8, CONFIG) as writer:
         writer.write("sft", 8, {"loss/policy": 1.0})
         writer.write("rl", 0, {"f1": 0.5})
     assert [(row["stage"], row["iteration"]) for row in read_metrics(tmp_path)] == [
@@ -133,7 +136,7 @@ def test_a_later_stage_of_a_resumed_process_starts_afresh(tmp_path):
 
 
 def test_several_lines_of_one_iteration_are_kept(tmp_path):
-    with MetricsWriter(tmp_path, 0) as writer:
+    with MetricsWriter(tmp_path, 0, CONFIG) as writer:
         writer.write("rl", 0, {"f1": 0.1})
         writer.write("rl", 0, {"seconds/rollout": 2.0})
     assert len(read_metrics(tmp_path)) == 2

@@ -10,12 +10,15 @@ import sys
 
 import pytest
 
+from configs import base
 from stepsearch_jax.metrics import MetricsWriter
 from stepsearch_jax.report import page
 from stepsearch_jax.report.__main__ import main
 from stepsearch_jax.report.curves import CURVES, draw_curves
 from stepsearch_jax.report.page import write_report
 from stepsearch_jax.report.transcripts import select, split_tags
+
+CONFIG = base.get_config().to_dict()
 
 RL = ("f1", "step_reward", "outcome_reward", "gold_recall", "searches", "kl", "entropy")
 
@@ -81,7 +84,7 @@ def episode(when="after", uid="q1", f1=1.0, turns=(SEARCH, ANSWER), **changes):
 
 
 def make_run(workdir, *, episodes=None, evaluation=None, config=None, names=RL, iterations=3):
-    with MetricsWriter(workdir, 0) as writer:
+    with MetricsWriter(workdir, 0, CONFIG) as writer:
         for i in range(iterations):
             writer.write("sft", i, {"loss/policy": 1.0 / (i + 1)})
         for i in range(iterations):
@@ -390,7 +393,7 @@ def test_curves_and_the_ones_left_out(tmp_path):
     ],
 )
 def test_curves_of_awkward_series(tmp_path, values):
-    with MetricsWriter(tmp_path, 0) as writer:
+    with MetricsWriter(tmp_path, 0, CONFIG) as writer:
         for i, value in enumerate(values):
             writer.write("rl", i, {"f1": value})
     page = render(tmp_path)
@@ -400,7 +403,7 @@ def test_curves_of_awkward_series(tmp_path, values):
 
 
 def test_a_curve_is_drawn_through_its_values(tmp_path):
-    with MetricsWriter(tmp_path, 0) as writer:
+    with MetricsWriter(tmp_path, 0, CONFIG) as writer:
         for i, value in enumerate([0.0, 1.0, 0.5]):
             writer.write("rl", i, {"f1": value})
     text = write_report(tmp_path).read_text()

@@ -30,6 +30,7 @@ _RESUMABLE = (
     "evaluation.",
     "checkpoint.",
     "distributed.",
+    "metrics.",
     "mesh.",
     "data.cache_dir",
     "search.timeout_s",

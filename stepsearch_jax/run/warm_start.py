@@ -111,7 +111,7 @@ def fine_tune(system: System, params, specs, workdir: pathlib.Path):
     if done:
         state = checkpoints.restore(done, state)
         logger.info("resumed from fine-tuning step %d", done)
-    writer = MetricsWriter(workdir, done) if jax.process_index() == 0 else None
+    writer = MetricsWriter(workdir, done, config.to_dict()) if jax.process_index() == 0 else None
     bar = progress(total - done, "fine-tuning")
 
     first = 0  # step at which the phase starts
