@@ -21,7 +21,7 @@ from etils import epath
 from stepsearch_jax.files import in_bucket, read_json_lines, write_text
 
 # tensorboardX loads torch where it is installed, for tensors that nobody gives it here: 3 seconds.
-_hides_torch = sys.modules.setdefault("torch", None) is None
+_hides_torch = sys.modules.setdefault("torch", None) is None  # pyright: ignore[reportArgumentType]
 try:
     import tensorboardX
 finally:
@@ -159,7 +159,7 @@ class _Lines:
 
 
 class _Bar(tqdm.tqdm):
-    def set_postfix(self, ordered_dict=None, refresh=False, **values):
+    def set_postfix(self, ordered_dict=None, refresh: bool | None = False, **values):
         """Like tqdm's, but waits for the next regular drawing: a log gets no line at every call."""
         super().set_postfix(ordered_dict, refresh=refresh, **values)
 
