@@ -50,13 +50,10 @@ def check_choice(key: str, value: str | Sequence[str]) -> None:
 
     Of a tuple or list each item is checked.
     """
-    if isinstance(value, tuple | list):
-        for item in value:
-            check_choice(key, item)
-        return
-    if value in CHOICES[key] or key in PLUGINS and is_plugin(value):
-        return
-    function = ', or "package.module:function"' if key in PLUGINS else ""
-    raise ValueError(
-        f"config.{key} is {value!r}; it must be one of {', '.join(CHOICES[key])}{function}"
-    )
+    for word in (value,) if isinstance(value, str) else value:
+        if word in CHOICES[key] or key in PLUGINS and is_plugin(word):
+            continue
+        function = ', or "package.module:function"' if key in PLUGINS else ""
+        raise ValueError(
+            f"config.{key} is {word!r}; it must be one of {', '.join(CHOICES[key])}{function}"
+        )

@@ -7,7 +7,10 @@ import json
 import os
 import pathlib
 import tempfile
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from etils import epath
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any] | None:
@@ -31,7 +34,7 @@ def write_json(path: pathlib.Path, value) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def read_json_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+def read_json_lines(path: pathlib.Path | epath.Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file, in order, without a last line that a kill cut off (no line
     end, no valid JSON).
 
@@ -62,7 +65,7 @@ def read_json_lines(path: pathlib.Path) -> list[dict[str, Any]]:
     return rows
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
+def write_text(path: pathlib.Path | epath.Path, text: str) -> None:
     """Writes a file, whole or not at all."""
     if in_bucket(path):  # buckets store objects whole or not at all
         path.write_text(text, encoding="utf-8")

@@ -6,6 +6,7 @@ import json
 import logging
 import pathlib
 import re
+from typing import Any
 
 logger = logging.getLogger("stepsearch_jax")
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -49,7 +50,7 @@ def find_model(name: str, part: str, key: str) -> pathlib.Path:
     from huggingface_hub import constants, errors
 
     # From the cache.
-    files = dict(allow_patterns=[*PARTS[part]], ignore_patterns=["*/*.safetensors"])
+    files: dict[str, Any] = dict(allow_patterns=[*PARTS[part]], ignore_patterns=["*/*.safetensors"])
     try:
         folder = pathlib.Path(
             huggingface_hub.snapshot_download(name, local_files_only=True, **files)

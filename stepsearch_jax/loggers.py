@@ -20,7 +20,7 @@ from etils import epath
 from stepsearch_jax.files import in_bucket, write_text
 
 # tensorboardX loads torch where it is installed, for tensors that nobody gives it here: 3 seconds.
-_hides_torch = sys.modules.setdefault("torch", None) is None
+_hides_torch = sys.modules.setdefault("torch", None) is None  # pyright: ignore[reportArgumentType]
 try:
     import tensorboardX
 finally:

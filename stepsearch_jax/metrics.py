@@ -142,7 +142,7 @@ class _Lines:
 
 
 class _Bar(tqdm.tqdm):
-    def set_postfix(self, ordered_dict=None, refresh=False, **values):
+    def set_postfix(self, ordered_dict=None, refresh: bool | None = False, **values):
         """Like tqdm's, but waits for the next regular drawing: a log gets no line at every call."""
         super().set_postfix(ordered_dict, refresh=refresh, **values)
 

@@ -123,7 +123,7 @@ class Episode:
     @property
     def queries(self) -> tuple[str, ...]:
         """Every emitted query, in order."""
-        return tuple(turn.query for turn in self.search_turns)
+        return tuple(turn.query for turn in self.search_turns if turn.query is not None)
 
     @property
     def doc_ids(self) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ import operator
 import flax.linen as nn
 import jax
 import numpy as np
+from flax.linen import spmd
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -163,7 +164,7 @@ def partition_specs(boxed, rules: dict[str, str | None]):
 
     rules: logical axis -> mesh axis or None, a config table.
     """
-    return nn.logical_to_mesh(nn.get_partition_spec(boxed), tuple(rules.items()))
+    return spmd.logical_to_mesh(nn.get_partition_spec(boxed), tuple(rules.items()))
 
 
 def shardings(mesh: Mesh, specs):

@@ -153,6 +153,13 @@ def test_ci_runs_the_slow_tests_too(clone):
     assert clone.take_log()[-1] == f"{PYTEST} SLOW= offline={offline}"
 
 
+def test_ci_stops_at_a_type_error(clone):
+    text = clone.python.read_text().replace("case $1 in", "case $1 in\n  basedpyright) exit 1 ;;")
+    clone.python.write_text(text)
+    assert clone.run(".ci/run").returncode != 0
+    assert clone.take_log()[-1] == "basedpyright"
+
+
 @pytest.mark.parametrize(
     "script,last", [("launch/test.sh", "pytest"), ("launch/quickstart.sh", "stepsearch_jax.train")]
 )

@@ -89,4 +89,5 @@ def read_gguf_tokenizer(path: pathlib.Path) -> tuple[tokenizers.Tokenizer, str |
     ]
     inner.add_special_tokens(named(CONTROL))
     inner.add_tokens(named(USER_DEFINED))
-    return inner, *(None if number is None else tokens[number] for number in (end, pad))
+    find_token = lambda number: None if number is None else tokens[number]
+    return inner, find_token(end), find_token(pad)

@@ -150,6 +150,6 @@ def decode_query(ids: np.ndarray, token_bytes: Sequence[bytes]) -> str:
     """
     text = b"".join(token_bytes[i] for i in ids).decode("utf-8", errors="replace")
     status, query = parse_action(text)
-    if status != TurnStatus.SEARCH:
+    if status != TurnStatus.SEARCH or query is None:
         raise ValueError(f"no <search>…</search> in the query tokens: {text!r}")
     return query

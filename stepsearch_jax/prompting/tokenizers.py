@@ -97,8 +97,8 @@ class Tokenizer:
         raw = b"".join(self.token_bytes[i] for i in ids if i < self.vocab_size)
         return raw.decode("utf-8", errors="replace")
 
-    def name_token(self, i: int) -> str:
-        """Token i as its vocabulary writes it."""
+    def name_token(self, i: int) -> str | None:
+        """Token i as its vocabulary writes it, None beyond the vocabulary."""
         return self._inner.id_to_token(i)
 
     def to_json(self) -> str:
@@ -225,7 +225,7 @@ def make_word_tokenizer(words: Sequence[str]) -> Tokenizer:
         pieces += [piece for piece, _ in splitter.pre_tokenize_str(" " + word)]
         if not any(char.isalnum() for char in word):
             pieces.append(splitter.pre_tokenize_str(word)[0][0])
-    alphabet = sorted(BYTE_OF, key=BYTE_OF.get)
+    alphabet = sorted(BYTE_OF, key=BYTE_OF.__getitem__)
     tokens = dict.fromkeys([END, PAD, *alphabet, *templates.ALL_TAGS, *pieces])
     vocab = {token: i for i, token in enumerate(tokens)}
     inner = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))

@@ -131,15 +131,16 @@ def score_episodes(
         if redundancy_scope == "earlier_turns":
             redundancy[b, : len(turns)] = redundancy_by_id(turns)
         elif measures.gold_known[b]:
+            assert rendered is not None  # checked above
             redundancy[b, : len(turns)] = redundancy_by_rendering(turns, rendered)
         served[b, : len(turns)] = [
             turn.status == TurnStatus.SEARCH and turn.search_ok for turn in turns
         ]
         key_rewards[b] = key_reward(episode.queries, episode.question, key_match=key_match)
         gate_passed[b] = _GATES[format_gate](episode)
-        held[b] = (
-            retrieved_answer_credit and measures.f1[b] == 0 and retrieved_answer(episode, texts)
-        )
+        if retrieved_answer_credit and measures.f1[b] == 0:
+            assert texts is not None  # checked above
+            held[b] = retrieved_answer(episode, texts)
 
     # Step and outcome rewards of all episodes.
     if gain is None:

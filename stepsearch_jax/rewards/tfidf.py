@@ -54,6 +54,7 @@ class Similarity(Protocol):
         the r-th of all doc_ids, question after question, with gold document i of its own question;
         0 if the question has fewer.
         """
+        ...
 
 
 def fit_similarity(

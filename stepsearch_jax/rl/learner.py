@@ -132,6 +132,7 @@ def make_build_batch(model: ModelConfig, settings: LearnerSettings):
             ref_logprobs = score_tokens(policy, reference_params, tokens)[0]
             values = jnp.zeros_like(ref_logprobs)
             if critic:
+                assert state.value is not None  # the critic
                 values = score_values(value, state.value.params, tokens)
             pad = lambda x: jnp.pad(x, ((0, 0), (0, whole - width)))
             return tuple(map(pad, (*old, ref_logprobs, values)))
@@ -359,7 +360,7 @@ def make_update(
         finite = jnp.isfinite(jnp.stack(list(norms.values()))).all()
         new = {name: apply(optimizers[name], models[name], grads[name], finite) for name in models}
         metrics |= {f"{name}_grad_norm": norm for name, norm in norms.items()}
-        return state.replace(**new, skipped=state.skipped + ~finite), metrics
+        return dataclasses.replace(state, **new, skipped=state.skipped + ~finite), metrics
 
     @partial(jax.jit, donate_argnums=0)
     def update(state: TrainState, batch: Batch, mean_kl: jax.Array):
@@ -371,16 +372,17 @@ def make_update(
             )
         state, metrics = jax.lax.scan(step, state, minibatches)
         if settings.kl_target > 0:
-            state = state.replace(
+            state = dataclasses.replace(
+                state,
                 kl_coef=adapt_kl_coef(
                     state.kl_coef,
                     mean_kl,
                     target=settings.kl_target,
                     horizon=settings.kl_horizon,
                     num_episodes=len(batch.tokens),
-                )
+                ),
             )
-        state = state.replace(iteration=state.iteration + 1)
+        state = dataclasses.replace(state, iteration=state.iteration + 1)
         return state, jax.tree.map(lambda x: x.mean(0), metrics)
 
     return update

@@ -47,12 +47,11 @@ def aggregate(
     """
     check_masks(mask=mask)
     check_choice("rl.aggregation", aggregation)
-    if normalizer is None:
-        normalizer = loss_normalizer(mask, aggregation=aggregation)
+    count = loss_normalizer(mask, aggregation=aggregation) if normalizer is None else normalizer
     total = (
         masked_sum(x, mask) if aggregation == "token_mean" else masked_mean(x, mask, axis=1).sum()
     )
-    return total / jnp.maximum(normalizer, 1)
+    return total / jnp.maximum(count, 1)
 
 
 @functools.partial(jax.jit, static_argnames=("aggregation",))

@@ -12,9 +12,11 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import urllib3
+from urllib3.util import Url, parse_url
 
 from stepsearch_jax.records import Document
 from stepsearch_jax.search.cache import describe_search
@@ -48,9 +50,9 @@ def read_address(url: str) -> str:
     """A server's address in one form; it may end with /retrieve, as Search-R1's does. Raises
     ValueError for anything that is no address."""
     try:
-        parsed = urllib3.util.parse_url(url.rstrip("/").removesuffix("/retrieve"))
+        parsed = parse_url(url.rstrip("/").removesuffix("/retrieve"))
     except urllib3.exceptions.LocationParseError:
-        parsed = urllib3.util.Url()
+        parsed = Url()
     if parsed.scheme not in ("http", "https") or not parsed.host or parsed.query or parsed.fragment:
         raise ValueError(
             f"{url!r} is not the address of a search server, such as http://localhost:8000 "
@@ -91,7 +93,7 @@ class RemoteIndex:
         self._http = limit_connections(urllib3.PoolManager(maxsize=_AT_ONCE, retries=False))
         self._threads = ThreadPoolExecutor(_AT_ONCE, "remote search")
         # Also holds retriever and settings, once the server has said them.
-        self._about = {"corpus": corpus}
+        self._about: dict[str, Any] = {"corpus": corpus}
 
     def __len__(self) -> int:
         return len(self._documents)
@@ -219,7 +221,7 @@ class RemoteIndex:
             )
         return number
 
-    def _repeat(self, method: str, path: str, body: str | None):
+    def _repeat(self, method: str, path: str, body: str | None) -> Any:
         """The answer of the first attempt that succeeds. Pauses are random, so that many clients do
         not return at once."""
         for attempt in range(self._attempts):
@@ -230,7 +232,7 @@ class RemoteIndex:
                     raise
             time.sleep(self._backoff_s * 2**attempt * random.uniform(0.5, 1.0))
 
-    def _ask(self, method: str, path: str, body: str | None):
+    def _ask(self, method: str, path: str, body: str | None) -> Any:
         """The answer to one attempt, which takes 2 * attempt_s at most."""
         with limit_time(2 * self._attempt_s):
             answer = self._http.request(

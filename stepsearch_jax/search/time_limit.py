@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 
 import urllib3
+from urllib3.connection import HTTPConnection
 
 _of_thread = threading.local()  # .limit: the one under which this thread works
 
@@ -31,7 +32,7 @@ class _Limit:
                 self.sock.shutdown(socket.SHUT_RDWR)
 
 
-class _Limited:
+class _Limited(HTTPConnection):
     """What makes a connection show its socket to the limit of its thread."""
 
     def _new_conn(self) -> socket.socket:

@@ -57,13 +57,16 @@ def _start_witness() -> subprocess.Popen:
     witness = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
     )
+    assert witness.stdin is not None  # the pipe
     os.set_blocking(witness.stdin.fileno(), False)
     return witness
 
 
 def _tell_witness(line: str) -> None:
     with contextlib.suppress(OSError):  # without a witness the work goes on
-        os.write(_start_witness().stdin.fileno(), f"{line}\n".encode())
+        pipe = _start_witness().stdin
+        assert pipe is not None  # _start_witness asked for one
+        os.write(pipe.fileno(), f"{line}\n".encode())
 
 
 def call_off() -> None:
