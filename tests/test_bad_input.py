@@ -16,6 +16,7 @@ from stepsearch_jax.run.system import build_system
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 PARAGRAPH = {"idx": 0, "title": "Ann", "paragraph_text": "Ann is from Rome."}
+LISTS = ("metrics.loggers",)  # keys that hold several words
 ROW = {
     "id": "2hop__1_2",
     "question": "Where is Ann from?",
@@ -220,7 +221,7 @@ CASES = {
     ),
     **{
         key: (
-            lambda f, key=key: {key: "no such word"},
+            lambda f, key=key: {key: ("no such word",) if key in LISTS else "no such word"},
             f"config.{re.escape(key)} is 'no such word'",
         )
         for key in CHOICES
