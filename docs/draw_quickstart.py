@@ -112,7 +112,7 @@ def draw(workdir: pathlib.Path, picture: pathlib.Path) -> None:
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.45))
     draw_curves(left, workdir)
     draw_transcripts(right, episodes)
-    figure.savefig(picture, metadata={"Software": None})
+    figure.savefig(picture)
 
 
 if __name__ == "__main__":
