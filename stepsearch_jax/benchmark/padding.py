@@ -108,8 +108,13 @@ def make_update(model: ModelConfig, batch: Batch, buckets: int, seed: int):
             jax.device_put((params, value_params), sharding.replicated(mesh)), optimizers
         )
     ]
-    zero = jnp.int32(0)
-    held = {"state": TrainState(*models, zero, zero, jnp.float32(1e-3), zero)}
+    scalars = dict(
+        iteration=jnp.int32(0),
+        position=jnp.int32(0),
+        kl_coef=jnp.float32(1e-3),
+        skipped=jnp.int32(0),
+    )
+    held = {"state": TrainState(*models, **jax.device_put(scalars, sharding.replicated(mesh)))}
     update = learner.make_update(model, settings, *optimizers)
 
     def run():
