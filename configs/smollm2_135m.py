@@ -8,7 +8,7 @@ r"""A pretrained language model on real questions: SmolLM2-135M-Instruct with St
 docs/models.md says where the file comes from; the model's Hugging Face folder works as well.
 data.path: a folder with the official MuSiQue files, as in configs/musique_tiny.py. The config is
 written for one GPU or TPU chip with 16 GB or more. It also runs on two CPU cores, slowly: these
-flags take an hour:
+flags take 75 minutes:
 
     --config.model.dtype=float32 --config.rollout.dtype=float32 --config.iterations=2 \
     --config.rollout.prompts=4 --config.rl.minibatches=1 --config.rl.microbatch_size=4 \
