@@ -287,6 +287,9 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     # token_mean: every action token of a minibatch counts the same [P] | sequence_mean: every
     # episode counts the same.
     rl.aggregation = "token_mean"
+    # An optimiser step whose gradient is not finite is skipped. After so many in a row the run ends
+    # [O].
+    rl.max_skipped_in_a_row = 8
     rl.value_clip = 0.5  # values move at most this far from the old ones in the value loss [C]
     rl.entropy_coef = 0.0  # weight of the entropy bonus; 1e-3 in the released code [C]
     rl.kl_coef = 1e-3  # beta, weight of the KL penalty on action tokens [P]

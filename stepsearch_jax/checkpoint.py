@@ -1,21 +1,38 @@
 """Checkpoints of the full training state, and of parameters alone (orbax).
 
 A checkpoint is complete or not there: on a disk it gets its name when it is complete; in a bucket
-(gs://…) a last file marks it as complete.
+(gs://…) a last file marks it as complete. It holds a checksum of each array
+(`checksums.checksum_leaves`), with which the array is compared after it was read back. An array
+with a number that is not finite is neither written nor accepted.
 """
 
 from __future__ import annotations
 
-import contextlib
+import enum
+import gc
+import logging
 import os
 import time
-from collections.abc import Iterator
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
+
+from stepsearch_jax.checksums import checksum_leaves, leaf_names
+
+logger = logging.getLogger("stepsearch_jax")
+
+
+class Damaged(ValueError):
+    """A checkpoint whose files are cut, missing or changed."""
+
+
+class _Fault(enum.IntEnum):
+    """What reading a checkpoint met, the gravest last."""
+
+    NONE, DAMAGED, OTHER = range(3)
 
 
 class Checkpoints:
@@ -34,7 +51,8 @@ class Checkpoints:
     def save(self, number: int, state) -> None:
         """Saves a pytree of arrays; returns as soon as it may be donated or changed.
 
-        Waits until the checkpoint before is complete.
+        Waits until the checkpoint before is complete. Raises ValueError, and saves nothing, if a
+        number is not finite.
         """
         # Once per process: remove what kills have left. orbax makes the other processes wait.
         if not self._is_clean and jax.process_index() == 0:
@@ -43,7 +61,7 @@ class Checkpoints:
                 if path.is_dir() and ocp.utils.is_tmp_checkpoint(path):
                     path.rmtree()
         self._is_clean = True
-        self._manager.save(number, args=ocp.args.StandardSave(state))
+        self._manager.save(number, args=ocp.args.StandardSave(_with_checksums(state)))
         self._saved_at = time.monotonic()
 
     def keep_pace(self, number: int, state, *, every: int, minutes: float, last: bool) -> bool:
@@ -67,19 +85,57 @@ class Checkpoints:
             )
         )
 
+    def restore_newest(self, abstract_state, *, set_aside: bool):
+        """The newest whole checkpoint as (number, state); None if there is none at all.
+
+        All processes find the same one. A warning names newer ones that are damaged. set_aside:
+        rename these to damaged-NUMBER, which only the run that writes the checkpoints may do.
+        abstract_state: shapes, dtypes and shardings (arrays or ShapeDtypeStructs). Raises
+        ValueError for the checkpoint of another model, and `Damaged` if none is whole; then all
+        keep their names.
+        """
+        numbers = sorted(self._manager.all_steps(), reverse=True)
+        faults: dict[int, str] = {}
+        for number in numbers:
+            try:
+                state = self.restore(number, abstract_state)
+            except Damaged as error:
+                faults[number] = str(error)
+                continue
+            for damaged, fault in faults.items():
+                logger.warning("%s: continuing from checkpoint %d", fault, number)
+                if set_aside:
+                    self._set_aside(damaged)
+            return number, state
+        if not numbers:
+            return None
+        raise Damaged(
+            f"no checkpoint in {self._folder} is whole ({faults[numbers[0]]}): put back a copy, or "
+            f"remove {self._folder} to begin again"
+        )
+
+    def _set_aside(self, number: int) -> None:
+        """Renames a damaged checkpoint, so that no later start meets it again."""
+        folder, aside = self._folder / str(number), self._folder / f"damaged-{number}"
+        if jax.process_index() == 0:
+            if aside.exists():
+                aside.rmtree()
+            folder.rename(aside)
+        multihost_utils.sync_global_devices(f"set aside {number}")
+        self._manager.reload()
+        logger.warning("it is %s now and may be deleted; what it held is computed again", aside)
+
     def restore(self, number: int, abstract_state):
-        """The checkpoint, with shapes, dtypes and shardings of `abstract_state` (of arrays or
-        ShapeDtypeStructs). Raises ValueError as `load_params` does.
+        """One checkpoint, with shapes, dtypes and shardings of `abstract_state`.
+
+        Raises `Damaged`, ValueError and OSError in all processes if one of them meets a fault.
         """
         folder = self._folder / str(number)
         remedy = (
             f"give the flags of the run, or remove {folder}: the same command then resumes from "
             "the checkpoint before"
         )
-        with _checked(folder / "default", abstract_state, remedy):
-            state = self._manager.restore(
-                number, args=ocp.args.StandardRestore(_abstract(abstract_state))
-            )
+        state = _read(folder / "default", abstract_state, remedy)
         self._manager.reached_preemption(number)  # the number that `keep_pace` continues from
         return state
 
@@ -90,9 +146,12 @@ class Checkpoints:
 
 
 def save_params(folder: os.PathLike, params) -> None:
-    """Writes parameters alone; an earlier copy is replaced when the new one is complete."""
+    """Writes parameters alone; an earlier copy is replaced when the new one is complete.
+
+    Raises ValueError, and writes nothing, if a number is not finite.
+    """
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(_absolute(folder), params, force=True)
+        checkpointer.save(_absolute(folder), _with_checksums(params), force=True)
 
 
 def has_params(folder: os.PathLike) -> bool:
@@ -104,54 +163,100 @@ def has_params(folder: os.PathLike) -> bool:
 def load_params(folder: os.PathLike, abstract_state, remedy: str):
     """Parameters saved by `save_params`, with shapes, dtypes and shardings of `abstract_state`.
 
-    Raises FileNotFoundError if there are none, and ValueError for those of another model and for
-    damaged ones. remedy: what the message says the user can do then.
+    Raises FileNotFoundError if there are none, ValueError for those of another model, and `Damaged`
+    for damaged ones. remedy: what the message says the user can do then.
     """
     if not has_params(folder):
         raise FileNotFoundError(f"there is no checkpoint at {folder}: {remedy}")
-    with (
-        _checked(_absolute(folder), abstract_state, remedy),
-        ocp.StandardCheckpointer() as checkpointer,
-    ):
-        return checkpointer.restore(_absolute(folder), _abstract(abstract_state))
-
-
-@contextlib.contextmanager
-def _checked(folder: epath.Path, abstract_state, remedy: str) -> Iterator[None]:
-    """Around reading `folder`: compares its metadata with `abstract_state` first, and reports
-    damage in one line (ValueError); orbax would print pages.
-    """
     try:
-        there, here = (
-            _shapes(tree)
-            for tree in (ocp.StandardCheckpointHandler().metadata(folder).tree, abstract_state)
-        )
-        differing = [name for name in (*here, *there) if here.get(name) != there.get(name)]
-        if not differing:
-            yield
-            return
-    except (ValueError, LookupError, TypeError, EOFError, FileNotFoundError) as error:
+        return _read(_absolute(folder), abstract_state, remedy)
+    except Damaged as error:
+        raise Damaged(f"{error}: {remedy}") from error
+
+
+def _with_checksums(tree):
+    """What is written for a tree. Raises ValueError if a number is not finite."""
+    sums, finite = checksum_leaves(tree)
+    if not finite.all():
+        name = leaf_names(tree)[int(np.argmin(finite))]
         raise ValueError(
-            f"{folder} is damaged, or no checkpoint of this program ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:200]}): {remedy}"
-        ) from error
-    except OSError as error:  # a fault of disk or network, which may pass
-        raise OSError(
-            f"{folder} could not be read ({' '.join(str(error).split())[:200]}): try again"
-        ) from error
-    name = differing[0]
-    raise ValueError(
-        f"{folder} holds another model ({name} is {there.get(name, 'missing')} there, "
-        f"{here.get(name, 'missing')} here): {remedy}"
-    )
+            f"{name} holds numbers that are not finite, so no checkpoint is written: an earlier "
+            "one is the last; lower the learning rates (policy.learning_rate, value.learning_rate)"
+        )
+    return {"tree": tree, "checksums": sums}
+
+
+def _read(folder: epath.Path, abstract_tree, remedy: str):
+    """The tree that was written to `folder`; all processes succeed, or all raise.
+
+    Raises ValueError for another model's, `Damaged` for a damaged one, and OSError if a disk or a
+    network fails. remedy: ends the message about another model.
+    """
+    count = len(jax.tree.leaves(abstract_tree))
+    abstract = {
+        "tree": jax.tree.map(_place, abstract_tree),
+        "checksums": np.zeros((count, 2), np.uint32),
+    }
+    # Reading does not wait for the other processes, so that one may fail alone.
+    there, error, fault = None, None, _Fault.NONE
+    asyncio_logger = logging.getLogger("asyncio")
+    asyncio_logger.disabled = True  # each array that cannot be read would log a page of its own
+    try:
+        handler = ocp.StandardCheckpointHandler()
+        if difference := _differ(handler.metadata(folder).tree, abstract):
+            fault, error = _Fault.OTHER, ValueError(f"{folder} {difference}: {remedy}")
+        else:
+            there = handler.restore(folder, args=ocp.args.StandardRestore(abstract))
+            jax.block_until_ready(there)
+    except (ValueError, LookupError, TypeError, EOFError, FileNotFoundError) as cause:
+        text = f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}"
+        fault, error = _Fault.DAMAGED, Damaged(f"{folder} is damaged ({text})")
+        error.__cause__ = cause
+    except OSError as cause:  # which may pass
+        text = " ".join(str(cause).split())[:200]
+        fault, error = _Fault.OTHER, OSError(f"{folder} could not be read ({text}): try again")
+        error.__cause__ = cause
+    finally:
+        if error is not None:
+            gc.collect()  # now, while they are not heard
+        asyncio_logger.disabled = False
+
+    # The gravest fault of any process is everyone's.
+    gravest = int(multihost_utils.process_allgather(np.int32(fault)).max())
+    if error is not None and fault == gravest:
+        raise error
+    if gravest != _Fault.NONE:
+        kind = Damaged if gravest == _Fault.DAMAGED else OSError
+        raise kind(f"{folder} could not be read by another process: see its log")
+
+    # Every process finds the same checksums, and compares them with the same ones.
+    sums, finite = checksum_leaves(there["tree"])
+    for name, ours, theirs, is_finite in zip(
+        leaf_names(abstract_tree), sums, np.asarray(there["checksums"]), finite
+    ):
+        if (ours != theirs).any() or not is_finite:
+            what = "has changed since it was written" if is_finite else "is not finite"
+            raise Damaged(f"{folder} is damaged ({name} {what})")
+    return there["tree"]
+
+
+def _differ(there, here) -> str:
+    """What the leaves of two trees, or of orbax's metadata of them, do not share; "" if nothing."""
+    there, here = (_shapes(tree) for tree in (there, here))
+    for name in (*here, *there):
+        if here.get(name) != there.get(name):
+            shapes = [shapes.get(name, "missing") for shapes in (there, here)]
+            return (
+                f"holds another model ({name.removeprefix('tree/')} is {shapes[0]} there, "
+                f"{shapes[1]} here)"
+            )
+    return ""
 
 
 def _shapes(tree) -> dict[str, tuple[int, ...]]:
-    """Name of each leaf -> its shape; the same for a tree and for orbax's metadata of it."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    """Name of each leaf -> its shape. The number of checksums follows from the other leaves."""
+    shapes = zip(leaf_names(tree), jax.tree.leaves(tree))
+    return {name: tuple(leaf.shape) for name, leaf in shapes if name != "checksums"}
 
 
 def _absolute(folder: os.PathLike) -> epath.Path:
@@ -159,5 +264,5 @@ def _absolute(folder: os.PathLike) -> epath.Path:
     return path if "://" in str(path) else path.resolve()
 
 
-def _abstract(tree):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+def _place(leaf) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)

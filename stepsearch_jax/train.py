@@ -43,7 +43,7 @@ from stepsearch_jax.run.iteration import (
     CompileCounter,
     Profiler,
     choose_rewards,
-    dump_batch,
+    keep_skipped_batch,
     measure_speed,
     rollout_metrics,
 )
@@ -143,7 +143,7 @@ def run_iterations(
 
     # ---- State: of the newest checkpoint, or of a new run. --------------------------------------
     # The reference is the policy before RL. It stays frozen: the KL is measured against it.
-    state, reference_params, checkpoints, rollout_key = begin_run(system, workdir)
+    state, reference_params, checkpoints, rollout_key = begin_run(system, workdir, set_aside=True)
     start = int(state.iteration)
     profiler = Profiler(workdir, profile, start, config.iterations)
     before, dumps = measure(to_rollout_layout(reference_params), description="before RL:")
@@ -183,11 +183,13 @@ def run_iterations(
 
             # -- Update: one optimiser step a minibatch, for the policy and the value model. A step
             # whose gradient is not finite changes nothing; its batch is kept for a post-mortem.
+            # Many in a row mean that no later step will be better.
             skipped = int(state.skipped)
             state, update_metrics = update(state, batch, batch_metrics["kl"])
             state = state.replace(position=state.position + config.rollout.prompts)
-            if int(state.skipped) > skipped:
-                dump_batch(workdir, iteration, batch)
+            if skipped := int(state.skipped) - skipped:
+                keep_skipped_batch(workdir, iteration, batch, skipped)
+                check_progress(config, iteration, int(state.skipped_in_a_row))
             clock.lap("update")
 
             # -- Report.
@@ -234,6 +236,17 @@ def run_iterations(
     # ---- Results. -------------------------------------------------------------------------------
     after, after_dumps = measure(to_rollout_layout(state.policy.params), description="after RL:")
     return write_results(system, workdir, before, after, {"before": dumps, "after": after_dumps})
+
+
+def check_progress(config, iteration: int, skipped_in_a_row: int) -> None:
+    """Raises ValueError, which ends the run, if too many steps in a row had no finite gradient."""
+    if skipped_in_a_row >= config.rl.max_skipped_in_a_row:
+        raise ValueError(
+            f"iteration {iteration}: the gradients of {skipped_in_a_row} optimiser steps in a row "
+            f"were not finite (rl.max_skipped_in_a_row={config.rl.max_skipped_in_a_row}), so "
+            "nothing is learned any more: lower policy.learning_rate and value.learning_rate in a "
+            "new --workdir, or look into the batches in WORKDIR/skipped-*.npz"
+        )
 
 
 class _NoWriter:

@@ -117,12 +117,12 @@ def start_command(
     return start(command, devices=devices, log=workdir.with_suffix(".log"))
 
 
-def run_command(*arguments, **options) -> str:
-    """Runs a command, which must succeed -> its output."""
+def run_command(*arguments, status: int = 0, **options) -> str:
+    """Runs a command, which must end with `status` -> its output."""
     process = start_command(*arguments, **options)
     log = arguments[2].with_suffix(".log")
     try:
-        assert process.wait(timeout=900) == 0, log.read_text()[-3000:]
+        assert process.wait(timeout=900) == status, log.read_text()[-3000:]
     finally:
         process.kill()
     return log.read_text()
@@ -140,7 +140,7 @@ def read_tree(folder: pathlib.Path) -> dict[str, np.ndarray]:
         saved = checkpointer.metadata(folder.resolve()).item_metadata.tree
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
         tree = checkpointer.restore(folder.resolve(), restore_args=as_numpy)
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    leaves = jax.tree_util.tree_leaves_with_path(tree["tree"])
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 

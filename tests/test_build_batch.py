@@ -50,6 +50,7 @@ def test_batch_of_a_rollout(change):
         position=jnp.int32(0),
         kl_coef=jnp.float32(0.1),
         skipped=jnp.int32(0),
+        skipped_in_a_row=jnp.int32(0),
     )
     critic = uses_critic(change.get("advantage", "gae"))
     value_state = ModelState(value_params, ()) if critic else None

@@ -58,25 +58,108 @@ def test_another_model_is_reported_by_name_and_shapes(tmp_path):
         checkpoint.load_params(tmp_path / "start", {"a": jnp.zeros((2, 3))}, "mend it")
 
 
-@pytest.mark.parametrize("damage", ["cut", "undescribed", "foreign"])
-def test_damage_is_reported_in_one_line(tmp_path, damage):
+def harm(folder: pathlib.Path, damage: str) -> None:
+    """Damages the files of a saved tree."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    data = [path for path in files if path.parent.name == "d"]
+    if damage == "flipped":  # one bit of the largest file, which holds the numbers
+        largest = max(data, key=lambda path: path.stat().st_size)
+        content = bytearray(largest.read_bytes())
+        content[len(content) // 2] ^= 4
+        largest.write_bytes(content)
+    elif damage == "cut":
+        for path in data:
+            path.write_bytes(path.read_bytes()[:10])
+    elif damage == "empty":
+        for path in data:
+            path.write_bytes(b"")
+    elif damage == "undescribed":
+        (folder / "_METADATA").unlink()
+    else:
+        for path in files if damage == "foreign" else data:
+            path.unlink()
+
+
+DAMAGES = ["flipped", "cut", "empty", "missing", "undescribed", "foreign"]
+
+
+def make_large_state(number: int):
+    """With numbers that do not compress, so that most bytes on the disk are theirs."""
+    numbers = np.random.default_rng(number).normal(size=(100, 100)).astype(np.float32)
+    return {"a": jnp.asarray(numbers), "b": jnp.int32(number)}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # in orbax
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_set_aside(tmp_path, damage, caplog):
+    folder = tmp_path / "run"
+    checkpoints = checkpoint.Checkpoints(folder, keep=3)
+    for number in (1, 2):
+        checkpoints.save(number, make_large_state(number))
+    checkpoints.close()
+    harm(folder / "2/default", damage)
+    abstract = abstract_state(make_large_state(0))
+
+    # Readers leave it where it is; the run itself moves it out of the way.
+    for set_aside, names in ((False, ["1", "2"]), (True, ["1", "damaged-2"])):
+        caplog.clear()
+        again = checkpoint.Checkpoints(folder, keep=3)
+        number, state = again.restore_newest(abstract, set_aside=set_aside)
+        assert number == 1
+        jax.tree.map(np.testing.assert_array_equal, state, make_large_state(1))
+        messages = [record.getMessage() for record in caplog.records]
+        assert "run/2/default is damaged" in messages[0]
+        assert len(messages) == 1 + set_aside and max(map(len, messages)) < 800
+        assert sorted(path.name for path in folder.iterdir()) == names
+        again.close()
+
+    # The run continues, and its numbers may come again.
+    again = checkpoint.Checkpoints(folder, keep=3)
+    assert again.restore_newest(abstract, set_aside=True)[0] == 1
+    again.save(2, make_large_state(5))
+    again.close()
+    harm(folder / "2/default", damage)
+    again = checkpoint.Checkpoints(folder, keep=3)
+    assert again.restore_newest(abstract, set_aside=True)[0] == 1
+    again.close()
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "damaged-2"]
+
+
+def test_no_whole_checkpoint_is_an_error_that_changes_nothing(tmp_path):
+    checkpoints = checkpoint.Checkpoints(tmp_path / "run", keep=2)
+    assert checkpoints.restore_newest(make_state(0), set_aside=True) is None
+    for number in (1, 2):
+        checkpoints.save(number, make_state(number))
+    checkpoints.close()
+    for number in (1, 2):
+        harm(tmp_path / f"run/{number}/default", "cut")
+    again = checkpoint.Checkpoints(tmp_path / "run", keep=2)
+    with pytest.raises(checkpoint.Damaged, match="run is whole .*run/2/default.*remove .*run"):
+        again.restore_newest(abstract_state(make_state(0)), set_aside=True)
+    again.close()
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["1", "2"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES[:2])
+def test_damaged_parameters_are_refused_in_one_line(tmp_path, damage):
+    checkpoint.save_params(tmp_path / "start", make_large_state(1))
+    harm(tmp_path / "start", damage)
+    with pytest.raises(checkpoint.Damaged, match="start is damaged .*: mend it$") as caught:
+        checkpoint.load_params(tmp_path / "start", abstract_state(make_large_state(0)), "mend it")
+    assert len(str(caught.value)) < 800 and "\n" not in str(caught.value)
+
+
+def test_numbers_that_are_not_finite_are_never_written(tmp_path):
+    bad = {"a": {"b": jnp.float32([1.0, np.nan])}, "c": jnp.int32(1)}
     checkpoints = checkpoint.Checkpoints(tmp_path / "run", keep=2)
     checkpoints.save(1, make_state(1))
+    with pytest.raises(ValueError, match="a/b holds numbers that are not finite"):
+        checkpoints.save(2, bad)
     checkpoints.close()
-    folder = tmp_path / "run/1/default"
-    for path in [path for path in folder.rglob("*") if path.is_file()]:
-        if damage == "cut" and path.parent.name == "d":
-            path.write_bytes(path.read_bytes()[:10])
-        if damage == "undescribed" and path.name == "_METADATA" or damage == "foreign":
-            path.unlink()
-    again = checkpoint.Checkpoints(tmp_path / "run", keep=2)
-    with pytest.raises(
-        ValueError,
-        match="run/1/default is damaged, .*remove .*run/1: ",
-    ) as caught:
-        again.restore(1, make_state(0))
-    assert len(str(caught.value)) < 800 and "\n" not in str(caught.value)
-    again.close()
+    with pytest.raises(ValueError, match="a/b holds numbers that are not finite"):
+        checkpoint.save_params(tmp_path / "start", bad)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["1"]
+    assert not checkpoint.has_params(tmp_path / "start")
 
 
 def test_a_disk_that_fails_for_a_moment_is_no_damage(tmp_path, monkeypatch):
@@ -242,3 +325,61 @@ def test_after_a_sigterm_all_processes_save_the_same_number(tmp_path):
     number = int(outputs[0][-1].split()[-1])
     earlier, newest = sorted(int(path.name) for path in (tmp_path / "c").iterdir())
     assert 1 <= earlier < newest == number < 50
+
+
+# Two processes that restore a state cut in two; the second finds its part of the newest damaged, as
+# if only its disk had failed: python RESTORING FOLDER PROCESS PORT
+RESTORING = """
+import pathlib, sys
+import jax, jax.numpy as jnp
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+folder, process, port = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+jax.distributed.initialize(f"localhost:{port}", 2, process)
+from jax.experimental import multihost_utils
+from stepsearch_jax import checkpoint
+
+mesh = jax.make_mesh((2,), ("data",))
+make = lambda x: multihost_utils.host_local_array_to_global_array(
+    {"a": jnp.full(3, x + process)}, mesh, jax.P("data")
+)
+checkpoints = checkpoint.Checkpoints(folder, keep=2)
+for number in (1, 2):
+    checkpoints.save(number, make(10.0 * number))
+checkpoints.close()
+handler = checkpoint.ocp.StandardCheckpointHandler
+restore = handler.restore
+def fail(self, directory, *arguments, **keywords):
+    if directory.parent.name == "2":
+        raise ValueError("a shard is cut")
+    return restore(self, directory, *arguments, **keywords)
+if process == 1:
+    handler.restore = fail
+checkpoints = checkpoint.Checkpoints(folder, keep=2)
+number, state = checkpoints.restore_newest(make(0.0), set_aside=True)
+checkpoints.close()
+print("restored", number, state["a"].addressable_shards[0].data.tolist(), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_all_processes_go_back_to_the_same_checkpoint(tmp_path):
+    import running
+
+    environment = os.environ | {"PYTHONPATH": str(REPO), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    port = running.free_port()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", RESTORING, str(tmp_path / "c"), str(n), str(port)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for n in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=100)[0].splitlines() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [output[-1] for output in outputs] == [f"restored 1 {[10.0 + n] * 3}" for n in range(2)]
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["1", "damaged-2"]

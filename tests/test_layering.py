@@ -29,6 +29,7 @@ LAYERS = (
     "rewards",
     "rollout",
     "rl",
+    "checksums",
     "checkpoint",
     "runtime",
     "report",
@@ -59,7 +60,10 @@ HOST = {
 }
 # load without jax, so that --help and wrong flags are answered at once
 LIGHT = {"cli", "serve", "prepare", "benchmark.cases", "benchmark.__main__"}
-DEVICE = {"types", "masking", "sharding", "models", "rewards.placement", "rl", "checkpoint"}
+DEVICE = {"types", "masking", "sharding", "models", "rewards.placement", "rl"} | {
+    "checksums",
+    "checkpoint",
+}
 DEVICE_LIBRARIES = {"jax", "jaxlib", "flax", "optax", "orbax"}
 # the only users of bm25s, which starts jax when it is imported
 LAZY = {"search/bm25.py", "data/atlas_questions.py"}

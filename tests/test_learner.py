@@ -106,6 +106,7 @@ def make_state(shape=ONE, critic=True) -> TrainState:
         position=jnp.int32(0),
         kl_coef=jnp.float32(0.1),
         skipped=jnp.int32(0),
+        skipped_in_a_row=jnp.int32(0),
     )
     policy, value = (
         make_model_state(model, recording_sgd(), shape) if model is POLICY or critic else None
@@ -440,7 +441,7 @@ def test_nothing_changes_when_a_gradient_is_not_finite(field):
     jax.tree.map(
         np.testing.assert_array_equal, (after.policy, after.value), (before.policy, before.value)
     )
-    assert (after.skipped, after.iteration) == (1, 1)
+    assert (after.skipped, after.skipped_in_a_row, after.iteration) == (1, 1, 1)
     assert not np.isfinite(metrics["policy_grad_norm"] + metrics["value_grad_norm"])
     later, direct = (
         to_host(one_step()(start, batch, jnp.float32(0))[0]) for start in (state, make_state())
@@ -449,6 +450,7 @@ def test_nothing_changes_when_a_gradient_is_not_finite(field):
         np.testing.assert_array_equal, (later.policy, later.value), (direct.policy, direct.value)
     )
     assert (later.skipped, direct.skipped) == (1, 0)
+    assert (later.skipped_in_a_row, direct.skipped_in_a_row) == (0, 0)
     assert (step_counts(after), step_counts(direct)) == ({0}, {1})
     leaves = [jax.tree.leaves(latest_params(state)) for state in (direct, before)]
     assert all((a != b).any() for a, b in zip(*leaves))
@@ -518,6 +520,7 @@ def test_only_the_poisoned_minibatch_is_skipped():
     poisoned = sharding.rows_to_mesh(tiny.mesh_of(ONE), batch.replace(advantages=advantages))
     got, _ = four_steps()(make_state(), poisoned, jnp.float32(0.02))
     assert int(got.skipped) == 2 and step_counts(got) == {2}
+    assert int(got.skipped_in_a_row) == 1  # the two are apart
     close_to_leaf_maximum(latest_params(got), latest_params(state), 1e-5)
 
 

@@ -365,6 +365,15 @@ def test_an_unfinished_run_says_so(tmp_path, evaluation, sentence, rows):
     assert len(table_of(page)) == rows
 
 
+def test_skipped_steps_are_told(tmp_path):
+    for skipped in (0, 7):
+        workdir = tmp_path / str(skipped)
+        with MetricsWriter(workdir, 0, CONFIG) as writer:
+            for i in range(3):
+                writer.write("rl", i, dict.fromkeys(RL, 0.1) | {"skipped": min(i, 1) * skipped})
+        assert ("7 optimiser steps" in write_report(workdir).read_text()) == bool(skipped)
+
+
 def test_curves_and_the_ones_left_out(tmp_path):
     page = render(make_run(tmp_path / "all"))
     assert [attributes["aria-label"] for tag, attributes, _ in page.found if tag == "svg"] == [

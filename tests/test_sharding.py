@@ -303,7 +303,11 @@ def make_state(mesh, seed: int) -> TrainState:
         params = jax.device_put(tiny.draw_params(model, seed), sharding.shardings(mesh, specs))
         states.append(init_model_state(optimizer, mesh, params, specs))
     numbers = dict(
-        iteration=jnp.int32(0), position=jnp.int32(0), kl_coef=jnp.float32(0), skipped=jnp.int32(0)
+        iteration=jnp.int32(0),
+        position=jnp.int32(0),
+        kl_coef=jnp.float32(0),
+        skipped=jnp.int32(0),
+        skipped_in_a_row=jnp.int32(0),
     )
     state = TrainState(*states, **jax.device_put(numbers, sharding.replicated(mesh)))
     return jax.tree.map(lambda x: jax.device_put(draw(x), x.sharding), state)

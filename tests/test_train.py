@@ -8,6 +8,7 @@ import signal
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import running
@@ -18,9 +19,10 @@ from stepsearch_jax.run.iteration import (
     CompileCounter,
     Profiler,
     choose_rewards,
+    keep_skipped_batch,
     measure_speed,
 )
-from stepsearch_jax.types import TrainState
+from stepsearch_jax.types import Batch, TrainState
 
 # Fine-tuning with a checkpoint in its middle; the KL coefficient adapts: it is resumed, too.
 LONG = (
@@ -67,6 +69,38 @@ def test_shuffled_rewards_stay_together():
         and (fewer.sum(1) + more == steps.sum(1) + outcomes).all()
         and (more > outcomes).sum() >= 10
     )
+
+
+def test_few_skipped_batches_are_kept_and_all_are_told(tmp_path, caplog):
+    arrays = {name: jnp.zeros((2, 3)) for name in Batch.__dataclass_fields__}
+    for iteration in (2, 5, 7, 9, 5):
+        caplog.clear()
+        keep_skipped_batch(tmp_path, iteration, Batch(**arrays), steps=4)
+        assert f"iteration {iteration}" in caplog.text and "4 optimiser steps" in caplog.text
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {f"skipped-{iteration}-0.npz" for iteration in (2, 5, 7)}
+    with np.load(tmp_path / "skipped-5-0.npz") as kept:
+        assert set(kept) == set(arrays)
+
+
+@pytest.mark.slow
+def test_steps_that_diverge_end_the_run(tmp_path_factory, tmp_path):
+    """With an absurd learning rate the first step makes parameters without finite gradients."""
+    log = running.run_command(
+        "train",
+        running.shared_cache(tmp_path_factory),
+        tmp_path / "run",
+        f"--config.sft.checkpoint={running.searching_start(tmp_path_factory)}",
+        "--config.iterations=9",
+        "--config.policy.learning_rate=1e30",
+        "--config.policy.warmup=0.0",
+        "--config.rl.max_skipped_in_a_row=3",
+        status=1,
+    )
+    last = log.splitlines()[-1]
+    assert "rl.max_skipped_in_a_row=3" in last and "policy.learning_rate" in last
+    assert not (tmp_path / "run/evaluation.json").exists()
+    assert len(list((tmp_path / "run").glob("skipped-*.npz"))) <= 3
 
 
 def test_only_an_iteration_that_is_still_to_come_is_profiled(tmp_path):

@@ -113,6 +113,7 @@ def make_update(model: ModelConfig, batch: Batch, buckets: int, seed: int):
         position=jnp.int32(0),
         kl_coef=jnp.float32(1e-3),
         skipped=jnp.int32(0),
+        skipped_in_a_row=jnp.int32(0),
     )
     held = {"state": TrainState(*models, **jax.device_put(scalars, sharding.replicated(mesh)))}
     update = learner.make_update(model, settings, *optimizers)

@@ -221,6 +221,7 @@ def make_steps(model: ModelConfig, sampler: ModelConfig, case: Case, inputs: Inp
         position=jnp.int32(0),
         kl_coef=jnp.float32(RULES["kl_coef"]),
         skipped=jnp.int32(0),
+        skipped_in_a_row=jnp.int32(0),
     )
     state = TrainState(*models, **jax.device_put(scalars, sharding.replicated(mesh)))
 
@@ -297,6 +298,7 @@ def measure_memory(memory: MemoryCase) -> dict:
         position=number(jnp.int32),
         kl_coef=number(jnp.float32),
         skipped=number(jnp.int32),
+        skipped_in_a_row=number(jnp.int32),
     )
     masks = ("token_mask", "action_mask", "value_mask")
     kinds = {"tokens": jnp.int32} | dict.fromkeys(masks, jnp.bool_)

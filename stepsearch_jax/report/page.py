@@ -118,6 +118,7 @@ def write_report(workdir: str | os.PathLike) -> pathlib.Path:
     page = environment.get_template("page.html.j2").render(
         name=workdir.resolve().name,
         last_iterations=last_iterations,
+        skipped=max((row.get("skipped", 0) for row in rows), default=0),
         results=_results(evaluation),
         measures=MEASURES,
         trained=trained,

@@ -360,7 +360,11 @@ def make_update(
         finite = jnp.isfinite(jnp.stack(list(norms.values()))).all()
         new = {name: apply(optimizers[name], models[name], grads[name], finite) for name in models}
         metrics |= {f"{name}_grad_norm": norm for name, norm in norms.items()}
-        return dataclasses.replace(state, **new, skipped=state.skipped + ~finite), metrics
+        skips = dict(
+            skipped=state.skipped + ~finite,
+            skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
+        )
+        return dataclasses.replace(state, **new, **skips), metrics
 
     @partial(jax.jit, donate_argnums=0)
     def update(state: TrainState, batch: Batch, mean_kl: jax.Array):

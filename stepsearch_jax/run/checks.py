@@ -74,6 +74,7 @@ RANGES = {
         "rl.kl_horizon",
         "rl.minibatches",
         "rl.ppo_epochs",
+        "rl.max_skipped_in_a_row",
         "rl.width_buckets",
         "sft.demonstrations",
         "sft.held_out",

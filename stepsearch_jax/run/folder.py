@@ -19,7 +19,7 @@ from stepsearch_jax.run.config_file import CONFIG_FILE
 
 RUN_FILE = "run.json"
 # Format of run folders: raised whenever a config key, a file or a metric changes name or meaning.
-FORMAT = 2
+FORMAT = 3
 # A run has begun as soon as WORKDIR holds one of these folders; format 1 had imitation/ for sft/.
 _BEGUN = ("sft", "start", "checkpoints", "imitation")
 
@@ -46,6 +46,7 @@ _RESUMABLE = (
     "rollout.prefill_rows",
     "rollout.prefill_tokens",
     "rollout.attention_block",
+    "rl.max_skipped_in_a_row",
     "rl.microbatch_size",
     "rl.width_buckets",
     "model.remat",

@@ -19,6 +19,8 @@ from stepsearch_jax.types import Batch
 
 logger = logging.getLogger("stepsearch_jax")
 
+MOST_SKIPPED_BATCHES = 3  # of each process: at the paper's size one takes 17 MiB
+
 
 def choose_rewards(config, rollout: Collected, iteration: int) -> tuple[np.ndarray, np.ndarray]:
     """This process's step rewards [b, K] and outcome rewards [b], for the update.
@@ -96,17 +98,25 @@ def measure_speed(metrics: Mapping[str, float], config) -> dict[str, float]:
     }
 
 
-def dump_batch(workdir: pathlib.Path, iteration: int, batch: Batch) -> None:
-    """Writes this process's rows of a batch whose gradient was not finite to WORKDIR."""
-    arrays = rows_from_mesh(batch)
+def keep_skipped_batch(workdir: pathlib.Path, iteration: int, batch: Batch, steps: int) -> None:
+    """Says that gradients were not finite in so many steps of an iteration, and writes this
+    process's rows of its batch to WORKDIR, unless `MOST_SKIPPED_BATCHES` lie there.
+    """
     path = workdir / f"skipped-{iteration}-{jax.process_index()}.npz"
-    with path.open("wb") as file:
-        columns = {name: getattr(arrays, name) for name in batch.__dataclass_fields__}
-        np.savez_compressed(file, **columns)
+    kept = list(workdir.glob(f"skipped-*-{jax.process_index()}.npz"))
+    if path in kept or len(kept) < MOST_SKIPPED_BATCHES:
+        arrays = rows_from_mesh(batch)
+        with path.open("wb") as file:
+            columns = {name: getattr(arrays, name) for name in batch.__dataclass_fields__}
+            np.savez_compressed(file, **columns)
+        where = f"its batch is in {path}"
+    else:
+        where = f"its batch is not kept, because {len(kept)} are in {workdir}"
     logger.warning(
-        "iteration %d: a gradient was not finite; the step was skipped and its batch kept in %s",
+        "iteration %d: gradients were not finite; %d optimiser steps were skipped; %s",
         iteration,
-        path,
+        steps,
+        where,
     )
 
 

@@ -87,10 +87,11 @@ def load_newest_policy(system: System, workdir: pathlib.Path | None):
     return params
 
 
-def begin_run(system: System, workdir: pathlib.Path):
+def begin_run(system: System, workdir: pathlib.Path, *, set_aside: bool = False):
     """-> (state, reference_params, checkpoints, rollout_key): resumed from the newest checkpoint in
     WORKDIR, or new.
 
+    set_aside: rename damaged checkpoints (`Checkpoints.restore_newest`), which the run itself does.
     A new run starts from a random, pretrained or warm-started policy. The value model, if
     rl.advantage needs one, starts with the policy's trunk; the frozen reference is a copy of the
     policy.
@@ -112,6 +113,7 @@ def begin_run(system: System, workdir: pathlib.Path):
         position=jnp.int32(0),
         kl_coef=jnp.float32(config.rl.kl_coef),
         skipped=jnp.int32(0),
+        skipped_in_a_row=jnp.int32(0),
     )
     state = TrainState(
         policy=init_model_state(
@@ -121,7 +123,7 @@ def begin_run(system: System, workdir: pathlib.Path):
         **jax.device_put(scalars, sharding.replicated(mesh)),
     )
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
-    if checkpoints.latest() is not None:
-        state = checkpoints.restore(checkpoints.latest(), state)
+    if found := checkpoints.restore_newest(state, set_aside=set_aside):
+        _, state = found
         logger.info("resumed from iteration %d", int(state.iteration))
     return state, reference_params, checkpoints, rollout_key

@@ -107,9 +107,9 @@ def fine_tune(system: System, params, specs, workdir: pathlib.Path):
     run, held_out_loss = make_sft(system.learner_model, optimizer)
     state = init_model_state(optimizer, mesh, params, specs)
     checkpoints = checkpoint.Checkpoints(workdir / "sft", config.checkpoint.keep)
-    done = checkpoints.latest() or 0
-    if done:
-        state = checkpoints.restore(done, state)
+    done = 0
+    if found := checkpoints.restore_newest(state, set_aside=True):
+        done, state = found
         logger.info("resumed from fine-tuning step %d", done)
     writer = MetricsWriter(workdir, done, config.to_dict()) if jax.process_index() == 0 else None
     bar = progress(total - done, "fine-tuning")
