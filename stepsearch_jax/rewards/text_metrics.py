@@ -56,8 +56,7 @@ def f1(a: str, b: str) -> float:
 
         F1 = 2 |a ∩ b| / (|a| + |b|)    over bags of words
 
-    Two texts that are both empty after normalisation have 1, as in exact match; an empty text and a
-    non-empty one have 0.
+    Two blank texts have 1, as in exact match; a blank text and another one have 0.
     """
     return _best_f1(_read(a)[1], [_read(b)[1]])
 
@@ -74,13 +73,24 @@ def holds_answer(text: str, answers: Sequence[str]) -> bool:
 def normalize(text: str) -> str:
     """SQuAD normalisation.
 
-    Lower case, without ASCII punctuation and the words a, an, the; white space collapsed.
+    Lower case, without ASCII punctuation and the words a, an, the; white space collapsed. A text of
+    which nothing would be left keeps its articles ("A", a grade), and one of punctuation alone
+    keeps that ("*"), so that an empty answer does not equal them.
+    Reference: SQuAD's script compares such texts as empty ones.
     """
     return " ".join(_split(text))
 
 
 def _split(text: str) -> list[str]:
     """The words of the normalised text."""
+    return (
+        _split_as_squad(text)
+        or text.lower().translate(_PUNCTUATION).split()
+        or text.lower().split()
+    )
+
+
+def _split_as_squad(text: str) -> list[str]:
     # Without punctuation such a text is letters, digits and spaces, so articles are whole words:
     # the same result, three times faster.
     if text.isascii() and text.isprintable():
