@@ -11,7 +11,9 @@ from __future__ import annotations
 import hashlib
 import importlib
 import inspect
+import operator
 import pathlib
+import reprlib
 import sys
 from collections.abc import Callable, Sequence
 
@@ -43,7 +45,8 @@ def load_function(key: str, name: str, *arguments: str) -> Callable:
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        raise ValueError(f"{given}, but {module.__file__} has no function {function_name}")
+        where = getattr(module, "__file__", None) or module_name
+        raise ValueError(f"{given}, but {where} has no function {function_name}")
     try:
         inspect.signature(function).bind(*arguments)
     except TypeError as error:
@@ -56,14 +59,23 @@ def load_function(key: str, name: str, *arguments: str) -> Callable:
 
 def describe_function(function: Callable, name: str) -> dict[str, str]:
     """What results say about a function of the user's: its name and a hash of its file."""
-    path = inspect.getsourcefile(inspect.unwrap(function))
+    try:
+        path = inspect.getsourcefile(inspect.unwrap(function))
+    except TypeError:  # a callable object; the module that the config names holds it
+        path = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
     code = pathlib.Path(path).read_bytes() if path else b""
     return {"function": name, "code": hashlib.sha256(code).hexdigest()[:16]}
 
 
 def name_step_reward(step_reward: str) -> str:
-    """What metrics and report call the gain of a search under this reward.step_reward."""
+    """What the report calls the gain of a search under this reward.step_reward."""
     return step_reward.partition(":")[2] if is_plugin(step_reward) else "gain"
+
+
+def name_metric(step_reward: str) -> str:
+    """What metrics call the gain: a user's name has a prefix, so that it hides no other metric."""
+    name = name_step_reward(step_reward)
+    return f"reward/{name}" if is_plugin(step_reward) else name
 
 
 def load_step_reward(name: str) -> Callable:
@@ -72,21 +84,37 @@ def load_step_reward(name: str) -> Callable:
 
 
 def score_steps(
-    function: Callable, episodes: Sequence[Episode], documents: Sequence[Document], num_turns: int
+    function: Callable,
+    name: str,
+    episodes: Sequence[Episode],
+    documents: Sequence[Document],
+    num_turns: int,
 ) -> np.ndarray:
     """function(episode, documents of the corpus) for all episodes -> [B, K] float32.
 
-    Numbers count only on turns whose search succeeded; others are set to 0. Raises ValueError if
-    the function does not return one finite number for each turn.
+    name: reward.step_reward, for messages. Numbers count only on turns whose search succeeded;
+    others are set to 0. Raises ValueError if the function fails, or does not return one finite
+    number for each turn.
     """
     scores = np.zeros((len(episodes), num_turns), np.float32)
-    called = f"reward.step_reward ({function.__module__}:{function.__name__})"
     for b, episode in enumerate(episodes):
-        numbers = np.asarray(function(episode, documents), float)
-        if numbers.shape != (len(episode.turns),) or not np.isfinite(numbers).all():
+        try:
+            returned = function(episode, documents)
+        except Exception as error:
             raise ValueError(
-                f"{called} returned {numbers.tolist()} for an episode of {len(episode.turns)} "
-                f"turns (question {episode.question.uid}): return one finite number for each turn"
+                f"reward.step_reward ({name}) failed at question {episode.question.uid} "
+                f"({type(error).__name__}: {error})"
+            ) from error
+        try:
+            numbers = np.asarray(returned, float)
+            fits = numbers.shape == (len(episode.turns),) and np.isfinite(numbers).all()
+        except (TypeError, ValueError):  # no list of numbers
+            numbers, fits = np.zeros(0), False
+        if not fits:
+            raise ValueError(
+                f"reward.step_reward ({name}) returned {reprlib.repr(returned)} for an episode of "
+                f"{len(episode.turns)} turns (question {episode.question.uid}): return a list with "
+                "one finite number for each turn"
             )
         for k, turn in enumerate(episode.turns[:num_turns]):
             if turn.status == TurnStatus.SEARCH and turn.search_ok:
@@ -132,15 +160,17 @@ class PluginIndex:
         if len(found) != len(queries):
             raise ValueError(f"{called} answered {len(found)} of {len(queries)} queries")
         for row, (query, best) in enumerate(zip(queries, found)):
-            best = [int(i) for i in best]
-            if len(best) > k or len(set(best)) < len(best) or not self._holds(best):
+            try:
+                numbers = [operator.index(i) for i in best]
+            except TypeError:
+                numbers = [self._size]  # no ids at all
+            numbers = [i for i in numbers if i != -1]  # padding
+            allowed = all(0 <= i < self._size for i in numbers)
+            if len(numbers) > k or len(set(numbers)) < len(numbers) or not allowed:
                 raise ValueError(
-                    f"{called} found documents {best} for {query!r}: return at most {k} different "
-                    f"ids from 0 to {self._size - 1}"
+                    f"{called} found documents {reprlib.repr(best)} for {query!r}: return at most "
+                    f"{k} different ids, whole numbers from 0 to {self._size - 1}"
                 )
-            ids[row, : len(best)] = best
-            scores[row, : len(best)] = 1 / (1 + np.arange(len(best)))
+            ids[row, : len(numbers)] = numbers
+            scores[row, : len(numbers)] = 1 / (1 + np.arange(len(numbers)))
         return ids, scores.astype(np.float32)
-
-    def _holds(self, ids: Sequence[int]) -> bool:
-        return all(0 <= i < self._size for i in ids)

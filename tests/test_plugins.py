@@ -58,12 +58,12 @@ def config(tmp_path_factory):
 def test_step_reward_of_the_docs(folder):
     function = load_step_reward("my_rewards:answer_found")
     assert function(EPISODE, DOCUMENTS) == [0, 1, 0, 0, 0]
-    assert score_steps(function, [EPISODE], DOCUMENTS, 4).tolist() == [[0, 1, 0, 0]]
+    assert score_steps(function, "mine:f", [EPISODE], DOCUMENTS, 4).tolist() == [[0, 1, 0, 0]]
 
 
 def test_numbers_count_on_successful_searches_only(folder):
     (folder / "mine.py").write_text("def ones(episode, documents): return [1] * len(episode.turns)")
-    scores = score_steps(load_step_reward("mine:ones"), [EPISODE], DOCUMENTS, 6)
+    scores = score_steps(load_step_reward("mine:ones"), "mine:ones", [EPISODE], DOCUMENTS, 6)
     assert scores.tolist() == [[1, 1, 0, 0, 0, 0]]
 
 
@@ -100,7 +100,8 @@ def test_metrics_and_report_use_the_name(config, folder):
     rows = type("Rows", (), {name: np.zeros(1) for name in ("finished", "truncated", "length")})
     searches = type("Counts", (), {"failed": 0, "seconds": 0.0})
     rollout = Collected(None, rows, [SHORT], scores, np.zeros((1, 3)), searches)
-    assert "answer_found" in rollout_metrics(rollout, "my_rewards:answer_found")
+    assert "reward/answer_found" in rollout_metrics(rollout, "my_rewards:answer_found")
+    assert rollout_metrics(rollout, "mine:f1")["f1"] == scores.measures.f1[0]  # hides no metric
     metrics = rollout_metrics(rollout, "gain")
     assert "gain" in metrics
     assert np.isnan(metrics["gold_recall"])  # not known: the question has no gold documents
@@ -128,15 +129,63 @@ def test_bad_functions_are_refused_before_work(key, name, code, named, config, f
 
 
 @pytest.mark.parametrize(
-    "returned", ["[1]", "[float('nan')] * 5", "None", "[[1]] * 5"], ids=["few", "nan", "none", "2d"]
+    "returned",
+    [
+        "[1]",
+        "[float('nan')] * 5",
+        "None",
+        "[[1]] * 5",
+        "{}",
+        "(1 for _ in episode.turns)",
+        "['a'] * 5",
+        "[[1], [1, 2]]",
+        "1 / len(episode.question.gold_ids[:0])",  # raises
+    ],
 )
 def test_bad_step_rewards(returned, folder):
     (folder / "mine.py").write_text(f"def f(episode, documents): return {returned}")
     with pytest.raises(ValueError, match="mine:f.*question q"):
-        score_steps(load_step_reward("mine:f"), [EPISODE], DOCUMENTS, 3)
+        score_steps(load_step_reward("mine:f"), "mine:f", [EPISODE], DOCUMENTS, 3)
 
 
-@pytest.mark.parametrize("found", ["[[0, 0]]", "[[-1]]", "[[10**6]]", "[[0, 1, 2, 3]]", "[]"])
+def test_a_callable_object_is_a_function_too(folder, config):
+    code = """
+import functools
+def scale(factor, episode, documents): return [factor] * len(episode.turns)
+twice = functools.partial(scale, 2.0)
+class Nothing:
+    def __call__(self, documents, search_config): return lambda queries, k: [[] for _ in queries]
+nothing = Nothing()
+"""
+    (folder / "mine.py").write_text(code)
+    config.reward.step_reward, config.search.kind = "mine:twice", "mine:nothing"
+    system = build_system(config, ["validation"])
+    assert system.score([SHORT]).gain.max() == 2.0
+    assert len(system.describe_step_reward()["code"]) == 16
+
+
+def test_a_reward_that_is_switched_off_is_refused(folder, config):
+    config.reward.step_reward, config.reward.use_gain = "my_rewards:answer_found", False
+    with pytest.raises(ValueError, match="reward.use_gain.*my_rewards:answer_found"):
+        build_system(config, ["validation"])
+
+
+def test_an_unknown_engine_is_no_encoder(config):
+    config.search.kind = "bm52"
+    with pytest.raises(ValueError, match="search.kind.*bm52"):
+        open_corpus(config)
+
+
+def test_padding_of_search_answers(config, folder):
+    code = "import numpy\ndef f(documents, c): return lambda queries, k: numpy.array([[3, -1, -1]])"
+    (folder / "mine.py").write_text(code)
+    config.search.kind = "mine:f"
+    assert open_corpus(config)[1].search(["a"], 3)[0].tolist() == [[3, -1, -1]]
+
+
+@pytest.mark.parametrize(
+    "found", ["[[0, 0]]", "[[-2]]", "[[10**6]]", "[[0, 1, 2, 3]]", "[]", "[[1.5]]", "['12']", "[3]"]
+)
 def test_bad_search_answers(found, config, folder):
     (folder / "mine.py").write_text(f"def f(documents, c): return lambda queries, k: {found}")
     config.search.kind = "mine:f"

@@ -278,6 +278,11 @@ def _check_rl(rl_config, rollout_config, reward_config) -> None:
             "is learned from. Set rl.kl_placement to loss and rl.kl_estimator to k3, or "
             "rl.kl_coef to 0"
         )
+    if not reward_config.use_gain and reward_config.step_reward != "gain":
+        raise ValueError(
+            "reward.use_gain=False leaves nothing of "
+            f"reward.step_reward={reward_config.step_reward}: set one of them back"
+        )
     if reward_config.shuffle and rollout_config.prompts * rollout_config.group_size < 2:
         raise ValueError(
             "reward.shuffle gives every episode another one's rewards, but an iteration has one "

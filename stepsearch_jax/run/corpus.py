@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import jax
 import ml_collections
 
-from stepsearch_jax.choices import is_plugin
+from stepsearch_jax.choices import check_choice, is_plugin
 from stepsearch_jax.data.documents import Mapped
 from stepsearch_jax.data.loading import Source, open_source
 from stepsearch_jax.dense.index import DenseIndex, build_dense_index, load_text_encoder
@@ -73,6 +73,7 @@ def open_corpus(
     A dense index uses all devices of this process, other indexes none.
     """
     search_config = config.search
+    check_choice("search.kind", search_config.kind)
     check_settings(search_config.bm25_k1, search_config.bm25_b)
     with lock_cache(config.data.cache_dir):
         source = open_source(config.data, search_config.bm25_k1, search_config.bm25_b)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from stepsearch_jax.plugins import name_step_reward
+from stepsearch_jax.plugins import name_metric
 from stepsearch_jax.run.collect import Collected
 from stepsearch_jax.sharding import rows_from_mesh
 from stepsearch_jax.types import Batch
@@ -51,7 +51,7 @@ def rollout_metrics(rollout: Collected, step_reward: str) -> dict[str, float]:
 
     gold_recall: over the episodes whose gold documents are known, NaN if there are none.
 
-    step_reward: the config's reward.step_reward; one of the user's gives the gain its name.
+    step_reward: the config's reward.step_reward (`plugins.name_metric`).
     """
     scores, measures, rows = rollout.scores, rollout.scores.measures, rollout.rows
     columns = {
@@ -61,7 +61,7 @@ def rollout_metrics(rollout: Collected, step_reward: str) -> dict[str, float]:
         "searches": measures.searches,
         "step_reward": scores.step_rewards.sum(1),
         "outcome_reward": scores.outcome_rewards,
-        name_step_reward(step_reward): scores.gain.sum(1),
+        name_metric(step_reward): scores.gain.sum(1),
         "redundancy": scores.redundancy.sum(1),
         "key_reward": scores.key_rewards,
         "format_ok": scores.gate_passed,

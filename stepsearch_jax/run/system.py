@@ -126,7 +126,11 @@ class System:
         reward_config = self.config.reward
         if self._step_reward is not None:
             gain = score_steps(
-                self._step_reward, episodes, self.source.documents, self.settings.turns
+                self._step_reward,
+                reward_config.step_reward,
+                episodes,
+                self.source.documents,
+                self.settings.turns,
             )
         return score_episodes(
             episodes,
