@@ -3,10 +3,11 @@
     python -m stepsearch_jax.ask --workdir=DIR [--question=TEXT] [--json] [--config.key=value …]
     python -m stepsearch_jax.ask --config=atlas_quickstart
 
-Without --question it asks for one after the other; an empty line or Ctrl-D ends it. Lines of a file
-or pipe are questions, too. The policy is the newest of the run in DIR, or the one that the config
-names: sft.checkpoint, such as the shipped warm start, or model.checkpoint. It answers greedily, as
-in `evaluate`, and searches the corpus of its config; --config.data.corpus=FILE names another.
+Without --question it asks for one after the other; an empty line or Ctrl-D ends it. The lines of a
+file or pipe are questions, too; empty ones are passed over. The policy is the newest of the run in
+DIR, or the one that the config names: sft.checkpoint, such as the shipped warm start, or
+model.checkpoint. It answers greedily, as in `evaluate`, and searches the corpus of its config;
+--config.data.corpus=FILE names another.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ if __name__ == "__main__":  # before the imports that take seconds
     options = cli.parse_flags(parser)
 
 import dataclasses
+import io
 import json
 import pathlib
 import sys
@@ -81,7 +83,8 @@ class Asker:
             config.rollout.group_size, config.rollout.slots = 1, 0
             config.rollout.search = "host"  # documents are shown when they come
             config.rl.advantage, config.rl.minibatches, config.rl.microbatch_size = "gae", 1, 0
-            config.reward.shuffle = False
+            config.reward.shuffle, config.reward.step_reward = False, "gain"  # nobody reads rewards
+            config.search.max_failure_fraction = 1.0  # a failed search is shown
         self._system = build_system(config, [])
         params = load_newest_policy(self._system, workdir)
         self._system = dataclasses.replace(self._system, search=_ShownSearch(self._system, show))
@@ -89,8 +92,12 @@ class Asker:
         self._params = to_rollout_layout(params)
 
     def ask(self, text: str) -> Episode:
-        """The episode of a question. Raises ValueError for an empty or too long one."""
+        """The episode of a question. Raises ValueError for an empty, broken or too long one."""
         config, tokenizer = self._system.config, self._system.tokenizer
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the question {text!r} is not UTF-8: write it in UTF-8") from error
         prompt = render_prompt(config.prompt.template, text)
         encoded = encode_prompts([prompt], [text], tokenizer, config.prompt.max_prompt_tokens)
         split = Split([Question("asked", text, "")], *encoded)
@@ -146,21 +153,29 @@ def show_end(episode: Episode) -> None:
 
 
 def read_questions(question: str | None) -> Iterator[str]:
-    """The question of the flag, or those of standard input up to an empty line."""
+    """The question of the flag, or those of standard input; an empty line ends a conversation."""
     if question is not None:
         yield question
         return
+    if sys.stdin is None:
+        return
+    is_conversation = sys.stdin.isatty()
     while True:
-        if sys.stdin.isatty():
+        if is_conversation:
             print("question: ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline().strip()
-        if not line:
+        line = sys.stdin.readline()
+        text = line.strip().removeprefix("\ufeff")  # a mark that some editors put first
+        if not line or is_conversation and not text:
             return
-        yield line
+        if text:
+            yield text
 
 
 def ask_all(config, workdir: pathlib.Path | None, question: str | None, as_json: bool) -> None:
     """The command. In a conversation, a question that is too long is refused and the next read."""
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):  # whatever the locale says
+            stream.reconfigure(encoding="utf-8", errors="surrogateescape")
     asker = Asker(config, workdir, (lambda *_: None) if as_json else show_turn)
     for text in read_questions(question):
         try:
@@ -177,6 +192,8 @@ def ask_all(config, workdir: pathlib.Path | None, question: str | None, as_json:
 
 
 if __name__ == "__main__":
+    with options.config.unlocked():  # a run of several processes is asked by one
+        options.config.distributed.processes = 1
     cli.run_guarded(
         partial(ask_all, question=options.question, as_json=options.json),
         options.config,

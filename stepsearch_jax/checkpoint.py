@@ -38,8 +38,12 @@ class _Fault(enum.IntEnum):
 class Checkpoints:
     """The numbered checkpoints of one stage in `folder`: saved in the background; `keep` stay."""
 
-    def __init__(self, folder: os.PathLike, keep: int):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+    def __init__(self, folder: os.PathLike, keep: int, *, read_only: bool = False):
+        options = (
+            ocp.CheckpointManagerOptions(read_only=True)
+            if read_only
+            else ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        )
         self._folder = _absolute(folder)
         self._manager = ocp.CheckpointManager(self._folder, options=options)
         self._saved_at, self._is_clean = time.monotonic(), False
@@ -85,20 +89,21 @@ class Checkpoints:
             )
         )
 
-    def restore_newest(self, abstract_state, *, set_aside: bool):
+    def restore_newest(self, abstract_state, *, set_aside: bool = False, partial: bool = False):
         """The newest whole checkpoint as (number, state); None if there is none at all.
 
         All processes find the same one. A warning names newer ones that are damaged. set_aside:
         rename these to damaged-NUMBER, which only the run that writes the checkpoints may do.
-        abstract_state: shapes, dtypes and shardings (arrays or ShapeDtypeStructs). Raises
-        ValueError for the checkpoint of another model, and `Damaged` if none is whole; then all
-        keep their names.
+        abstract_state: shapes, dtypes and shardings (arrays or ShapeDtypeStructs). partial: it is a
+        dict of only those parts that are restored, as {"policy": {"params": …}}. Raises ValueError
+        for the checkpoint of another model, and `Damaged` if none is whole; then all keep their
+        names.
         """
         numbers = sorted(self._manager.all_steps(), reverse=True)
         faults: dict[int, str] = {}
         for number in numbers:
             try:
-                state = self.restore(number, abstract_state)
+                state = self.restore(number, abstract_state, partial=partial)
             except Damaged as error:
                 faults[number] = str(error)
                 continue
@@ -125,17 +130,14 @@ class Checkpoints:
         self._manager.reload()
         logger.warning("it is %s now and may be deleted; what it held is computed again", aside)
 
-    def restore(self, number: int, abstract_state):
-        """One checkpoint, with shapes, dtypes and shardings of `abstract_state`.
+    def restore(self, number: int, abstract_state, *, partial: bool = False):
+        """One checkpoint, with shapes, dtypes and shardings of `abstract_state`, or a part of it.
 
-        Raises `Damaged`, ValueError and OSError in all processes if one of them meets a fault.
+        Arguments are those of `restore_newest`. Raises `Damaged`, ValueError and OSError in all
+        processes if one of them meets a fault.
         """
         folder = self._folder / str(number)
-        remedy = (
-            f"give the flags of the run, or remove {folder}: the same command then resumes from "
-            "the checkpoint before"
-        )
-        state = _read(folder / "default", abstract_state, remedy)
+        state = _read(folder / "default", abstract_state, "give the flags of its run", partial)
         self._manager.reached_preemption(number)  # the number that `keep_pace` continues from
         return state
 
@@ -177,48 +179,56 @@ def load_params(folder: os.PathLike, abstract_state, remedy: str):
 def _with_checksums(tree):
     """What is written for a tree. Raises ValueError if a number is not finite."""
     sums, finite = checksum_leaves(tree)
+    names = leaf_names(tree)
     if not finite.all():
-        name = leaf_names(tree)[int(np.argmin(finite))]
+        name = names[int(np.argmin(finite))]
         raise ValueError(
             f"{name} holds numbers that are not finite, so no checkpoint is written: an earlier "
             "one is the last; lower the learning rates (policy.learning_rate, value.learning_rate)"
         )
-    return {"tree": tree, "checksums": sums}
+    by_name = sorted(range(len(names)), key=names.__getitem__)
+    return {"tree": tree, "checksums": sums[by_name]}
 
 
-def _read(folder: epath.Path, abstract_tree, remedy: str):
-    """The tree that was written to `folder`; all processes succeed, or all raise.
+def _read(folder: epath.Path, abstract_tree, remedy: str, partial: bool = False):
+    """The tree that was written to `folder`, or a part of it; all processes succeed, or all raise.
 
     Raises ValueError for another model's, `Damaged` for a damaged one, and OSError if a disk or a
     network fails. remedy: ends the message about another model.
     """
-    count = len(jax.tree.leaves(abstract_tree))
-    abstract = {
-        "tree": jax.tree.map(_place, abstract_tree),
-        "checksums": np.zeros((count, 2), np.uint32),
-    }
     # Reading does not wait for the other processes, so that one may fail alone.
-    there, error, fault = None, None, _Fault.NONE
+    there, names, error, fault = None, [], None, _Fault.NONE
     asyncio_logger = logging.getLogger("asyncio")
     asyncio_logger.disabled = True  # each array that cannot be read would log a page of its own
     try:
-        handler = ocp.StandardCheckpointHandler()
-        if difference := _differ(handler.metadata(folder).tree, abstract):
+        handler = ocp.PyTreeCheckpointHandler()
+        written = handler.metadata(folder).tree
+        names = sorted(leaf_names(written["tree"]))
+        if difference := _differ(written["tree"], abstract_tree, partial):
             fault, error = _Fault.OTHER, ValueError(f"{folder} {difference}: {remedy}")
         else:
-            there = handler.restore(folder, args=ocp.args.StandardRestore(abstract))
+            abstract = {
+                "tree": jax.tree.map(_place, abstract_tree),
+                "checksums": np.zeros((len(names), 2), np.uint32),
+            }
+            there = handler.restore(
+                folder,
+                args=ocp.args.PyTreeRestore(
+                    item=abstract,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+                    partial_restore=True,
+                ),
+            )
             jax.block_until_ready(there)
     except (ValueError, LookupError, TypeError, EOFError, FileNotFoundError) as cause:
         text = f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}"
         fault, error = _Fault.DAMAGED, Damaged(f"{folder} is damaged ({text})")
-        error.__cause__ = cause
     except OSError as cause:  # which may pass
         text = " ".join(str(cause).split())[:200]
         fault, error = _Fault.OTHER, OSError(f"{folder} could not be read ({text}): try again")
-        error.__cause__ = cause
     finally:
         if error is not None:
-            gc.collect()  # now, while they are not heard
+            gc.collect()  # now, while they are not heard; so the cause is not kept, either
         asyncio_logger.disabled = False
 
     # The gravest fault of any process is everyone's.
@@ -231,32 +241,30 @@ def _read(folder: epath.Path, abstract_tree, remedy: str):
 
     # Every process finds the same checksums, and compares them with the same ones.
     sums, finite = checksum_leaves(there["tree"])
-    for name, ours, theirs, is_finite in zip(
-        leaf_names(abstract_tree), sums, np.asarray(there["checksums"]), finite
-    ):
-        if (ours != theirs).any() or not is_finite:
+    written_sums = dict(zip(names, np.asarray(there["checksums"])))
+    for name, ours, is_finite in zip(leaf_names(abstract_tree), sums, finite):
+        if (ours != written_sums[name]).any() or not is_finite:
             what = "has changed since it was written" if is_finite else "is not finite"
             raise Damaged(f"{folder} is damaged ({name} {what})")
     return there["tree"]
 
 
-def _differ(there, here) -> str:
-    """What the leaves of two trees, or of orbax's metadata of them, do not share; "" if nothing."""
-    there, here = (_shapes(tree) for tree in (there, here))
-    for name in (*here, *there):
-        if here.get(name) != there.get(name):
-            shapes = [shapes.get(name, "missing") for shapes in (there, here)]
-            return (
-                f"holds another model ({name.removeprefix('tree/')} is {shapes[0]} there, "
-                f"{shapes[1]} here)"
-            )
+def _differ(there, here, partial: bool) -> str:
+    """What the leaves of two trees do not share; "" if nothing.
+
+    there: orbax's metadata of the one that was written. partial: the other may lack leaves.
+    """
+    there_shapes, here_shapes = _shapes(there), _shapes(here)
+    for name in (*here_shapes, *(() if partial else there_shapes)):
+        shapes = [shapes.get(name, "missing") for shapes in (there_shapes, here_shapes)]
+        if shapes[0] != shapes[1]:
+            return f"holds another model ({name} is {shapes[0]} there, {shapes[1]} here)"
     return ""
 
 
 def _shapes(tree) -> dict[str, tuple[int, ...]]:
-    """Name of each leaf -> its shape. The number of checksums follows from the other leaves."""
-    shapes = zip(leaf_names(tree), jax.tree.leaves(tree))
-    return {name: tuple(leaf.shape) for name, leaf in shapes if name != "checksums"}
+    """Name of each leaf -> its shape."""
+    return {name: tuple(leaf.shape) for name, leaf in zip(leaf_names(tree), jax.tree.leaves(tree))}
 
 
 def _absolute(folder: os.PathLike) -> epath.Path:

@@ -11,7 +11,7 @@ import tiny_config
 from stepsearch_jax import ask
 from stepsearch_jax.evaluation.greedy import collect_greedily
 from stepsearch_jax.records import Document, Episode, Question, Turn, TurnStatus
-from stepsearch_jax.run.start import load_newest_policy, make_sampler
+from stepsearch_jax.run.start import begin_run, load_newest_policy, make_sampler
 from stepsearch_jax.run.system import build_system
 
 EPISODE = Episode(
@@ -68,9 +68,18 @@ def test_the_transcript_of_a_question(monkeypatch, capsys):
 
 
 def test_a_pipe_gives_questions_and_json_alone(monkeypatch, capsys):
-    run(monkeypatch, "one\ntwo\n\nthree\n", as_json=True)
+    run(monkeypatch, "\ufeffone\ntwo\r\n\nthree", as_json=True)
     lines = capsys.readouterr().out.splitlines()
-    assert [json.loads(line) for line in lines] == [{"answer": "There"}] * 2
+    assert [json.loads(line) for line in lines] == [{"answer": "There"}] * 3
+
+
+def test_every_question_of_a_pipe_is_read(monkeypatch):
+    monkeypatch.setattr("sys.stdin", Lines("\ufeffone\r\n\n \ntwo\nthree", terminal=False))
+    assert list(ask.read_questions(None)) == ["one", "two", "three"]
+    monkeypatch.setattr("sys.stdin", Lines("one\n\ntwo\n", terminal=True))
+    assert list(ask.read_questions(None)) == ["one"]
+    monkeypatch.setattr("sys.stdin", None)  # closed
+    assert list(ask.read_questions(None)) == []
 
 
 def test_a_terminal_goes_on_after_a_question_that_is_too_long(monkeypatch, capsys):
@@ -94,6 +103,35 @@ def test_a_config_without_a_policy_is_refused(tmp_path_factory):
     config = tiny_config.get_config(str(running.shared_cache(tmp_path_factory)))
     with pytest.raises(FileNotFoundError, match="--workdir"):
         load_newest_policy(build_system(running.here(config), []), None)
+
+
+@pytest.mark.slow
+def test_a_run_without_a_value_model_is_asked(tmp_path, tmp_path_factory, monkeypatch):
+    """Only its policy is read; a failing search is shown, and a step reward is not called."""
+    config = running.here(tiny_config.get_config(str(running.shared_cache(tmp_path_factory))))
+    config.sft.checkpoint = str(running.searching_start(tmp_path_factory))
+    config.rl.advantage, config.rl.kl_coef, config.rollout.group_size = "rloo", 0.0, 2
+    system = build_system(config, [])
+    state, _, checkpoints, _ = begin_run(system, tmp_path / "run")
+    checkpoints.save(1, state)
+    checkpoints.close()
+    running.write_run(tmp_path / "run", config)
+    code = """
+def fail(*_): raise RuntimeError("broken")
+def search(documents, search_config): return fail
+def reward(episode, documents): fail()
+"""
+    (tmp_path / "mine.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    asked = config.copy_and_resolve_references()
+    asked.search.kind, asked.reward.step_reward = "mine:search", "mine:reward"
+    shown = []
+    asker = ask.Asker(asked, tmp_path / "run", lambda *x: shown.append(x))
+    episode = asker.ask("Who is the founder of the employer of Galine Farnby?")
+    assert shown and not any(ok or documents for _, documents, ok in shown)
+    assert [turn.search_ok for turn in episode.search_turns] == [False] * len(shown)
+    with pytest.raises(ValueError, match="UTF-8"):
+        asker.ask("caf\udce9?")
 
 
 @pytest.mark.slow

@@ -125,6 +125,25 @@ def test_a_damaged_checkpoint_is_set_aside(tmp_path, damage, caplog):
     assert sorted(path.name for path in folder.iterdir()) == ["1", "damaged-2"]
 
 
+def test_a_part_is_restored_alone(tmp_path):
+    """Without what the rest would need in memory, and its damage does not matter."""
+    state = {"policy": {"params": make_large_state(1), "other": jnp.ones(3)}, "value": jnp.ones(4)}
+    checkpoints = checkpoint.Checkpoints(tmp_path / "run", keep=2)
+    checkpoints.save(1, state)
+    checkpoints.close()
+    wanted = {"policy": {"params": abstract_state(make_large_state(0))}}
+    reader = checkpoint.Checkpoints(tmp_path / "run", keep=1, read_only=True)
+    number, found = reader.restore_newest(wanted, partial=True)
+    assert number == 1 and set(found) == {"policy"} and set(found["policy"]) == {"params"}
+    jax.tree.map(np.testing.assert_array_equal, found["policy"]["params"], make_large_state(1))
+    wanted["policy"]["params"]["a"] = jnp.zeros(7)
+    with pytest.raises(ValueError, match=r"policy/params/a is \(100, 100\) there, \(7,\) here"):
+        reader.restore_newest(wanted, partial=True)
+    with pytest.raises(ValueError, match="value is .* there, missing here"):
+        reader.restore_newest({"policy": state["policy"]})
+    reader.close()
+
+
 def test_no_whole_checkpoint_is_an_error_that_changes_nothing(tmp_path):
     checkpoints = checkpoint.Checkpoints(tmp_path / "run", keep=2)
     assert checkpoints.restore_newest(make_state(0), set_aside=True) is None
@@ -168,7 +187,7 @@ def test_a_disk_that_fails_for_a_moment_is_no_damage(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr(checkpoint.ocp.StandardCheckpointHandler, "metadata", fail)
+    monkeypatch.setattr(checkpoint.ocp.PyTreeCheckpointHandler, "metadata", fail)
     with pytest.raises(
         OSError, match=r"start could not be read \(.*Too many open files\): try again"
     ):
@@ -346,7 +365,7 @@ checkpoints = checkpoint.Checkpoints(folder, keep=2)
 for number in (1, 2):
     checkpoints.save(number, make(10.0 * number))
 checkpoints.close()
-handler = checkpoint.ocp.StandardCheckpointHandler
+handler = checkpoint.ocp.PyTreeCheckpointHandler
 restore = handler.restore
 def fail(self, directory, *arguments, **keywords):
     if directory.parent.name == "2":

@@ -71,13 +71,21 @@ def bind_answer_gain(system: System):
 def load_newest_policy(system: System, workdir: pathlib.Path | None):
     """The newest policy of the run in WORKDIR; None: the one that the config names.
 
-    Raises FileNotFoundError if the config names none.
+    Nothing else is read, and nothing written. Raises FileNotFoundError if there is none.
     """
-    if workdir is not None:
-        return begin_run(system, workdir)[0].policy.params
     abstract_params, _ = describe_params(
         Policy(system.learner_model), system.mesh, dict(system.config.mesh.train_rules)
     )
+    if workdir is not None:
+        if (folder := workdir / "checkpoints").is_dir():
+            checkpoints = checkpoint.Checkpoints(folder, keep=1, read_only=True)
+            wanted = {"policy": {"params": abstract_params}}
+            found = checkpoints.restore_newest(wanted, partial=True)
+            checkpoints.close()
+            if found:
+                return found[1]["policy"]["params"]
+        remedy = "the run has no policy yet; let `train` continue"
+        return checkpoint.load_params(workdir / "start", abstract_params, remedy)
     params = load_named_params(system, abstract_params)
     if params is None:
         raise FileNotFoundError(
