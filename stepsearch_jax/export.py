@@ -61,8 +61,10 @@ def _name_folder(text: str) -> pathlib.Path:
 
 if __name__ == "__main__":  # before the imports that take seconds
     options = cli.parse_flags(make_parser())
-    if not options.shard_gib > 1e-3:
-        raise SystemExit(f"stepsearch_jax: --shard_gib={options.shard_gib} must be more than 0.001")
+    if not 1e-3 < options.shard_gib < float("inf"):
+        raise SystemExit(
+            f"stepsearch_jax: --shard_gib={options.shard_gib} must be a number above 0.001"
+        )
 
 import logging
 import operator
@@ -102,14 +104,21 @@ def check_target(folder: pathlib.Path, config) -> None:
             raise ValueError(
                 f"--folder={folder} is config.{key}, which would be replaced: name another place"
             )
-    if not os.path.lexists(folder):
+    place = folder.absolute().parent
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise ValueError(f"--folder={folder}: {place} is no folder that can be written")
+    if folder.is_symlink():
+        raise ValueError(f"--folder={folder} is a link: name {folder.resolve()} itself")
+    if not folder.exists():
         return
     names = {"no folder"}
     if folder.is_dir():
         paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
         names = {path.relative_to(folder).as_posix() for path in paths}
-    # config.json alone is not enough: a run's folder has one, too.
-    whole = "config.json" in names and any(name.endswith(".safetensors") for name in names)
+    # Only exports have a prompt.txt; other models and runs have some of the other files, too.
+    whole = {"config.json", PROMPT} <= names
     own = all((folder / name).is_file() and EXPORTED.fullmatch(name) for name in names)
     if names and not (whole and own):
         raise ValueError(

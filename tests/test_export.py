@@ -64,6 +64,29 @@ def test_what_is_no_export_is_not_replaced(tmp_path, files, monkeypatch):
         export.check_target(tmp_path / "tokenizer", config)
     (tmp_path / "empty").mkdir()
     export.check_target(tmp_path / "empty", config)
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    with pytest.raises(ValueError, match="link is a link"):
+        export.check_target(tmp_path / "link", config)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file is no folder"):
+        export.check_target(tmp_path / "file/deep/model", config)
+    export.check_target(tmp_path / "new/deep/model", config)
+
+
+def test_a_model_of_another_program_is_not_replaced(tmp_path):
+    """It has the same files as an export, but for the prompt."""
+    config = tiny_config.get_config("cache")
+    for name in ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json"):
+        (tmp_path / name).write_text("")
+    with pytest.raises(ValueError, match="no earlier export"):
+        export.check_target(tmp_path, config)
+    (tmp_path / "prompt.txt").write_text("")
+    export.check_target(tmp_path, config)
+
+
+def test_the_current_folder_is_not_replaced(tmp_path, monkeypatch):
+    config = tiny_config.get_config("cache")
+    (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     for current in ("", ".", str(tmp_path / "empty")):
         with pytest.raises(ValueError, match="current folder"):
