@@ -33,7 +33,9 @@ def read_question(row: Row, split: str) -> Question:
         raise row.fault("field 'answers' is missing: a list of the accepted answers")
     whole = not row.has("answers") or isinstance(row.values["answers"], str)
     answers = (row.text("answers", "answer"),) if whole else row.answers("answers")
-    steps = row.objects("sub_questions") if row.values.get("sub_questions") else []
+    steps = (
+        row.objects("sub_questions") if row.values.get("sub_questions") not in (None, []) else []
+    )
     return Question(
         uid=row.identifier("id", otherwise=split),
         question=row.text("question"),
@@ -61,10 +63,14 @@ def _read_step(row: Row) -> SubQuestion:
 
 def _read_gold(row: Row) -> tuple[tuple[str, str], ...]:
     """Title and text of the gold passages; title "" = the text may be either."""
-    entries = row.values.get("gold") or []
+    entries = row.values.get("gold")
+    if entries is None:
+        return ()
     passages = []
     for i, entry in enumerate(entries if isinstance(entries, list) else [entries]):
         if isinstance(entry, dict):
+            if not entry.get("text"):
+                raise row.fault(f"gold[{i}] has no 'text': write the title alone, as a string")
             passage = Row(entry, f"{row.where}, gold[{i}]", row.number)
             passages.append((passage.text("title"), passage.text("text")))
         elif isinstance(entry, str) and entry.strip():

@@ -66,7 +66,8 @@ class Row:
             (self.values[name] for name in names if self.has(name)),
             f"{otherwise}_{self.number - 1}",
         )
-        if not isinstance(value, (str, int)) or not str(value).strip():
+        is_name = isinstance(value, (str, int)) and not isinstance(value, bool)
+        if not is_name or not str(value).strip():
             raise self.fault(
                 f"{value!r} in {' or '.join(map(repr, names))} should be a text or a number"
             )
