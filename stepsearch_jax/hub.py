@@ -9,7 +9,8 @@ import re
 from typing import Any
 
 logger = logging.getLogger("stepsearch_jax")
-_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_ADDRESS = "https://huggingface.co/"
+_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 INDEX = "model.safetensors.index.json"
 # The files of each part of a model.
 PARTS = {
@@ -44,6 +45,8 @@ def find_model(name: str, part: str, key: str) -> pathlib.Path:
     remedy if the model is not in the cache and cannot be had.
     """
     path = pathlib.Path(name)
+    if name.startswith(_ADDRESS):
+        name = name.removeprefix(_ADDRESS).rstrip("/")
     if path.exists() or not _NAME.fullmatch(name) or path.suffix == ".gguf":
         return path
     import huggingface_hub  # takes a third of a second
@@ -59,6 +62,11 @@ def find_model(name: str, part: str, key: str) -> pathlib.Path:
             return folder
     except errors.LocalEntryNotFoundError:
         pass
+    except errors.HFValidationError as error:
+        raise FileNotFoundError(
+            f"config.{key}={name}: there is no such folder, and the Hub can have no model of that "
+            f"name ({error})"
+        ) from error
     there = f"config.{key}={name}: there is no such folder, and the Hugging Face cache "
     there += f"{constants.HF_HUB_CACHE} does not hold the {part} of such a model"
     by_hand = f"`hf download {name}` where there is network, and copy the cache or set {key}"

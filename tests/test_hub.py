@@ -59,9 +59,22 @@ def test_a_folder_comes_first(cache, tmp_path):
     assert find_model(NAME, "weights", KEY) == pathlib.Path(NAME)
 
 
-@pytest.mark.parametrize("name", ["nothing", "./some/thing", "a/b/c", "some/model.gguf"])
+@pytest.mark.parametrize(
+    "name", ["nothing", "./some/thing", "./model", "../model", "a/b/c", "some/model.gguf"]
+)
 def test_other_names_are_left_to_their_readers(cache, name):
     assert find_model(name, "weights", KEY) == pathlib.Path(name)
+
+
+@pytest.mark.parametrize("name", ["some-org/model.git", "some-org/two--dashes", "a/b..c"])
+def test_a_name_that_the_hub_cannot_have_is_told(cache, name):
+    with pytest.raises(FileNotFoundError, match=f"{KEY}={name}.*no such folder"):
+        find_model(name, "weights", KEY)
+
+
+def test_an_address_on_the_hub_is_a_name(cache):
+    snapshot = cache(**{"config.json": "{}", "model.safetensors": ""})
+    assert find_model(f"https://huggingface.co/{NAME}/", "weights", KEY) == snapshot
 
 
 def test_the_cache_needs_no_network(cache, monkeypatch):
