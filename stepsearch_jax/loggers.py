@@ -32,6 +32,7 @@ logger = logging.getLogger("stepsearch_jax")
 _TENSORBOARD_SECONDS = 10  # a kill loses at most this much of the TensorBoard curves
 # Events that may wait for TensorBoard's thread. If it dies, adding to a full queue blocks for ever.
 _TENSORBOARD_QUEUE = 10_000
+_WANDB_SECONDS = 30  # to reach the server; then the run goes on without it
 RUN_ID_FILE = "wandb-run-id"
 
 
@@ -86,6 +87,10 @@ class Wandb:
     def __init__(self, workdir: epath.Path, config: Mapping[str, Any]):
         import wandb  # an optional extra
 
+        # Without a key, wandb would ask for one at a terminal, and wait.
+        is_online = os.environ.get("WANDB_MODE", "online") not in ("offline", "disabled", "dryrun")
+        if is_online and not wandb.api.api_key:
+            raise OSError("no API key: run `wandb login`, or set WANDB_MODE=offline")
         path = workdir / RUN_ID_FILE
         if not path.exists():
             write_text(path, uuid.uuid4().hex[:8])
@@ -97,6 +102,7 @@ class Wandb:
             name=workdir.name,
             dir=str(folder),
             config=dict(config),
+            settings=wandb.Settings(init_timeout=_WANDB_SECONDS),
         )
 
     def open_stage(self, stage: str, first_iteration: int) -> None:

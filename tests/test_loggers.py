@@ -49,6 +49,8 @@ def wandb(monkeypatch):
         return module.run
 
     module.init = init
+    module.Settings = dict
+    module.api = types.SimpleNamespace(api_key="a key")
     monkeypatch.setitem(sys.modules, "wandb", module)
     return module
 
@@ -96,6 +98,15 @@ def test_a_logger_that_cannot_begin_is_dropped(tmp_path, wandb, caplog):
         with MetricsWriter(tmp_path, 0, configure("wandb")) as writer:
             writer.write("rl", 0, {"f1": 0.5})
     assert "not logged in" in caplog.text and len(read_metrics(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("mode,begins", [("online", False), ("offline", True)])
+def test_wandb_never_asks_for_a_key(tmp_path, wandb, caplog, monkeypatch, mode, begins):
+    wandb.api.api_key = None
+    monkeypatch.setenv("WANDB_MODE", mode)
+    with caplog.at_level(logging.WARNING, "stepsearch_jax"):
+        MetricsWriter(tmp_path, 0, configure("wandb")).close()
+    assert bool(wandb.asked) == begins and ("wandb login" in caplog.text) == (not begins)
 
 
 def test_tensorboards_thread_may_die(tmp_path, caplog, monkeypatch):
