@@ -365,6 +365,26 @@ def test_an_unfinished_run_says_so(tmp_path, evaluation, sentence, rows):
     assert len(table_of(page)) == rows
 
 
+def test_questions_that_share_an_id_are_all_shown(tmp_path):
+    """As in data sets that were merged: the n-th before belongs to the n-th after."""
+    episodes = [
+        episode(when, question=f"Question {name}?", f1=f1)
+        for when, scores in (("before", (0.0, 1.0)), ("after", (1.0, 0.5)))
+        for name, f1 in zip("AB", scores)
+    ]
+    featured, further = select(episodes)
+    pairs = {
+        kind: [[e["question"] for e in pair.episodes] for pair in found]
+        for kind, found in featured.items()
+    }
+    assert pairs == {
+        "improved": [["Question A?"] * 2],
+        "failed": [["Question B?"] * 2],
+        "typical": [],
+    }
+    assert further == []
+
+
 def test_skipped_steps_are_told(tmp_path):
     for skipped in (0, 7):
         workdir = tmp_path / str(skipped)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import pathlib
 import re
@@ -134,12 +135,17 @@ def select(episodes: Iterable[dict[str, Any]]) -> tuple[dict[str, list[_Pair]], 
     end; the deepest falls first. "typical": at even distances among all others. The further ones
     keep the order of the file.
     """
-    found: dict[str, dict[str, dict[str, Any]]] = {}
+    # The n-th episode before RL with an id belongs to the n-th after it: ids may recur in merged
+    # data sets.
+    found: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
+    seen: collections.Counter = collections.Counter()
     for episode in episodes:
-        found.setdefault(episode["uid"], {}).setdefault(episode["when"], episode)
+        uid, when = episode["uid"], episode["when"]
+        found.setdefault((uid, seen[uid, when]), {})[when] = episode
+        seen[uid, when] += 1
     pairs = [
-        _Pair(tuple(found[uid][when] for when in ("before", "after") if when in found[uid]))
-        for uid in found
+        _Pair(tuple(asked[when] for when in ("before", "after") if when in asked))
+        for asked in found.values()
     ]
 
     better = [pair for pair in pairs if pair.change > 0]
