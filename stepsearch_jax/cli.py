@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
@@ -273,6 +274,11 @@ def run_guarded(
         if isinstance(error, jax.errors.JaxRuntimeError):
             raise
         leave(1, str(error))
+    except Exception as error:  # a fault of the program
+        if jax.process_count() == 1:
+            raise
+        traceback.print_exc()
+        leave(EXIT_CODE, f"process {jax.process_index()} ends: {type(error).__name__}: {error}")
 
 
 def leave_at_interrupt() -> None:
