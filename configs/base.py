@@ -264,7 +264,7 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
 
     config.rl = rl = ml_collections.ConfigDict()
     # gae: token GAE [P] | turn_gae: GAE with one state per turn | grpo, rloo: an episode against
-    # its group | turn_return: turns against their group's.
+    # its group | turn_return: what follows a turn, against its group's.
     # The last three train no value model and need rollout.group_size > 1.
     rl.advantage = "gae"
     # Discount per action token (gae) or per turn (turn_gae, turn_return); grpo and rloo have

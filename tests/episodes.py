@@ -166,14 +166,16 @@ def loop_estimate(
             others = [totals[other] for other in members if other != b]
             advantages[b, action_mask[b]] = totals[b] - np.mean(others) if others else 0.0
         elif estimator == "turn_return":
-            last = [turn_rewards[other][-1] for other in members]
-            earlier = [reward for other in members for reward in turn_rewards[other][:-1]]
-            found = [
-                *(standardize(reward, earlier) for reward in turn_rewards[b][:-1]),
-                standardize(turn_rewards[b][-1], last),
-            ]
+            following = {
+                other: [
+                    sum(gamma**j * reward for j, reward in enumerate(turn_rewards[other][k:]))
+                    for k in range(len(turns[other]))
+                ]
+                for other in members
+            }
             for k, tokens in enumerate(turns[b]):
-                advantages[b, tokens] = sum(gamma**j * reward for j, reward in enumerate(found[k:]))
+                among = [found[min(k, len(found) - 1)] for found in following.values()]
+                advantages[b, tokens] = standardize(following[b][k], among)
     # Whitening over all tokens that have an advantage.
     covered = credit_mask if estimator == "gae" else action_mask
     if whiten_advantages and estimator not in CRITIC_FREE and covered.any():

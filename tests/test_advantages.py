@@ -324,21 +324,52 @@ def test_rloo_by_hand():
 
 
 def test_turn_return_by_hand():
-    """gamma .5. Two episodes of a group: turn rewards (0, .5, 1) and (1, 3).
+    """gamma .5. Three episodes of a group: turn rewards (0, .5, 1), (1, 3) and (2).
 
-    Last turns 1 and 3: mean 2, deviation 1: -1 and 1.
-    Earlier turns 0, .5 and 1: mean .5, deviation d = sqrt(1/6): -.5/d, 0, .5/d.
-    Row 0: A_2 = -1;  A_1 = 0 + .5*-1 = -.5;  A_0 = -.5/d + .5*0 + .25*-1.
-    Row 1: A_1 = 1;  A_0 = .5/d + .5*1.
+    Returns from each turn on: (.5, 1, 1), (2.5, 3) and (2).
+    Turn 0: .5, 2.5, 2: mean 5/3, deviation d0 = sqrt(13/18).
+    Turn 1: 1, 3, and 2 of the episode that has ended: mean 2, deviation d1 = sqrt(2/3).
+    Turn 2: 1, and 3 and 2 of those that have ended: the same.
     """
-    mask = np.array([[1, 0, 1, 1, 1], [1, 1, 0, 1, 0]], bool)
-    turns = np.array([[0, 0, 1, 1, 2], [0, 0, 0, 1, -1]], np.int32)
-    rewards = np.array([[0, 9, 0.25, 0.25, 1], [0.5, 0.5, 9, 3, 9]], np.float32)
-    step = 0.5 / (1 / 6) ** 0.5
-    got = turn_return(rewards, mask, turns, np.zeros(2, np.int32), gamma=0.5)
-    np.testing.assert_allclose(
-        got, [[-step - 0.25, 0, -0.5, -0.5, -1], [step + 0.5, step + 0.5, 0, 1, 0]], rtol=1e-4
+    mask = np.array([[1, 0, 1, 1, 1], [1, 1, 0, 1, 0], [1, 1, 0, 0, 0]], bool)
+    turns = np.array([[0, 0, 1, 1, 2], [0, 0, 0, 1, -1], [0, 0, -1, -1, -1]], np.int32)
+    rewards = np.array(
+        [[0, 9, 0.25, 0.25, 1], [0.5, 0.5, 9, 3, 9], [1.5, 0.5, 9, 9, 9]], np.float32
     )
+    d0, d1 = (13 / 18) ** 0.5, (2 / 3) ** 0.5
+    first = (np.array([0.5, 2.5, 2]) - 5 / 3) / d0
+    got = turn_return(rewards, mask, turns, np.zeros(3, np.int32), gamma=0.5)
+    expected = [
+        [first[0], 0, -1 / d1, -1 / d1, -1 / d1],
+        [first[1], first[1], 0, 1 / d1, 0],
+        [first[2], first[2], 0, 0, 0],
+    ]
+    np.testing.assert_allclose(got, expected, rtol=1e-4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_one_more_search_costs_what_it_costs(data):
+    """Two episodes that part at their last common turn: one answers, one searches once more.
+
+    A charge c on every search lowers the searching one's advantage there by c against the other's,
+    before the division by the deviation, which is taken out here.
+    """
+    common = data.draw(st.integers(0, 3))
+    charge = data.draw(st.floats(0.05, 0.5))
+    numbers = st.floats(-1, 1, width=32)
+    steps, outcomes = data.draw(st.lists(numbers, min_size=5, max_size=5)), (0.3, 0.75)
+    turns = np.arange(common + 2)[None].repeat(2, 0).astype(np.int32)
+    mask = np.array([[True] * (common + 1) + [False], [True] * (common + 2)])
+
+    def gap(cost):
+        rewards = np.array([[step - cost for step in steps[: common + 2]]] * 2, np.float32)
+        rewards[0, common], rewards[1, common + 1] = outcomes  # answers cost nothing
+        got = turn_return(rewards, mask, turns, np.zeros(2, np.int32))
+        returns = [rewards[0, common], rewards[1, common:].sum()]
+        return np.diff(np.asarray(got)[:, common])[0] * (np.std(returns) + 1e-6)
+
+    np.testing.assert_allclose(gap(0.0) - gap(charge), charge, rtol=1e-3, atol=1e-5)
 
 
 @settings(max_examples=25, deadline=None)

@@ -158,36 +158,43 @@ def turn_return(
     *,
     gamma: float = 1.0,
 ) -> jax.Array:
-    """Step rewards without a value model: discounted sums of standardised turn rewards.
+    """Step rewards without a value model: each turn's return, compared within the group.
 
         r_bk = sum of r_bt over the action tokens of turn k
-        r'_bk = (r_bk - mean) / (std + 1e-6)    over the group's last turns, or its earlier turns
-        A_bk = Σ_{j >= k} gamma^(j - k) r'_bj
+        G_bk = Σ_{j >= k} gamma^(j - k) r_bj
+        A_bk = (G_bk - mean) / (std + 1e-6)    over the group's episodes i, of G_i,min(k, last of i)
 
     rewards, action_mask, turn_ids [B, T], group_ids [B] -> advantages [B, T], equal on all action
     tokens of a turn.
 
-    An episode's last turn holds the outcome. It is compared with the last turns of its group, an
-    earlier turn with all earlier turns of its group. Outcomes and step rewards differ in scale and
-    in number; standardised together, the many small step rewards would set the scale of the
-    outcome. An episode alone in its group gets 0 for its last turn. Groups and rows without action
-    tokens: as in `grpo`.
-    Reference: IGPO (arXiv 2510.14967) sums turn rewards in the same way but standardises outcomes
-      and step rewards of a group jointly, as does GRPO with process supervision (arXiv 2402.03300,
-      section 4.1.3).
+    At turn k the episodes of a group are at the same depth, so what follows is compared with what
+    follows for the others. Episodes that have ended by then stand in with their last turn. One more
+    search is worth what it changes of the return: a cost of c a search lowers its advantage by c,
+    before the division. Groups, lone episodes and rows without action tokens: as in `grpo`, which
+    this is for episodes of one turn.
+    Reference: ours. IGPO (arXiv 2510.14967) and GRPO with process supervision (arXiv 2402.03300,
+      section 4.1.3) sum standardised rewards instead; then a cost of every search cancels.
     """
     check_masks(action_mask=action_mask)
     starts = _turn_starts(action_mask, turn_ids)
-    position = jnp.arange(action_mask.shape[1])
-    is_last = position == jnp.where(starts, position, -1).max(axis=1, keepdims=True)
     turn_rewards = _sum_turns(rewards, action_mask, starts)
-    standardized = sum(
-        standardize_in_groups(turn_rewards, part, group_ids, epsilon=_STD_EPSILON)
-        for part in (starts & is_last, starts & ~is_last)
-    )
     # GAE without values is the discounted sum.
-    zeros = jnp.zeros_like(standardized)
-    advantages, _ = gae(standardized, zeros, starts, gamma=gamma, gae_lambda=1.0)
+    zeros = jnp.zeros_like(turn_rewards)
+    returns, _ = gae(turn_rewards, zeros, starts, gamma=gamma, gae_lambda=1.0)
+    number = jnp.where(starts, jnp.cumsum(starts, axis=1) - 1, -1)  # of the turn that starts here
+    last = number.max(axis=1, keepdims=True)  # -1 in rows without action tokens
+
+    def compare_turn(k, advantages):
+        here = starts & (number == jnp.minimum(k, last))
+        compared = standardize_in_groups(
+            jnp.where(here, returns, 0).sum(axis=1, keepdims=True),
+            last >= 0,
+            group_ids,
+            epsilon=_STD_EPSILON,
+        )
+        return jnp.where(number == k, compared, advantages)
+
+    advantages = jax.lax.fori_loop(0, last.max() + 1, compare_turn, zeros)
     return _spread_turns(advantages, action_mask, starts)
 
 
