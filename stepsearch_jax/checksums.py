@@ -21,8 +21,10 @@ def checksum_leaves(tree) -> tuple[np.ndarray, np.ndarray]:
     number and its position, by two hashes. Such sums do not depend on their order, so all meshes
     find the same ones. finite: no number of the leaf is NaN or infinite.
     """
-    found = [_checksum(leaf, _replicated(leaf)) for leaf in jax.tree.leaves(tree)]
-    sums, finite = zip(*jax.device_get(found))
+    # One after the other: on CPUs, collectives of several programs at a time may meet in different
+    # orders in different processes, and wait for each other.
+    leaves = jax.tree.leaves(tree)
+    sums, finite = zip(*(jax.device_get(_checksum(leaf, _replicated(leaf))) for leaf in leaves))
     return np.stack(sums), np.stack(finite)
 
 

@@ -246,7 +246,7 @@ def compile_programs(
     integer = _place(jax.ShapeDtypeStruct((), jnp.int32), mesh, PartitionSpec())
     value = None if parts.value is None else learner.ModelState(parts.value, parts.value_optimizer)
     policy = learner.ModelState(parts.policy, parts.policy_optimizer)
-    state = TrainState(policy, value, integer, integer, scalar, integer)
+    state = TrainState(policy, value, integer, integer, scalar, integer, integer)
     turns = rollout_settings(config).turns
     build_batch = learner.make_build_batch(model, settings)
     rewards = row(turns, dtype=jnp.float32), row(dtype=jnp.float32)  # of steps, of outcomes
