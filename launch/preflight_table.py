@@ -25,7 +25,6 @@ sys.path[:0] = [str(REPOSITORY)]
 from configs.musique_qwen2_5 import SIZES, SLICES
 from stepsearch_jax.files import read_json
 from stepsearch_jax.metrics import progress
-from stepsearch_jax.preflight.report import render_table
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -65,7 +64,9 @@ def main(arguments: Sequence[str]) -> int:
             see = files[pair].with_suffix(".log")
             print(f"no figures for {pair[0]} on {pair[1]}: see {see}", file=sys.stderr)
 
-    # The table of all that there are.
+    # The table of all that there are. jax takes a second to load, and --help need not wait for it.
+    from stepsearch_jax.preflight.report import render_table
+
     found = {pair: figures for pair, file in files.items() if (figures := read_json(file))}
     rows = {
         size: [found[pair] for pair in files if pair[0] == size and pair in found] for size in sizes

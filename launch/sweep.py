@@ -23,7 +23,6 @@ from collections.abc import Sequence
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from stepsearch_jax.sweeps.figure import FIGURE_FILES, draw_figure, write_figure
 from stepsearch_jax.sweeps.points import Sweep, list_points, load_sweeps
 from stepsearch_jax.sweeps.results import (
     TABLE_FILES,
@@ -155,6 +154,9 @@ def write_comparison(sweeps: Sequence[Sweep], workdir: pathlib.Path, config_file
     """Writes table and figure of the finished points, prints the table, and says where they are."""
     results = read_results(sweeps, workdir, config_file)
     write_tables(results, workdir)
+    # matplotlib takes two seconds to load, and --help need not wait for it.
+    from stepsearch_jax.sweeps.figure import FIGURE_FILES, draw_figure, write_figure
+
     figure, files = draw_figure(results, workdir), list(TABLE_FILES)
     if figure is not None:
         write_figure(figure, workdir)

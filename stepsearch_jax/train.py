@@ -33,7 +33,7 @@ from stepsearch_jax.evaluation.greedy import evaluate_policy, write_results
 from stepsearch_jax.files import check_workdir
 from stepsearch_jax.loggers import check_loggers
 from stepsearch_jax.metrics import MetricsWriter, progress
-from stepsearch_jax.report.page import format_number
+from stepsearch_jax.report.numbers import format_number
 from stepsearch_jax.rl import learner
 from stepsearch_jax.run.checks import check_sampling
 from stepsearch_jax.run.collect import collect

@@ -114,6 +114,24 @@ def test_help_names_every_flag_and_loads_no_jax(name):
         assert "--json" in read_help(f"stepsearch_jax.{name}", subcommand)
 
 
+SHOW_HELP = """
+import runpy, sys
+sys.argv = [sys.argv[1], "--help"]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit:
+    pass
+print(*sorted({"jax", "matplotlib", "scipy"} & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (REPO / "launch").glob("*.py")))
+def test_help_of_a_script_loads_nothing_slow(script):
+    command = [sys.executable, "-c", SHOW_HELP, f"launch/{script}"]
+    shown = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True).stdout
+    assert "usage" in shown and shown.splitlines()[-1] == ""
+
+
 def test_a_flag_of_another_command_is_not_known():
     shown = read_help("stepsearch_jax.train")
     assert "--workdir" in shown and not any(

@@ -18,7 +18,7 @@ import running as commands
 import sweeping
 from sweeping import REPO, TRAIN, Bench, define
 
-from stepsearch_jax.sweeps import running
+from stepsearch_jax.sweeps import figure, running
 from stepsearch_jax.sweeps.points import describe_difference
 
 
@@ -26,7 +26,7 @@ from stepsearch_jax.sweeps.points import describe_difference
 def bench(tmp_path, capsys, monkeypatch) -> Bench:
     monkeypatch.setattr(running, "_POLL_SECONDS", 0.02)
     # The figure takes most of the time; test_sweep_results.py draws it.
-    monkeypatch.setattr(sweeping.COMMAND, "draw_figure", lambda *_: None)
+    monkeypatch.setattr(figure, "draw_figure", lambda *_: None)
     return Bench(tmp_path, capsys)
 
 

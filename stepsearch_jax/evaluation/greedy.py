@@ -18,7 +18,8 @@ from jax.experimental import multihost_utils
 from stepsearch_jax.files import write_json, write_text
 from stepsearch_jax.metrics import progress
 from stepsearch_jax.records import Episode
-from stepsearch_jax.report.page import format_number, write_report
+from stepsearch_jax.report.numbers import format_number
+from stepsearch_jax.report.page import write_report
 from stepsearch_jax.rewards.scoring import StepScores
 from stepsearch_jax.rollout.scripted import PERFECT, run_script
 from stepsearch_jax.rollout.text import to_episodes

@@ -37,7 +37,8 @@ from stepsearch_jax.evaluation.measures import Estimate, estimate, list_measures
 from stepsearch_jax.files import write_json, write_text
 from stepsearch_jax.models.transformer import Policy
 from stepsearch_jax.models.weights import load_policy
-from stepsearch_jax.report.page import format_number, write_report
+from stepsearch_jax.report.numbers import format_number
+from stepsearch_jax.report.page import write_report
 from stepsearch_jax.rl.model_state import describe_params
 from stepsearch_jax.run.corpus import read_texts
 from stepsearch_jax.run.folder import check_readable

@@ -9,7 +9,6 @@ policy's tags are coloured in the policy's own text only.
 from __future__ import annotations
 
 import json
-import math
 import os
 import pathlib
 from collections.abc import Mapping
@@ -22,15 +21,10 @@ from stepsearch_jax.files import read_json, write_text
 from stepsearch_jax.metrics import METRICS_FILE, read_metrics
 from stepsearch_jax.plugins import name_step_reward
 from stepsearch_jax.report.curves import draw_curves
+from stepsearch_jax.report.numbers import MEASURES, format_number, format_signed
 from stepsearch_jax.report.transcripts import read_transcripts, select
 
 REPORT_FILE = "report.html"
-MEASURES = (
-    ("f1", "F1"),
-    ("em", "Exact match"),
-    ("gold_recall", "Gold recall"),
-    ("searches", "Searches"),
-)
 
 
 def _results(evaluation: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -56,16 +50,6 @@ def _results(evaluation: Mapping[str, Any] | None) -> dict[str, Any] | None:
         "difference": difference,
         "controls": controls,
     }
-
-
-def format_number(value: float | None, digits: int = 3) -> str:
-    """0.1234 -> "0.123"; None or NaN (not measured, not known) -> "–"."""
-    return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}".replace("-", "−")
-
-
-def format_signed(value: float | None, digits: int = 3) -> str:
-    """As `format_number`, with + or −."""
-    return "–" if value is None else ("+" if value >= 0 else "−") + f"{abs(value):.{digits}f}"
 
 
 def write_report(workdir: str | os.PathLike) -> pathlib.Path:

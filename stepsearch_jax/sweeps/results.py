@@ -11,10 +11,8 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from scipy.special import stdtrit
-
 from stepsearch_jax.files import read_json, write_json, write_text
-from stepsearch_jax.report.page import MEASURES, format_number, format_signed
+from stepsearch_jax.report.numbers import MEASURES, format_number, format_signed
 from stepsearch_jax.sweeps.points import Method, Sweep
 from stepsearch_jax.sweeps.running import POINTS, Times, is_finished
 
@@ -33,6 +31,8 @@ def mean_interval(values: Sequence[float | None]) -> dict[str, float | None] | N
         return None
     interval = None
     if n > 1:
+        from scipy.special import stdtrit  # half a second, for which --help need not wait
+
         interval = float(stdtrit(n - 1, 0.975)) * statistics.stdev(values) / math.sqrt(n)
     return {"mean": statistics.fmean(values), "interval": interval}
 
