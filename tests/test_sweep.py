@@ -15,7 +15,6 @@ import time
 
 import pytest
 import running as commands
-import sweeping
 from sweeping import REPO, TRAIN, Bench, define
 
 from stepsearch_jax.sweeps import figure, running
