@@ -98,6 +98,33 @@ def test_a_perfect_searcher_is_right_when_the_retrieval_works(system):
         assert all(hop.answer in turn.action for hop, turn in zip(hops, episode.turns[1:]))
 
 
+def strip_hops(system: System, gold: bool) -> System:
+    """With questions that have no sub-questions, but the gold documents of these."""
+    split = system.splits["validation"]
+    questions = [
+        dataclasses.replace(
+            question,
+            sub_questions=(),
+            loose_gold_ids=question.gold_ids if gold else (),
+        )
+        for question in split.questions
+    ]
+    split = dataclasses.replace(split, questions=questions)
+    return dataclasses.replace(system, splits=system.splits | {"validation": split})
+
+
+def test_without_sub_questions_a_perfect_searcher_searches_its_gold_documents(system):
+    """As on HotpotQA, whose rows name no sub-questions: it must not answer unseen."""
+    bare = strip_hops(system, gold=True)
+    means = greedy.evaluate_controls(bare, "validation")["perfect searcher"]
+    assert means["f1"] == 1.0 and means["searches"] == 2.0 and means["gold_recall"] == 1.0
+    for episode in script(bare, PERFECT)[1]:
+        titles = [system.source.documents[i].title for i in episode.question.gold_ids]
+        assert list(episode.queries) == titles
+    with pytest.raises(ValueError, match="20 of the 20 questions of validation"):
+        greedy.evaluate_controls(strip_hops(system, gold=False), "validation")
+
+
 def test_the_record_of_a_script_is_that_of_a_rollout(system):
     trajectory, episodes = script(
         system, {"good": 0.4, "vague": 0.3, "repeat": 0.1, "wrong": 0.1, "early": 0.1}

@@ -21,7 +21,7 @@ from stepsearch_jax.records import Episode
 from stepsearch_jax.report.numbers import format_number
 from stepsearch_jax.report.page import write_report
 from stepsearch_jax.rewards.scoring import StepScores
-from stepsearch_jax.rollout.scripted import PERFECT, run_script
+from stepsearch_jax.rollout.scripted import PERFECT, list_hops, run_script
 from stepsearch_jax.rollout.text import to_episodes
 from stepsearch_jax.run.collect import Collected, collect
 from stepsearch_jax.run.system import System, check_searches, process_rows
@@ -220,7 +220,17 @@ def write_transcripts(folder: pathlib.Path, dumps: dict[str, list[dict]]) -> Non
 
 
 def evaluate_controls(system: System, split_name: str) -> dict[str, dict[str, float]]:
-    """Means of two scripts on the split: the demonstrated searcher, and a perfect one."""
+    """Means of two scripts on the split: the demonstrated searcher, and a perfect one.
+
+    Raises ValueError if they would have to answer questions without knowing what to search.
+    """
+    questions = system.splits[split_name].questions
+    blind = sum(not list_hops(question, system.source.documents) for question in questions)
+    if blind:
+        raise ValueError(
+            f"{blind} of the {len(questions)} questions of {split_name} name neither sub-questions "
+            "nor gold documents in the corpus, so a script does not know what to search"
+        )
     poor = dict(system.config.sft.decision_weights)
     return {
         "scripted searcher": evaluate_script(system, split_name, poor),

@@ -1,4 +1,4 @@
-"""A scripted searcher that follows the questions' own decomposition.
+"""A scripted searcher that follows the questions' own decomposition, or their gold documents.
 
 It searches perfectly, or poorly in chosen proportions, and reads without error. Its episodes are
 `Trajectory`s with NumPy arrays, so they are scored, shown and imitated like the policy's own.
@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from stepsearch_jax.prompting.tokenizers import Tokenizer
-from stepsearch_jax.records import Document, Question, TurnStatus
+from stepsearch_jax.records import Document, Question, SubQuestion, TurnStatus
 from stepsearch_jax.rollout.programs import Search
 from stepsearch_jax.rollout.state import RolloutSettings
 from stepsearch_jax.types import Trajectory
@@ -27,6 +27,7 @@ class _Searcher:
     """What the script knows in one episode: the hops resolved so far, and what it has seen."""
 
     question: Question
+    hops: Sequence[SubQuestion]  # `list_hops`
     rng: np.random.Generator
     known_fraction: float
     resolved: int = 0
@@ -37,7 +38,7 @@ class _Searcher:
 
     def act(self, decision_weights: Mapping[str, float], last_turn: bool) -> tuple[TurnStatus, str]:
         """The next action: (SEARCH, query) or (ANSWER, answer)."""
-        hops = self.question.sub_questions
+        hops = self.hops
         if self.resolved == len(hops):
             return TurnStatus.ANSWER, self.question.answer
         queries = hops[self.resolved].queries or (hops[self.resolved].question,)
@@ -49,9 +50,8 @@ class _Searcher:
             kind = "good"
         if last_turn or (kind == "early" and self.resolved):
             guesses = self.seen_titles or [self.last_query]
-            return TurnStatus.ANSWER, (
-                hops[self.resolved - 1].answer if self.resolved else guesses[-1]
-            )
+            found = hops[self.resolved - 1].answer if self.resolved else ""
+            return TurnStatus.ANSWER, found or guesses[-1]
         if kind == "good":
             query = queries[self.tried % len(queries)]
             self.tried += 1
@@ -66,15 +66,28 @@ class _Searcher:
 
     def read(self, doc_ids: np.ndarray, documents: Sequence[Document]) -> None:
         """Resolves the current hop if its document was found, and remembers the titles."""
-        hops = self.question.sub_questions
+        hops = self.hops
         found = {int(i) for i in doc_ids if i >= 0}
         self.thought = ""
         if self.resolved < len(hops) and found.intersection(hops[self.resolved].gold_ids):
             hop = hops[self.resolved]
-            self.thought = f"{(hop.queries or (hop.question,))[0].split()[-1]}: {hop.answer}"
+            if hop.answer:
+                self.thought = f"{(hop.queries or (hop.question,))[0].split()[-1]}: {hop.answer}"
             self.resolved += 1  # one search settles one hop: the next query needs this answer
             self.tried = 0
         self.seen_titles += [documents[i].title for i in sorted(found)]
+
+
+def list_hops(question: Question, documents: Sequence[Document]) -> tuple[SubQuestion, ...]:
+    """What the script searches for, in order: the sub-questions, or else the gold documents by
+    their titles. Empty if the question names neither.
+    """
+    if question.sub_questions:
+        return question.sub_questions
+    gold = ((i, documents[i]) for i in question.gold_ids)
+    return tuple(
+        SubQuestion(document.title or document.text, "", gold_ids=(i,)) for i, document in gold
+    )
 
 
 def format_action(thought: str, status: TurnStatus, content: str) -> str:
@@ -120,7 +133,12 @@ def run_script(
     search_end, statuses = np.full((B, K), -1, np.int32), np.zeros((B, K), np.int32)
     doc_ids, ok = np.full((B, K, settings.documents), -1, np.int32), np.zeros((B, K), bool)
     searchers = [
-        _Searcher(question, np.random.default_rng([seed, row]), known_fraction)
+        _Searcher(
+            question,
+            list_hops(question, documents),
+            np.random.default_rng([seed, row]),
+            known_fraction,
+        )
         for row, question in enumerate(questions)
     ]
     finished = np.zeros(B, bool)
