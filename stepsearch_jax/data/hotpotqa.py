@@ -52,7 +52,7 @@ def read_gold(row: Row) -> dict[str, str]:
     contexts, gold = read_contexts(row) if row.has("context") else {}, {}
     for i, fact in enumerate(row.lists("supporting_facts", ("title",), ("sent_id",))):
         match fact:
-            case [str(title), int()]:
+            case [str(title), int() | str() as number] if str(number).isdecimal():
                 gold[title] = contexts.get(title, "")
             case _:
                 raise row.fault(f"supporting_facts[{i}] should be a title and a number")

@@ -28,8 +28,10 @@ class Row:
         return ValueError(f"{self.where}: {what}")
 
     def has(self, name: str) -> bool:
-        """Whether the field is there."""
-        return self.values.get(name) is not None
+        """Whether the field is there. An object of nothing but None is how Parquet has None."""
+        value = self.values.get(name)
+        empty = isinstance(value, dict) and value and all(part is None for part in value.values())
+        return value is not None and not empty
 
     def get(self, name: str, kind: type) -> Any:
         """The field: present, of type `kind`, and not empty if a string."""
