@@ -3,6 +3,7 @@ rows that cannot be read.
 """
 
 import copy
+import dataclasses
 import json
 
 import pyarrow
@@ -85,6 +86,21 @@ def test_json_in_strings_is_as_the_official_row(tmp_path, kind):
     row = FILES[kind][1]
     expected = read_row(tmp_path / "official", kind, row)
     assert read_row(tmp_path / "strings", kind, as_strings(row)) == expected
+
+
+def test_ones_own_rows_in_columns_and_strings(tmp_path):
+    gold = [{"title": row["title"], "text": row["text"]} for row in CORPUS[1:3]]
+    steps = [{"queries": ["film"], "gold": gold}, {"queries": ["rome"], "gold": [CORPUS[3]]}]
+    row = {"question": "Who?", "answers": ["Ann", "Anna"], "gold": gold, "sub_questions": steps}
+    steps = [{**step, "gold": columns(step["gold"])} for step in steps]
+    hub = {**row, "gold": columns(gold), "sub_questions": columns(steps)}
+    write_rows(tmp_path / "train.jsonl", [row, hub, as_strings(row), as_strings(hub)])
+    write_rows(tmp_path / "corpus.jsonl", CORPUS)
+    first, *others = read("jsonl", tmp_path).splits["train"]
+    assert first.answers == ("Ann", "Anna") and first.loose_gold_ids == (1, 2)
+    assert [sub.gold_ids for sub in first.sub_questions] == [(1, 2), (3,)]
+    for n, other in enumerate(others, start=1):
+        assert other == dataclasses.replace(first, uid=f"train_{n}")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+_JSON = re.compile(r'\s*(?:\{\s*"|\[\s*["{])')
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")  # an escape that is half of a surrogate pair
 
 
@@ -62,6 +63,11 @@ class Row:
                 f"field {name!r} is a string that is not JSON ({error}); write a list or an object"
             ) from None
         return value
+
+    def holds_json(self, name: str) -> bool:
+        """Whether the field is a string that begins as JSON with objects or texts in it does."""
+        value = self.values.get(name)
+        return isinstance(value, str) and bool(_JSON.match(value))
 
     def _transpose(self, name: str, columns: dict) -> Any:
         """The list of objects whose fields these lists are; any other object as it is.
@@ -126,7 +132,7 @@ class Row:
         1204 and 1204.0 are "1204". None of them is blank.
         """
         value = self.values.get(name)
-        if isinstance(value, str) and value.lstrip().startswith('["'):
+        if self.holds_json(name):
             value = self._parse(name, value)
         answers = []
         for entry in value if isinstance(value, list) else [self.get(name, object)]:

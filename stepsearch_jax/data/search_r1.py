@@ -53,8 +53,7 @@ def read_question(row: Row, split: str) -> Question:
 
 
 def _holds_object(row: Row, name: str) -> bool:
-    value = row.values.get(name)
-    return isinstance(value, dict) or isinstance(value, str) and value.lstrip().startswith('{"')
+    return isinstance(row.values.get(name), dict) or row.holds_json(name)
 
 
 def _read_facts(row: Row) -> tuple[tuple[str, str], ...]:
