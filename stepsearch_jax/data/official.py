@@ -156,7 +156,9 @@ def _read_splits(
                     passages = list(form.read_passages(row)) if own and form.read_passages else []
                 except ValueError as fault:
                     if not skip:
-                        raise
+                        raise ValueError(
+                            f"{fault} (data.on_bad_row=skip leaves out rows that cannot be read)"
+                        ) from None
                     note(fault)
                     continue
                 questions[split].append(question)
