@@ -58,6 +58,9 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     # files before it lack. "" = the file `corpus` in data.path, or, if there is none, the passages
     # that come with the questions.
     data.corpus = ""
+    # Rows of questions that cannot be read: refuse = end with file, line and fault; skip = leave
+    # them out, with one warning that counts them.
+    data.on_bad_row = "refuse"
     data.cache_dir = "data_cache"  # prepared data sets, corpora and indexes are kept here
     data.train_split = "train"  # the split that training questions come from
     data.train_questions = 0  # use only this many training questions, the first ones; 0 = all

@@ -10,6 +10,7 @@ GROUP_ESTIMATORS = ("grpo", "rloo", "turn_return")
 DTYPES = ("float32", "bfloat16")
 
 CHOICES = {  # config key -> its values; configs/base.py explains them
+    "data.on_bad_row": ("refuse", "skip"),
     "metrics.loggers": ("tensorboard", "wandb"),  # any of them
     "search.kind": ("bm25", "dense", "remote"),
     "search.embedding_dtype": DTYPES,

@@ -159,7 +159,7 @@ def test_an_encoder_votes_as_its_vectors_say(folder):
     ]
     rows, figures = make_keys(folder, "keys", "--engines", ONE, "dense", *settings)
 
-    documents, splits, _ = read_records(OFFICIAL["musique"].FORMAT, folder / "data")
+    documents, splits, *_ = read_records(OFFICIAL["musique"].FORMAT, folder / "data")
     embed = load_text_encoder(encoder, 1, jax.devices()[:1]).embed
     vectors = embed([f"{document.title}\n{document.text}" for document in documents])
     bm25 = index_files([folder / "keys/corpus.jsonl"], folder / "index", 0.9, 0.4)

@@ -246,8 +246,8 @@ def test_command_with_rules(folder, capsys, monkeypatch):
     figures = json.loads((folder / "keys/report.json").read_text())
     assert figures == json.loads((folder / "figures.json").read_text())
     assert "| hop 2 | 20 | 20 | 20 |" in capsys.readouterr().out
-    documents, splits, _ = read_records(OFFICIAL["stepsearch"].FORMAT, folder / "keys")
-    before, original, _ = read_records(OFFICIAL["musique"].FORMAT, folder / "data")
+    documents, splits, *_ = read_records(OFFICIAL["stepsearch"].FORMAT, folder / "keys")
+    before, original, *_ = read_records(OFFICIAL["musique"].FORMAT, folder / "data")
     assert [(d.title, d.text) for d in documents] == [(d.title, d.text) for d in before]
     for new, old in zip(splits["train"], original["train"], strict=True):
         for name in ("uid", "question", "answers", "shape", "gold_ids"):

@@ -73,7 +73,7 @@ STEPSEARCH = {
 }
 SEARCH_R1 = {
     "data_source": "nq",
-    "prompt": [{"role": "user", "content": "Answer. Question: x Question: who?\n"}],
+    "prompt": [{"role": "user", "content": "Answer. Question: who?\n"}],
     "reward_model": {"style": "rule", "ground_truth": {"target": ["Ann", "Anna"]}},
     "extra_info": {"index": 0, "split": "train"},
 }
@@ -89,7 +89,7 @@ def test_hotpotqa_names_documents_but_no_sub_questions(tmp_path):
     fullwiki = {**HOTPOT, "id": 7, "supporting_facts": [["Rome", 0], ["Film", 0]]}
     del fullwiki["_id"]
     write_rows(tmp_path / "validation.jsonl", [fullwiki])
-    documents, splits, files = read("hotpotqa", tmp_path)
+    documents, splits, files, _ = read("hotpotqa", tmp_path)
     # Without a corpus: the contexts, each once.
     contexts = [
         ("Film", "Film is a film.  It is by Ann."),
@@ -105,7 +105,7 @@ def test_hotpotqa_names_documents_but_no_sub_questions(tmp_path):
     assert set(files) == {"train", "validation"}
     # With one: gold documents by title and text, or by title alone if the row has no text for them.
     write_rows(tmp_path / "corpus.jsonl", CORPUS)
-    documents, splits, files = read("hotpotqa", tmp_path)
+    documents, splits, files, _ = read("hotpotqa", tmp_path)
     assert len(documents) == 4
     assert splits["train"][0].gold_ids == (1, 2) and splits["validation"][0].gold_ids == (3, 1)
     path = tmp_path / "corpus.jsonl"
@@ -225,7 +225,7 @@ def test_stepsearch_rows(tmp_path):
     }
     unpaired = {**STEPSEARCH, "sub_support_docs": SUPPORT[:1]}
     write_rows(tmp_path / "musi_answerable_train.jsonl", [STEPSEARCH, full, unpaired])
-    documents, splits, _ = read("stepsearch", tmp_path)
+    documents, splits, *_ = read("stepsearch", tmp_path)
     assert [d.title for d in documents] == ["Film", "Ann"]
     plain, other, loose = splits["train"]
     assert plain == Question(
@@ -260,7 +260,7 @@ def test_search_r1_parquet(tmp_path):
     keyed["reward_model"]["ground_truth"] |= truth
     keyed["extra_info"]["support_docs"] = SUPPORT
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([keyed]), tmp_path / "test.parquet")
-    documents, splits, _ = read("search_r1", tmp_path)
+    documents, splits, *_ = read("search_r1", tmp_path)
     assert [(d.title, d.text) for d in documents] == [(row["title"], row["text"]) for row in CORPUS]
     assert splits["train"] == [
         Question("train_9", "where?", "Rome", shape="nq"),
@@ -321,7 +321,6 @@ FILES = {
             "reward_model, ground_truth: .*'target' is missing",
         ),
         ("search_r1", {"prompt": [{"role": "user", "content": "Who?"}]}, "'Question:'"),
-        ("search_r1", {"data_source": KeyError}, "'data_source' is missing"),
     ],
 )
 def test_a_malformed_row_names_file_and_line(tmp_path, kind, changes, message):
@@ -394,13 +393,13 @@ def test_a_changed_reader_is_a_new_data_set(tmp_path, monkeypatch):
     config = make_config(tmp_path, kind="hotpotqa", path=str(tmp_path))
     hashes = {open_source(config, 0.9, 0.4).manifest["hash"]}
     source_of = loading.inspect.getsource
-    for module in ("rows", "passages", "official", "hotpotqa", "schema"):
+    for module in ("row", "rows", "passages", "official", "hotpotqa", "schema"):
         mark = lambda read, name=module: "#" if read.__name__.endswith(f".{name}") else ""
         monkeypatch.setattr(
             loading.inspect, "getsource", lambda read, mark=mark: source_of(read) + mark(read)
         )
         hashes.add(open_source(config, 0.9, 0.4).manifest["hash"])
-    assert len(hashes) == 6
+    assert len(hashes) == 7
 
 
 # kind -> of each split: questions, sub-questions, gold documents found and missing in the corpus
@@ -416,7 +415,7 @@ REAL = {
 @pytest.mark.parametrize("kind", slow_but_for(["hotpotqa", "bamboogle"], list(REAL)))
 def test_real_files(shared_data, kind):
     corpus = str(shared_data / "wiki18_sample" / "corpus.jsonl.gz") if kind == "bamboogle" else ""
-    documents, splits, files = read(kind, shared_data / kind, corpus)
+    documents, splits, files, _ = read(kind, shared_data / kind, corpus)
     found = {}
     for split, questions in splits.items():
         held = {i for question in questions for i in question.gold_ids}
@@ -450,7 +449,7 @@ def test_files_of_a_folder_and_of_its_corpus(tmp_path):
     write_rows(tmp_path / "questions.jsonl.gz", [PHANTOM])
     write_rows(tmp_path / "articles.jsonl", CORPUS)
     assert find_inputs(form, tmp_path) == (
-        {"test": tmp_path / "questions.jsonl.gz"},
+        {"test": [tmp_path / "questions.jsonl.gz"]},
         [tmp_path / "articles.jsonl"],
     )
     write_rows(tmp_path / "articles.jsonl.gz", CORPUS)

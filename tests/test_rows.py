@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from stepsearch_jax.data.rows import Row, find_file, hash_file, read_rows
+from stepsearch_jax.data.rows import Row, find_files, hash_file, read_rows
 
 ROWS = [
     {"id": "a", "text": 'one,\n "two"'},
@@ -153,12 +153,12 @@ def test_damaged_pages_of_a_table_are_named_by_row(tmp_path):
 def test_a_file_that_is_not_there_and_one_that_is_there_twice(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nothing\.jsonl"):
         list(read_rows(tmp_path / "nothing.jsonl"))
-    assert find_file(tmp_path, ("dev",)) is None
+    assert find_files(tmp_path, ("dev",)) == []
     (tmp_path / "dev.json").write_text("[]")
-    assert find_file(tmp_path, ("validation", "dev")) == tmp_path / "dev.json"
+    assert find_files(tmp_path, ("validation", "dev")) == [tmp_path / "dev.json"]
     (tmp_path / "validation.parquet").write_text("")
     with pytest.raises(ValueError, match=r"validation\.parquet and .*dev\.json"):
-        find_file(tmp_path, ("validation", "dev"))
+        find_files(tmp_path, ("validation", "dev"))
 
 
 def test_hash_is_of_the_bytes(tmp_path):

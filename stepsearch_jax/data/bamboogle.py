@@ -15,7 +15,7 @@ from stepsearch_jax.records import Question
 
 def read_question(row: Row, split: str) -> Question:
     """The question of a row."""
-    answers = (row.text("Answer"),) if row.has("Answer") else row.answers("golden_answers")
+    answers = (row.text("Answer"),) if row.has("Answer") else row.texts_or_numbers("golden_answers")
     return Question(
         uid=row.identifier("id", otherwise=split),
         question=row.text("question", "Question"),

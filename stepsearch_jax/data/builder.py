@@ -22,12 +22,14 @@ from stepsearch_jax.records import Document, Question
 class Records(NamedTuple):
     """Documents (id = row), the questions of each split, and the source files.
 
-    `files`: name -> path and sha256.
+    `files`: name -> path and sha256. `unreadable`: split -> the number of rows that were left out,
+    and the first faults.
     """
 
     documents: Sequence[Document]
     splits: dict[str, list[Question]]
     files: dict[str, dict[str, str]]
+    unreadable: dict[str, tuple[int, list[str]]] = {}
 
 
 class RecordsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -48,7 +50,7 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         )
 
     def _split_generators(self, dl_manager):
-        documents, questions, files = self.make_records(pathlib.Path(self.data_path))
+        documents, questions, files, unreadable = self.make_records(pathlib.Path(self.data_path))
         self.info.metadata["files"] = files
         self.info.metadata["documents"] = len(documents)
         self.info.metadata["splits"] = {
@@ -60,6 +62,7 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                     {passage for row in rows for passage in row.missing_gold}
                 ),
                 "shapes": dict(sorted(Counter(row.shape for row in rows).items())),
+                **_describe_unreadable(*unreadable.get(split, (0, []))),
             }
             for split, rows in questions.items()
         }
@@ -67,3 +70,7 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _generate_examples(self):
         raise NotImplementedError("_split_generators returns the examples")
+
+
+def _describe_unreadable(count: int, faults: list[str]) -> dict:
+    return {"unreadable_rows": count, "unreadable": faults} if count else {}

@@ -1,8 +1,9 @@
 """HotpotQA (Yang et al., 2018) from its official rows, as a TFDS builder.
 
 A row: `_id` (or `id`), `question, answer, type, supporting_facts[[title, sentence]],
-context[[title, [sentences]]]`. Rows name no sub-questions: the gold documents are those of the
-question as a whole.
+context[[title, [sentences]]]`; or, as on the Hugging Face Hub, `supporting_facts{title[…],
+sent_id[…]}, context{title[…], sentences[[…]]}`. Without `context` a corpus must hold the articles.
+Rows name no sub-questions: the gold documents are those of the question as a whole.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from stepsearch_jax.records import Question
 def read_contexts(row: Row) -> dict[str, str]:
     """Title -> text of the passages of a row."""
     contexts = {}
-    for i, pair in enumerate(row.lists("context")):
+    # "content": as in the metadata of FlashRAG's rows.
+    for i, pair in enumerate(row.lists("context", ("title",), ("sentences", "content"))):
         match pair:
             case [str(title), [*sentences]] if all(
                 isinstance(sentence, str) for sentence in sentences
@@ -30,6 +32,11 @@ def read_contexts(row: Row) -> dict[str, str]:
 
 def read_passages(row: Row) -> list[tuple[str, str]]:
     """The passages of a row that have a title and a text."""
+    if not row.has("context"):
+        raise row.fault(
+            "field 'context' is missing: the row brings no passages; set data.corpus to files "
+            "that hold the articles"
+        )
     return [
         (title, text)
         for title, text in read_contexts(row).items()
@@ -42,10 +49,10 @@ def read_gold(row: Row) -> dict[str, str]:
 
     The text is "" if no context has this title.
     """
-    contexts, gold = read_contexts(row), {}
-    for i, fact in enumerate(row.lists("supporting_facts")):
+    contexts, gold = read_contexts(row) if row.has("context") else {}, {}
+    for i, fact in enumerate(row.lists("supporting_facts", ("title",), ("sent_id",))):
         match fact:
-            case [str(title), int()]:
+            case [str(title), int() | str() as number] if str(number).isdecimal():
                 gold[title] = contexts.get(title, "")
             case _:
                 raise row.fault(f"supporting_facts[{i}] should be a title and a number")
@@ -70,7 +77,7 @@ FORMAT = Format(
     name="HotpotQA",
     stems={
         "train": ("train", "hotpot_train_v1.1"),
-        "validation": ("validation", "hotpot_dev_distractor_v1"),
+        "validation": ("validation", "dev", "hotpot_dev_distractor_v1"),
     },
     read_question=read_question,
     read_passages=read_passages,

@@ -31,7 +31,9 @@ def read_question(row: Row, split: str) -> Question:
     """The question of a row. Raises ValueError with file, line and field."""
     if not (row.has("answers") or row.has("answer")):
         raise row.fault("field 'answers' is missing: a list of the accepted answers")
-    whole = not row.has("answers") or isinstance(row.values["answers"], str)
+    whole = not row.has("answers") or (
+        isinstance(row.values["answers"], str) and not row.holds_json("answers")
+    )
     answers = (row.text("answers", "answer"),) if whole else row.answers("answers")
     steps = (
         row.objects("sub_questions") if row.values.get("sub_questions") not in (None, []) else []
@@ -66,6 +68,9 @@ def _read_gold(row: Row) -> tuple[tuple[str, str], ...]:
     entries = row.values.get("gold")
     if entries is None:
         return ()
+    columns = isinstance(entries, dict) and isinstance(entries.get("title"), list)
+    if columns or row.holds_json("gold"):
+        entries = row.get("gold", list)
     passages = []
     for i, entry in enumerate(entries if isinstance(entries, list) else [entries]):
         if isinstance(entry, dict):

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import logging
 import pathlib
@@ -19,6 +20,7 @@ import tensorflow_datasets as tfds
 from absl import logging as absl_logging
 from google.protobuf import json_format
 
+from stepsearch_jax.choices import check_choice
 from stepsearch_jax.data import (
     atlas,
     atlas_facts,
@@ -35,6 +37,7 @@ from stepsearch_jax.data import (
     official,
     passages,
     phantomwiki,
+    row,
     rows,
     schema,
     search_r1,
@@ -73,8 +76,9 @@ class Source:
     """A prepared data set. `documents[i].id == i`.
 
     `manifest`: kind; hash of inputs and code; documents; of every split questions, sub_questions,
-    shapes, gold_documents in the corpus and missing_gold_documents; files with their path and
-    sha256 (none for atlas).
+    shapes, gold_documents in the corpus and missing_gold_documents and, if rows were left out,
+    unreadable_rows (how many) and unreadable (the first faults); files with their path and sha256
+    (none for atlas).
     """
 
     documents: Sequence[Document]
@@ -146,9 +150,9 @@ def open_source(data_config, k1: float, b: float) -> Source:
     """The whole data set that data_config names by kind, path, corpus and atlas.
 
     Builds it under data_config.cache_dir if it is not there yet. The folder's name is a hash of
-    inputs and code (Atlas: arguments and generator; others: path, size and time of their files), so
-    a changed input is a new data set. k1, b: of the BM25 that checks Atlas's search queries. Raises
-    ValueError or FileNotFoundError for bad input and for damaged stored files.
+    inputs and code (Atlas: arguments and generator; others: path, size and time of their files, and
+    on_bad_row), so a changed input is a new data set. k1, b: of the BM25 that checks Atlas's search
+    queries. Raises ValueError or FileNotFoundError for bad input and for damaged stored files.
     """
     dataset, digest = _make_builder(data_config, k1, b)
     dataset = _prepare(dataset, lambda: _make_builder(data_config, k1, b)[0])
@@ -178,7 +182,23 @@ def open_source(data_config, k1: float, b: float) -> Source:
                 count["missing_gold_documents"] + count["gold_documents"],
                 split,
             )
+    _warn_of_unreadable(data_config.kind, counts["splits"])
     return Source(stored, splits, {"kind": data_config.kind, "hash": digest, **counts})
+
+
+def _warn_of_unreadable(kind: str, splits: dict[str, dict]) -> None:
+    """One warning about all rows that data.on_bad_row=skip has left out."""
+    left_out = {split: count for split, count in splits.items() if count.get("unreadable_rows")}
+    if left_out:
+        faults = [fault for count in left_out.values() for fault in count["unreadable"]]
+        logger.warning(
+            "%s: rows that cannot be read are left out: %s; the first: %s",
+            kind,
+            ", ".join(
+                f"{count['unreadable_rows']} of {split}" for split, count in left_out.items()
+            ),
+            "; ".join(faults[: official.SHOWN_FAULTS]),
+        )
 
 
 def question_rows(position: int, count: int, num_questions: int, seed: int) -> np.ndarray:
@@ -233,12 +253,14 @@ def _make_builder(config, k1: float, b: float) -> tuple[builder.RecordsBuilder, 
                 f"data.path is empty: set it to the folder of {builder_class.FORMAT.name}, "
                 f"from {builder_class.FORMAT.address}"
             )
+        check_choice("data.on_bad_row", config.on_bad_row)
         splits, corpora = official.find_inputs(builder_class.FORMAT, folder, config.corpus)
-        files = rows.describe_files((*splits.values(), *corpora))
+        files = rows.describe_files((*itertools.chain(*splits.values()), *corpora))
         digest = _digest(
-            [files, len(corpora)],
+            [files, len(corpora), config.on_bad_row],
             official,
             passages,
+            row,
             rows,
             hotpotqa,
             stepsearch,
@@ -246,7 +268,10 @@ def _make_builder(config, k1: float, b: float) -> tuple[builder.RecordsBuilder, 
         )
         corpus = ",".join(str(path.resolve()) for path in corpora) if config.corpus else ""
         builder_config = official.OfficialConfig(
-            name=digest, path=str(folder.resolve()), corpus=corpus
+            name=digest,
+            path=str(folder.resolve()),
+            corpus=corpus,
+            skip=config.on_bad_row == "skip",
         )
     else:
         raise ValueError(f"data.kind is {config.kind!r}; known are {', '.join(KINDS)}")

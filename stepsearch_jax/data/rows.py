@@ -11,112 +11,15 @@ import json
 import pathlib
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from tqdm import tqdm
+
+from stepsearch_jax.data.row import Row, check_pairs
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
 _DECODER = json.JSONDecoder()
 _BEFORE_JSON = b" \t\r\n" + codecs.BOM_UTF8
-_HALF = re.compile(r"\\u[dD][89a-fA-F]")  # an escape that is half of a surrogate pair
-
-
-class Row:
-    """One object of a file.
-
-    `where` names its place ("file, line 3"), `number` counts the objects of the file from 1. Every
-    method checks the field that it returns, and raises ValueError with `where` for a wrong one.
-    None counts as missing.
-    """
-
-    def __init__(self, values: dict, where: str, number: int):
-        self.values, self.where, self.number = values, where, number
-
-    def fault(self, what: str) -> ValueError:
-        """The error that says what is wrong with this row."""
-        return ValueError(f"{self.where}: {what}")
-
-    def has(self, name: str) -> bool:
-        """Whether the field is there."""
-        return self.values.get(name) is not None
-
-    def get(self, name: str, kind: type):
-        """The field: present, of type `kind`, and not empty if a string."""
-        if name not in self.values:
-            raise self.fault(f"field {name!r} is missing")
-        value = self.values[name]
-        if not isinstance(value, kind) or isinstance(value, bool) and kind is not bool:
-            raise self.fault(
-                f"field {name!r} should be {kind.__name__}, not {type(value).__name__}"
-            )
-        if kind is str and not value.strip():
-            raise self.fault(f"field {name!r} is empty")
-        return value
-
-    def text(self, *names: str) -> str:
-        """The string in the first of these fields that is there."""
-        return self.get(next((name for name in names if self.has(name)), names[0]), str)
-
-    def identifier(self, *names: str, otherwise: str) -> str:
-        """The text or number in the first of these fields that is there, as text.
-
-        Without one, `otherwise` and the number of the row, from 0.
-        """
-        value = next(
-            (self.values[name] for name in names if self.has(name)),
-            f"{otherwise}_{self.number - 1}",
-        )
-        is_name = isinstance(value, (str, int)) and not isinstance(value, bool)
-        if not is_name or not str(value).strip():
-            raise self.fault(
-                f"{value!r} in {' or '.join(map(repr, names))} should be a text or a number"
-            )
-        return str(value)
-
-    def texts(self, name: str) -> tuple[str, ...]:
-        """The strings of a list."""
-        values = self.get(name, list)
-        if not all(isinstance(value, str) for value in values):
-            raise self.fault(f"{name!r} should hold strings only")
-        return tuple(values)
-
-    def aliases(self, name: str) -> tuple[str, ...]:
-        """The strings of a list, none of them blank: that would make an empty answer right."""
-        values = self.texts(name)
-        if not all(value.strip() for value in values):
-            raise self.fault(f"{name!r} should hold no empty answer")
-        return values
-
-    def answers(self, name: str) -> tuple[str, ...]:
-        """The strings of a list that holds at least one, none of them blank."""
-        values = self.aliases(name)
-        if not values:
-            raise self.fault(f"{name!r} should hold at least one answer")
-        return values
-
-    def lists(self, name: str) -> list[list]:
-        """The lists of a list."""
-        values = self.get(name, list)
-        for i, value in enumerate(values):
-            if not isinstance(value, list):
-                raise self.fault(f"{name}[{i}] should be a list, not {type(value).__name__}")
-        return values
-
-    def object(self, name: str) -> Row:
-        """The object in a field."""
-        return Row(self.get(name, dict), f"{self.where}, {name}", self.number)
-
-    def objects(self, name: str) -> list[Row]:
-        """The objects of a list that is not empty."""
-        values = self.get(name, list)
-        if not values:
-            raise self.fault(f"{name!r} is empty")
-        for i, value in enumerate(values):
-            if not isinstance(value, dict):
-                raise self.fault(f"{name}[{i}] should be an object, not {type(value).__name__}")
-        return [
-            Row(value, f"{self.where}, {name}[{i}]", self.number) for i, value in enumerate(values)
-        ]
 
 
 def describe_files(files: Sequence[pathlib.Path]) -> list[list]:
@@ -132,27 +35,52 @@ def describe_files(files: Sequence[pathlib.Path]) -> list[list]:
     return [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
-def find_file(folder: pathlib.Path, stems: Sequence[str]) -> pathlib.Path | None:
-    """The file in `folder` that has one of these names and a known ending.
+def find_files(folder: pathlib.Path, stems: Sequence[str]) -> list[pathlib.Path]:
+    """The file in `folder` that has one of these names and a known ending, or its shards in order.
 
-    Raises ValueError when there are two.
+    A shard is called as on the Hugging Face Hub, train-00000-of-00002.parquet. Raises ValueError
+    when there are two files, FileNotFoundError when a shard is missing.
     """
-    found = [
-        path
-        for path in (folder / f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES)
-        if path.is_file()
-    ]
-    if len(found) > 1:
-        raise ValueError(f"{found[0]} and {found[1]} are the same split twice: remove one of them")
-    return found[0] if found else None
+    groups: dict[tuple[str, str, str], dict[int, pathlib.Path]] = {}
+    for stem in stems:
+        for suffix in SUFFIXES:
+            if (path := folder / f"{stem}{suffix}").is_file():
+                groups[stem, "", suffix] = {0: path}
+    shard = re.compile(
+        rf"({'|'.join(map(re.escape, stems))})-(\d+)-of-(\d+)(?:-[0-9a-f]{{16}})?"
+        rf"({'|'.join(map(re.escape, SUFFIXES))})"
+    )
+    for path in sorted(folder.glob("*-of-*")):
+        if (match := shard.fullmatch(path.name)) and path.is_file():
+            shards = groups.setdefault((match[1], match[3], match[4]), {})
+            if (other := shards.setdefault(int(match[2]), path)) != path:
+                raise ValueError(f"{other} and {path} are the same shard: remove one of them")
+    if not groups:
+        return []
+    (first, *others), ((stem, count, suffix), *_) = groups.values(), groups
+    if others:
+        raise ValueError(
+            f"{next(iter(first.values()))} and {next(iter(others[0].values()))} are the same split "
+            "twice: remove one of them"
+        )
+    for number in range(int(count or 1)):
+        if number not in first:
+            name = f"{stem}-{number:0{len(count)}}-of-{count}{suffix}"
+            raise FileNotFoundError(f"{folder / name} is missing: fetch all {int(count)} shards")
+    if len(first) > int(count or 1):
+        raise ValueError(f"{first[max(first)]} is not one of {int(count)} shards: remove it")
+    return [first[number] for number in sorted(first)]
 
 
-def read_rows(path: pathlib.Path) -> Iterator[Row]:
+def read_rows(
+    path: pathlib.Path, on_fault: Callable[[ValueError], None] | None = None
+) -> Iterator[Row]:
     """The objects of a file, in order.
 
-    Raises FileNotFoundError, and ValueError for a file that holds no objects or something else.
-    Close the iterator (contextlib.closing) if the caller can fail between rows: an open progress
-    bar garbles the message.
+    on_fault: takes the error of a line that holds no object, and reading goes on after that line;
+    None: the error is raised. Raises FileNotFoundError, and ValueError for a file that holds no
+    objects or something else. Close the iterator (contextlib.closing) if the caller can fail
+    between rows: an open progress bar garbles the message.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there")
@@ -164,9 +92,17 @@ def read_rows(path: pathlib.Path) -> Iterator[Row]:
         for place, value in tqdm(values, desc=f"reading {path.name}", unit=" rows", leave=False):
             number += 1
             if not isinstance(value, dict):
-                raise ValueError(
-                    f"{path}, {place}: a JSON object is needed, not {type(value).__name__}"
+                fault = (
+                    value
+                    if isinstance(value, ValueError)
+                    else ValueError(
+                        f"{path}, {place}: a JSON object is needed, not {type(value).__name__}"
+                    )
                 )
+                if on_fault is None:
+                    raise fault
+                on_fault(fault)
+                continue
             yield Row(value, f"{path}, {place}", number)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(
@@ -183,7 +119,7 @@ def hash_file(path: pathlib.Path) -> str:
 
 
 def _read_values(path: pathlib.Path) -> Iterator[tuple[str, object]]:
-    """(place, value) of each row."""
+    """(place, value) of each row; the value of a line that cannot be read is its ValueError."""
     kind = path.name.removesuffix(".gz").rsplit(".", 1)[1]
     if kind == "parquet":
         yield from _read_parquet(path)
@@ -205,13 +141,17 @@ def _read_values(path: pathlib.Path) -> Iterator[tuple[str, object]]:
 def _decode_lines(path: pathlib.Path, file: Iterable[bytes]) -> Iterator[str]:
     """The lines of a file as text, without a byte order mark before the first."""
     for number, line in enumerate(file, start=1):
-        try:
-            yield (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).decode()
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{path}, line {number}: not UTF-8 ({error.reason} "
-                f"{error.object[error.start]:#04x}); save the file as UTF-8"
-            ) from None
+        yield _decode(path, number, line)
+
+
+def _decode(path: pathlib.Path, number: int, line: bytes) -> str:
+    try:
+        return (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}, line {number}: not UTF-8 ({error.reason} "
+            f"{error.object[error.start]:#04x}); save the file as UTF-8"
+        ) from None
 
 
 def _read_table(path: pathlib.Path, file: Iterable[bytes]) -> Iterator[tuple[str, object]]:
@@ -229,12 +169,17 @@ def _read_table(path: pathlib.Path, file: Iterable[bytes]) -> Iterator[tuple[str
 
 
 def _read_lines(path: pathlib.Path, file: Iterable[bytes]) -> Iterator[tuple[str, object]]:
-    for number, line in enumerate(_decode_lines(path, file), start=1):
-        if line.strip():
+    for number, raw in enumerate(file, start=1):
+        try:
+            line = _decode(path, number, raw)
+            if not line.strip():
+                continue
             with _naming_line(path, number):
                 value = json.loads(line)
-            _check_pairs(path, number, line, value)
-            yield f"line {number}", value
+            check_pairs(f"{path}, line {number}", line, value)
+        except ValueError as error:
+            value = error
+        yield f"line {number}", value
 
 
 def _read_array(path: pathlib.Path, text: str) -> Iterator[tuple[str, object]]:
@@ -245,7 +190,10 @@ def _read_array(path: pathlib.Path, text: str) -> Iterator[tuple[str, object]]:
         line, counted = line + text.count("\n", counted, position), position
         with _naming_line(path, line):
             value, position = _DECODER.raw_decode(text, position)
-        _check_pairs(path, line, text[counted:position], value)
+        try:
+            check_pairs(f"{path}, line {line}", text[counted:position], value)
+        except ValueError as error:
+            value = error
         yield f"line {line}", value
         position = _skip(text, position)
         more = text[position : position + 1] == ","
@@ -273,18 +221,6 @@ def _naming_line(path: pathlib.Path, line: int) -> Iterator[None]:
         raise ValueError(f"{path}, line {line}: lists and objects are nested too deep") from None
     except ValueError as error:  # a number of thousands of digits
         raise ValueError(f"{path}, line {line}: {error}") from None
-
-
-def _check_pairs(path: pathlib.Path, line: int, raw: str, value: object) -> None:
-    """Refuses half of a surrogate pair: JSON can name it, but no text file can hold it."""
-    if _HALF.search(raw):
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"{path}, line {line}: {error.object[error.start]!r} is half of a surrogate pair, "
-                "not text; remove it"
-            ) from None
 
 
 def _skip(text: str, position: int) -> int:

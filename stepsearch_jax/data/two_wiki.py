@@ -4,9 +4,8 @@ A row: as HotpotQA's, with `evidences[[subject, relation, object]]`. Every evide
 sub-question that asks for the object; its text comes from `qa_pairs` if the row has them, and from
 subject and relation otherwise. Objects of the same subject and relation are answers of one
 sub-question. The gold document of a sub-question is its subject's article. Subjects and articles do
-not always have
-the same name: an article without a certain subject stays a gold document of the question as a
-whole.
+not always have the same name: an article without a certain subject stays a gold document of the
+question as a whole.
 """
 
 from __future__ import annotations
@@ -84,7 +83,9 @@ def _plain(title: str) -> str:
 
 def _read_hops(row: Row) -> dict[tuple[str, str], list[str]]:
     """(subject, relation) -> the sub-question and its answers."""
-    evidences, written = row.lists("evidences"), None
+    # The second names: "fact" and "entity", as some copies on the Hugging Face Hub have them.
+    evidences = row.lists("evidences", ("subject", "fact"), ("relation",), ("object", "entity"))
+    written = None
     if row.has("qa_pairs"):
         written = [pair.text("question") for pair in row.objects("qa_pairs")]
         if len(written) != len(evidences):
