@@ -31,11 +31,15 @@ def loop_similarity(
     texts: Sequence[str], gold_ids: Sequence[int], doc_ids: Sequence[int], *, tfidf_fit: str
 ) -> np.ndarray:
     """[n, k] cosines of one question's gold documents with documents."""
-    table = np.zeros((len(gold_ids), len(doc_ids)))
-    for j, doc in enumerate(doc_ids):
-        collection = texts if tfidf_fit == "corpus" else [texts[doc], *(texts[i] for i in gold_ids)]
+    return _compare(texts, gold_ids, [texts[doc] for doc in doc_ids], tfidf_fit)
+
+
+def _compare(texts, gold_ids, documents: Sequence[str], tfidf_fit: str) -> np.ndarray:
+    table = np.zeros((len(gold_ids), len(documents)))
+    for j, document in enumerate(documents):
+        collection = texts if tfidf_fit == "corpus" else [document, *(texts[i] for i in gold_ids)]
         for i, gold in enumerate(gold_ids):
-            table[i, j] = loop_cosine(texts[gold], texts[doc], collection)
+            table[i, j] = loop_cosine(texts[gold], document, collection)
     return table
 
 
@@ -49,7 +53,10 @@ def loop_gain(
     """G of every search, from the documents that each retrieved (none: the search failed)."""
     memory, gain = [0.0] * len(gold_ids), []
     for doc_ids in searches:
-        cosines = loop_similarity(texts, gold_ids, doc_ids, tfidf_fit=tfidf_fit)
+        documents = [texts[doc] for doc in doc_ids]
+        if tfidf_fit == "pair":  # behind all but the last stands the next one's label
+            documents[:-1] = [f"{text} Doc {j + 2}" for j, text in enumerate(documents[:-1])]
+        cosines = _compare(texts, gold_ids, documents, tfidf_fit)
         risen = 0.0
         for i in range(len(gold_ids)):
             best = max(cosines[i], default=0.0)

@@ -20,6 +20,7 @@ from text_episodes import (
 
 from configs import base
 from stepsearch_jax.rewards.scoring import (
+    information_gain,
     key_reward,
     measure_episodes,
     passes_ending_gate,
@@ -27,6 +28,7 @@ from stepsearch_jax.rewards.scoring import (
     score_episodes,
 )
 from stepsearch_jax.rewards.text_metrics import normalize
+from stepsearch_jax.rewards.tfidf import fit_similarity
 from stepsearch_jax.run.system import System, build_system
 
 # Step rewards
@@ -122,18 +124,22 @@ def test_without_gold_documents_the_penalty_still_counts():
 
 
 def test_rendered_scope_by_hand():
-    """Documents 2 and 4 render alike.
+    """Documents 2 and 4 have one text, "c". Behind all but the last stands the next one's label.
 
-    Turn 0 shows 2, 3, 4: the 4 repeats the 2 within the round: 1/3. Turn 1 shows 4, 5: the 4 was
-    seen: 1/2.
+    Turn 0 shows "c Doc 2", "d Doc 3", "c": nothing twice. Turn 1 shows "c Doc 2", "e": the first
+    was seen: 1/2.
     """
-    rendered = [("t", text) for text in ["a", "b", "c", "d", "c", "e"]]
+    rendered = ["a", "b", "c", "d", "c", "e"]
     turns = search("a", 2, 3, 4), search("b", 4, 5), answer("Rome")
     change = PAPER | dict(redundancy_scope="rendered", rendered=rendered)
     score = lambda episode: score_episodes([episode], NOTHING_SIMILAR, **change)
     question = make_question(gold=(0,))
     with_gold = make_episode(*turns, question=question)
-    np.testing.assert_allclose(score(with_gold).redundancy, [[1 / 3, 1 / 2, 0, 0]], atol=1e-7)
+    np.testing.assert_allclose(score(with_gold).redundancy, [[0, 1 / 2, 0, 0]], atol=1e-7)
+    # What the released code gives: (A, B, C), (B, D, E); and (A, A, B).
+    for searches in (([0, 1, 2], [1, 3, 5]), ([0, 0, 1],)):
+        turns = [search("a", *ids) for ids in searches]
+        assert not score(make_episode(*turns, question=question)).redundancy.any()
     np.testing.assert_allclose(score(make_episode(*turns)).step_rewards, [[0, 0, 0, 0]])
     failed = make_episode(search("a", 2, ok=False), search("b", 2), question=question)
     np.testing.assert_allclose(score(failed).redundancy, [[0, 0, 0, 0]])
@@ -377,7 +383,7 @@ KEYS = {  # other values than the defaults, each of which changes a reward of th
 def test_every_key_reaches_the_scoring(name):
     table = np.full((6, 6), 0.25)
     question = make_question(gold=(0,), keys=(("red fox",), ("owl",)))
-    turns = search("red fox", 2, 2), search("red owl", 2, 4), search("fox", 5)
+    turns = search("red fox", 2, 3), search("red owl", 4, 2), search("fox", 5)
     episodes = [
         make_episode(*turns, answer("Rome"), question=question),
         make_episode(*turns, invalid("hm"), answer("Paris"), question=question),
@@ -404,29 +410,57 @@ def test_every_key_reaches_the_scoring(name):
 
 
 def test_pair_compares_what_the_released_code_does(tmp_path_factory):
-    """Normalised texts without titles, refitted on each retrieved document and the gold ones."""
+    """Normalised texts without titles, refitted on each retrieved document and the gold ones. All
+    but the last document of a search end with the next one's label.
+    """
     config = running.here(tiny_config.get_config(str(running.shared_cache(tmp_path_factory))))
     config.reward.tfidf_fit = "pair"
     system = build_system(config, ["train"])
-    gold, found = [0, 7], [3, 7, 11, 2]
+    gold, found = [0, 7], [3, 7, 11, 2, 7, 5, 0, 9, 20, 21, 22, 7]
     texts = {i: normalize(system.source.documents[i].text) for i in (*gold, *found)}
+    labels = [f" Doc {rank}" for rank in range(2, 13)] + [""]
     refitted = [
-        TfidfVectorizer().fit_transform([texts[i], *(texts[g] for g in gold)]).toarray()
-        for i in found
+        TfidfVectorizer().fit_transform([texts[i] + label, *(texts[g] for g in gold)]).toarray()
+        for i, label in zip(found, labels)
     ]
     expected = np.array([matrix[1:] @ matrix[0] for matrix in refitted]).T
-    similarity = system._similarity.similarity([gold], [found])
+    similarity = system._similarity.similarity([gold], [found], [[*range(2, 13), 0]])
     np.testing.assert_allclose(similarity, expected, atol=1e-6)
+    episode = make_episode(search("a", *found), question=make_question(gold=gold))
+    gain = information_gain([episode], system._similarity, num_turns=1)
+    np.testing.assert_allclose(gain, [[expected.max(1).mean()]], atol=1e-6)
+
+
+def test_a_gold_document_that_is_not_last_is_not_quite_itself_in_pair():
+    """Four words and the label's "doc", which one of two texts holds: cos = 4 / (2 sqrt(4 + x²))
+    with x = ln(3/2) + 1, the idf of "doc" beside 1.
+    """
+    similarity = fit_similarity(["red fox owl hen", "cow pig", "doc doc"], tfidf_fit="pair")
+    gain = lambda *ids: float(
+        information_gain(
+            [make_episode(search("a", *ids), question=make_question(gold=(0,)))],
+            similarity,
+            num_turns=1,
+        )[0, 0]
+    )
+    first = 2 / np.sqrt(4 + (np.log(1.5) + 1) ** 2)
+    assert gain(0, 1, 2) == pytest.approx(first, abs=1e-6) == pytest.approx(0.818, abs=1e-3)
+    assert gain(1, 2, 0) == pytest.approx(1, abs=1e-6)
+    # "doc" once more, beside a document that has it already.
+    repeated = fit_similarity(["doc doc fox", "cow"], tfidf_fit="pair")
+    expected = TfidfVectorizer().fit_transform(["doc doc fox doc 2", "doc doc fox"]).toarray()
+    found = repeated.similarity([[0]], [[0, 1]], [[2, 0]])
+    np.testing.assert_allclose(found[0, 0], expected[0] @ expected[1], atol=1e-6)
 
 
 def test_a_system_knows_its_documents_by_id(tmp_path_factory):
-    """The credit reads titles and texts in one, the released code's redundancy separately."""
+    """The credit reads titles and texts in one, the released code's redundancy texts alone."""
     config = running.here(tiny_config.get_config(str(running.shared_cache(tmp_path_factory))))
     config.reward.retrieved_answer_credit = 0.25
     system = build_system(config, ["train"])
     documents = system.source.documents
     title = documents[5].title
-    assert system._rendered[5] == (title, documents[5].text)
+    assert system._rendered[5] == documents[5].text
     assert len(system._rendered) == len(documents)
     others = (x.id for x in documents if title not in f"{x.title} {x.text}")
     other = next(others)

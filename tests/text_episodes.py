@@ -30,7 +30,7 @@ class TableSimilarity:
     def __init__(self, table):
         self.table = np.array(table, float)
 
-    def similarity(self, gold_ids, doc_ids):
+    def similarity(self, gold_ids, doc_ids, next_ranks=None):
         most = max(map(len, gold_ids))
         blocks = [
             np.pad(self.table[np.ix_(gold, docs)], ((0, most - len(gold)), (0, 0)))

@@ -223,8 +223,10 @@ def fit_and_gain(episodes: list[Episode], corpus: list[str], vectorizer) -> np.n
     for episode in episodes:
         gold = [corpus[i] for i in episode.question.gold_ids]
         for turn in episode.search_turns:
-            for i in turn.doc_ids:
-                rows = vectorizer().fit_transform([corpus[i], *gold]).toarray()
+            for rank, i in enumerate(turn.doc_ids, start=1):
+                # It cuts the next document's label off with the text before it.
+                label = f" Doc {rank + 1}" if rank < len(turn.doc_ids) else ""
+                rows = vectorizer().fit_transform([corpus[i] + label, *gold]).toarray()
                 cosines.append(rows[1:] @ rows[0])
     turns = episodes[0].search_turns
     shape = (len(episodes), len(turns), len(turns[0].doc_ids), -1)

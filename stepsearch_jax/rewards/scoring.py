@@ -78,8 +78,8 @@ def score_episodes(
 
     similarity: tf-idf cosines by corpus id (`rewards.tfidf`). gain [B, K]: replaces
     `information_gain` as G; it must be 0 on turns without a successful search. num_turns: K.
-    rendered[i]: title and text of document i, or anything that is equal for documents that render
-    alike; only redundancy_scope="rendered" needs it. texts[i]: document i, title and text in one;
+    rendered[i]: the text of document i, or anything that is equal for documents of equal texts;
+    only redundancy_scope="rendered" needs it. texts[i]: document i, title and text in one;
     only a retrieved_answer_credit other than 0 needs it. The other keywords are keys of
     `config.reward`:
 
@@ -106,8 +106,7 @@ def score_episodes(
     check_choice("reward.redundancy_scope", redundancy_scope)
     if redundancy_scope == "rendered" and rendered is None:
         raise ValueError(
-            "reward.redundancy_scope is 'rendered', which needs rendered: title and text of each"
-            " document"
+            "reward.redundancy_scope is 'rendered', which needs rendered: the text of each document"
         )
     if retrieved_answer_credit and texts is None:
         raise ValueError(
@@ -215,7 +214,8 @@ def information_gain(
     if not rows:
         return np.zeros((len(episodes), num_turns))
     doc_ids = [[i for _, ids in turns for i in ids] for turns in found]
-    cosines = similarity.similarity(gold_ids, doc_ids)  # [n, R]
+    next_ranks = [[rank for _, ids in turns for rank in _next_ranks(len(ids))] for turns in found]
+    cosines = similarity.similarity(gold_ids, doc_ids, next_ranks)  # [n, R]
     b, t, documents = np.array(rows).T
     # c [n, B, K]: 0, which changes no memory, on turns that retrieved nothing.
     best = np.zeros((len(cosines), len(episodes), num_turns))
@@ -247,16 +247,23 @@ def redundancy_by_id(turns: Sequence[Turn]) -> np.ndarray:
 def redundancy_by_rendering(turns: Sequence[Turn], rendered: Sequence[Hashable]) -> np.ndarray:
     """P [len(turns)] as the released code counts it.
 
-    Reference: it compares rendered texts, and a document that appears twice in one round counts as
-      seen the second time. It has no penalty for questions without gold documents either
+    Reference: it compares texts, each with the label of the next rank behind it ("… Doc 2"), which
+      it fails to cut off. So a document is redundant only if it was seen at the same rank before,
+      and also last, or not last. It has no penalty for questions without gold documents either
       (`score_episodes` leaves those out).
     """
     penalty, seen = np.zeros(len(turns)), set()
     for t, turn in enumerate(turns):
-        for document in (rendered[i] for i in turn.doc_ids) if _retrieved(turn) else ():
-            penalty[t] += (document in seen) / len(turn.doc_ids)
-            seen.add(document)
+        ids = turn.doc_ids if _retrieved(turn) else ()
+        for shown in zip((rendered[i] for i in ids), _next_ranks(len(ids))):
+            penalty[t] += (shown in seen) / len(ids)
+            seen.add(shown)
     return penalty
+
+
+def _next_ranks(documents: int) -> list[int]:
+    """The rank that follows each document of a search, from 2; 0 behind the last."""
+    return [*range(2, documents + 1), 0][:documents]
 
 
 def key_reward(queries: Sequence[str], question: Question, *, key_match: str) -> float:

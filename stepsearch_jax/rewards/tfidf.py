@@ -10,7 +10,9 @@ count:
   `PairTfidf`    {document} ∪ gold documents, for every document, in closed form.
 Reference: the paper does not say what the idf is fitted on; the released code refits a vectoriser
   for every retrieved document ("pair"), which makes a similarity depend on the number of gold
-  documents and gives unrelated texts about 0.1.
+  documents and gives unrelated texts about 0.1. It also cuts the documents of a search out of their
+  rendering between "##>" and "<##", so that all but the last end with the next one's label,
+  "Doc 2": words of their own, which "pair" counts.
 
 Words are counted once per corpus; a batch of questions is then compared in one pass over arrays.
 Every sum runs over the words of one document in the order of their first occurrence, so a
@@ -40,19 +42,25 @@ from stepsearch_jax.search.cache import hash_texts, prepare_folder
 _COUNTED_AT_ONCE = 1 << 20  # entries in memory before they are written
 _LOOKED_AT = 100  # texts, evenly spread, whose hash tells apart two readings of one corpus
 _TOKEN = re.compile(r"\b\w\w+\b")
+_ARRAYS = "ends", "frequencies", "labels"  # of `_TermCounts`, one file each
+_LABELLED = 1000  # the highest rank whose label "Doc RANK" can be counted
 
 
 class Similarity(Protocol):
     """Anything that compares documents of one corpus by id."""
 
     def similarity(
-        self, gold_ids: Sequence[Sequence[int]], doc_ids: Sequence[Sequence[int]]
+        self,
+        gold_ids: Sequence[Sequence[int]],
+        doc_ids: Sequence[Sequence[int]],
+        next_ranks: Sequence[Sequence[int]] | None = None,
     ) -> np.ndarray:
         """gold_ids[b] and doc_ids[b] of B questions -> cosines [n, R] float64 in [0, 1].
 
         R = Σ_b len(doc_ids[b]); n is the largest number of gold documents. Entry (i, r) compares
         the r-th of all doc_ids, question after question, with gold document i of its own question;
-        0 if the question has fewer.
+        0 if the question has fewer. next_ranks[b]: the rank, from 1, of the document that follows
+        each of doc_ids[b] in its search, 0 behind the last; only `PairTfidf` reads it.
         """
         ...
 
@@ -71,14 +79,14 @@ def fit_similarity(
         raise ValueError("the corpus holds no documents; tf-idf needs at least one")
     if folder is None:
         files = io.BytesIO(), io.BytesIO()
-        ends, frequencies = _count_terms(texts, *files)
+        arrays = _count_terms(texts, *files)
         terms, counts = (np.frombuffer(file.getbuffer(), np.int32) for file in files)
-        return _FITS[tfidf_fit](_TermCounts(terms, counts, ends, frequencies))
+        return _FITS[tfidf_fit](_TermCounts(terms, counts, *arrays))
 
     # Count the terms unless the folder holds those of the same texts, counted by the same code.
     def write(made: pathlib.Path) -> None:
         with open(made / "terms.bin", "wb") as terms, open(made / "counts.bin", "wb") as counts:
-            for name, values in zip(("ends", "frequencies"), _count_terms(texts, terms, counts)):
+            for name, values in zip(_ARRAYS, _count_terms(texts, terms, counts)):
                 np.save(made / f"{name}.npy", values)
 
     some = hash_texts(texts[i] for i in range(0, len(texts), -(-len(texts) // _LOOKED_AT)))
@@ -87,9 +95,8 @@ def fit_similarity(
     prepare_folder(folder, key, write)
     # Map the files into memory; an empty one cannot be mapped.
     try:
-        ends, frequencies = (
-            np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("ends", "frequencies")
-        )
+        arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS]
+        ends = arrays[0]
         files = [
             np.memmap(folder / f"{name}.bin", np.int32, mode="r", shape=(int(ends[-1]),))
             if ends[-1]
@@ -101,13 +108,13 @@ def fit_similarity(
             f"the counted words in {folder} are damaged ({error}): remove this folder, and they are"
             " counted again"
         ) from error
-    return _FITS[tfidf_fit](_TermCounts(*map(np.asarray, (*files, ends, frequencies))))
+    return _FITS[tfidf_fit](_TermCounts(*map(np.asarray, (*files, *arrays))))
 
 
 def _count_terms(
     texts: Sequence[str], terms_file: BinaryIO, counts_file: BinaryIO
-) -> tuple[np.ndarray, np.ndarray]:
-    """Writes every document's terms and counts, int32 -> `ends`, `frequencies` of `_TermCounts`.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Writes every document's terms and counts, int32 -> the other arrays of `_TermCounts`.
 
     Memory grows with the number of distinct words.
     """
@@ -133,7 +140,8 @@ def _count_terms(
         ends.append(ends[-1] + len(words))
         if len(terms) >= _COUNTED_AT_ONCE:
             frequencies = flush()
-    return np.array(ends), flush()
+    labels = [vocabulary[word] for word in ("doc", *map(str, range(10, _LABELLED + 1)))]
+    return np.array(ends), flush(), np.array(labels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +155,7 @@ class _TermCounts:
     counts: np.ndarray  # [E] int32: occurrences of the term in the document
     ends: np.ndarray  # [documents + 1] int64: document i owns entries ends[i] to ends[i + 1]
     frequencies: np.ndarray  # [V] int64: number of documents with the term
+    labels: np.ndarray  # int64: the terms "doc", "10", "11" … of the labels of ranks
 
     @property
     def documents(self) -> int:
@@ -173,6 +182,38 @@ class _TermCounts:
         )
         return terms, counts.astype(np.float64), np.concatenate([[0], np.cumsum(stops - starts)])
 
+    def gather_labelled(
+        self, ids: np.ndarray, next_ranks: Sequence[int]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """As `gather`, with the label "Doc RANK" behind each document whose next rank is not 0."""
+        terms, counts, bounds = self.gather(ids)
+        documents = []
+        for start, end, rank in zip(bounds, bounds[1:], next_ranks):
+            own, numbers = terms[start:end], counts[start:end]
+            if rank > _LABELLED:
+                raise ValueError(
+                    f"search.k is {rank} or more; reward.tfidf_fit=pair counts labels"
+                    f" up to {_LABELLED}"
+                )
+            # A rank of one digit is no word (`_TOKEN`).
+            for term in self.labels[[0, rank - 9] if rank >= 10 else [0] if rank else []]:
+                is_term = own == term
+                if is_term.any():
+                    numbers = numbers + is_term
+                else:
+                    own, numbers = np.append(own, term), np.append(numbers, 1.0)
+            documents.append((own, numbers))
+        all_terms, all_counts = (
+            (
+                np.concatenate([empty, *part])
+                for empty, part in zip((terms[:0], counts[:0]), zip(*documents))
+            )
+            if documents
+            else (terms, counts)
+        )
+        sizes = [len(own) for own, _ in documents]
+        return all_terms.astype(terms.dtype), all_counts, np.concatenate([[0], np.cumsum(sizes)])
+
 
 class _Match:
     """Words of B questions' gold documents (m in all) in the retrieved documents (R in all).
@@ -188,6 +229,7 @@ class _Match:
         counts: _TermCounts,
         gold_ids: Sequence[Sequence[int]],
         doc_ids: Sequence[Sequence[int]],
+        next_ranks: Sequence[Sequence[int]] | None = None,
     ):
         self.gold_ids, self.gold_question, gold_ends = _flatten(gold_ids)  # [m], [m], [B + 1]
         self.doc_ids, self.doc_question, doc_ends = _flatten(doc_ids)  # [R], [R], [B + 1]
@@ -196,7 +238,11 @@ class _Match:
         self.gold_place = np.arange(len(self.gold_ids)) - gold_ends[self.gold_question]
         # [C], [C], [m + 1] and [e], [e], [R + 1]
         self.gold_terms, self.gold_counts, gold_starts = counts.gather(self.gold_ids)
-        self.doc_terms, self.doc_counts, doc_starts = counts.gather(self.doc_ids)
+        self.doc_terms, self.doc_counts, doc_starts = (
+            counts.gather(self.doc_ids)
+            if next_ranks is None
+            else counts.gather_labelled(self.doc_ids, list(itertools.chain(*next_ranks)))
+        )
 
         # Columns, question by question, through a table over all words.
         numbers = np.arange(len(self.gold_terms), dtype=np.int32)
@@ -248,7 +294,10 @@ class CorpusTfidf:
         self._idf_squares = (np.log((1 + counts.documents) / (1 + counts.frequencies)) + 1) ** 2
 
     def similarity(
-        self, gold_ids: Sequence[Sequence[int]], doc_ids: Sequence[Sequence[int]]
+        self,
+        gold_ids: Sequence[Sequence[int]],
+        doc_ids: Sequence[Sequence[int]],
+        next_ranks: Sequence[Sequence[int]] | None = None,
     ) -> np.ndarray:
         """Cosines [n, R] in [0, 1], see `Similarity`. ValueError if the corpus lacks an id."""
         match = _Match(self._counts, gold_ids, doc_ids)
@@ -280,10 +329,13 @@ class PairTfidf:
         self._counts = counts
 
     def similarity(
-        self, gold_ids: Sequence[Sequence[int]], doc_ids: Sequence[Sequence[int]]
+        self,
+        gold_ids: Sequence[Sequence[int]],
+        doc_ids: Sequence[Sequence[int]],
+        next_ranks: Sequence[Sequence[int]] | None = None,
     ) -> np.ndarray:
         """Cosines [n, R] in [0, 1], see `Similarity`. ValueError if the corpus lacks an id."""
-        match = _Match(self._counts, gold_ids, doc_ids)
+        match = _Match(self._counts, gold_ids, doc_ids, next_ranks)
         frequency = np.count_nonzero(match.table, axis=0)  # [C] g
         total = 2.0 + match.gold_number  # [B]
         of_column = total[match.gold_question[match.gold_row]]  # [C]

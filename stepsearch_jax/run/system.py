@@ -160,7 +160,7 @@ class System:
         return describe_function(self._step_reward, name)
 
     _similarity: object = None
-    _rendered: Sequence[tuple[str, str]] | None = None
+    _rendered: Sequence[str] | None = None
     _texts: Sequence[str] | None = None
     _step_reward: Callable | None = None  # the user's, if reward.step_reward names one
 
@@ -260,7 +260,7 @@ def build_system(config: ml_collections.ConfigDict, splits: Sequence[str], searc
         splits={name: _encode_split(config, source, tokenizer, name) for name in splits},
         weights=weights,
         _similarity=similarity,
-        _rendered=Mapped(lambda document: (document.title, document.text), source.documents),
+        _rendered=Mapped(lambda document: document.text, source.documents),
         _texts=texts,
         _step_reward=step_reward,
     )
