@@ -187,32 +187,25 @@ class _TermCounts:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """As `gather`, with the label "Doc RANK" behind each document whose next rank is not 0."""
         terms, counts, bounds = self.gather(ids)
-        documents = []
-        for start, end, rank in zip(bounds, bounds[1:], next_ranks):
-            own, numbers = terms[start:end], counts[start:end]
-            if rank > _LABELLED:
-                raise ValueError(
-                    f"search.k is {rank} or more; reward.tfidf_fit=pair counts labels"
-                    f" up to {_LABELLED}"
-                )
-            # A rank of one digit is no word (`_TOKEN`).
-            for term in self.labels[[0, rank - 9] if rank >= 10 else [0] if rank else []]:
-                is_term = own == term
-                if is_term.any():
-                    numbers = numbers + is_term
-                else:
-                    own, numbers = np.append(own, term), np.append(numbers, 1.0)
-            documents.append((own, numbers))
-        all_terms, all_counts = (
-            (
-                np.concatenate([empty, *part])
-                for empty, part in zip((terms[:0], counts[:0]), zip(*documents))
+        ranks = np.asarray(next_ranks, np.int64)
+        if ranks.max(initial=0) > _LABELLED:
+            raise ValueError(
+                f"reward.tfidf_fit=pair counts the labels of up to {_LABELLED} documents a search: "
+                "lower search.k"
             )
-            if documents
-            else (terms, counts)
-        )
-        sizes = [len(own) for own, _ in documents]
-        return all_terms.astype(terms.dtype), all_counts, np.concatenate([[0], np.cumsum(sizes)])
+        # A rank of one digit is no word (`_TOKEN`).
+        words = [(self.labels[0], ranks > 0)]
+        words += [(self.labels[rank - 9], ranks == rank) for rank in np.unique(ranks[ranks >= 10])]
+        for term, labelled in words:
+            row = np.repeat(np.arange(len(ids)), np.diff(bounds))
+            there = (terms == term) & labelled[row]
+            counts = counts + there
+            lacking = labelled.copy()
+            lacking[row[there]] = False
+            ends = bounds[1:][lacking]
+            terms, counts = np.insert(terms, ends, term), np.insert(counts, ends, 1.0)
+            bounds = bounds + np.concatenate([[0], np.cumsum(lacking)])
+        return terms, counts, bounds
 
 
 class _Match:
@@ -241,7 +234,9 @@ class _Match:
         self.doc_terms, self.doc_counts, doc_starts = (
             counts.gather(self.doc_ids)
             if next_ranks is None
-            else counts.gather_labelled(self.doc_ids, list(itertools.chain(*next_ranks)))
+            else counts.gather_labelled(
+                self.doc_ids, list(itertools.chain.from_iterable(next_ranks))
+            )
         )
 
         # Columns, question by question, through a table over all words.
