@@ -3,11 +3,11 @@
     python launch/sweep.py --sweep=configs/sweeps/baselines.py[,more files] \\
         --config=configs/atlas_sweep.py --workdir=runs/sweep [--jobs=2]
 
-Paths are relative to the repository. WORKDIR/points/ receives a run and its log for every point,
-WORKDIR table.md, table.json, figure.png, figure.svg. Rerun the same command to continue: finished
-points are skipped, unfinished ones resumed, and a failed point leaves the others alone. On other
-machines that share WORKDIR, or copy its points there afterwards, --print-commands prints one
-command per point, and --table-only makes the table.
+Paths are relative to the repository, or absolute. WORKDIR/points/ receives a run and its log for
+every point, WORKDIR table.md, table.json, figure.png, figure.svg. Rerun the same command to
+continue: finished points are skipped, unfinished ones resumed, and a failed point leaves the others
+alone. On other machines that share WORKDIR, or copy its points there afterwards, --print-commands
+prints one command per point, and --table-only makes the table.
 """
 
 from __future__ import annotations

@@ -109,7 +109,8 @@ def make_parser(command: str, text: str, *common: str) -> argparse.ArgumentParse
             required="policy" not in common,
             type=_name_folder,
             metavar="DIR",
-            help="folder of the run, also gs://…; train resumes the run that it holds",
+            help="folder of the run, also gs://…"
+            + ("; a run that it holds is resumed" if command == "train" else ""),
         )
     if "json" in common:
         parser.add_argument(
@@ -202,10 +203,10 @@ def read_config(
 
 
 def start_logging() -> None:
-    """Logs to stderr: all messages of this package, warnings of the libraries, and the stacks of
-    the threads if native code crashes."""
+    """Logs to stderr: all messages of this package, errors of the libraries, and the stacks of the
+    threads if native code crashes."""
     faulthandler.enable(file=2)
-    absl_logging.set_verbosity(absl_logging.WARNING)
+    absl_logging.set_verbosity(absl_logging.ERROR)  # orbax warns of its own choices
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logger.setLevel(logging.INFO)

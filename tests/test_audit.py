@@ -212,6 +212,7 @@ def test_command(tmp_path, capsys, monkeypatch):
     printed, figures = capsys.readouterr().out, json.loads((tmp_path / "audit.json").read_text())
     assert render(figures) in printed
     assert "hotpotqa: 2 passages\n" in printed and "| train | 1 | 1 | 0 | 2 | 1 |" in printed
+    assert "- 'Ann', which train question h1 needs" in printed
     assert figures["splits"]["train"]["gold"]["lacking"] == [
         {"title": "Ann", "text": "Ann died in May.", "questions": ["h1"]}
     ]
@@ -226,6 +227,34 @@ def test_command(tmp_path, capsys, monkeypatch):
     assert "hotpotqa: 3 passages, 1 of them from the 2 files added" in printed
     assert "| train | 1 | 1 | 1 | 2 | 0 |" in printed
     assert figures["splits"]["train"]["recall"]["the question"]["3"]["recall"] == 1.0
+
+
+def render_split(questions: list[Question]) -> str:
+    """The page about a split of these, which shares nothing with training."""
+    split = dict(gold=find_gold(questions), recall=measure_recall(questions, search, [1]))
+    return render(
+        dict(
+            data={"kind": "jsonl"},
+            passages=4,
+            corpora=[],
+            retriever=dict(k1=0.9, b=0.4),
+            ks=[1],
+            splits={"train": split},
+            overlap={},
+        )
+    )
+
+
+def test_missing_documents_are_named_up_to_ten():
+    lost = [(f"Lost {i}", "Text.") for i in range(audit_module.SHOWN_MISSING + 2)]
+    page = render_split([Question("q", "Both?", "x", loose_missing_gold=tuple(lost))])
+    assert page.count("train question q needs") == audit_module.SHOWN_MISSING
+    assert "2 more" in page and "recall@1" in page
+
+
+def test_without_gold_documents_there_is_no_table_of_recall():
+    page = render_split([THIRD])
+    assert "reward.step_reward=answer_logprob" in page and "recall@1" not in page
 
 
 @pytest.mark.parametrize(

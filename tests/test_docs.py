@@ -162,7 +162,7 @@ def test_the_loop_is_that_of_train_py():
 
 
 def test_the_observation_shown_is_the_environments():
-    text = PAGES["docs/models.md"].split("```python\n")[1].split("```")[0]
+    text = PAGES["docs/models.md"].split("```python\n")[2].split("```")[0]
     shown = ast.literal_eval(text.removeprefix("observation = "))
     documents = re.findall(r"## Title: (.+?) ##> (.+?)\n", shown)
     assert len(documents) == 2

@@ -42,6 +42,7 @@ QUERY_SETS: dict[str, Callable[[Question], Iterable[str]]] = {
     ],
 }
 _QUERIES_AT_ONCE = 64
+SHOWN_MISSING = 10  # gold documents that the corpus lacks, below the table
 
 
 def find_gold(questions: Sequence[Question]) -> dict:
@@ -267,7 +268,15 @@ def render(figures: dict) -> str:
         gold = split["gold"]
         counts = ("questions", "with_gold", "complete", "gold_documents", "missing")
         lines.append(f"| {name} | " + " | ".join(str(gold[count]) for count in counts) + " |")
-    # recall
+    lines += _list_missing(figures["splits"])
+    # recall; nothing to find without gold documents
+    if not any(split["gold"]["with_gold"] for split in figures["splits"].values()):
+        lines += [
+            "",
+            "No question names gold documents, so every information gain would be 0: add them, or "
+            "train with reward.step_reward=answer_logprob.",
+        ]
+        return "\n".join([*lines, *_render_overlap(figures["overlap"])])
     retriever = figures["retriever"]
     lines += [
         "",
@@ -289,21 +298,40 @@ def render(figures: dict) -> str:
                 if None not in cells:
                     numbers = " | ".join(f"{cell:.3f}" for cell in cells)
                     lines.append(f"| {name} | {queries} | {of} | {numbers} |")
-    # overlap with training
-    if figures["overlap"]:
-        lines += [
-            "",
-            "| in common with training rows | different texts in training | in evaluation "
-            "| in both | evaluation questions with one |",
-            "|---|---|---|---|---|",
-        ]
-        lines += [
+    return "\n".join([*lines, *_render_overlap(figures["overlap"])])
+
+
+def _list_missing(splits: dict) -> list[str]:
+    """The first gold documents that the corpus lacks, with the questions that need them."""
+    missing = [
+        (name, entry) for name, split in splits.items() for entry in split["gold"]["lacking"]
+    ]
+    lines = [
+        f"- {(entry['title'] or entry['text'])[:80]!r}, which {name} question "
+        f"{', '.join(entry['questions'][:3])} needs"
+        for name, entry in missing[:SHOWN_MISSING]
+    ]
+    if len(missing) > SHOWN_MISSING:
+        lines.append(f"- and {len(missing) - SHOWN_MISSING} more, which --json FILE lists")
+    return ["", "Gold documents that the corpus lacks:", "", *lines] if missing else []
+
+
+def _render_overlap(of_splits: dict) -> list[str]:
+    """The table of what splits have in common with training; nothing without such splits."""
+    if not of_splits:
+        return []
+    return [
+        "",
+        "| in common with training rows | different texts in training | in evaluation "
+        "| in both | evaluation questions with one |",
+        "|---|---|---|---|---|",
+        *(
             f"| {name}: {kind} | {cell['training']} | {cell['evaluation']} "
             f"| {len(cell['shared'])} | {cell['rows']} |"
-            for name, overlap in figures["overlap"].items()
+            for name, overlap in of_splits.items()
             for kind, cell in overlap.items()
-        ]
-    return "\n".join(lines)
+        ),
+    ]
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -84,7 +84,12 @@ def main(arguments: Sequence[str]) -> None:
             "peak_bytes": measure_peak(),
         }
         del figures["k"]
-        rows = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
+        shown = figures | {
+            "minutes": f"{figures['minutes']:.1f}",
+            "bytes": f"{figures['bytes']:,}",
+            "peak_bytes": f"{figures['peak_bytes']:,}",
+        }
+        rows = "\n".join(f"| {name} | {value} |" for name, value in shown.items())
         print(f"| | |\n|---|---|\n{rows}", flush=True)
         if options.json:
             write_json(options.json, figures)

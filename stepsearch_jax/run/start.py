@@ -133,5 +133,6 @@ def begin_run(system: System, workdir: pathlib.Path, *, set_aside: bool = False)
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
     if found := checkpoints.restore_newest(state, set_aside=set_aside):
         _, state = found
-        logger.info("resumed from iteration %d", int(state.iteration))
+        done = "resumed from" if set_aside else "read"  # the run itself goes on
+        logger.info("%s iteration %d", done, int(state.iteration))
     return state, reference_params, checkpoints, rollout_key
