@@ -121,10 +121,10 @@ def fail(*_): raise RuntimeError("broken")
 def search(documents, search_config): return fail
 def reward(episode, documents): fail()
 """
-    (tmp_path / "mine.py").write_text(code)
+    (tmp_path / "failing_parts.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     asked = config.copy_and_resolve_references()
-    asked.search.kind, asked.reward.step_reward = "mine:search", "mine:reward"
+    asked.search.kind, asked.reward.step_reward = "failing_parts:search", "failing_parts:reward"
     shown = []
     asker = ask.Asker(asked, tmp_path / "run", lambda *x: shown.append(x))
     episode = asker.ask("Who is the founder of the employer of Galine Farnby?")

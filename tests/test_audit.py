@@ -309,7 +309,7 @@ def test_real_splits_have_in_common_what_is_known_of_them(shared_data):
         for kind in ("musique", "2wikimultihopqa")
     }
     rows = {}
-    for kind, (documents, splits, _) in read.items():
+    for kind, (documents, splits, *_) in read.items():
         overlap = measure_overlap(splits["train"], splits["validation"], documents)
         rows[kind] = {name: figures["rows"] for name, figures in overlap.items()}
     assert rows == {
