@@ -288,6 +288,23 @@ def test_params(tmp_path, monkeypatch):
     )
 
 
+def start_two(code: str, folder: pathlib.Path) -> list[subprocess.Popen]:
+    """Two processes that run `code` with the arguments FOLDER PROCESS PORT."""
+    import running
+
+    environment = os.environ | {"PYTHONPATH": str(REPO), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    port = running.free_port()
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(folder), str(number), str(port)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+
+
 # Two processes that count numbers until one gets a SIGTERM; the clock of the second one stands
 # still: python COUNTING FOLDER PROCESS PORT
 COUNTING = """
@@ -317,19 +334,7 @@ print("ended after", number, flush=True)
 
 @pytest.mark.slow
 def test_after_a_sigterm_all_processes_save_the_same_number(tmp_path):
-    import running
-
-    environment = os.environ | {"PYTHONPATH": str(REPO), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-    port = running.free_port()
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", COUNTING, str(tmp_path / "c"), str(n), str(port)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for n in range(2)
-    ]
+    processes = start_two(COUNTING, tmp_path / "c")
     try:
         for line in processes[1].stdout:
             if line.strip() == "5":
@@ -382,19 +387,7 @@ print("restored", number, state["a"].addressable_shards[0].data.tolist(), flush=
 
 @pytest.mark.slow
 def test_all_processes_go_back_to_the_same_checkpoint(tmp_path):
-    import running
-
-    environment = os.environ | {"PYTHONPATH": str(REPO), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-    port = running.free_port()
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", RESTORING, str(tmp_path / "c"), str(n), str(port)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for n in range(2)
-    ]
+    processes = start_two(RESTORING, tmp_path / "c")
     try:
         outputs = [process.communicate(timeout=100)[0].splitlines() for process in processes]
     finally:
