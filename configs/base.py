@@ -240,8 +240,8 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     reward.step_reward = "gain"
     reward.use_gain = True  # the step reward counts what a search gained
     reward.use_redundancy = True  # the step reward counts redundancy P
-    # earlier_turns: by corpus id [P] | rendered: by text and rank, as the released code cuts the
-    # rendered documents; none without gold documents [C].
+    # earlier_turns: a document seen in an earlier turn, by corpus id [P] | rendered: the same text
+    # at the same rank, and nothing without gold documents [C].
     reward.redundancy_scope = "earlier_turns"
     # Weight of the step reward [P]; the released code's effective weight is 1.6.
     reward.step_scale = 1.0

@@ -183,8 +183,8 @@ def _with_checksums(tree):
     if not finite.all():
         name = names[int(np.argmin(finite))]
         raise ValueError(
-            f"{name} holds numbers that are not finite, so no checkpoint is written: an earlier "
-            "one is the last; lower the learning rates (policy.learning_rate, value.learning_rate)"
+            f"{name} holds numbers that are not finite, so nothing is saved; earlier checkpoints "
+            "stay. Start again in another --workdir, with lower learning rates"
         )
     by_name = sorted(range(len(names)), key=names.__getitem__)
     return {"tree": tree, "checksums": sums[by_name]}

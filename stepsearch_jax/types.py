@@ -71,4 +71,4 @@ class TrainState:
     position: jax.Array  # [] int32: training questions taken so far, by all processes together
     kl_coef: jax.Array  # [] float32: beta, adapted when the controller is on
     skipped: jax.Array  # [] int32: optimiser steps skipped because a gradient was not finite
-    skipped_in_a_row: jax.Array  # [] int32: the newest of these, since the last step that was taken
+    skipped_in_a_row: jax.Array  # [] int32: those since the last step that was taken

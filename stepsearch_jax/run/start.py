@@ -83,7 +83,9 @@ def load_newest_policy(system: System, workdir: pathlib.Path | None):
             found = checkpoints.restore_newest(wanted, partial=True)
             checkpoints.close()
             if found:
-                return found[1]["policy"]["params"]
+                number, state = found
+                logger.info("read the policy of iteration %d", number)
+                return state["policy"]["params"]
         remedy = "the run has no policy yet; let `train` continue"
         return checkpoint.load_params(workdir / "start", abstract_params, remedy)
     params = load_named_params(system, abstract_params)
