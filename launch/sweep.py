@@ -16,12 +16,16 @@ import argparse
 import os
 import pathlib
 import shlex
-import signal
 import sys
 from collections.abc import Sequence
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
+
+from stepsearch_jax import signals
+
+if __name__ == "__main__":
+    signals.listen()
 
 from stepsearch_jax.sweeps.points import Sweep, list_points, load_sweeps
 from stepsearch_jax.sweeps.results import (
@@ -168,6 +172,5 @@ def write_comparison(sweeps: Sequence[Sweep], workdir: pathlib.Path, config_file
 
 if __name__ == "__main__":
     os.chdir(REPOSITORY)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # all end the runs, too
-        signal.signal(number, signal.default_int_handler)
+    signals.raise_at_each()  # each ends the runs, too
     sys.exit(main(sys.argv[1:]))

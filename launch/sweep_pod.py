@@ -29,6 +29,11 @@ from typing import IO
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "launch")]
 
+from stepsearch_jax import signals
+
+if __name__ == "__main__":
+    signals.listen()
+
 # What table and figure read.
 FILES = ("config.json", "run.json", "evaluation.json", "metrics.jsonl")
 VARIABLES = ("PROJECT", "ZONE", "ACCELERATOR", "VERSION")
@@ -106,9 +111,21 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def stop(pods: Sequence[str]) -> None:
-    """Ends what trains on the TPUs; an unreachable one is gone, or train_pod.sh reports it."""
+    """Ends what trains on the TPUs; an unreachable one is gone, or train_pod.sh reports it.
+
+    The trainings have time to save their state; Ctrl-C meanwhile ends them at once.
+    """
+    try:
+        _stop(pods)
+    except KeyboardInterrupt:
+        _stop(pods, WAIT_S="0")
+
+
+def _stop(pods: Sequence[str], **environment: str) -> None:
     command = ["bash", "launch/pod/stop.sh"]
-    ending = [subprocess.Popen(command, env=os.environ | {"NAME": pod}) for pod in pods]
+    ending = [
+        subprocess.Popen(command, env=os.environ | environment | {"NAME": pod}) for pod in pods
+    ]
     for process in ending:
         process.wait()
 
@@ -161,6 +178,5 @@ if __name__ == "__main__":
     os.chdir(REPOSITORY)
     if sys.argv[1:2] == [POINT]:
         sys.exit(run_point(sys.argv[2].split(","), sys.argv[3], sys.argv[4:]))
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # all end the runs, too
-        signal.signal(number, signal.default_int_handler)
+    signals.raise_at_each()  # each ends the runs, too
     sys.exit(main(sys.argv[1:]))

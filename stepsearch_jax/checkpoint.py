@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from stepsearch_jax import signals
 from stepsearch_jax.checksums import checksum_leaves, leaf_names
 
 logger = logging.getLogger("stepsearch_jax")
@@ -68,18 +69,17 @@ class Checkpoints:
         self._manager.save(number, args=ocp.args.StandardSave(_with_checksums(state)))
         self._saved_at = time.monotonic()
 
-    def keep_pace(self, number: int, state, *, every: int, minutes: float, last: bool) -> bool:
-        """Saves the state if a checkpoint is due -> whether the program must end.
+    def keep_pace(self, number: int, state, *, every: int, minutes: float, last: bool) -> int:
+        """Saves the state if a checkpoint is due -> the signal by which the program must end, or 0.
 
         One is due if the state is the last, if `every` divides its number, if `minutes` (0: never)
-        have passed since the last one, or if the program must end. Call it with every number in
-        turn. Several processes must end when one of them got a SIGTERM; all of them learn it after
-        the same number. A single process ends at the signal itself, with what it has saved.
+        have passed since the last one, or if the program must end. All processes must end when one
+        of them got a signal (`signals.requested`); they learn it after the same number.
         """
-        ending = self._manager.reached_preemption(number)
+        ending = _agree(signals.requested())
         if last or ending or number % every == 0 or self._is_late(minutes):
             self.save(number, state)
-        return ending and not last
+        return ending
 
     def _is_late(self, minutes: float) -> bool:
         """Whether `minutes` have passed, by the clock of process 0, so that all processes agree."""
@@ -137,9 +137,7 @@ class Checkpoints:
         processes if one of them meets a fault.
         """
         folder = self._folder / str(number)
-        state = _read(folder / "default", abstract_state, "give the flags of its run", partial)
-        self._manager.reached_preemption(number)  # the number that `keep_pace` continues from
-        return state
+        return _read(folder / "default", abstract_state, "give the flags of its run", partial)
 
     def close(self) -> None:
         """Waits for saves in the background."""
@@ -231,8 +229,7 @@ def _read(folder: epath.Path, abstract_tree, remedy: str, partial: bool = False)
             gc.collect()  # now, while they are not heard; so the cause is not kept, either
         asyncio_logger.disabled = False
 
-    # The gravest fault of any process is everyone's.
-    gravest = int(multihost_utils.process_allgather(np.int32(fault)).max())
+    gravest = _agree(fault)  # the gravest fault of any process is everyone's
     if error is not None and fault == gravest:
         raise error
     if gravest != _Fault.NONE:
@@ -247,6 +244,11 @@ def _read(folder: epath.Path, abstract_tree, remedy: str, partial: bool = False)
             what = "has changed since it was written" if is_finite else "is not finite"
             raise Damaged(f"{folder} is damaged ({name} {what})")
     return there["tree"]
+
+
+def _agree(number: int) -> int:
+    """The largest of the numbers that the processes call this with."""
+    return int(multihost_utils.process_allgather(np.int32(number)).max())
 
 
 def _differ(there, here, partial: bool) -> str:

@@ -1,6 +1,7 @@
-"""The command line of all commands: flags, logging, errors in one line, and Ctrl-C.
+"""The command line of all commands: flags, logging, and errors in one line.
 
-Loads without jax, so that --help and wrong flags are answered at once.
+Loads no library, so that signals are heard from the first moment (`signals.listen`), and without
+jax, so that --help and wrong flags are answered at once.
 """
 
 from __future__ import annotations
@@ -9,32 +10,23 @@ import argparse
 import contextlib
 import faulthandler
 import logging
-import os
 import pathlib
 import re
 import runpy
-import signal
 import sys
-import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-import ml_collections
-from absl import flags
-from absl import logging as absl_logging
-from etils import epath
+from stepsearch_jax import __version__, signals
+from stepsearch_jax.files import CONFIG_FILE, check_buckets
+from stepsearch_jax.search.watchdog import EXIT_CODE
 
-from stepsearch_jax import __version__
-from stepsearch_jax.files import check_buckets
-from stepsearch_jax.run.config_file import CONFIG_FILE, define_config
-from stepsearch_jax.search.watchdog import EXIT_CODE, call_off
+if TYPE_CHECKING:
+    import ml_collections
 
 logger = logging.getLogger("stepsearch_jax")
 
-GRACE_S = 5.0  # from Ctrl-C to the end, at the latest
-INTERRUPTED = 128 + signal.SIGINT  # the exit status after Ctrl-C
 # Commands of `stepsearch` -> what --help says; each is the module or package stepsearch_jax.NAME.
 COMMANDS = {
     "train": "train a policy to search, or resume a run",
@@ -63,10 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--version", action="version", version=f"stepsearch {__version__}")
     parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of those below")
     parser.add_argument("arguments", metavar="…", nargs=argparse.REMAINDER, help="its arguments")
-    leave_at_interrupt()
-    if arguments is None and not sys.argv[1:]:
-        parser.print_help()
-        raise SystemExit(2)
+    if arguments is None:
+        signals.listen()
+        if not sys.argv[1:]:
+            parser.print_help()
+            raise SystemExit(2)
     options = parser.parse_args(arguments)
     sys.argv[1:] = options.arguments
     runpy.run_module(f"stepsearch_jax.{options.command}", run_name="__main__", alter_sys=True)
@@ -140,8 +133,10 @@ def parse_flags(
     Raises SystemExit for wrong flags.
     """
     if arguments is None:
-        leave_at_interrupt()
+        signals.listen()
     options, rest = parser.parse_known_args(arguments)
+    from etils import epath
+
     if {"config", "workdir"} <= vars(options).keys() and options.config is None:
         if options.workdir is None:
             parser.error("give the --workdir of a run, or a --config that names a policy")
@@ -167,6 +162,10 @@ def read_config(
     Raises SystemExit, with one line, for a config that cannot be read or refuses its argument, for
     keys that it does not have, and for any other argument.
     """
+    from absl import flags
+
+    from stepsearch_jax.run.config_file import define_config
+
     argv = [parser.prog, f"--config={file}", *overrides]
     values = flags.FlagValues()
     try:
@@ -205,6 +204,8 @@ def read_config(
 def start_logging() -> None:
     """Logs to stderr: all messages of this package, errors of the libraries, and the stacks of the
     threads if native code crashes."""
+    from absl import logging as absl_logging
+
     faulthandler.enable(file=2)
     absl_logging.set_verbosity(absl_logging.ERROR)  # orbax warns of its own choices
     handler = logging.StreamHandler(sys.stderr)
@@ -218,16 +219,16 @@ def start_logging() -> None:
 def one_line_errors(after_interrupt: str) -> Iterator[None]:
     """Ends a command with one line (SystemExit): status 1 for user errors, 130 for Ctrl-C.
 
-    after_interrupt: what the message says the user can do after Ctrl-C, or what is lost.
+    after_interrupt: what the line about a signal says the user can do, or what is lost.
     """
-    _raise_at_interrupt()
+    signals.begin_work(after_interrupt)
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"stepsearch_jax: {error}") from error
     except KeyboardInterrupt:
         print(f"stepsearch_jax: interrupted; {after_interrupt}", file=sys.stderr)
-        raise SystemExit(INTERRUPTED) from None
+        raise SystemExit(signals.INTERRUPTED) from None
 
 
 def run_guarded(
@@ -238,15 +239,13 @@ def run_guarded(
 ) -> None:
     """Sets up logging, devices and processes and calls command(config, workdir or None).
 
-    User errors and Ctrl-C end it with one line. If one process of several fails, it ends at once,
+    User errors and signals end it with one line. If one process of several fails, it ends at once,
     without waiting for the others; they lose their connection to it and end as well.
     """
-    # From here on Ctrl-C ends the process, unless it is ignored, as in background jobs.
     start_logging()
-    _raise_at_interrupt()
-    interrupted = INTERRUPTED, f"interrupted; {after_interrupt}"
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        end_after_interrupt(*interrupted)
+    signals.listen()
+    signals.begin_work(after_interrupt)
+    interrupted = signals.INTERRUPTED, f"interrupted; {after_interrupt}"
 
     # Imported here: jax takes seconds to load, and --help and wrong flags need not wait for it.
     import jax
@@ -262,72 +261,22 @@ def run_guarded(
         # No process leaves while the first one still writes the results.
         multihost_utils.sync_global_devices("done")
     except KeyboardInterrupt:
-        leave(*interrupted)
+        signals.leave(*interrupted)
     except (ValueError, OSError, jax.errors.JaxRuntimeError) as error:
         if "KeyboardInterrupt" in str(error):  # in a callback from the device
-            leave(*interrupted)
+            signals.leave(*interrupted)
         if jax.process_count() > 1:
             message = (
                 f"process {jax.process_index()} of {jax.process_count()} ends: {error} (when one "
                 "fails, the others lose their connection: see the log of the first to fail)"
             )
-            leave(EXIT_CODE, message)
+            signals.leave(EXIT_CODE, message)
         if isinstance(error, jax.errors.JaxRuntimeError):
             raise
-        leave(1, str(error))
+        signals.leave(1, str(error))
     except Exception as error:  # a fault of the program
         if jax.process_count() == 1:
             raise
         traceback.print_exc()
-        leave(EXIT_CODE, f"process {jax.process_index()} ends: {type(error).__name__}: {error}")
-
-
-def leave_at_interrupt() -> None:
-    """Has Ctrl-C end the process with one line while a command still loads its libraries.
-
-    An exception would fill pages there, or be lost in a function that a library calls.
-    """
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _leave_before_work)
-
-
-def _leave_before_work(*_) -> None:
-    leave(INTERRUPTED, "interrupted; nothing was begun")
-
-
-def _raise_at_interrupt() -> None:
-    """Ends what `leave_at_interrupt` set: the work begins."""
-    if signal.getsignal(signal.SIGINT) is _leave_before_work:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def end_after_interrupt(status: int, message: str) -> None:
-    """Has this process `leave` GRACE_S seconds after Ctrl-C if nothing else has ended it by then.
-
-    Python handles the signal only when a program on the device returns, and callbacks from jax lose
-    its exception. The wake-up pipe receives the signal's number without Python.
-    """
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-
-    def wait() -> None:
-        while signal.SIGINT not in os.read(reader, 64):
-            pass
-        time.sleep(GRACE_S)
-        leave(status, message)
-
-    threading.Thread(target=wait, name="end after an interrupt", daemon=True).start()
-
-
-def leave(status: int, message: str) -> None:
-    """Ends this process at once with one line, without waiting for the device or other threads.
-
-    They would print pages of errors, or crash. A checkpoint that is being saved is lost; the one
-    before it stays.
-    """
-    call_off()
-    with contextlib.suppress(OSError):  # a pipe that nobody reads
-        sys.stdout.flush()
-    os.write(2, f"stepsearch_jax: {message}\n".encode())
-    os._exit(status)
+        message = f"process {jax.process_index()} ends: {type(error).__name__}: {error}"
+        signals.leave(EXIT_CODE, message)

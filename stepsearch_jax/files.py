@@ -1,16 +1,37 @@
-"""JSON and text files, written whole or not at all; and checks of folders and output files."""
+"""Files and folders, written whole or not at all, with errors that name them; and checks of output
+files.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib.util
 import json
 import os
 import pathlib
+import shutil
+import socket
 import tempfile
+import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from etils import epath
+
+
+CONFIG_FILE = "config.json"  # what a run keeps its config in
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What libraries say instead of an error number: C++ code, and NumPy's tofile.
+_NO_ROOM_TEXTS = ("No space left on device", "Disk quota exceeded", " requested and ")
+_LEFT_S = 24 * 3600.0  # after so long, what another host has not finished is a leftover
+
+
+class WriteError(OSError):
+    """A file could not be written. The message names it, the cause, and what to do."""
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any] | None:
@@ -70,9 +91,84 @@ def write_text(path: pathlib.Path | epath.Path, text: str) -> None:
     if in_bucket(path):  # buckets store objects whole or not at all
         path.write_text(text, encoding="utf-8")
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A name beside `path` for a file that takes its place when the body ends without an error.
+
+    Raises WriteError if it cannot be written. What killed processes left there is removed.
+    """
+    remove_leftovers(path)
+    temporary = name_beside(path, "new")
+    try:
+        with naming_failures(path):
+            yield temporary
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def name_beside(path: pathlib.Path, kind: str) -> pathlib.Path:
+    """The name of this process's own unfinished version of a file or folder."""
+    return path.with_name(f".{path.name}.{kind}.{socket.gethostname()}.{os.getpid()}")
+
+
+def remove_leftovers(path: pathlib.Path) -> None:
+    """Removes what processes that were killed left of `name_beside`."""
+    for leftover in path.parent.glob(f".{path.name}.*.*"):
+        host, _, number = (
+            leftover.name.removeprefix(f".{path.name}.").partition(".")[2].rpartition(".")
+        )
+        if not number.isdigit():
+            continue
+        with contextlib.suppress(OSError):  # it has just been finished, or removed
+            is_old = time.time() - leftover.stat().st_mtime > _LEFT_S
+            if _has_ended(int(number)) if host == socket.gethostname() else is_old:
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def _has_ended(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
+
+
+@contextlib.contextmanager
+def naming_failures(path: os.PathLike) -> Iterator[None]:
+    """Within the context, a full disk, or one that fails, raises WriteError, which names `path`."""
+    try:
+        yield
+    except WriteError:  # which names the file already
+        raise
+    except Exception as error:
+        cause = find_disk_fault(error)
+        if cause is None:
+            raise
+        raise WriteError(describe_disk_fault(path, cause)) from error
+
+
+def describe_disk_fault(path: os.PathLike, cause: str) -> str:
+    """What to say about a file that could not be written. cause: from `find_disk_fault`."""
+    return f"{path} could not be written ({cause}): mend that, and run the same command again"
+
+
+def find_disk_fault(error: BaseException | None) -> str | None:
+    """Why a file could not be written, if that is behind an error, whoever raised it; else None."""
+    while error is not None:
+        number = getattr(error, "errno", None)
+        if number in (*_NO_ROOM, errno.EROFS, errno.EIO):
+            return os.strerror(number)
+        if any(text in str(error) for text in _NO_ROOM_TEXTS):
+            return os.strerror(errno.ENOSPC)
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def in_bucket(path: os.PathLike) -> bool:

@@ -27,6 +27,8 @@ def start_jax(config) -> None:
     distributed_config = config.distributed
     if distributed_config.processes != 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        # It would take the SIGTERM that `signals` hears.
+        jax.config.update("jax_enable_preemption_service", False)
         named = (
             dict(
                 coordinator_address=distributed_config.coordinator,

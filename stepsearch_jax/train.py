@@ -9,7 +9,7 @@ the result is the same, bit for bit, as without the interruption.
 
 from __future__ import annotations
 
-from stepsearch_jax import cli
+from stepsearch_jax import cli, signals
 
 if __name__ == "__main__":  # parsed before the imports below, which take seconds
     parser = cli.make_parser("train", __doc__, "config", "workdir")
@@ -151,7 +151,8 @@ def run_iterations(
     # ---- The loop. One iteration is one rollout and the optimiser steps on it. ------------------
     compilations = CompileCounter()
     own = jax.process_index() == 0
-    with MetricsWriter(workdir, start, config.to_dict()) if own else _NoWriter() as writer:
+    make_writer = partial(MetricsWriter, workdir, start, config.to_dict()) if own else _NoWriter
+    with make_writer() as writer, signals.deferred():
         bar = progress(range(start, config.iterations), "training")
         for iteration in bar:
             clock = Clock()
@@ -216,8 +217,8 @@ def run_iterations(
                 )
                 writer.write("evaluation", iteration, means)
 
-            # -- Checkpoint, in the background. An iteration lasts longer than the notice before a
-            # preemption, so a run can lose all since its last checkpoint.
+            # -- Checkpoint, in the background. After a SIGTERM or SIGHUP the iteration is the last.
+            # A preemption may not wait for it: a run can lose all since its last checkpoint.
             ending = checkpoints.keep_pace(
                 number,
                 state,
@@ -227,10 +228,8 @@ def run_iterations(
             )
             if ending:
                 checkpoints.close()
-                raise SystemExit(
-                    f"stepsearch_jax: received SIGTERM; iteration {number} is saved, and the same "
-                    "command resumes after it"
-                )
+                saved = f"iteration {number} is saved, and the same command resumes after it"
+                signals.end(ending, saved)
     checkpoints.close()
 
     # ---- Results. -------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ def sweep(add):
 """
 # A training command: notes its start, and does with the folder of its point what the plan says.
 TRAIN = """#!{python}
-import json, os, pathlib, sys, time
+import json, os, pathlib, signal, sys, time
 here = pathlib.Path(__file__).parent
 arguments = [argument for argument in sys.argv[1:] if argument.startswith("--")]
 flags = dict(argument.removeprefix("--").split("=", 1) for argument in arguments)
@@ -44,6 +44,13 @@ folder.mkdir(parents=True, exist_ok=True)
 (folder / "run.json").write_text(json.dumps(dict(format=FORMAT_NUMBER)))
 time.sleep(plan.get("seconds", 0.0))
 if plan.get("hang"):
+    def save(*_):  # as training does: the first signal is noted, a second one ends the process
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(plan["saving"])
+        (folder / "saved").touch()
+        sys.exit(143)
+    if "saving" in plan:
+        signal.signal(signal.SIGTERM, save)
     (folder / "pid").write_text(str(os.getpid()))
     time.sleep(600)
 if plan.get("fail"):

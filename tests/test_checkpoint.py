@@ -309,8 +309,11 @@ def start_two(code: str, folder: pathlib.Path) -> list[subprocess.Popen]:
 # still: python COUNTING FOLDER PROCESS PORT
 COUNTING = """
 import sys, time, types
+from stepsearch_jax import signals
+signals.listen()
 import jax, jax.numpy as jnp
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.config.update("jax_enable_preemption_service", False)
 folder, process, port = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 jax.distributed.initialize(f"localhost:{port}", 2, process)
 from jax.experimental import multihost_utils
@@ -321,14 +324,15 @@ if process == 1:
 checkpoints = checkpoint.Checkpoints(folder, keep=2)
 mesh = jax.make_mesh((2,), ("data",))
 state = multihost_utils.host_local_array_to_global_array({"a": jnp.ones(3)}, mesh, jax.P())
-for number in range(1, 300):
-    print(number, flush=True)
-    time.sleep(0.2)
-    multihost_utils.sync_global_devices("iteration")
-    if checkpoints.keep_pace(number, state, every=1000, minutes=0.5 / 60, last=False):
-        break
-checkpoints.close()
-print("ended after", number, flush=True)
+with signals.deferred():
+    for number in range(1, 300):
+        print(number, flush=True)
+        time.sleep(0.2)
+        ending = checkpoints.keep_pace(number, state, every=1000, minutes=0.5 / 60, last=False)
+        if ending:
+            checkpoints.close()
+            print("ended after", number, flush=True)
+            signals.end(ending, "saved")
 """
 
 
@@ -344,7 +348,7 @@ def test_after_a_sigterm_all_processes_save_the_same_number(tmp_path):
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0]
+    assert [process.returncode for process in processes] == [143, 143]
     assert outputs[0][-1] == outputs[1][-1] and outputs[0][-1].startswith("ended after ")
     number = int(outputs[0][-1].split()[-1])
     earlier, newest = sorted(int(path.name) for path in (tmp_path / "c").iterdir())

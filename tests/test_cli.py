@@ -76,10 +76,10 @@ import contextlib, os, pathlib, signal, sys, threading, time
 import jax, jax.numpy as jnp
 from ml_collections import ConfigDict
 from stepsearch_jax import runtime
-from stepsearch_jax import cli
+from stepsearch_jax import cli, signals
 from stepsearch_jax.search.watchdog import Watchdog
 
-cli.GRACE_S = 1.0
+signals.GRACE_S = 1.0
 # A shell that starts the tests in the background has had it ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -138,27 +138,6 @@ def test_an_interruption_ends_with_one_line(where):
     if where != "in a callback":  # jax may print it as well
         assert done.stderr.count("\n") == 1
     assert (done.stdout == "tidied up\n") == (where in ("plainly", "beside a search"))
-
-
-LOADING = """
-import os, signal
-from stepsearch_jax import cli
-
-signal.signal(signal.SIGINT, signal.default_int_handler)
-cli.parse_flags(cli.make_parser("x", "text"))
-try:
-    os.kill(os.getpid(), signal.SIGINT)  # as in the midst of an import
-except BaseException:
-    pass
-print("not reached")
-"""
-
-
-def test_an_interruption_while_libraries_load_is_one_line():
-    done = subprocess.run(
-        [sys.executable, "-c", LOADING], capture_output=True, text=True, timeout=50
-    )
-    assert done.returncode == 130 and done.stdout == "" and done.stderr.count("\n") == 1
 
 
 PAGES = """

@@ -22,6 +22,7 @@ LAYERS = (
     "metrics",
     "data",
     "search",
+    "signals",
     "plugins",
     "prompting",
     "models",
@@ -59,7 +60,7 @@ HOST = {
     "run.folder",
 }
 # load without jax, so that --help and wrong flags are answered at once
-LIGHT = {"cli", "serve", "prepare", "benchmark.cases", "benchmark.__main__"}
+LIGHT = {"cli", "signals", "serve", "prepare", "benchmark.cases", "benchmark.__main__"}
 DEVICE = {"types", "masking", "sharding", "models", "rewards.placement", "rl"} | {
     "checksums",
     "checkpoint",

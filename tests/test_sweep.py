@@ -329,6 +329,23 @@ def test_an_interrupted_sweep_ends_its_runs_and_goes_on_later(bench, number):
 
 
 @pytest.mark.slow
+def test_an_interrupted_sweep_waits_until_its_runs_are_saved(bench):
+    """However long that takes; a second Ctrl-C ends them at once."""
+    bench.change_plan(full_0=dict(hang=True, saving=3), without_key_0=dict(hang=True, saving=600))
+    process = Process(bench)
+    process.process.send_signal(signal.SIGINT)
+    end = time.monotonic() + 30
+    while not (bench.workdir / "points/full-0/saved").exists():
+        assert process.process.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    assert "Ctrl-C ends them" in process.log.read_text()
+    process.process.send_signal(signal.SIGINT)
+    assert process.process.wait(timeout=30) == 130 and not any(map(is_running, process.children))
+    assert not (bench.workdir / "points/without-key-0/saved").exists()
+    assert "Traceback" not in process.log.read_text()
+
+
+@pytest.mark.slow
 def test_runs_that_a_killed_sweep_left_keep_the_next_one_out(bench):
     """Otherwise two processes would write one folder."""
     bench.change_plan(full_0=dict(hang=True), without_key_0=dict(hang=True))

@@ -225,25 +225,25 @@ def test_a_run_and_its_continuation(tmp_path, tmp_path_factory):
 
 @pytest.mark.slow
 def test_kills_change_nothing(tmp_path, tmp_path_factory):
-    """kill -9 during fine-tuning and during RL: the same command then gives the same result.
+    """SIGTERM during fine-tuning, kill -9 during RL: the same command then gives the same result.
 
-    Equal bit for bit are all parameters, both optimisers' states and all figures.
+    Fine-tuning saves the step at hand first. Equal bit for bit are all parameters, both optimisers'
+    states and all figures.
     """
     cache, start = running.shared_cache(tmp_path_factory), running.searching_start(tmp_path_factory)
     options = (*LONG, f"--config.sft.checkpoint={start}")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     running.run_command("train", cache, whole, *options)
 
-    kill_when(lambda: (killed / "sft" / "20").is_dir(), "train", cache, killed, *options)
+    reached = lambda: (killed / "sft" / "20").is_dir()
+    assert end_when(reached, signal.SIGTERM, "train", cache, killed, *options) == 143
     assert not (killed / "start").exists()
+    saved = max(int(path.name) for path in (killed / "sft").iterdir())
+    assert 20 < saved < 70 and f"step {saved} is saved" in killed.with_suffix(".log").read_text()
     # The second kill comes within a later iteration: the second has its line, the last is far.
-    kill_when(
-        lambda: (killed / "checkpoints" / "1").is_dir() and count_rl_lines(killed) >= 2,
-        "train",
-        cache,
-        killed,
-        *options,
-    )
+    reached = lambda: (killed / "checkpoints" / "1").is_dir() and count_rl_lines(killed) >= 2
+    status = end_when(reached, signal.SIGKILL, "train", cache, killed, *options)
+    assert status == -signal.SIGKILL
     assert not (killed / "checkpoints" / "5").exists()
     assert "resumed from iteration" in running.run_command("train", cache, killed, *options)
 
@@ -274,8 +274,8 @@ def count_rl_lines(workdir: pathlib.Path) -> int:
     return path.read_text().count('"stage": "rl"') if path.exists() else 0
 
 
-def kill_when(reached, *arguments) -> None:
-    """Starts a command and kills it as soon as `reached()`."""
+def end_when(reached, number: int, *arguments) -> int:
+    """Starts a command and sends it a signal as soon as `reached()` -> its exit status."""
     process = running.start_command(*arguments)
     end = time.monotonic() + 300
     try:
@@ -284,9 +284,10 @@ def kill_when(reached, *arguments) -> None:
                 arguments[2].with_suffix(".log").read_text()[-3000:]
             )
             time.sleep(0.02)
+        process.send_signal(number)
+        return process.wait(timeout=120)
     finally:
         process.kill()
-    assert process.wait() == -signal.SIGKILL
 
 
 @pytest.mark.nightly

@@ -91,7 +91,7 @@ for ((number = 1; ; number++)); do
   futile=$((futile + 1))
   read_state tpu-vm READY
   echo "ended with status $status; $NAME is $state; attempts in a row without a new checkpoint: $futile of ${RESTARTS:-3}" >&2
-  if [[ $state == READY && $status != 3 ]]; then bash launch/pod/stop.sh || true; fi
+  if [[ $state == READY && $status != 3 ]]; then WAIT_S=10 bash launch/pod/stop.sh || true; fi
   if [[ $futile -ge ${RESTARTS:-3} || $status == 3 ]]; then  # 3: another training has the TPU
     for log in "$logs/$attempt"/*.log; do
       if [[ -f $log ]]; then echo "--- the end of $log" && tail -n 5 "$log"; fi

@@ -16,7 +16,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from stepsearch_jax import cli
+from stepsearch_jax import signals
 
 COMMANDS = ("audit", "index", "keys")
 
@@ -34,5 +34,5 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.leave_at_interrupt()
+    signals.listen()
     main(sys.argv[1:])

@@ -21,7 +21,6 @@ from ml_collections import config_flags
 
 flags.disclaim_key_flags()  # --config belongs to the command, which shows it in its --help
 
-CONFIG_FILE = "config.json"  # what a run keeps its config in
 PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 Result = TypeVar("Result")
 

@@ -14,8 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from stepsearch_jax.files import in_bucket, read_json, write_json
-from stepsearch_jax.run.config_file import CONFIG_FILE
+from stepsearch_jax.files import CONFIG_FILE, in_bucket, read_json, write_json
 
 RUN_FILE = "run.json"
 # Format of run folders: raised whenever a config key, a file or a metric changes name or meaning.

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from stepsearch_jax import checkpoint
+from stepsearch_jax import checkpoint, signals
 from stepsearch_jax.files import in_bucket
 from stepsearch_jax.metrics import MetricsWriter, progress
 from stepsearch_jax.models.transformer import Policy, set_previous_token_heads
@@ -53,7 +53,8 @@ def warm_start(system: System, abstract_params, specs, key: jax.Array, workdir: 
                 params, model, system.config.model.previous_token_peak
             )
     if sft_config.phases:
-        params = fine_tune(system, params, specs, workdir)
+        with signals.deferred():
+            params = fine_tune(system, params, specs, workdir)
     checkpoint.save_params(start, params)
     return params
 
@@ -166,8 +167,19 @@ def fine_tune(system: System, params, specs, workdir: pathlib.Path):
                 )
                 if writer:
                     writer.write("sft", finished - 1, metrics)
-            if finished % config.checkpoint.sft_every == 0 or finished == total:
-                checkpoints.save(finished, state)
+            ending = checkpoints.keep_pace(
+                finished,
+                state,
+                every=config.checkpoint.sft_every,
+                minutes=0.0,
+                last=finished == total,
+            )
+            if ending:
+                checkpoints.close()
+                if writer:
+                    writer.close()
+                saved = f"fine-tuning step {finished} is saved, and the same command resumes there"
+                signals.end(ending, saved)
         first += steps
     bar.close()
     checkpoints.close()

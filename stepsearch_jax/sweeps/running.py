@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import pathlib
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 
-from stepsearch_jax.files import read_json, write_json
+from stepsearch_jax.files import CONFIG_FILE, read_json, write_json
 from stepsearch_jax.metrics import progress
-from stepsearch_jax.run.config_file import CONFIG_FILE
 from stepsearch_jax.run.folder import check_format, describe_difference, lock
 from stepsearch_jax.sweeps.points import Point
 
 # WORKDIR/points/NAME is the folder of a run, WORKDIR/points/NAME.log its output.
 POINTS = "points"
 TIMES_FILE = "times.json"
-# A terminated process is killed after this time; its checkpoints are whole at any time.
+# A process that is to end at once is killed after this time; its checkpoints are always whole.
 _GRACE_SECONDS = 10.0
+_PATIENCE_SECONDS = 2.0  # before a line says what is waited for
 _POLL_SECONDS = 0.2
 
 
@@ -74,8 +76,9 @@ def run_points(
 
     Returns {name of a failed point: its exit status and the last line of its log}. Adds the times
     to WORKDIR/times.json. If the platform can pin processes, several jobs share the cores evenly.
-    When this function ends, also by Ctrl-C, it ends the processes that it started; the next sweep
-    resumes unfinished runs. Raises ValueError when another sweep is at work in `workdir`.
+    When this function ends, also by Ctrl-C, it ends the processes that it started, which save their
+    state first; the next sweep resumes unfinished runs. Raises ValueError when another sweep is at
+    work in `workdir`.
     """
     waiting, running, failed = list(points), {}, {}
     shares = _share_cores(jobs)
@@ -157,17 +160,34 @@ def _start(
 
 
 def _end(processes: Sequence[subprocess.Popen]) -> None:
+    """Has the processes save their state and end; Ctrl-C meanwhile ends them at once."""
     for process in processes:
         process.terminate()
-    end = time.monotonic() + _GRACE_SECONDS
     try:
+        if not _wait(processes, _PATIENCE_SECONDS):
+            print(
+                "sweep: waiting until the runs have saved their state; Ctrl-C ends them at once",
+                file=sys.stderr,
+                flush=True,
+            )
+            _wait(processes, math.inf)
+    except KeyboardInterrupt:
         for process in processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=max(end - time.monotonic(), 0.0))
-    finally:  # also when the user cannot wait
+            process.terminate()
+        _wait(processes, _GRACE_SECONDS)
+        raise
+    finally:
         for process in processes:
             process.kill()
             process.wait()
+
+
+def _wait(processes: Sequence[subprocess.Popen], seconds: float) -> bool:
+    """Waits until all have ended, or for so long -> whether they have."""
+    end = time.monotonic() + seconds
+    while any(process.poll() is None for process in processes) and time.monotonic() < end:
+        time.sleep(_POLL_SECONDS)
+    return all(process.poll() is not None for process in processes)
 
 
 def _find_failure(run: _Run, workdir: pathlib.Path) -> str | None:
