@@ -58,7 +58,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     options.folder.mkdir(parents=True, exist_ok=True)
     for pair in progress(missing, "compiling"):
-        with open(files[pair].with_suffix(".log"), "w") as log:
+        with open(files[pair].with_suffix(".log"), "w", encoding="utf-8") as log:
             subprocess.run(make_command(*pair, files[pair]), cwd=REPOSITORY, stdout=log, stderr=log)
         if not files[pair].is_file():
             see = files[pair].with_suffix(".log")

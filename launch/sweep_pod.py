@@ -165,7 +165,7 @@ def run_point(pods: Sequence[str], storage: str, flags: Sequence[str]) -> int:
 def take_free(pods: Sequence[str], folder: pathlib.Path) -> tuple[str, IO]:
     """-> (the first TPU that no other point has, its lock; closing the lock frees the TPU)."""
     for pod in pods:
-        file = open(folder / f".{pod}.lock", "w")
+        file = open(folder / f".{pod}.lock", "w", encoding="utf-8")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return pod, file

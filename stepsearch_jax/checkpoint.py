@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 
 from stepsearch_jax import signals
 from stepsearch_jax.checksums import checksum_leaves, leaf_names
+from stepsearch_jax.files import naming_failures
 
 logger = logging.getLogger("stepsearch_jax")
 
@@ -56,8 +57,8 @@ class Checkpoints:
     def save(self, number: int, state) -> None:
         """Saves a pytree of arrays; returns as soon as it may be donated or changed.
 
-        Waits until the checkpoint before is complete. Raises ValueError, and saves nothing, if a
-        number is not finite.
+        Waits until the checkpoint before is complete; raises WriteError if that could not be
+        written. Raises ValueError, and saves nothing, if a number is not finite.
         """
         # Once per process: remove what kills have left. orbax makes the other processes wait.
         if not self._is_clean and jax.process_index() == 0:
@@ -66,7 +67,9 @@ class Checkpoints:
                 if path.is_dir() and ocp.utils.is_tmp_checkpoint(path):
                     path.rmtree()
         self._is_clean = True
-        self._manager.save(number, args=ocp.args.StandardSave(_with_checksums(state)))
+        written = ocp.args.StandardSave(_with_checksums(state))
+        with naming_failures(self._folder):
+            self._manager.save(number, args=written)
         self._saved_at = time.monotonic()
 
     def keep_pace(self, number: int, state, *, every: int, minutes: float, last: bool) -> int:
@@ -140,8 +143,9 @@ class Checkpoints:
         return _read(folder / "default", abstract_state, "give the flags of its run", partial)
 
     def close(self) -> None:
-        """Waits for saves in the background."""
-        self._manager.wait_until_finished()
+        """Waits for saves in the background. Raises WriteError if one could not be written."""
+        with naming_failures(self._folder):
+            self._manager.wait_until_finished()
         self._manager.close()
 
 
@@ -150,7 +154,7 @@ def save_params(folder: os.PathLike, params) -> None:
 
     Raises ValueError, and writes nothing, if a number is not finite.
     """
-    with ocp.StandardCheckpointer() as checkpointer:
+    with naming_failures(folder), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(_absolute(folder), _with_checksums(params), force=True)
 
 

@@ -19,7 +19,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from stepsearch_jax import __version__, signals
-from stepsearch_jax.files import CONFIG_FILE, check_buckets
+from stepsearch_jax.files import (
+    CONFIG_FILE,
+    WriteError,
+    check_buckets,
+    describe_disk_fault,
+    find_disk_fault,
+)
 from stepsearch_jax.search.watchdog import EXIT_CODE
 
 if TYPE_CHECKING:
@@ -225,7 +231,7 @@ def one_line_errors(after_interrupt: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"stepsearch_jax: {error}") from error
+        raise SystemExit(f"stepsearch_jax: {_describe(error)}") from error
     except KeyboardInterrupt:
         print(f"stepsearch_jax: interrupted; {after_interrupt}", file=sys.stderr)
         raise SystemExit(signals.INTERRUPTED) from None
@@ -267,16 +273,27 @@ def run_guarded(
             signals.leave(*interrupted)
         if jax.process_count() > 1:
             message = (
-                f"process {jax.process_index()} of {jax.process_count()} ends: {error} (when one "
+                f"process {jax.process_index()} of {jax.process_count()} ends: {_describe(error)} "
+                "(when one "
                 "fails, the others lose their connection: see the log of the first to fail)"
             )
             signals.leave(EXIT_CODE, message)
         if isinstance(error, jax.errors.JaxRuntimeError):
             raise
-        signals.leave(1, str(error))
+        signals.leave(1, _describe(error))
     except Exception as error:  # a fault of the program
+        if find_disk_fault(error):  # of a library that raises errors of its own
+            signals.leave(1, _describe(error))
         if jax.process_count() == 1:
             raise
         traceback.print_exc()
         message = f"process {jax.process_index()} ends: {type(error).__name__}: {error}"
         signals.leave(EXIT_CODE, message)
+
+
+def _describe(error: Exception) -> str:
+    """The line about a user's error. Of a disk's fault it names the file, if the error does."""
+    cause = find_disk_fault(error)
+    if cause is None or isinstance(error, WriteError):
+        return str(error)
+    return describe_disk_fault(getattr(error, "filename", None) or "a file", cause)

@@ -71,6 +71,7 @@ import operator
 import os
 import re
 
+from stepsearch_jax.files import naming_failures
 from stepsearch_jax.models.huggingface import INDEX, export_policy
 from stepsearch_jax.prompting.templates import TEMPLATES
 from stepsearch_jax.prompting.tokenizers import TOKENIZER_FILES, Tokenizer, list_tokenizer_files
@@ -142,17 +143,18 @@ def export(
     system = build_system(config, [])
     params = load_newest_policy(system, workdir)
     tokenizer = system.tokenizer
-    export_policy(
-        folder,
-        params,
-        system.learner_model,
-        dtype=dtype,
-        shard_bytes=int(shard_gib * 2**30),
-        context=config.rollout.context,
-        end_ids=tokenizer.eos_ids,
-        pad_id=tokenizer.pad_id,
-        other_files=list_other_files(config.prompt, tokenizer),
-    )
+    with naming_failures(folder):
+        export_policy(
+            folder,
+            params,
+            system.learner_model,
+            dtype=dtype,
+            shard_bytes=int(shard_gib * 2**30),
+            context=config.rollout.context,
+            end_ids=tokenizer.eos_ids,
+            pad_id=tokenizer.pad_id,
+            other_files=list_other_files(config.prompt, tokenizer),
+        )
     logger.info("wrote the policy to %s", folder)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import importlib.util
 import json
 import os
@@ -87,12 +88,17 @@ def read_json_lines(path: pathlib.Path | epath.Path) -> list[dict[str, Any]]:
 
 
 def write_text(path: pathlib.Path | epath.Path, text: str) -> None:
-    """Writes a file, whole or not at all."""
+    """Writes a file in UTF-8, whole or not at all. Raises WriteError if that is impossible."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: pathlib.Path | epath.Path, raw: bytes) -> None:
+    """Writes a file, whole or not at all. Raises WriteError if that is impossible."""
     if in_bucket(path):  # buckets store objects whole or not at all
-        path.write_text(text, encoding="utf-8")
+        path.write_bytes(raw)
         return
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(raw)
 
 
 @contextlib.contextmanager
@@ -118,15 +124,18 @@ def name_beside(path: pathlib.Path, kind: str) -> pathlib.Path:
 
 def remove_leftovers(path: pathlib.Path) -> None:
     """Removes what processes that were killed left of `name_beside`."""
-    for leftover in path.parent.glob(f".{path.name}.*.*"):
-        host, _, number = (
-            leftover.name.removeprefix(f".{path.name}.").partition(".")[2].rpartition(".")
-        )
-        if not number.isdigit():
+    start = f".{path.name}."
+    for leftover in path.parent.glob(f"{glob.escape(start)}*"):
+        _, _, place = leftover.name.removeprefix(start).partition(".")
+        host, _, process = place.rpartition(".")
+        if not process.isdigit():
             continue
         with contextlib.suppress(OSError):  # it has just been finished, or removed
-            is_old = time.time() - leftover.stat().st_mtime > _LEFT_S
-            if _has_ended(int(number)) if host == socket.gethostname() else is_old:
+            if host == socket.gethostname():
+                is_left = _has_ended(int(process))
+            else:
+                is_left = time.time() - leftover.stat().st_mtime > _LEFT_S
+            if is_left:
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 

@@ -110,6 +110,6 @@ def _is_whole(folder: pathlib.Path, part: str) -> bool:
     if not (folder / "config.json").is_file():
         return False
     if (folder / INDEX).is_file():
-        names = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
+        names = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
         return all((folder / name).is_file() for name in names)
     return any(folder.glob("*.safetensors"))

@@ -10,7 +10,9 @@ import importlib.util
 import logging
 import os
 import pathlib
+import socket
 import sys
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,16 +24,16 @@ from stepsearch_jax.files import in_bucket, write_text
 # tensorboardX loads torch where it is installed, for tensors that nobody gives it here: 3 seconds.
 _hides_torch = sys.modules.setdefault("torch", None) is None  # pyright: ignore[reportArgumentType]
 try:
-    import tensorboardX
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.record_writer import RecordWriter
+    from tensorboardX.summary import scalar
 finally:
     if _hides_torch:
         del sys.modules["torch"]
 
 logger = logging.getLogger("stepsearch_jax")
 
-_TENSORBOARD_SECONDS = 10  # a kill loses at most this much of the TensorBoard curves
-# Events that may wait for TensorBoard's thread. If it dies, adding to a full queue blocks for ever.
-_TENSORBOARD_QUEUE = 10_000
+_EVENTS = "events.out.tfevents"  # how TensorBoard knows its files
 _WANDB_SECONDS = 30  # to reach the server; then the run goes on without it
 RUN_ID_FILE = "wandb-run-id"
 
@@ -39,43 +41,44 @@ RUN_ID_FILE = "wandb-run-id"
 class TensorBoard:
     """Event files under WORKDIR/tensorboard/STAGE; none in a bucket.
 
-    One TensorBoard run per stage, so that each stage is resumed by itself.
+    One TensorBoard run per stage, so that each stage is resumed by itself. Events are written at
+    once, by the caller: a kill loses none, and a full disk is noticed. tensorboardX's own writer
+    has a thread, which dies of a full disk; then its queue fills up, and adding to it never ends.
     """
 
     def __init__(self, workdir: epath.Path, config: Mapping[str, Any]):
-        self._workdir = workdir
-        self._events: dict[str, tensorboardX.SummaryWriter] = {}
+        self._folder = None if in_bucket(workdir) else pathlib.Path(workdir) / "tensorboard"
+        self._events: dict[str, RecordWriter] = {}
 
     def open_stage(self, stage: str, first_iteration: int) -> None:
         """Has TensorBoard forget points of earlier processes from this iteration on."""
-        self._events[stage] = tensorboardX.SummaryWriter(
-            str(self._workdir / "tensorboard" / stage),
-            purge_step=first_iteration,
-            max_queue=_TENSORBOARD_QUEUE,
-            flush_secs=_TENSORBOARD_SECONDS,
-            write_to_disk=not in_bucket(self._workdir),
-            # two processes that start within one second keep their own files
-            filename_suffix=f".{os.getpid()}.{first_iteration}",
-        )
+        if self._folder is None:
+            return
+        folder = self._folder / stage
+        folder.mkdir(parents=True, exist_ok=True)
+        # TensorBoard reads the files by the times in their names, and the clock may jump back.
+        earlier = [int(path.name.split(".")[3]) for path in folder.glob(f"{_EVENTS}.*.*")]
+        number = max([int(time.time()), *(number + 1 for number in earlier)])
+        path = folder / f"{_EVENTS}.{number}.{socket.gethostname()}.{os.getpid()}"
+        self._events[stage] = RecordWriter(str(path))
+        begin = SessionLog(status=SessionLog.START)
+        self._add(stage, Event(file_version="brain.Event:2"))
+        self._add(stage, Event(step=first_iteration, session_log=begin))
 
     def write(self, stage: str, iteration: int, values: Mapping[str, float]) -> None:
-        self._check_threads()
+        if self._folder is None:
+            return
         for name, value in values.items():
-            self._events[stage].add_scalar(name, value, iteration)
+            self._add(stage, Event(step=iteration, summary=scalar(name, value)))
+        self._events[stage].flush()
 
     def close(self) -> None:
-        self._check_threads()  # closing waits for them
         for events in self._events.values():
             events.close()
 
-    def _check_threads(self) -> None:
-        """Raises OSError if a thread that writes events has died, of a full disk for example."""
-        for stage, events in self._events.items():
-            files = getattr(events.file_writer, "event_writer", None)
-            if files is not None and not files._worker.is_alive():
-                raise OSError(
-                    f"the thread that writes {self._workdir / 'tensorboard' / stage} died"
-                )
+    def _add(self, stage: str, event: Event) -> None:
+        event.wall_time = time.time()
+        self._events[stage].write(event.SerializeToString())
 
 
 class Wandb:
@@ -97,7 +100,7 @@ class Wandb:
         folder = pathlib.Path("wandb") if in_bucket(workdir) else pathlib.Path(workdir)
         self._run = wandb.init(
             project=config["metrics"]["wandb_project"],
-            id=path.read_text().strip(),
+            id=path.read_text(encoding="utf-8").strip(),
             resume="allow",
             name=workdir.name,
             dir=str(folder),

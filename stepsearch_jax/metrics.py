@@ -8,6 +8,7 @@ process.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -19,7 +20,7 @@ import numpy as np
 import tqdm
 from etils import epath
 
-from stepsearch_jax.files import in_bucket, read_json_lines, write_text
+from stepsearch_jax.files import in_bucket, naming_failures, read_json_lines, write_text
 from stepsearch_jax.loggers import Loggers
 
 METRICS_FILE = "metrics.jsonl"
@@ -96,10 +97,10 @@ class MetricsWriter:
         path = self._workdir / METRICS_FILE
         line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
         if in_bucket(path):
-            write_text(path, (path.read_text() if path.exists() else "") + line)
+            write_text(path, (path.read_text(encoding="utf-8") if path.exists() else "") + line)
         else:
-            with path.open("a") as file:  # closing flushes
-                file.write(line)
+            with naming_failures(path), path.open("a", encoding="utf-8") as file:
+                file.write(line)  # closing flushes
         finite = {name: row[name] for name in values if row[name] is not None}
         self._loggers.write(stage, row["iteration"], finite)
 
@@ -135,10 +136,12 @@ class _Lines:
     def write(self, text: str) -> None:
         line = text.strip("\r\n ")
         if line:
-            self._stream.write(line + "\n")
+            with contextlib.suppress(OSError):  # a full disk, or a pipe that nobody reads
+                self._stream.write(line + "\n")
 
     def flush(self) -> None:
-        self._stream.flush()
+        with contextlib.suppress(OSError):
+            self._stream.flush()
 
 
 class _Bar(tqdm.tqdm):

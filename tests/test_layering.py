@@ -43,7 +43,6 @@ LAYERS = (
 COMMANDS = {"train", "evaluate", "ask", "export", "serve", "prepare", "preflight", "benchmark"}
 HOST = {
     "records",
-    "files",
     "loggers",
     "metrics",
     "data",
@@ -60,7 +59,7 @@ HOST = {
     "run.folder",
 }
 # load without jax, so that --help and wrong flags are answered at once
-LIGHT = {"cli", "signals", "serve", "prepare", "benchmark.cases", "benchmark.__main__"}
+LIGHT = {"cli", "files", "signals", "serve", "prepare", "benchmark.cases", "benchmark.__main__"}
 DEVICE = {"types", "masking", "sharding", "models", "rewards.placement", "rl"} | {
     "checksums",
     "checkpoint",

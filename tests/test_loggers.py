@@ -2,6 +2,8 @@
 
 import json
 import logging
+import pathlib
+import struct
 import sys
 import types
 
@@ -109,27 +111,39 @@ def test_wandb_never_asks_for_a_key(tmp_path, wandb, caplog, monkeypatch, mode, 
     assert bool(wandb.asked) == begins and ("wandb login" in caplog.text) == (not begins)
 
 
-def test_tensorboards_thread_may_die(tmp_path, caplog, monkeypatch):
-    """As it does on a full disk; adding to its full queue, or closing, would then wait for ever."""
-    monkeypatch.setattr(loggers, "_TENSORBOARD_QUEUE", 2)
-    monkeypatch.setattr("threading.excepthook", lambda _: None)
+def test_a_full_disk_costs_tensorboard_alone(tmp_path, caplog, monkeypatch):
     writer = MetricsWriter(tmp_path, 0, configure("tensorboard"))
     writer.write("rl", 0, {"f1": 0.5})
-    files = writer._loggers._loggers["tensorboard"]._events["rl"].file_writer.event_writer
 
     def refuse(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files._worker._record_writer, "write_event", refuse)
-    monkeypatch.setattr(files._worker._record_writer, "flush", refuse)
-    writer.write("rl", 1, {"f1": 0.5})
-    files._worker.join(timeout=30)
-    assert not files._worker.is_alive()
+    monkeypatch.setattr(loggers.RecordWriter, "flush", refuse)
     with caplog.at_level(logging.WARNING, "stepsearch_jax"):
-        for iteration in range(2, 9):
+        for iteration in range(1, 9):
             writer.write("rl", iteration, {"f1": 0.5})
         writer.close()
     assert len(caplog.records) == 1 and len(read_metrics(tmp_path)) == 9
+
+
+def test_a_clock_that_jumped_back_leaves_the_files_in_order(tmp_path, monkeypatch):
+    """TensorBoard reads them in the order of their names."""
+    for start, now in enumerate((2e9, 1.9e9)):
+        monkeypatch.setattr(loggers.time, "time", lambda now=now: now)
+        writer = MetricsWriter(tmp_path, start, configure("tensorboard"))
+        writer.write("rl", start, {"f1": 0.5})  # never closed, as by a kill
+    files = sorted((tmp_path / "tensorboard/rl").iterdir())
+    assert [steps(file) for file in files] == [[0, 0], [1, 1]]
+
+
+def steps(file: pathlib.Path) -> list[int]:
+    """The iterations of a file's events, but for its first, which says what the file is."""
+    raw, found = file.read_bytes(), []
+    while raw:
+        (length,) = struct.unpack("<Q", raw[:8])
+        found.append(loggers.Event.FromString(raw[12 : 12 + length]).step)
+        raw = raw[16 + length :]
+    return found[1:]
 
 
 def test_a_missing_package_is_named_before_work(monkeypatch):

@@ -76,7 +76,7 @@ for ((number = 1; ; number++)); do
 
   if [[ ${DRY_RUN:-0} == 1 ]]; then
     echo "# after a crash, before the next attempt:"
-    bash launch/pod/stop.sh
+    WAIT_S=10 bash launch/pod/stop.sh
     echo "# after a preemption:"
     create
     set_up

@@ -43,7 +43,9 @@ class Subject:
     def text(self) -> str:
         """The docstring of its module."""
         return ast.get_docstring(
-            ast.parse((pathlib.Path(__file__).parent / f"{self.name}.py").read_text())
+            ast.parse(
+                (pathlib.Path(__file__).parent / f"{self.name}.py").read_text(encoding="utf-8")
+            )
         )
 
 

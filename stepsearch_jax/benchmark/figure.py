@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 
 from matplotlib.figure import Figure
+
+from stepsearch_jax.files import replacing
 
 OURS, PEER, SOFT = "#0072B2", "#D55E00", "#666666"
 
@@ -58,6 +59,5 @@ def check_ending(path: pathlib.Path) -> None:
 
 def write_figure(figure: Figure, path: pathlib.Path) -> None:
     """Writes it whole or not at all, in the form that the name's ending says."""
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    figure.savefig(temporary, dpi=160)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=160, format=path.suffix.removeprefix(".").lower())

@@ -165,5 +165,5 @@ class HostMemory:
 def read_own_memory() -> int:
     """Bytes of this process's memory that no file backs; 0 if the system does not say."""
     status = pathlib.Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.is_file() else []
+    lines = status.read_text(encoding="utf-8").splitlines() if status.is_file() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)

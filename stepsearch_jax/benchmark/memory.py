@@ -83,7 +83,7 @@ def measure(
 
 def write_questions(corpus: pathlib.Path, file: pathlib.Path) -> None:
     """Rows in StepSearch's form, each with two sub-questions about passages of the corpus."""
-    with open(corpus) as lines:
+    with open(corpus, encoding="utf-8") as lines:
         passages = [json.loads(line) for line in itertools.islice(lines, 2 * QUESTIONS)]
     query = lambda passage: passage["title"] + " " + passage["text"][:40]
     document = lambda passage: {"title": passage["title"], "paragraph_text": passage["text"]}
@@ -97,7 +97,7 @@ def write_questions(corpus: pathlib.Path, file: pathlib.Path) -> None:
         }
         for one, two in zip(passages[::2], passages[1::2])
     ]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def _hold_alone(config: ml_collections.ConfigDict, stage: str) -> int:

@@ -85,7 +85,7 @@ def measure_index(folder: pathlib.Path, count: int, seed: int, repeats: int) -> 
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
     # Queries; a first search does not count.
-    built, index = json.loads(figures_file.read_text()), load_index(out)
+    built, index = json.loads(figures_file.read_text(encoding="utf-8")), load_index(out)
     queries = draw_queries(64, seed)
     index.search(queries, K)
     rates = {}
@@ -105,7 +105,7 @@ def write_corpus(path: pathlib.Path, count: int, seed: int) -> None:
     """JSON lines with `title` and `text`, 80 to 120 words each."""
     texts, rng = Texts(seed), np.random.default_rng(seed)
     temporary = path.with_suffix(".part")
-    with open(temporary, "w") as file:
+    with open(temporary, "w", encoding="utf-8") as file:
         for _ in tqdm(range(count), desc="writing passages", unit=" passages"):
             row = {"title": texts.write(2), "text": texts.write(int(rng.integers(80, 121)))}
             file.write(json.dumps(row) + "\n")
@@ -126,7 +126,7 @@ def run_server(index: pathlib.Path, log: pathlib.Path, *flags: str) -> Iterator[
     with socket.socket() as found:
         found.bind(("localhost", 0))
         port = found.getsockname()[1]
-    with open(log, "w") as log_file:
+    with open(log, "w", encoding="utf-8") as log_file:
         command = [
             sys.executable,
             "-m",

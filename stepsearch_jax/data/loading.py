@@ -44,6 +44,7 @@ from stepsearch_jax.data import (
     stepsearch,
     two_wiki,
 )
+from stepsearch_jax.files import WriteError, naming_failures
 from stepsearch_jax.records import Document, Question
 
 logger = logging.getLogger("stepsearch_jax")
@@ -313,8 +314,10 @@ def _prepare(dataset: tfds.core.DatasetBuilder, remake: Callable) -> tfds.core.D
     tfds.disable_progress_bar()
     try:
         # TFDS prints about downloads; there are none.
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), naming_failures(dataset.data_path):
             dataset.download_and_prepare()
+    except WriteError:
+        raise
     except OSError:
         dataset = remake()
         if not dataset.is_prepared():

@@ -181,7 +181,7 @@ def _read_json(file: pathlib.Path):
     if not file.is_file():
         return None
     try:
-        return json.loads(file.read_text())
+        return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from error
 

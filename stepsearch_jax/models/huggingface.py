@@ -22,6 +22,7 @@ import safetensors
 import safetensors.numpy
 from jax.experimental import multihost_utils
 
+from stepsearch_jax.files import name_beside, remove_leftovers
 from stepsearch_jax.hub import INDEX
 from stepsearch_jax.models.architecture import ModelConfig, RopeScaling
 from stepsearch_jax.models.weights import (
@@ -60,7 +61,7 @@ def open_checkpoint(path: pathlib.Path) -> Weights:
             "a .gguf file"
         )
     try:
-        fields = _read_fields(json.loads(file.read_text()))
+        fields = _read_fields(json.loads(file.read_text(encoding="utf-8")))
     # The latter two: the file is no table, or holds a word instead of a number.
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{file}: {error}") from error
@@ -162,7 +163,7 @@ def list_tensors(folder: pathlib.Path) -> dict[str, WeightTensor]:
     # The list of files.
     if index.is_file():
         try:
-            named = json.loads(index.read_text())["weight_map"].values()
+            named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
             files = sorted({folder / file for file in named})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
@@ -230,12 +231,12 @@ def export_policy(
     belongs to none of the families.
     """
     first = jax.process_index() == 0
-    beside = lambda kind: folder.with_name(f".{folder.name}.{kind}.{os.getpid()}")
-    made, old = beside("made"), beside("old")
+    made, old = name_beside(folder, "made"), name_beside(folder, "old")
     contents = _describe(config, dtype, context, end_ids, pad_id)
     files = _cut_into_files(params, config, dtype, shard_bytes)
     index = {"metadata": {"total_size": 0}, "weight_map": {}}
     if first:
+        remove_leftovers(folder)
         shutil.rmtree(made, ignore_errors=True)
         made.mkdir(parents=True)
     try:
@@ -253,7 +254,7 @@ def export_policy(
             if len(files) > 1:
                 contents[INDEX] = index
             for file, content in contents.items():
-                (made / file).write_text(json.dumps(content, indent=2) + "\n")
+                (made / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
             for file, raw in other_files.items():
                 (made / file).parent.mkdir(parents=True, exist_ok=True)
                 (made / file).write_bytes(raw)

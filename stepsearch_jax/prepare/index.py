@@ -99,5 +99,5 @@ def measure_peak() -> int:
     """Peak memory of this process so far, in bytes."""
     status = pathlib.Path("/proc/self/status")
     if status.is_file():  # getrusage also counts what the parent process held
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"))[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -159,7 +159,7 @@ def load_tokenizer(name_or_folder: str, words: Sequence[str]) -> Tokenizer:
     except Exception as error:  # the library raises plain Exception
         raise ValueError(f"{path} cannot be read as a tokenizer: {error}") from error
     try:
-        config = json.loads(settings.read_text()) if settings.is_file() else {}
+        config = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
     except ValueError as error:
         raise ValueError(f"{settings} is not valid JSON: {error}") from error
     end, pad = (_name_token(config.get(key)) for key in ("eos_token", "pad_token"))

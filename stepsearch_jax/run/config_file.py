@@ -111,7 +111,7 @@ def _read_saved(path: epath.Path) -> ml_collections.ConfigDict:
     """The config that a run wrote. Raises ValueError for a file of another kind or version."""
     config = load_config(str(find_configs() / "base.py"))
     try:
-        saved = json.loads(path.read_text())
+        saved = json.loads(path.read_text(encoding="utf-8"))
         _fill(config, saved)
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(

@@ -81,7 +81,7 @@ def lock(workdir: pathlib.Path) -> Iterator[int | None]:
         yield None
         return
     workdir.mkdir(parents=True, exist_ok=True)
-    with open(workdir / ".lock", "w") as file:
+    with open(workdir / ".lock", "w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import pathlib
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from stepsearch_jax.files import write_bytes
 from stepsearch_jax.plugins import name_metric
 from stepsearch_jax.run.collect import Collected
 from stepsearch_jax.sharding import rows_from_mesh
@@ -106,9 +108,10 @@ def keep_skipped_batch(workdir: pathlib.Path, iteration: int, batch: Batch, step
     kept = list(workdir.glob(f"skipped-*-{jax.process_index()}.npz"))
     if path in kept or len(kept) < MOST_SKIPPED_BATCHES:
         arrays = rows_from_mesh(batch)
-        with path.open("wb") as file:
-            columns = {name: getattr(arrays, name) for name in batch.__dataclass_fields__}
-            np.savez_compressed(file, **columns)
+        columns = {name: getattr(arrays, name) for name in batch.__dataclass_fields__}
+        file = io.BytesIO()
+        np.savez_compressed(file, **columns)
+        write_bytes(path, file.getvalue())
         where = f"its batch is in {path}"
     else:
         where = f"its batch is not kept, because {len(kept)} are in {workdir}"

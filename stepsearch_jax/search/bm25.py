@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stepsearch_jax.data.documents import CORPUS, OFFSETS, StoredDocuments
+from stepsearch_jax.files import naming_failures
 from stepsearch_jax.records import Document
 from stepsearch_jax.search.cache import (
     describe_search,
@@ -159,7 +160,8 @@ def stream_index(
                     begun.mkdir(parents=True)
                     write_manifest(begun, wanted)
                 try:
-                    _build(read(), begun, folder, wanted)
+                    with naming_failures(folder):
+                        _build(read(), begun, folder, wanted)
                 except ValueError:  # wrong documents: there is nothing to resume
                     shutil.rmtree(unfinished, ignore_errors=True)
                     raise

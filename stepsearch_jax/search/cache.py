@@ -14,7 +14,7 @@ import pathlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 
-from stepsearch_jax.files import write_json
+from stepsearch_jax.files import name_beside, naming_failures, remove_leftovers, write_json
 from stepsearch_jax.records import Document
 
 MANIFEST = "manifest.json"
@@ -55,7 +55,7 @@ def describe_search(corpus: str, documents: int, retriever: str, k: int, setting
 def read_manifest(folder: pathlib.Path) -> dict | None:
     """What the folder was made from, or None if it is not there or not complete."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     return manifest if isinstance(manifest, dict) else None
@@ -90,16 +90,15 @@ def prepare_folder(
     """
     if read_manifest(folder) == manifest:
         return False
-    made, old = (
-        aside / kind if aside else folder.with_name(f".{folder.name}.{kind}.{os.getpid()}")
-        for kind in ("made", "old")
-    )
+    made, old = (aside / kind if aside else name_beside(folder, kind) for kind in ("made", "old"))
+    remove_leftovers(folder)
     for leftover in (made, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    made.mkdir(parents=True)
     try:
-        write(made)
-        write_manifest(made, manifest)
+        with naming_failures(folder):
+            made.mkdir(parents=True)
+            write(made)
+            write_manifest(made, manifest)
         while True:
             try:
                 os.rename(made, folder)

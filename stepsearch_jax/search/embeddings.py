@@ -5,7 +5,6 @@ After a kill, the next run resumes from the last whole shard.
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 import shutil
@@ -15,12 +14,13 @@ import ml_dtypes  # noqa: F401  (gives NumPy the type bfloat16)
 import numpy as np
 import tqdm
 
+from stepsearch_jax.files import naming_failures
 from stepsearch_jax.search.cache import (
-    MANIFEST,
     hash_texts,
     link_file,
     prepare_folder,
     read_manifest,
+    write_manifest,
 )
 
 EMBEDDINGS = "embeddings.bin"
@@ -59,8 +59,10 @@ def embed_corpus(
         if read_manifest(unfinished) != manifest:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
-            (unfinished / MANIFEST).write_text(json.dumps(manifest))
-        _write_shards(texts, unfinished / EMBEDDINGS, embed, width, np.dtype(dtype), shard_rows)
+            write_manifest(unfinished, manifest)
+        file = unfinished / EMBEDDINGS
+        with naming_failures(file):
+            _write_shards(texts, file, embed, width, np.dtype(dtype), shard_rows)
         prepare_folder(
             folder,
             manifest,

@@ -62,7 +62,7 @@ def collect_shards(documents: Iterable[tuple[str, str]], folder: pathlib.Path) -
     """
     # Shards that an interrupted build left; useless if the documents that belong to them are gone.
     shards = [
-        json.loads((folder / f"{n}.json").read_text())
+        json.loads((folder / f"{n}.json").read_text(encoding="utf-8"))
         for n in range(len(list(folder.glob("[0-9]*.json"))))
     ]
     (folder / CORPUS).touch()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from stepsearch_jax.files import replacing
 from stepsearch_jax.metrics import moving_average, read_metrics
 from stepsearch_jax.sweeps.results import mean_interval
 from stepsearch_jax.sweeps.running import POINTS
@@ -68,11 +68,13 @@ def write_figure(figure: Figure, workdir: pathlib.Path) -> None:
     The same figure gives the same files.
     """
     for name in FIGURE_FILES:
-        temporary = workdir / f".{os.getpid()}.{name}"
-        metadata = {"Date": None} if name.endswith(".svg") else None
-        with matplotlib.rc_context({"svg.hashsalt": "sweep", "svg.fonttype": "none"}):
-            figure.savefig(temporary, dpi=160, metadata=metadata)
-        temporary.replace(workdir / name)
+        kind = name.rpartition(".")[2]
+        metadata = {"Date": None} if kind == "svg" else None
+        with (
+            replacing(workdir / name) as temporary,
+            matplotlib.rc_context({"svg.hashsalt": "sweep", "svg.fonttype": "none"}),
+        ):
+            figure.savefig(temporary, dpi=160, metadata=metadata, format=kind)
 
 
 def _list_methods(table: dict[str, Any], workdir: pathlib.Path) -> list[dict[str, Any]]:

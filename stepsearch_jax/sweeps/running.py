@@ -143,7 +143,7 @@ def _start(
 ) -> _Run:
     log = workdir / POINTS / f"{point.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as file:
+    with log.open("a", encoding="utf-8") as file:
         # A session of its own: Ctrl-C reaches only this process, which then ends the others.
         process = subprocess.Popen(
             command,

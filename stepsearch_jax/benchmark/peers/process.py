@@ -43,7 +43,7 @@ class Peer:
         self._name = name
         self._folder = tempfile.TemporaryDirectory(prefix="stepsearch-peer-")
         folder = pathlib.Path(self._folder.name)
-        (folder / "job.json").write_text(json.dumps(job))
+        (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
         np.savez(folder / "arrays.npz", **arrays)
         self._log = folder / "log.txt"
         environment = os.environ | {
@@ -55,7 +55,7 @@ class Peer:
         # The process, and its first answer.
         command = [python, "-m", f"stepsearch_jax.benchmark.peers.{name}", str(folder)]
         try:
-            with self._log.open("w") as log:
+            with self._log.open("w", encoding="utf-8") as log:
                 self._process = subprocess.Popen(
                     command,
                     env=environment,
@@ -90,7 +90,7 @@ class Peer:
                 f"it ended without a word; --peer-python={self._process.args[0]} must be a Python "
                 "interpreter"
             )
-            last = (self._log.read_text().strip().splitlines() or [silent])[-1]
+            last = (self._log.read_text(encoding="utf-8").strip().splitlines() or [silent])[-1]
             answer = {"missing" if last.startswith("ModuleNotFoundError") else "failed": last}
         else:
             answer = json.loads(line)
@@ -132,7 +132,7 @@ def serve(
 
     folder = pathlib.Path(sys.argv[1])
     try:
-        job = json.loads((folder / "job.json").read_text())
+        job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
         with np.load(folder / "arrays.npz") as arrays:
             versions, checks, runs = make(job, dict(arrays))
         np.savez(folder / "checks.npz", **checks)
