@@ -22,10 +22,10 @@ from collections.abc import Sequence
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from stepsearch_jax import signals
+from stepsearch_jax import cli, signals
 
 if __name__ == "__main__":
-    signals.listen()
+    cli.begin_command()
 
 from stepsearch_jax.sweeps.points import Sweep, list_points, load_sweeps
 from stepsearch_jax.sweeps.results import (

@@ -29,10 +29,10 @@ from typing import IO
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "launch")]
 
-from stepsearch_jax import signals
+from stepsearch_jax import cli, signals
 
 if __name__ == "__main__":
-    signals.listen()
+    cli.begin_command()
 
 # What table and figure read.
 FILES = ("config.json", "run.json", "evaluation.json", "metrics.jsonl")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import faulthandler
+import io
 import logging
 import pathlib
 import re
@@ -62,13 +63,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of those below")
     parser.add_argument("arguments", metavar="…", nargs=argparse.REMAINDER, help="its arguments")
     if arguments is None:
-        signals.listen()
+        begin_command()
         if not sys.argv[1:]:
             parser.print_help()
             raise SystemExit(2)
     options = parser.parse_args(arguments)
     sys.argv[1:] = options.arguments
     runpy.run_module(f"stepsearch_jax.{options.command}", run_name="__main__", alter_sys=True)
+
+
+def begin_command() -> None:
+    """The first thing that a command does: it hears signals, and can print any text anywhere."""
+    signals.listen()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # in a C locale it would refuse all but ASCII
+            stream.reconfigure(errors="backslashreplace")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -139,7 +148,7 @@ def parse_flags(
     Raises SystemExit for wrong flags.
     """
     if arguments is None:
-        signals.listen()
+        begin_command()
     options, rest = parser.parse_known_args(arguments)
     from etils import epath
 

@@ -83,9 +83,10 @@ def start(command: list, *, devices: int = 1, log: pathlib.Path) -> subprocess.P
     """Starts `python …command` in the repository with `devices` fake CPU devices.
 
     log: file for its output, in the test's tmp_path. Programs are compiled without optimisation and
-    cached beside the folders of the tests.
+    cached beside the folders of the tests. The locale is one that knows only ASCII.
     """
     environment = os.environ | {
+        **{"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"{COMPILE_FAST} --xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": f"{REPO}:{REPO / 'tests'}",

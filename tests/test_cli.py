@@ -178,3 +178,14 @@ def test_freed_memory_is_reused(memory, fresh):
         check=True,
     )
     assert int(found.stdout) in fresh
+
+
+@pytest.mark.parametrize("module", ["train", "prepare"])
+def test_help_is_printed_in_any_locale(module):
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", f"stepsearch_jax.{module}", "--help"],
+        env=os.environ | ascii_only,
+        capture_output=True,
+    )
+    assert done.returncode == 0 and b"config" in done.stdout and not done.stderr

@@ -16,7 +16,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from stepsearch_jax import signals
+from stepsearch_jax import cli
 
 COMMANDS = ("audit", "index", "keys")
 
@@ -34,5 +34,5 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    signals.listen()
+    cli.begin_command()
     main(sys.argv[1:])
