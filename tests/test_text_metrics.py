@@ -4,6 +4,7 @@ import gzip
 import json
 import re
 import string
+import unicodedata
 from collections import Counter
 
 import pytest
@@ -71,8 +72,10 @@ def test_holding_an_answer_by_hand():
 def test_normalisation_is_squads(text):
     """Step by step, like the official evaluation script; ours has a short cut for plain ASCII.
 
-    Where that script leaves nothing, articles stay, or else punctuation.
+    Where that script leaves nothing, articles stay, or else punctuation. The text is in normal form
+    C first.
     """
+    text = unicodedata.normalize("NFC", text.lower())
     kept = "".join(character for character in text.lower() if character not in string.punctuation)
     words = re.sub(r"\b(a|an|the)\b", " ", kept).split() or kept.split() or text.lower().split()
     assert text_metrics.normalize(text) == " ".join(words)

@@ -1,7 +1,8 @@
 """Word F1, exact match and cover match of two texts (host).
 
-The method is SQuAD's (Rajpurkar et al. 2016, section 6.1). Accepted answers and queries recur, so
-their normalised form is cached; texts of a policy are not.
+The method is SQuAD's (Rajpurkar et al. 2016, section 6.1) on texts in Unicode's normal form C. In
+scripts without spaces between words each character counts as a word (`words.py`). Accepted answers
+and queries recur, so their normalised form is cached; texts of a policy are not.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import re
 import string
 from collections.abc import Sequence
 from typing import NamedTuple
+
+from stepsearch_jax.words import fold, separate_characters
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _PUNCTUATION_BYTES = string.punctuation.encode()
@@ -66,7 +69,7 @@ def holds_answer(text: str, answers: Sequence[str]) -> bool:
 
     No text holds an answer without words.
     """
-    padded = f" {normalize(text)} "
+    padded = f" {' '.join(_list_words(text))} "
     return any(answer and f" {answer} " in padded for answer, _ in map(_read_accepted, answers))
 
 
@@ -75,39 +78,44 @@ def normalize(text: str) -> str:
 
     Lower case, without ASCII punctuation and the words a, an, the; white space collapsed. A text of
     which nothing would be left keeps its articles ("A", a grade), and one of punctuation alone
-    keeps that ("*"), so that an empty answer does not equal them.
-    Reference: SQuAD's script compares such texts as empty ones.
+    keeps that ("*"), so that an empty answer does not equal them. The result is in normal form C.
+    Reference: SQuAD's script compares such texts as empty ones, and knows no normal form.
     """
     return " ".join(_split(text))
 
 
 def _split(text: str) -> list[str]:
-    """The words of the normalised text."""
-    return (
-        _split_as_squad(text)
-        or text.lower().translate(_PUNCTUATION).split()
-        or text.lower().split()
-    )
+    """The words of the normalised text, separated by white space."""
+    text = fold(text)
+    return _split_as_squad(text) or text.translate(_PUNCTUATION).split() or text.split()
 
 
 def _split_as_squad(text: str) -> list[str]:
     # Without punctuation such a text is letters, digits and spaces, so articles are whole words:
     # the same result, three times faster.
     if text.isascii() and text.isprintable():
-        words = text.lower().encode().translate(None, _PUNCTUATION_BYTES).decode().split()
+        words = text.encode().translate(None, _PUNCTUATION_BYTES).decode().split()
         if _ARTICLE_WORDS.isdisjoint(words):
             return words
         return [word for word in words if word not in _ARTICLE_WORDS]
-    return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
+    return _ARTICLES.sub(" ", text.translate(_PUNCTUATION)).split()
+
+
+def _list_words(text: str) -> list[str]:
+    """The words of the normalised text, those of scripts without spaces by characters."""
+    words = _split(text)
+    if text.isascii():
+        return words
+    return [part for word in words for part in separate_characters(word)]
 
 
 def _read(text: str) -> tuple[str, frozenset]:
-    """-> the normalised text, and its bag of words as a set.
+    """-> the words of the normalised text, joined by spaces, and their bag as a set.
 
     The n-th repetition of a word is the element (word, n), so intersections of sets are those of
     bags.
     """
-    words = _split(text)
+    words = _list_words(text)
     bag = frozenset(words)
     if len(bag) < len(words):
         counts: dict[str, int] = {}
