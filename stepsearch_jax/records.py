@@ -52,7 +52,8 @@ class Question:
 
     `uid` is the data set's own identifier, `shape` the graph shape or type (for tables), for
     example "2hop". `loose_gold_ids` and `loose_missing_gold` are gold documents that the data set
-    assigns to no sub-question.
+    assigns to no sub-question. `unordered`: each accepted answer is a list with commas, whose
+    entries may stand in any order.
     """
 
     uid: str
@@ -63,6 +64,7 @@ class Question:
     shape: str = ""
     loose_gold_ids: tuple[int, ...] = ()
     loose_missing_gold: tuple[tuple[str, str], ...] = ()
+    unordered: bool = False
 
     @property
     def answers(self) -> tuple[str, ...]:

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from stepsearch_jax.records import Document
 from stepsearch_jax.search import cache
-from stepsearch_jax.search.bm25 import build_index, load_index, select_best, split_words
+from stepsearch_jax.search.bm25 import build_index, load_index, select_best
+from stepsearch_jax.words import split_words
 
 K1, B = 0.9, 0.4
 

@@ -47,6 +47,7 @@ questions = st.builds(
     shape=texts,
     loose_gold_ids=ids,
     loose_missing_gold=passages,
+    unordered=st.booleans(),
 )
 
 

@@ -71,6 +71,14 @@ def test_documents_that_were_given_count_as_retrieved():
     assert found["searches"] == (0, 1)
 
 
+def test_a_list_of_answers_may_stand_in_any_order():
+    question = Question("q", "Which?", "Turin, Po", unordered=True)
+    found = measure(search("x", 2), answer("the Po, Turin"), question=question)
+    assert found["em"] == found["f1"] == found["cover_em"] == (1, 1)
+    assert found["answer_in_evidence"] == (1, 1)
+    assert measure(search("x", 1), question=question)["answer_in_evidence"] == (0, 1)
+
+
 def test_what_is_not_defined_has_no_weight():
     """No evidence without documents, no recall without known gold ones, no share without turns."""
     direct = measure(answer("Po"), given=None)

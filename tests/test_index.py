@@ -21,8 +21,9 @@ from stepsearch_jax.prepare import __main__ as prepare
 from stepsearch_jax.prepare.index import index_files
 from stepsearch_jax.records import Document
 from stepsearch_jax.search import cache, postings
-from stepsearch_jax.search.bm25 import build_index, load_index, split_words
+from stepsearch_jax.search.bm25 import build_index, load_index
 from stepsearch_jax.search.cache import hash_documents
+from stepsearch_jax.words import RECIPE, split_words
 
 K1, B = 0.9, 0.4
 BM25S_FILES = (
@@ -122,7 +123,7 @@ def test_files_and_memory_give_the_same_index(tmp_path, small_pieces):
         "documents": len(documents),
         "retriever": "bm25-lucene",
         "k": 3,
-        "settings": {"k1": K1, "b": B},
+        "settings": {"k1": K1, "b": B, "words": RECIPE},
     }
     assert index.describe(3) == manifest
     assert build_index(documents, tmp_path / "other", K1, B).describe(3) == manifest
@@ -311,6 +312,7 @@ def test_other_files_or_settings_start_over(tmp_path, small_pieces, monkeypatch)
     assert index_files([path], tmp_path / "index", K1, 1.0).describe(1)["settings"] == {
         "k1": K1,
         "b": 1.0,
+        "words": RECIPE,
     }
     assert load_index(tmp_path / "index").describe(1)["settings"]["b"] == 1.0
 

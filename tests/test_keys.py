@@ -228,6 +228,7 @@ def test_rows_are_read_back_as_they_were(tmp_path):
             (SubQuestion("one?", "a", (), (0,), ("k",)), SubQuestion("two?", "x", (), (), ())),
             "2hop",
             (1, 2),
+            unordered=True,
         ),
     ]
     rows = [

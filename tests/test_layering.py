@@ -13,6 +13,7 @@ PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "stepsearch_jax"
 LAYERS = (
     "choices",
     "records",
+    "words",
     "types",
     "masking",
     "sharding",
@@ -43,6 +44,7 @@ LAYERS = (
 COMMANDS = {"train", "evaluate", "ask", "export", "serve", "prepare", "preflight", "benchmark"}
 HOST = {
     "records",
+    "words",
     "loggers",
     "metrics",
     "data",

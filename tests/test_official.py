@@ -192,7 +192,8 @@ def test_phantomwiki_hops(tmp_path):
     write_rows(tmp_path / "articles.jsonl", articles)
     first, second, third, fourth = read("phantomwiki", tmp_path).splits["test"]
     assert second == Question("p2", "How many?", "2", shape="difficulty 1")
-    assert first.answer == "Cid, Dan" and first.aliases == ()
+    assert first.answer == "Cid, Dan" and first.aliases == () and first.unordered
+    assert not second.unordered
     whose = "Who is the person whose hobby is chess?"
     assert first.sub_questions == (
         SubQuestion(whose, "Ann", (), (0,), (whose,)),

@@ -21,6 +21,7 @@ from stepsearch_jax.prepare.index import index_files
 from stepsearch_jax.records import Document
 from stepsearch_jax.search.callback import MAX_QUERY_CHARACTERS, SomeFailedError
 from stepsearch_jax.search.remote import MAX_BODY_BYTES, RemoteIndex, open_remote, render_contents
+from stepsearch_jax.words import RECIPE
 
 QUERIES = ["w0é w3é", "w1é", "nothing", "", "w2é w2é w40é"]
 
@@ -61,7 +62,7 @@ def test_the_client_finds_what_the_index_finds(url, index):
     manifest = client.describe(4)
     assert manifest["retriever"] == "remote"
     assert manifest["corpus"] == index.describe(4)["corpus"]
-    settings = {"url": url, "retriever": "bm25-lucene", "k1": 0.9, "b": 0.4}
+    settings = {"url": url, "retriever": "bm25-lucene", "k1": 0.9, "b": 0.4, "words": RECIPE}
     assert manifest["settings"] == settings
 
 

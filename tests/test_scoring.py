@@ -19,6 +19,7 @@ from text_episodes import (
 )
 
 from configs import base
+from stepsearch_jax.records import Question
 from stepsearch_jax.rewards.scoring import (
     information_gain,
     key_reward,
@@ -451,6 +452,16 @@ def test_a_gold_document_that_is_not_last_is_not_quite_itself_in_pair():
     expected = TfidfVectorizer().fit_transform(["doc doc fox doc 2", "doc doc fox"]).toarray()
     found = repeated.similarity([[0]], [[0, 1]], [[2, 0]])
     np.testing.assert_allclose(found[0, 0], expected[0] @ expected[1], atol=1e-6)
+
+
+def test_a_list_of_answers_is_rewarded_in_any_order():
+    question = Question("q", "Which?", "Turin, Po", unordered=True)
+    given = make_episode(search("x", 0), answer("Po, Turin"), question=question)
+    assert score_episodes([given], NOTHING_SIMILAR, **PAPER).measures.em == [1]
+    wrong = make_episode(search("x", 0), answer("Rome"), question=question)
+    for text, credit in (("The Po flows through Turin.", 0.25), ("Turin", 0)):
+        settings = PAPER | dict(retrieved_answer_credit=0.25, texts=[text])
+        assert score_episodes([wrong], NOTHING_SIMILAR, **settings).outcome_rewards == [credit]
 
 
 def test_a_system_knows_its_documents_by_id(tmp_path_factory):

@@ -1,6 +1,8 @@
 """The rule that ends a turn: by hand, and the automaton over tokens against a string search."""
 
+import pathlib
 import random
+import re
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from stepsearch_jax.prompting.tags import (
 from stepsearch_jax.prompting.tokenizers import load_tokenizer
 from stepsearch_jax.records import TurnStatus
 
+REFERENCE = pathlib.Path(__file__).resolve().parents[1] / "docs" / "reference.md"
 SEARCH, ANSWER, INVALID = TurnStatus.SEARCH, TurnStatus.ANSWER, TurnStatus.INVALID
 
 # Pieces that are, nearly are, hide or overlap tags.
@@ -155,6 +158,44 @@ def test_bytes_agree_with_string_search_and_parser(parts, end_at):
     turn = ids if expected[0] is None else ids[: expected[0] + 1]
     status, _ = parse_action(b"".join(BYTES[i] for i in turn).decode(errors="replace"))
     assert status == (expected[1] or INVALID)
+
+
+# What the released code makes of one generation: it keeps the text up to the first </search>, or
+# else the first </answer>, and takes the first pair of equal tags. docs/reference.md has this list.
+RELEASED = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)
+NESTED = {
+    "<search> a <search> b </search>": ((SEARCH, "b"), ("search", "a <search> b")),
+    "<search> a <answer> b </search>": ((INVALID, None), ("search", "a <answer> b")),
+    "<search> a </answer> b </search>": ((INVALID, None), ("search", "a </answer> b")),
+    "</answer> <search> a </search>": ((INVALID, None), ("search", "a")),
+    "<answer> a <search> b </search>": ((SEARCH, "b"), ("search", "b")),
+    "<search> a </search> <answer> b </answer>": ((SEARCH, "a"), ("search", "a")),
+    "<answer> a </answer> <search> b </search>": ((ANSWER, "a"), ("answer", "a")),
+}
+
+
+@pytest.mark.parametrize("text", NESTED)
+def test_nested_tags_here_and_in_the_released_code(text):
+    here, released = NESTED[text]
+    assert parse_action(text) == here
+    ids = list(text.encode())
+    assert run_automaton(ids, BYTE_AUTOMATON)[1] == here[0]
+    kept = re.match(r".*?</search>|.*?</answer>", text)[0]
+    kind, content = RELEASED.search(kept).groups()
+    assert (kind, content.strip()) == released
+    differs = (here[0].name.lower(), here[1]) != released
+    row = f"| `{text}` |"
+    assert (row in REFERENCE.read_text()) == differs
+
+
+@pytest.mark.parametrize("end", TAGS)
+def test_an_end_token_that_is_a_tag(end):
+    """A policy may end its texts with a tag: it closes the turn as the tag does, if it does."""
+    token_bytes = [*BYTES[:256], end.encode()]
+    automaton = make_tag_automaton(token_bytes, (256,))
+    for text in ("", "<search> a", "<answer> b", "so </sea"):
+        expected = run_automaton(list((text + end).encode()), BYTE_AUTOMATON)[1] or INVALID
+        assert run_automaton([*text.encode(), 256], automaton) == (len(text), expected)
 
 
 def test_end_token_outside_the_vocabulary_is_refused():

@@ -1,9 +1,11 @@
 """Text metrics: by hand, step by step on random texts, and against recorded scores."""
 
 import gzip
+import itertools
 import json
 import re
 import string
+import unicodedata
 from collections import Counter
 
 import pytest
@@ -66,13 +68,56 @@ def test_holding_an_answer_by_hand():
     assert not holds("Paris", [])
 
 
+NAMES = ("Ann Oss", "the Bob", "Cid", "ann oss")
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.sampled_from(NAMES), min_size=1, max_size=4),
+    st.lists(st.sampled_from([*NAMES, "Dan", "Ann Oss Cid"]), max_size=4),
+    st.randoms(),
+)
+def test_scores_of_a_list_do_not_depend_on_its_order(accepted, given_entries, rng):
+    """Equal sets have em 1, held ones cover_em 1, whatever the order of either list."""
+    before = text_metrics.compare_answer(", ".join(given_entries), [", ".join(accepted)], True)
+    sets = [
+        {" ".join(text_metrics.normalize(entry).split()) for entry in entries}
+        for entries in (given_entries, accepted)
+    ]
+    assert before.em == (sets[0] == sets[1])
+    rng.shuffle(accepted)
+    rng.shuffle(given_entries)
+    joined = ", ".join(given_entries)
+    assert text_metrics.compare_answer(joined, [", ".join(accepted)], True)[:2] == before[:2]
+    for entries in itertools.permutations(accepted):
+        cover = text_metrics.compare_answer(f"see {joined}", [", ".join(entries)], True).cover_em
+        assert cover == text_metrics.holds_answer(f"see {joined}", [", ".join(entries)], True)
+        assert cover or not sets[1] <= sets[0]
+
+
+def test_a_list_by_hand():
+    compare = lambda text, *answers: text_metrics.compare_answer(text, answers, True)
+    assert compare("Bob,  the Cid.", "Cid, Bob") == compare("Cid, Bob", "Cid, Bob") == (1, 1, 1)
+    assert compare("Bob and Cid", "Cid, Bob") == (0, pytest.approx(4 / 5), 1)
+    assert compare("Bob", "Cid, Bob") == (0, pytest.approx(2 / 3), 0)
+    assert compare("Bob, Cid, Dan", "Cid, Bob") == (0, pytest.approx(4 / 5), 1)
+    assert compare("Dan", "Cid, Bob", "Dan").em == 1
+    assert compare("*, Bob", "Bob, *") == (1, 1, 1)
+    assert compare("", "Cid, Bob") == compare(", ,", "Cid, Bob") == (0, 0, 0)
+    # Elsewhere commas are punctuation.
+    assert exact_match("Texas, Paris", "Paris, Texas") == 0
+    assert exact_match("Paris Texas", "Paris, Texas") == 1
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.text(st.sampled_from("aAnthe .,-'_’é1\t\n\x01\x1cİß")) | st.text())
 def test_normalisation_is_squads(text):
     """Step by step, like the official evaluation script; ours has a short cut for plain ASCII.
 
-    Where that script leaves nothing, articles stay, or else punctuation.
+    Where that script leaves nothing, articles stay, or else punctuation. The text is in normal form
+    C first.
     """
+    text = unicodedata.normalize("NFC", text.lower())
     kept = "".join(character for character in text.lower() if character not in string.punctuation)
     words = re.sub(r"\b(a|an|the)\b", " ", kept).split() or kept.split() or text.lower().split()
     assert text_metrics.normalize(text) == " ".join(words)

@@ -16,6 +16,7 @@ from loop_tfidf import loop_similarity
 from stepsearch_jax.data.documents import Mapped
 from stepsearch_jax.rewards import tfidf
 from stepsearch_jax.rewards.tfidf import fit_similarity
+from stepsearch_jax.words import split_words
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "tfidf_pair.json"
 
@@ -136,7 +137,8 @@ def test_corpus_fit_equals_scikit_learn_on_real_passages(musique):
     text_module = pytest.importorskip("sklearn.feature_extraction.text")
     texts, cases = musique
     texts = texts[:1500]
-    matrix = text_module.TfidfVectorizer().fit_transform(texts)
+    tokens = lambda text: [word for word in split_words(text) if len(word) > 1]
+    matrix = text_module.TfidfVectorizer(analyzer=tokens).fit_transform(texts)
     corpus = fit_similarity(texts, tfidf_fit="corpus")
     rng = random.Random(1)
     for _ in range(60):

@@ -6,12 +6,23 @@ import random
 import shutil
 import unicodedata
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as Inner
 
-from stepsearch_jax.prompting.tokenizers import BYTE_OF, load_tokenizer, make_word_tokenizer
+from stepsearch_jax.prompting import templates
+from stepsearch_jax.prompting.tags import TAGS, decode_query, make_tag_automaton
+from stepsearch_jax.prompting.templates import encode_environment
+from stepsearch_jax.prompting.tokenizers import (
+    BYTE_OF,
+    list_tokenizer_files,
+    load_tokenizer,
+    make_word_tokenizer,
+)
+from stepsearch_jax.records import TurnStatus
 
 WORDS = ("Rome", "is", "the", "capital", "of", "Italy", "O'Hara", "1923", "##>", "naïve")
 TOKENIZER = make_word_tokenizer(WORDS)
@@ -150,6 +161,55 @@ def test_padding_and_truncation_of_a_file_are_ignored(tmp_path):
     assert tokenizer.encode_batch(texts) == expected
     assert [tokenizer.encode(text) for text in texts] == expected
     assert tokenizer.fingerprint == TOKENIZER.fingerprint
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_tags_that_are_special_tokens_are_text(tmp_path, packed):
+    """As fine-tuning programs add them. Prompts and observations have them as single tokens, which
+    decode to the tag and end turns; an export gives other programs the same ids."""
+
+    def mark_special(content):
+        for entry in content["added_tokens"]:
+            entry["special"] = True
+
+    folder = write_tokenizer(tmp_path / "t", mark_special)
+    inner = Inner.from_file(f"{folder}/tokenizer.json")
+    inner.add_special_tokens([AddedToken(tag, normalized=False) for tag in templates.KNOWN_TAGS])
+    inner.save(f"{folder}/tokenizer.json")
+    assert all(token.special for token in inner.get_added_tokens_decoder().values())
+    tokenizer = load_tokenizer(folder, ())
+    ids = inner.get_vocab(with_added_tokens=True)
+    assert {*TAGS, "<think>", "<plan>", "<observation>", "<information>"} < set(
+        templates.KNOWN_TAGS
+    )
+    for tag in templates.KNOWN_TAGS:
+        assert tokenizer.token_bytes[ids[tag]] == tag.encode()
+        assert tokenizer.encode(f" Rome{tag} is") == [ids["ĠRome"], ids[tag], ids["Ġis"]]
+        assert tokenizer.decode([ids["ĠRome"], ids[tag]]) == f" Rome{tag}"
+    assert tokenizer.eos_ids == TOKENIZER.eos_ids
+    assert all(tokenizer.token_bytes[i] == b"" for i in (*tokenizer.eos_ids, tokenizer.pad_id))
+
+    automaton = make_tag_automaton(tokenizer.token_bytes, tokenizer.eos_ids)
+    turn = tokenizer.encode("<think> so</think><search> Rome</search>")
+    state = automaton.start
+    for i in turn:
+        assert automaton.event[state] == 0
+        state = automaton.next_state[state, i]
+    assert automaton.event[state] == TurnStatus.SEARCH
+    assert decode_query(np.array(turn), tokenizer.token_bytes) == "Rome"
+    observation = encode_environment(tokenizer.encode, 1)
+    assert observation.head[-1] == ids["<information>"]
+    assert (
+        ids["</information>"] in observation.tail
+        and ids["<warning>"] in observation.invalid_warning
+    )
+    assert len(observation.head) == 2
+
+    source = "atlas" if packed else folder  # "atlas": written from the tokenizer itself
+    files = list_tokenizer_files(source, tokenizer)
+    exported = Inner.from_str(files["tokenizer.json"].decode())
+    for text in (templates.PAPER, templates.REFERENCE, "<search> Rome</search>"):
+        assert exported.encode(text).ids == tokenizer.encode(text)
 
 
 def test_config_names_end_and_padding(tmp_path):

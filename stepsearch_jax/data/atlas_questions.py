@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import re
 from collections import defaultdict
 
 import numpy as np
@@ -12,6 +11,7 @@ import numpy as np
 from stepsearch_jax.data.atlas_facts import World, pick
 from stepsearch_jax.data.atlas_grammar import QUESTION_FORMS, RELATIONS, Relation, ask, join_phrase
 from stepsearch_jax.records import Document, Question, SubQuestion
+from stepsearch_jax.words import split_words
 
 # Graph shape -> for each sub-question, the earlier ones whose answers it needs.
 # None: it starts from the question; two: it is a join.
@@ -26,7 +26,6 @@ SHAPES = {
 MIN_QUERIES = 3  # accepted queries that a sub-question has at least
 PATIENCE = 5000  # draws in a row without a new path after which a shape counts as exhausted
 TOP_K = 3  # an accepted query ranks its gold document among the first TOP_K
-_WORD = re.compile(r"\w+")
 
 # A hop is (subject row, relation word).
 # A join is (answer row, first relation word, second relation word).
@@ -45,13 +44,13 @@ def make_retrieval_check(documents: list[Document], k1: float, b: float):
 
     logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG
     index = bm25s.BM25(k1=k1, b=b, method="lucene", backend="numpy")
-    words = [_WORD.findall(f"{d.title}\n{d.text}".lower()) for d in documents]
+    words = [split_words(f"{d.title}\n{d.text}") for d in documents]
     index.index(words, show_progress=False)
 
     def retrieves(queries: list[str], row: int) -> tuple[str, ...]:
         kept = []
         for query in queries:
-            scores = index.get_scores(_WORD.findall(query.lower()))
+            scores = index.get_scores(split_words(query))
             if scores[row] > 0 and int((scores >= scores[row]).sum()) <= TOP_K:
                 kept.append(query)
         return tuple(kept) if len(kept) >= MIN_QUERIES and kept[0] == queries[0] else ()

@@ -13,6 +13,7 @@ import tensorflow_datasets as tfds
 from stepsearch_jax.data.official import Format, OfficialBuilder
 from stepsearch_jax.data.rows import Row
 from stepsearch_jax.records import Question
+from stepsearch_jax.words import compose
 
 
 def read_contexts(row: Row) -> dict[str, str]:
@@ -50,10 +51,11 @@ def read_gold(row: Row) -> dict[str, str]:
     The text is "" if no context has this title.
     """
     contexts, gold = read_contexts(row) if row.has("context") else {}, {}
+    texts = {compose(title): text for title, text in contexts.items()}
     for i, fact in enumerate(row.lists("supporting_facts", ("title",), ("sent_id",))):
         match fact:
             case [str(title), int() | str() as number] if str(number).isdecimal():
-                gold[title] = contexts.get(title, "")
+                gold[title] = texts.get(compose(title), "")
             case _:
                 raise row.fault(f"supporting_facts[{i}] should be a title and a number")
     if not gold:

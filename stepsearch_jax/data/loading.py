@@ -20,6 +20,7 @@ import tensorflow_datasets as tfds
 from absl import logging as absl_logging
 from google.protobuf import json_format
 
+from stepsearch_jax import words
 from stepsearch_jax.choices import check_choice
 from stepsearch_jax.data import (
     atlas,
@@ -294,7 +295,7 @@ def _digest(made, *modules) -> str:
 
     A change of either makes a new data set instead of using a stale copy.
     """
-    code = [inspect.getsource(module) for module in (builder, documents, schema, *modules)]
+    code = [inspect.getsource(module) for module in (builder, documents, schema, words, *modules)]
     return hashlib.sha256(json.dumps([made, code]).encode()).hexdigest()[:16]
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from stepsearch_jax.data.rows import Row, read_rows
 from stepsearch_jax.records import Document, Question
+from stepsearch_jax.words import compose
 
 _Passages = tuple[tuple[str, str], ...]  # title and text of each
 _UNSORTED = 1 << 20  # digests that `Seen` collects before it merges them into its sorted array
@@ -30,7 +31,7 @@ def locate_gold(
     document with its title and text; without a text, the only document with its title; without a
     title, the only document with its text as title, or else the first one with this text. White
     space is ignored, because data sets join the sentences of the same paragraph with a blank or
-    without.
+    without. Texts that are canonically equal in Unicode are equal.
     """
     wanted = (
         passage
@@ -120,7 +121,7 @@ def _digest(passage: tuple[str, str]) -> bytes:
 
 
 def _squeeze(text: str) -> str:
-    return "".join(text.split())
+    return "".join(compose(text).split())
 
 
 def _squeeze_passage(title: str, text: str) -> tuple[str, str | None]:

@@ -2,10 +2,10 @@
 
 Files `questions` and `articles`; one split, test. A row of `questions`: `id, question, answer[…],
 difficulty` and, if the way to the answer is known, `hops[{relation, gold_titles[…], values[…]}]`.
-Several answers are one comma-separated answer: all of them are wanted. A hop is a sub-question
-about the people of `gold_titles`, whose articles are its gold documents; the question about each of
-them alone is an accepted query. A first hop that looks up who has a trait (an occupation, a hobby,
-a date of birth) asks for the people instead.
+Several answers are one answer, a list with commas: all of them are wanted, in any order. A hop is a
+sub-question about the people of `gold_titles`, whose articles are its gold documents; the question
+about each of them alone is an accepted query. A first hop that looks up who has a trait (an
+occupation, a hobby, a date of birth) asks for the people instead.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ TRAITS = {"job": "occupation", "hobby": "hobby", "dob": "date of birth", "gender
 
 def read_question(row: Row, split: str) -> Question:
     """The question of a row."""
-    question = row.text("question")
+    question, answers = row.text("question"), row.answers("answer")
     hops = row.objects("hops") if row.has("hops") else []
     subs = [_read_hop(hop, n == 0, question) for n, hop in enumerate(hops)]
     return Question(
         uid=row.identifier("id", otherwise=split),
         question=question,
-        answer=", ".join(row.answers("answer")),
+        answer=", ".join(answers),
         sub_questions=tuple(subs),
         shape=f"difficulty {row.get('difficulty', int)}",
+        unordered=len(answers) > 1,
     )
 
 

@@ -10,7 +10,16 @@ import json
 
 from stepsearch_jax.records import Question, SubQuestion
 
-COLUMNS = ("uid", "question", "answer", "aliases", "sub_questions", "shape", "loose_gold")
+COLUMNS = (
+    "uid",
+    "question",
+    "answer",
+    "aliases",
+    "sub_questions",
+    "shape",
+    "loose_gold",
+    "unordered",
+)
 
 
 def encode_question(question: Question) -> dict[str, str]:
@@ -23,6 +32,7 @@ def encode_question(question: Question) -> dict[str, str]:
         sub_questions=_dump([dataclasses.asdict(sub) for sub in question.sub_questions]),
         shape=question.shape,
         loose_gold=_dump([question.loose_gold_ids, question.loose_missing_gold]),
+        unordered=_dump(question.unordered),
     )
 
 
@@ -41,11 +51,13 @@ def decode_question(row: dict[str, str | bytes]) -> Question:
         for sub in json.loads(texts.pop("sub_questions"))
     ]
     ids, missing = json.loads(texts.pop("loose_gold"))
+    unordered = json.loads(texts.pop("unordered"))
     return Question(
         **{**texts, "aliases": tuple(json.loads(texts["aliases"]))},
         sub_questions=tuple(subs),
         loose_gold_ids=tuple(ids),
         loose_missing_gold=_pairs(missing),
+        unordered=unordered,
     )
 
 

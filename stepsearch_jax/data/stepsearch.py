@@ -3,7 +3,8 @@
 `python -m stepsearch_jax.prepare keys` writes the same form. A row: `question, final_answer,
 answer_aliases, sub_searchs[[query, …], …], sub_support_docs[{title, paragraph_text}, …]`;
 optionally `id`, `shape`, `sub_questions[…]`, `sub_answers[…]` and `sub_answer_aliases[[…], …]`, one
-for each list of queries, and `support_docs`, gold documents of the question as a whole.
+for each list of queries; `support_docs`, gold documents of the question as a whole; and
+`unordered`, whether an answer is a list with commas whose entries may stand in any order.
 
 A list of queries is a sub-question; without `sub_questions`, its text is its first query, and no
 list may be empty. If there are as many documents (or lists of them) as lists of queries, each is
@@ -113,6 +114,7 @@ def read_question(row: Row, split: str) -> Question:
         answer=row.text("final_answer"),
         aliases=row.aliases("answer_aliases"),
         shape=row.text("shape") if row.has("shape") else f"{len(queries)}hop",
+        unordered=row.has("unordered") and row.get("unordered", bool),
         **parts,
     )
 

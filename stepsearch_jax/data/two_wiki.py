@@ -18,6 +18,7 @@ from stepsearch_jax.data import hotpotqa
 from stepsearch_jax.data.official import Format, OfficialBuilder
 from stepsearch_jax.data.rows import Row
 from stepsearch_jax.records import Question, SubQuestion
+from stepsearch_jax.words import compose
 
 _BRACKETS = re.compile(r"\s*\([^()]*\)$")  # "Get Low (Dillon Francis song)"
 
@@ -78,7 +79,7 @@ def match_titles(subjects: list[str], titles: list[str]) -> dict[str, str]:
 
 
 def _plain(title: str) -> str:
-    return _BRACKETS.sub("", title).casefold()
+    return _BRACKETS.sub("", compose(title)).casefold()
 
 
 def _read_hops(row: Row) -> dict[tuple[str, str], list[str]]:

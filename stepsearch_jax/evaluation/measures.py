@@ -66,13 +66,16 @@ def measure_episode(
             return 0.0, 0.0
         return len(evidence.intersection(gold)) / len(set(gold)), 1.0
 
-    held = evidence is not None and any(holds_answer(texts[i], question.answers) for i in evidence)
+    scores = compare_answer(episode.answer, question.answers, question.unordered)
+    held = evidence is not None and any(
+        holds_answer(texts[i], question.answers, question.unordered) for i in evidence
+    )
     of_hops = [sub.gold_ids for sub in question.sub_questions[:hops]]
     of_hops += [()] * (hops - len(of_hops))
     invalid = sum(turn.status == TurnStatus.INVALID for turn in episode.turns)
     return np.array(
         [
-            *[(score, 1.0) for score in compare_answer(episode.answer, question.answers)],
+            *[(score, 1.0) for score in scores],
             (held, evidence is not None),
             recall(question.gold_ids),
             *map(recall, of_hops),

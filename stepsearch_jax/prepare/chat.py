@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from stepsearch_jax.prepare.store import Store
 from stepsearch_jax.search.time_limit import limit_connections, limit_time
+from stepsearch_jax.words import compose
 
 logger = logging.getLogger("stepsearch_jax")
 
@@ -313,7 +314,7 @@ def read_answer(body: str, count: int) -> list[str]:
     text = (_read_message(body) or {}).get("content")
     if not isinstance(text, str):
         return []
-    lines = [_clean_line(line) for line in _THOUGHT.sub("", text).splitlines()]
+    lines = [_clean_line(line) for line in _THOUGHT.sub("", compose(text)).splitlines()]
     return list(dict.fromkeys(filter(_is_query, lines)))[:count]
 
 

@@ -18,6 +18,7 @@ import ml_collections
 import numpy as np
 from tqdm import tqdm
 
+from stepsearch_jax import words
 from stepsearch_jax.prepare.store import Store
 from stepsearch_jax.records import Document
 from stepsearch_jax.search import bm25, postings
@@ -118,7 +119,7 @@ def build_engine(
     else:
         k1, b = settings
         index = bm25.build_index(documents, folder / f"bm25-{k1}-{b}", k1, b)
-        identity = [k1, b, inspect.getsource(bm25), inspect.getsource(postings)]
+        identity = [k1, b, *map(inspect.getsource, (bm25, postings, words))]
     return Engine(name, _hash_json(identity), lambda queries, k: index.search(queries, k)[0])
 
 

@@ -75,6 +75,8 @@ def make_row(
         if all(len(group) == 1 for group in support)
         else support,
     }
+    if question.unordered:
+        row["unordered"] = True
     loose = show(question.loose_gold_ids, question.loose_missing_gold)
     return {**row, "support_docs": loose} if loose else row
 

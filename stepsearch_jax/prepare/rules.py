@@ -13,7 +13,9 @@ import re
 from collections.abc import Iterator, Sequence
 
 from stepsearch_jax.rewards.text_metrics import normalize
+from stepsearch_jax.words import WORD, compose
 
+_HYPHENATED = re.compile(rf"{WORD}(?:[-.'’&/]{WORD})*")
 # question words and function words
 _DROPPED = frozenset(
     "a an the of in on at to for by from with into as and or that this these those it its is are "
@@ -90,7 +92,9 @@ def write_queries(question: str, earlier: Sequence[str], count: int) -> list[str
     """1 to `count` queries for a sub-question, none empty, no two with the same normalised words.
 
     question: with earlier answers filled in. earlier: the answers of the sub-questions before it.
+    The queries are in normal form C.
     """
+    question, earlier = compose(question), [compose(answer) for answer in earlier]
     written: dict[tuple[str, ...], str] = {}
     for query in _write_styles(question, earlier):
         text = " ".join(query.split())
@@ -125,10 +129,7 @@ def _write_styles(question: str, earlier: Sequence[str]) -> Iterator[str]:
 
 def _read_words(text: str) -> list[str]:
     """Words with their inner hyphens, dots and apostrophes; a possessive 's is cut off."""
-    return [
-        word.removesuffix("'s").removesuffix("’s")
-        for word in re.findall(r"\w+(?:[-.'’&/]\w+)*", text)
-    ]
+    return [word.removesuffix("'s").removesuffix("’s") for word in _HYPHENATED.findall(text)]
 
 
 def _find_entity(question: str, earlier: Sequence[str]) -> str:

@@ -48,8 +48,9 @@ def make_tag_automaton(token_bytes: Sequence[bytes], eos_ids: Sequence[int]) -> 
     """Compiles the rule for a vocabulary.
 
     token_bytes: the bytes of each of the V tokens (control tokens have none, so they can never be
-    part of a tag). eos_ids: tokens that end a turn as invalid. Raises ValueError if an end token is
-    not in the vocabulary.
+    part of a tag). eos_ids: tokens that end a turn as invalid, unless they complete a closing tag,
+    as `</answer>` does for a policy that ends its texts with it. Raises ValueError if an end token
+    is not in the vocabulary.
     """
     vocab = len(token_bytes)
     if bad := [i for i in eos_ids if not 0 <= i < vocab]:
@@ -73,7 +74,9 @@ def make_tag_automaton(token_bytes: Sequence[bytes], eos_ids: Sequence[int]) -> 
         next_state[state, order] = reached
     going_on = np.flatnonzero(event == 0)
     invalid = int(np.flatnonzero(event == TurnStatus.INVALID)[0])
-    next_state[np.ix_(going_on, np.array(eos_ids, int))] = invalid
+    for end in eos_ids:
+        unended = going_on[event[next_state[going_on, end]] == 0]
+        next_state[unended, end] = invalid
     return TagAutomaton(next_state, mode, event, start)
 
 

@@ -26,6 +26,9 @@ ALL_TAGS = (
     "</warning>",
 )
 
+# ALL_TAGS have places in word-level vocabularies, whose ids must stay; a policy may know more.
+KNOWN_TAGS = (*ALL_TAGS, "<plan>", "</plan>", "<observation>", "</observation>")
+
 OBSERVATION_HEAD = "\n<information>"
 OBSERVATION_TAIL = "\n</information>\n"
 RANK = "\n Doc {rank} <## Title:"

@@ -46,7 +46,8 @@ class Tokenizer:
     """A byte-level tokenizer: tokens are strings of bytes, and a text is the bytes of its tokens.
 
     vocab_size: largest id + 1 (a checkpoint's embedding may have more rows).
-    token_bytes: the bytes of each id; control tokens have none.
+    token_bytes: the bytes of each id; control tokens have none. Tags are text, also those that the
+        vocabulary marks as special.
     eos_ids: tokens that end a text.
     pad_id: fills places that no mask keeps.
     fingerprint: a hash that changes whenever ids change.
@@ -56,6 +57,7 @@ class Tokenizer:
     """
 
     def __init__(self, inner: tokenizers.Tokenizer, end_tokens: Sequence[str], pad_token: str):
+        inner = _read_tags_as_text(inner)
         # Text never becomes control tokens: a document cannot end a text, and every text is encoded
         # to its own bytes.
         inner.encode_special_tokens = True
@@ -108,6 +110,20 @@ class Tokenizer:
     @functools.cached_property
     def fingerprint(self) -> str:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+
+def _read_tags_as_text(inner: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The same tokenizer, in which no tag of the prompts is special.
+
+    Programs that teach a model tags often add them as special tokens.
+    """
+    added = inner.get_added_tokens_decoder().values()
+    if not any(token.special and token.content in templates.KNOWN_TAGS for token in added):
+        return inner
+    content = json.loads(inner.to_str())
+    for token in content["added_tokens"]:
+        token["special"] = token["special"] and token["content"] not in templates.KNOWN_TAGS
+    return tokenizers.Tokenizer.from_str(json.dumps(content))
 
 
 def _list_token_bytes(inner: tokenizers.Tokenizer, ids: dict[str, int], size: int) -> list[bytes]:

@@ -171,8 +171,12 @@ def measure_episodes(episodes: Sequence[Episode]) -> EpisodeMeasures:
 
     Evaluation reports these; no format gate and no similarity enters.
     """
-    compare = text_metrics.compare_answer
-    answers = [compare(episode.answer, episode.question.answers) for episode in episodes]
+    answers = [
+        text_metrics.compare_answer(
+            episode.answer, episode.question.answers, episode.question.unordered
+        )
+        for episode in episodes
+    ]
     answers = np.array(answers, np.float32).reshape(-1, 3)
     gold = [set(episode.question.gold_ids) for episode in episodes]
     recall = [
@@ -298,7 +302,8 @@ def retrieved_answer(episode: Episode, texts: Sequence[str]) -> bool:
     Document i is `texts[i]`, not what the episode showed of it.
     """
     ids = {i for turn in episode.turns if _retrieved(turn) for i in turn.doc_ids}
-    return any(text_metrics.holds_answer(texts[i], episode.question.answers) for i in ids)
+    answers, unordered = episode.question.answers, episode.question.unordered
+    return any(text_metrics.holds_answer(texts[i], answers, unordered) for i in ids)
 
 
 def passes_strict_gate(episode: Episode) -> bool:

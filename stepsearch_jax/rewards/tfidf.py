@@ -3,11 +3,12 @@
     x_w = count(w) * idf(w),    idf(w) = ln((1 + N) / (1 + df(w))) + 1
     cos(x, y) = Σ_w x_w y_w / (|x| |y|)
 
-A document is a row of `texts`. Tokens (lower case, `\\b\\w\\w+\\b`), weights and norm are the
-defaults of scikit-learn's `TfidfVectorizer`. The two fits differ in the collection that N and df
-count:
-  `CorpusTfidf`  the whole corpus, once;
-  `PairTfidf`    {document} ∪ gold documents, for every document, in closed form.
+A document is a row of `texts`. Weights and norm are the defaults of scikit-learn's
+`TfidfVectorizer`. Tokens have two characters and more. The two fits differ in the collection that N
+and df count, and in the tokens of texts that are not ASCII:
+  `CorpusTfidf`  the whole corpus, once; the words of the search index (`words.py`);
+  `PairTfidf`    {document} ∪ gold documents, for every document, in closed form; scikit-learn's
+                 tokens, runs of `\\w` in lower case.
 Reference: the paper does not say what the idf is fitted on; the released code refits a vectoriser
   for every retrieved document ("pair"), which makes a similarity depend on the number of gold
   documents and gives unrelated texts about 0.1. It also cuts the documents of a search out of their
@@ -38,11 +39,12 @@ import tqdm
 
 from stepsearch_jax.choices import check_choice
 from stepsearch_jax.search.cache import hash_texts, prepare_folder
+from stepsearch_jax.words import RECIPE, split_words
 
 _COUNTED_AT_ONCE = 1 << 20  # entries in memory before they are written
 _LOOKED_AT = 100  # texts, evenly spread, whose hash tells apart two readings of one corpus
-_TOKEN = re.compile(r"\b\w\w+\b")
 _ARRAYS = "ends", "frequencies", "labels"  # of `_TermCounts`, one file each
+_WORD = re.compile(r"\w+")
 _LABELLED = 1000  # the highest rank whose label "Doc RANK" can be counted
 
 
@@ -79,19 +81,20 @@ def fit_similarity(
         raise ValueError("the corpus holds no documents; tf-idf needs at least one")
     if folder is None:
         files = io.BytesIO(), io.BytesIO()
-        arrays = _count_terms(texts, *files)
+        arrays = _count_terms(texts, tfidf_fit, *files)
         terms, counts = (np.frombuffer(file.getbuffer(), np.int32) for file in files)
         return _FITS[tfidf_fit](_TermCounts(terms, counts, *arrays))
 
     # Count the terms unless the folder holds those of the same texts, counted by the same code.
     def write(made: pathlib.Path) -> None:
         with open(made / "terms.bin", "wb") as terms, open(made / "counts.bin", "wb") as counts:
-            for name, values in zip(_ARRAYS, _count_terms(texts, terms, counts)):
+            for name, values in zip(_ARRAYS, _count_terms(texts, tfidf_fit, terms, counts)):
                 np.save(made / f"{name}.npy", values)
 
     some = hash_texts(texts[i] for i in range(0, len(texts), -(-len(texts) // _LOOKED_AT)))
     code = hash_texts([inspect.getsource(sys.modules[__name__])])
     key = dict(kind="term-counts", corpus=corpus, documents=len(texts), texts=some, code=code)
+    key["words"] = RECIPE if tfidf_fit == "corpus" else "scikit-learn"
     prepare_folder(folder, key, write)
     # Map the files into memory; an empty one cannot be mapped.
     try:
@@ -111,13 +114,18 @@ def fit_similarity(
     return _FITS[tfidf_fit](_TermCounts(*map(np.asarray, (*files, *arrays))))
 
 
+def _split_as_scikit_learn(text: str) -> list[str]:
+    return _WORD.findall(text.lower())
+
+
 def _count_terms(
-    texts: Sequence[str], terms_file: BinaryIO, counts_file: BinaryIO
+    texts: Sequence[str], tfidf_fit: str, terms_file: BinaryIO, counts_file: BinaryIO
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Writes every document's terms and counts, int32 -> the other arrays of `_TermCounts`.
 
     Memory grows with the number of distinct words.
     """
+    split = split_words if tfidf_fit == "corpus" else _split_as_scikit_learn
     vocabulary: defaultdict[str, int] = defaultdict()
     vocabulary.default_factory = vocabulary.__len__  # an unknown word gets the next free term id
     terms, counts, ends = array.array("i"), array.array("i"), array.array("q", [0])
@@ -134,7 +142,8 @@ def _count_terms(
     for text in tqdm.tqdm(
         texts, desc="counting words", unit=" documents", leave=False, disable=None
     ):
-        words = Counter(map(vocabulary.__getitem__, _TOKEN.findall(text.lower())))
+        tokens = split(text)
+        words = Counter(vocabulary[token] for token in tokens if len(token) > 1)
         terms.extend(words.keys())
         counts.extend(words.values())
         ends.append(ends[-1] + len(words))
@@ -193,7 +202,7 @@ class _TermCounts:
                 f"reward.tfidf_fit=pair counts the labels of up to {_LABELLED} documents a search: "
                 "lower search.k"
             )
-        # A rank of one digit is no word (`_TOKEN`).
+        # A rank of one digit is no token.
         words = [(self.labels[0], ranks > 0)]
         words += [(self.labels[rank - 9], ranks == rank) for rank in np.unique(ranks[ranks >= 10])]
         for term, labelled in words:

@@ -31,7 +31,8 @@ from stepsearch_jax.search.cache import (
     read_manifest,
     write_manifest,
 )
-from stepsearch_jax.search.postings import collect_shards, merge_shards, split_words
+from stepsearch_jax.search.postings import collect_shards, merge_shards
+from stepsearch_jax.words import RECIPE, split_words
 
 if TYPE_CHECKING:
     import bm25s
@@ -62,7 +63,7 @@ class Bm25Index:
 
     def describe(self, k: int) -> dict:
         """The manifest of results for k documents (`cache.describe_search`)."""
-        settings = {name: self._manifest[name] for name in ("k1", "b")}
+        settings = {name: self._manifest[name] for name in ("k1", "b", "words")}
         return describe_search(self._manifest["corpus"], len(self), KIND, k, settings)
 
     def search(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -148,7 +149,7 @@ def stream_index(
     wants the same index waits.
     """
     folder = pathlib.Path(folder)
-    wanted = {"kind": KIND, "made_from": made_from, "k1": k1, "b": b}
+    wanted = {"kind": KIND, "made_from": made_from, "k1": k1, "b": b, "words": RECIPE}
     is_made = lambda: wanted.items() <= (read_manifest(folder) or {}).items()
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     if not is_made():
@@ -229,12 +230,17 @@ def holds_index(folder: pathlib.Path) -> bool:
 
 def load_index(folder: str | pathlib.Path) -> Bm25Index:
     """Opens a saved index, its postings and documents memory-mapped. Raises FileNotFoundError if
-    `folder` holds none, ValueError for a damaged one."""
+    `folder` holds none, ValueError for a damaged one and for one of other words."""
     folder = pathlib.Path(folder)
     manifest = read_manifest(folder)
     if manifest is None or not holds_index(folder):
         raise FileNotFoundError(
             f"{folder} holds no search index; python -m stepsearch_jax.prepare index makes one"
+        )
+    if manifest.get("words") != RECIPE:
+        raise ValueError(
+            f"the index {folder} splits texts into words by the rule {manifest.get('words')!r}, "
+            f"queries by {RECIPE!r}: make it again (python -m stepsearch_jax.prepare index)"
         )
     import bm25s
 

@@ -15,7 +15,6 @@ import hashlib
 import json
 import math
 import pathlib
-import re
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -23,17 +22,11 @@ import tqdm
 
 from stepsearch_jax.data.documents import CORPUS, encode_passage, write_offsets
 from stepsearch_jax.search.cache import add_text, write_manifest
+from stepsearch_jax.words import split_words
 
 # A shard ends with the document that reaches so many words: about half a GiB while it is sorted.
 SHARD_WORDS = 1 << 23
 MERGE_POSTINGS = 1 << 23  # postings put together at a time; at least those of one word
-_WORD = re.compile(r"\w+")
-
-
-def split_words(text: str) -> list[str]:
-    """The words of a document or query: runs of letters, digits and underscores, in lower case;
-    nothing stemmed, nothing left out."""
-    return _WORD.findall(text.lower())
 
 
 @dataclasses.dataclass(frozen=True)
