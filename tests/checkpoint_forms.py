@@ -271,7 +271,7 @@ def draw_form(seed: int) -> Form:
         pick(of_family(CONFIGS)),
         pick(EXTRAS),
     )
-    fault = rng.integers(12)
+    fault = rng.integers(20)
     if fault == 0:
         return dataclasses.replace(form, tying=TYINGS[-1])
     if fault == 1:
