@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from pretrained_models import EXPORT, GOLDEN, load, make_like
+from safetensors.numpy import load_file
 from transformers import AutoTokenizer
 
 from stepsearch_jax.models.architecture import RopeScaling
@@ -293,6 +294,21 @@ def test_other_factors_are_refused(factors, complaint, tmp_path):
     write_gguf(path, "qwen3", GOLDEN / "qwen3_yarn", tensors)
     with pytest.raises(ValueError, match=f"model.gguf: rope_freqs.weight {complaint}"):
         open_checkpoint(path)
+
+
+@pytest.mark.slow
+def test_llama_3_in_gguf_gives_the_recorded_logits(tmp_path):
+    """The scaling stands in a tensor and has no name."""
+    named = open_checkpoint(GOLDEN / "llama_llama3").fields["rope_scaling"]
+    numbers = (named.factor, named.original_context, named.slow, named.fast)
+    tensors = {"rope_freqs.weight": list_llama3_factors(10.0, 6, *numbers)}
+    path, theta = tmp_path / "model.gguf", {"rope.freq_base": 10.0}
+    write_gguf(path, "llama", GOLDEN / "llama_llama3", tensors, **theta)
+    config, params = load(path)
+    golden = load_file(GOLDEN / "llama_llama3_logits.safetensors")
+    tokens = golden["tokens"][:1].astype(np.int32)
+    logits = Policy(config).apply(params, tokens, method=Policy.init_all)
+    np.testing.assert_allclose(logits[0], golden["logits"][0], atol=1e-4)
 
 
 def test_factors_of_1_and_factors_beside_a_named_scaling(tmp_path):

@@ -219,11 +219,10 @@ def _read_rope_factors(fields: dict[str, object], factors: np.ndarray) -> RopeSc
         raise ValueError(f"{ROPE_FACTORS} has {len(factors)} numbers, not {len(frequencies)}")
     if np.all(factors == 1):
         return None
-    scaling = fit_llama3(frequencies, factors.astype(np.float64))
-    scaled = None
-    if scaling is not None:
+    with np.errstate(all="ignore"):  # what is no number is not close, either
+        scaling = fit_llama3(frequencies, factors.astype(np.float64))
         scaled = rotary_frequencies(dataclasses.replace(plain, rope_scaling=scaling))
-    if scaled is None or not np.allclose(scaled, frequencies / factors, rtol=1e-5, atol=0):
+    if not np.allclose(scaled, frequencies / factors, rtol=1e-5, atol=0):
         raise ValueError(
             f"{ROPE_FACTORS} is not Llama 3's rotary scaling, the only one that is supported in "
             "this form: name a folder in Hugging Face form instead"
@@ -231,18 +230,18 @@ def _read_rope_factors(fields: dict[str, object], factors: np.ndarray) -> RopeSc
     return scaling
 
 
-def fit_llama3(frequencies: np.ndarray, factors: np.ndarray) -> RopeScaling | None:
-    """The scaling of kind llama3 with these divisors of these frequencies, both [H/2].
+def fit_llama3(frequencies: np.ndarray, factors: np.ndarray) -> RopeScaling:
+    """A scaling of kind llama3 with these divisors of these falling frequencies, both [H/2].
 
-    Of a divided frequency a fraction is kept, which rises linearly from 0 to 1 between two bounds.
-    None if fewer than two frequencies lie between these.
+    Of a divided frequency a fraction is kept, which rises linearly from 0 to 1 between two bounds:
+    the steepest rise between neighbours lies on that line. The divisors of another kind of scaling
+    are missed.
     """
     factor = float(factors.max())
     kept = (1 / factors - 1 / factor) / (1 - 1 / factor)
-    between = (kept > 1e-3) & (kept < 1 - 1e-3)
-    if between.sum() < 2:
-        return None
-    slope, offset = np.polyfit(frequencies[between], kept[between], 1)
-    width = LLAMA3_CONTEXT / (2 * math.pi * slope)
-    slow, fast = (float(f"{bound:.6g}") for bound in (-offset * width, (1 - offset) * width))
+    rises = np.diff(kept) / np.diff(frequencies)
+    steepest = int(rises.argmax())
+    rise, turns = rises[steepest], LLAMA3_CONTEXT / (2 * math.pi)
+    zero = frequencies[steepest] - kept[steepest] / rise  # where the line begins
+    slow, fast = (float(f"{turns * bound:.6g}") for bound in (zero, zero + 1 / rise))
     return RopeScaling("llama3", factor, LLAMA3_CONTEXT, slow, fast, 1.0)

@@ -177,16 +177,16 @@ def _list_generation_ends(file: pathlib.Path, inner: tokenizers.Tokenizer) -> li
     try:
         ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
         ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
-        tokens = [inner.id_to_token(i) for i in ids]
+        named = {i: inner.id_to_token(i) for i in ids}
     # A number may be none, negative or too large.
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{file} names no end tokens that can be read: {error}") from error
-    if None in tokens:
+    if unknown := [i for i, token in named.items() if token is None]:
         raise ValueError(
-            f"{file}: eos_token_id {ids[tokens.index(None)]} is no token of the tokenizer: correct "
-            "it, or remove it"
+            f"{file}: eos_token_id {unknown[0]} is no token of the tokenizer: correct it, or "
+            "remove it"
         )
-    return tokens
+    return [token for token in named.values() if token is not None]
 
 
 def _make_tokenizer(
