@@ -101,7 +101,7 @@ def _make_tokenizer(
     inner = tokenizers.Tokenizer(
         models.BPE(
             vocab={token: number for number, token in enumerate(tokens)},
-            merges=[tuple(merge.split(" ")) for merge in merges],
+            merges=[(first, second) for first, second in (merge.split(" ") for merge in merges)],
             ignore_merges=SPLITTERS[splitter] is SPLITTERS["llama-bpe"],
         )
     )
