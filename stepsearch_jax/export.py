@@ -72,9 +72,10 @@ import os
 import re
 
 from stepsearch_jax.files import naming_failures
-from stepsearch_jax.models.huggingface import INDEX, export_policy
+from stepsearch_jax.hub import GENERATION, INDEX, TOKENIZER_FILES
+from stepsearch_jax.models.huggingface import export_policy
 from stepsearch_jax.prompting.templates import TEMPLATES
-from stepsearch_jax.prompting.tokenizers import TOKENIZER_FILES, Tokenizer, list_tokenizer_files
+from stepsearch_jax.prompting.tokenizers import Tokenizer, list_tokenizer_files
 from stepsearch_jax.run.folder import check_has_run, check_readable
 from stepsearch_jax.run.pretrained import open_weights
 from stepsearch_jax.run.start import load_newest_policy
@@ -87,7 +88,7 @@ EXPORTED = re.compile(
     "|".join(
         [
             r"model(-\d{5}-of-\d{5})?\.safetensors",
-            *map(re.escape, ("config.json", "generation_config.json", INDEX, PROMPT)),
+            *map(re.escape, ("config.json", GENERATION, INDEX, PROMPT)),
             rf"({APART}/)?({'|'.join(map(re.escape, TOKENIZER_FILES))})",
         ]
     )

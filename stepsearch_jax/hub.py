@@ -11,19 +11,22 @@ from typing import Any
 logger = logging.getLogger("stepsearch_jax")
 _ADDRESS = "https://huggingface.co/"
 _NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"  # of LoRA and its like
+GENERATION = "generation_config.json"  # names the tokens that end a text
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 # The files of each part of a model.
 PARTS = {
-    "weights": ("config.json", "*.safetensors", INDEX),
-    "tokenizer": (
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "vocab.json",
-        "merges.txt",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "chat_template.jinja",
-    ),
+    "weights": ("config.json", "*.safetensors", INDEX, ADAPTER),
+    "tokenizer": (*TOKENIZER_FILES, GENERATION),
 }
 # Those of a text encoder, as sentence-transformers saves one.
 PARTS["encoder"] = (
@@ -105,11 +108,12 @@ def _is_whole(folder: pathlib.Path, part: str) -> bool:
     """Whether a snapshot holds all files of a part: the cache may have been filled in parts."""
     if part != "weights" and not (folder / "tokenizer.json").is_file():
         return False
-    if part == "tokenizer":
+    # Of an adapter, the reader says how it becomes a model.
+    if part == "tokenizer" or (folder / ADAPTER).is_file():
         return True
     if not (folder / "config.json").is_file():
         return False
-    if (folder / INDEX).is_file():
+    if not (folder / SINGLE).is_file() and (folder / INDEX).is_file():
         names = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
         return all((folder / name).is_file() for name in names)
     return any(folder.glob("*.safetensors"))

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import running
 import tiny_config
-from transformers import AutoTokenizer
+from pretrained_models import GOLDEN, load
+from transformers import AutoTokenizer, GenerationConfig
 
 from stepsearch_jax import export
-from stepsearch_jax.models.huggingface import open_checkpoint
+from stepsearch_jax.models.huggingface import export_policy, open_checkpoint
 from stepsearch_jax.models.weights import load_policy
 from stepsearch_jax.prompting.templates import render_prompt
 from stepsearch_jax.run import start
@@ -91,6 +92,16 @@ def test_the_current_folder_is_not_replaced(tmp_path, monkeypatch):
     for current in ("", ".", str(tmp_path / "empty")):
         with pytest.raises(ValueError, match="current folder"):
             export.check_target(pathlib.Path(current), config)
+
+
+def test_all_end_tokens_are_exported(tmp_path):
+    """And read again by transformers: a model of several ends stops at each of them."""
+    config, params = load(GOLDEN / "qwen2")
+    ends = dict(end_ids=[3, 1, 2], pad_id=0, other_files={})
+    sizes = dict(shard_bytes=1 << 30, context=64)
+    export_policy(tmp_path / "model", params, config, dtype="float32", **sizes, **ends)
+    exported = GenerationConfig.from_pretrained(tmp_path / "model")
+    assert exported.eos_token_id == [3, 1, 2] and exported.pad_token_id == 0
 
 
 @pytest.mark.slow

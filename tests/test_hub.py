@@ -109,6 +109,23 @@ def test_what_the_cache_lacks_is_downloaded(cache, download, files):
     assert (find_model(NAME, "weights", KEY) / "two.safetensors").is_file()
 
 
+def test_one_file_makes_an_index_of_others_stale(cache):
+    """transformers reads it, too, and not the shards, which need not be there."""
+    index = json.dumps({"weight_map": {"a": "one.safetensors"}})
+    snapshot = cache(**{"config.json": "{}", "model.safetensors": "", INDEX: index})
+    assert find_model(NAME, "weights", KEY) == snapshot
+
+
+def test_an_adapter_is_left_to_its_reader(cache, download):
+    """Which says how it becomes a model; such a repository has no config.json."""
+    from stepsearch_jax.models.huggingface import open_checkpoint
+
+    files = {"adapter_config.json": "{}", "adapter_model.safetensors": ""}
+    download(lambda: cache(**files))
+    with pytest.raises(ValueError, match="merge_and_unload"):
+        open_checkpoint(find_model(NAME, "weights", KEY))
+
+
 def make_error(kind):
     """An error of the Hub's, which would want the response of its HTTP client."""
     error = kind.__new__(kind)

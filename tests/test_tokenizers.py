@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Inner
 
+from stepsearch_jax.hub import GENERATION
 from stepsearch_jax.prompting import templates
 from stepsearch_jax.prompting.tags import TAGS, decode_query, make_tag_automaton
 from stepsearch_jax.prompting.templates import encode_environment
@@ -220,6 +221,32 @@ def test_config_names_end_and_padding(tmp_path):
     tokenizer = load_tokenizer(folder, ())
     assert [tokenizer.token_bytes[i] for i in tokenizer.eos_ids] == [b" of", b""]
     assert tokenizer.pad_id == 1
+
+
+def test_generation_config_names_further_ends(tmp_path):
+    """As Llama 3's instruction-tuned models, which end a text in three ways and name one of them
+    in tokenizer_config.json.
+    """
+    folder = write_tokenizer(tmp_path / "t")
+    (tmp_path / "t" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "Ġof"}))
+    file = tmp_path / "t" / "generation_config.json"
+    first = load_tokenizer(folder, ()).eos_ids
+    for ids, more in ((7, (7,)), ([8, 7, 8], (8, 7)), (None, ()), ([], ())):
+        file.write_text(json.dumps({"eos_token_id": ids, "temperature": 0.6}))
+        assert load_tokenizer(folder, ()).eos_ids == (first[0], *more, *first[1:])
+    assert GENERATION not in list_tokenizer_files(folder, load_tokenizer(folder, ()))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", '{"eos_token_id": "x"}']
+    + [f'{{"eos_token_id": [7, {i}]}}' for i in (-1, 10**6, 10**12, "null")],
+)
+def test_ends_that_are_no_tokens_are_refused(tmp_path, text):
+    folder = write_tokenizer(tmp_path / "t")
+    (tmp_path / "t" / "generation_config.json").write_text(text)
+    with pytest.raises(ValueError, match="generation_config.json"):
+        load_tokenizer(folder, ())
 
 
 def test_missing_folder_and_file(tmp_path):

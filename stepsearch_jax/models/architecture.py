@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -64,4 +66,19 @@ class ModelConfig:
             ffn_dim=self.ffn_dim // shards,
             tensor_axis="tensor" if shards > 1 else None,
             cache_by_token=by_token,
+        )
+
+
+def check_sizes(fields: Mapping[str, object]) -> None:
+    """Raises ValueError unless the sizes in `fields` of a checkpoint can be those of a model."""
+    names = ("vocab_size", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim")
+    for name in (*names, "ffn_dim"):
+        size = fields[name]
+        if isinstance(size, bool) or not isinstance(size, numbers.Integral) or size < 1:
+            raise ValueError(f"{name} is {size!r}: it has to be a whole number above 0")
+    heads, kv_heads, width = (fields[name] for name in ("num_heads", "num_kv_heads", "head_dim"))
+    if heads % kv_heads or width % 2:
+        raise ValueError(
+            f"{heads} query heads, {kv_heads} key and value heads and a head width of {width} do "
+            "not fit together: the first has to be a multiple of the second, the third even"
         )

@@ -37,7 +37,7 @@ def rotary_frequencies(config: ModelConfig) -> jax.Array:
             for turns in (scaling.fast, scaling.slow)
         )
         first, last = max(math.floor(fast), 0), min(math.ceil(slow), 2 * half - 1)
-        kept = 1 - (jnp.arange(half) - first) / max(last - first, 1e-3)
+        kept = 1 - (jnp.arange(half) - first) / ((last - first) or 1e-3)
     kept = jnp.clip(kept, 0, 1)
     return frequencies * kept + frequencies / scaling.factor * (1 - kept)
 

@@ -6,6 +6,7 @@ A folder holds `config.json` and `*.safetensors`.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import pathlib
@@ -23,37 +24,48 @@ import safetensors.numpy
 from jax.experimental import multihost_utils
 
 from stepsearch_jax.files import name_beside, remove_leftovers
-from stepsearch_jax.hub import INDEX
-from stepsearch_jax.models.architecture import ModelConfig, RopeScaling
+from stepsearch_jax.hub import ADAPTER, INDEX, SINGLE
+from stepsearch_jax.models.architecture import ModelConfig
+from stepsearch_jax.models.huggingface_config import ARCHITECTURES, read_fields
 from stepsearch_jax.models.weights import (
+    EMBEDDING,
+    LM_HEAD,
     Place,
     Weights,
     WeightTensor,
     list_file_tensors,
     list_places,
+    same_values,
 )
 
-ARCHITECTURES = {  # by model_type
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "llama": "LlamaForCausalLM",
-}
-SUPPORTED = "supported are qwen2 (Qwen2, Qwen2.5), qwen3 (Qwen3, dense) and llama (Llama, SmolLM2)"
-STORED_TYPES = {"F32", "F16", "BF16"}
+logger = logging.getLogger("stepsearch_jax")
+STORED_TYPES = {"F64", "F32", "F16", "BF16"}
 # Endings of tensors that old files hold and no model needs.
 CONSTANTS = ("rotary_emb.inv_freq", "embeddings.position_ids")
+MERGE = (
+    "merge it into its model first: "
+    "peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(NEW)"
+)
+CONVERT = "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW) of transformers"
 
 
 def open_checkpoint(path: pathlib.Path) -> Weights:
-    """The weights of a checkpoint, a Hugging Face folder or a .gguf file. No tensor is read yet.
+    """The weights of a checkpoint, a Hugging Face folder or a .gguf file.
 
-    Raises FileNotFoundError for a missing folder or file, and ValueError for an architecture,
-    rotary scaling or number type that is not supported.
+    No tensor is read yet, unless config.json says that embedding and output share a table and the
+    files hold two: these are compared. Raises FileNotFoundError for a missing folder or file, and
+    ValueError for an architecture, rotary scaling or number type that is not supported, for an
+    adapter (LoRA), and for files that contradict each other.
     """
     if path.suffix == ".gguf":
         from stepsearch_jax.models.gguf import open_gguf  # the package behind it is optional
 
         return open_gguf(path)
+    if (path / ADAPTER).is_file():
+        raise ValueError(
+            f"{path} holds an adapter ({ADAPTER}), such as LoRA's, besides or instead "
+            f"of a model: {MERGE}"
+        )
     file = path / "config.json"
     if not file.is_file():
         raise FileNotFoundError(
@@ -61,142 +73,121 @@ def open_checkpoint(path: pathlib.Path) -> Weights:
             "a .gguf file"
         )
     try:
-        fields = _read_fields(json.loads(file.read_text(encoding="utf-8")))
-    # The latter two: the file is no table, or holds a word instead of a number.
-    except (ValueError, TypeError, AttributeError) as error:
+        fields = read_fields(json.loads(file.read_text(encoding="utf-8")))
+    # The last three: the file is no table, or holds a word or 0 where a number is needed.
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{file}: {error}") from error
     except KeyError as error:
         raise ValueError(f"{file} lacks the key {error}") from error
-    return Weights(path, fields, list_tensors(path))
+    tensors = _name_policy_tensors(list_tensors(path), path)
+    _settle_tying(fields, tensors)
+    return Weights(path, fields, tensors)
 
 
-def _read_fields(raw: dict) -> dict[str, object]:
-    """config.json -> fields of ModelConfig.
+def _name_policy_tensors(
+    tensors: dict[str, WeightTensor], folder: pathlib.Path
+) -> dict[str, WeightTensor]:
+    """The tensors of a causal language model under their full names.
 
-    Raises ValueError for what the modules here do not compute, KeyError for a missing size.
+    As in transformers, the prefix "model." may be missing or stand twice, and the heads of other
+    tasks are ignored. Raises ValueError if two tensors have the same full name.
     """
-    family = raw.get("model_type")
-    if family not in ARCHITECTURES:
-        raise ValueError(f"model_type {family!r} is not supported; {SUPPORTED}")
-    for key, only in (
-        ("hidden_act", "silu"),
-        ("attention_bias", False),
-        ("mlp_bias", False),
-        ("use_sliding_window", False),
-        ("quantization_config", None),
-    ):
-        if raw.get(key, only) != only:
-            raise ValueError(f"{key} is {raw[key]!r}; only {only!r} is supported")
-    if set(raw.get("layer_types") or ()) - {"full_attention"}:
-        raise ValueError(
-            f"layer_types holds {', '.join(sorted(set(raw['layer_types'])))}; "
-            "only full_attention is supported"
+    named, written, others = {}, {}, []
+    for name, tensor in tensors.items():
+        full = name
+        if name.startswith(("embed_tokens.", "layers.", "norm.")):
+            full = f"model.{name}"
+        elif name.startswith(("model.model.", "model.lm_head.")):
+            full = name.removeprefix("model.")
+        if not full.startswith(("model.", "lm_head.")):
+            others.append(name)
+        elif full in named:
+            raise ValueError(
+                f"{folder} holds {full} twice, as {written[full]} in {named[full].file.name} and "
+                f"as {name} in {tensor.file.name}: remove the one that is out of date"
+            )
+        else:
+            named[full], written[full] = tensor, name
+    if others:
+        logger.warning(
+            "%s: ignoring %s, which no causal language model has", folder, ", ".join(sorted(others))
         )
-    theta, scaling = _read_rope(raw)
-    heads, width = raw["num_attention_heads"], raw["hidden_size"]
-    return dict(
-        vocab_size=raw["vocab_size"],
-        num_layers=raw["num_hidden_layers"],
-        embed_dim=width,
-        num_heads=heads,
-        num_kv_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or (128 if family == "qwen3" else width // heads),
-        ffn_dim=raw["intermediate_size"],
-        rope_theta=theta,
-        rope_scaling=scaling,
-        norm_eps=float(raw["rms_norm_eps"]),
-        qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3",
-        tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
-    )
+    return named
 
 
-def _read_rope(raw: dict) -> tuple[float, RopeScaling | None]:
-    """Theta and scaling, from older files (rope_theta, rope_scaling) or newer (rope_parameters)."""
-    # The keys of both kinds of file in one table; what is left in the end is not supported.
-    rope = {
-        "rope_theta": raw.get("rope_theta"),
-        **(raw.get("rope_scaling") or {}),
-        **(raw.get("rope_parameters") or {}),
-    }
-    rope = {key: value for key, value in rope.items() if value is not None}
-    theta = float(rope.pop("rope_theta", 10000.0))
-    kind = rope.pop("rope_type", rope.pop("type", "default"))
-    rope.pop("type", None)
-    if not rope.pop("truncate", True) or rope.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(
-            "rotary scaling with truncate=false or a partial_rotary_factor is not supported"
-        )
-    if kind == "default":
-        return theta, None
-    # The four kinds of scaling, each with its own keys.
-    context = rope.pop("original_max_position_embeddings", raw.get("max_position_embeddings", 0))
-    if kind == "linear":
-        scaling = RopeScaling(kind, float(rope.pop("factor")), 0, 0.0, 0.0, 1.0)
-    elif kind == "llama3":
-        factor = float(rope.pop("factor"))
-        slow, fast = float(rope.pop("low_freq_factor")), float(rope.pop("high_freq_factor"))
-        scaling = RopeScaling(kind, factor, context, slow, fast, 1.0)
-    elif kind == "yarn":
-        factor = float(rope.pop("factor", raw["max_position_embeddings"] / context))
-        scale = rope.pop("attention_factor", 0.1 * math.log(max(factor, 1.0)) + 1.0)
-        slow, fast = float(rope.pop("beta_slow", 1.0)), float(rope.pop("beta_fast", 32.0))
-        scaling = RopeScaling(kind, factor, context, slow, fast, float(scale))
+def _settle_tying(fields: dict[str, object], tensors: dict[str, WeightTensor]) -> None:
+    """One table or two, if config.json says one: as transformers, by what the files hold.
+
+    One table under either name is both; two different ones are not tied.
+    """
+    if not fields["tie_embeddings"] or LM_HEAD not in tensors:
+        return
+    if EMBEDDING not in tensors:
+        tensors[EMBEDDING] = tensors.pop(LM_HEAD)
+    elif same_values(tensors[EMBEDDING], tensors[LM_HEAD]):
+        del tensors[LM_HEAD]
     else:
-        raise ValueError(
-            f"rotary scaling {kind!r} is not supported; "
-            "supported are default, linear, llama3 and yarn"
-        )
-    if rope:
-        raise ValueError(f"rotary scaling {kind!r} with {', '.join(sorted(rope))} is not supported")
-    return theta, scaling
+        fields["tie_embeddings"] = False
 
 
 def list_tensors(folder: pathlib.Path) -> dict[str, WeightTensor]:
     """The tensors of a folder's safetensors files. None is read yet.
 
-    The files are those of the index, or model.safetensors, or all there are. Raises
-    FileNotFoundError for missing files, ValueError for a file that cannot be read and for a number
-    type that is not supported.
+    Raises FileNotFoundError for missing files, ValueError for a file that cannot be read, for a
+    number type that is not supported, and for tensors that stand in several files without an index.
     """
-    index, single = folder / INDEX, folder / "model.safetensors"
-    # The list of files.
-    if index.is_file():
-        try:
-            named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            files = sorted({folder / file for file in named})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{index} is no index of tensors, with the files that hold them under the key "
-                "weight_map: fetch it again"
-            ) from error
-    else:
-        files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(
-            f"{folder} holds no *.safetensors; other formats (*.bin) have to be converted first"
-        )
-    # The tensors in each file: names, types and shapes.
+    files = _list_files(folder)
+    has_index = len(files) > 1 and (folder / INDEX).is_file()
     tensors = {}
     for file in files:
         if not file.is_file():
-            raise FileNotFoundError(f"there is no {file}, which {index.name} names")
+            raise FileNotFoundError(f"there is no {file}, which {INDEX} names")
         try:
             with safetensors.safe_open(file, framework="np") as weights:
                 for name in weights.keys():
                     if name.endswith(CONSTANTS):
                         continue
+                    if name in tensors and not has_index:
+                        raise ValueError(
+                            f"{tensors[name].file} and {file.name} both hold {name}, and no "
+                            f"{INDEX} says which counts: remove the files that are out of date"
+                        )
                     part = weights.get_slice(name)
                     if part.get_dtype() not in STORED_TYPES:
                         raise ValueError(
                             f"{file}: {name} is stored as {part.get_dtype()}; supported are "
-                            f"{', '.join(sorted(STORED_TYPES))}"
+                            f"{', '.join(sorted(STORED_TYPES))}: name a model that is not quantized"
                         )
                     read = partial(_read_tensor, file, name)
                     tensors[name] = WeightTensor(file, tuple(part.get_shape()), read)
         except safetensors.SafetensorError as error:
             raise ValueError(f"{file} cannot be read: {error}") from error
     return tensors
+
+
+def _list_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """model.safetensors, as in transformers; or those of the index, or else all there are."""
+    index, single = folder / INDEX, folder / SINGLE
+    if single.is_file():
+        if index.is_file():
+            logger.warning("%s: reading %s, not the files of %s", folder, SINGLE, INDEX)
+        return [single]
+    if index.is_file():
+        try:
+            named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            return sorted({folder / file for file in named})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{index} is no index of tensors, with the files that hold them under the key "
+                "weight_map: fetch it again"
+            ) from error
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(
+            f"{folder} holds no *.safetensors; convert other formats (*.bin) first: {CONVERT} "
+            "writes such a folder"
+        )
+    return files
 
 
 def _read_tensor(file: pathlib.Path, name: str) -> np.ndarray:

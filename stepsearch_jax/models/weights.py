@@ -22,8 +22,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from stepsearch_jax.models.architecture import ModelConfig
 from stepsearch_jax.models.attention import rotary_frequencies
 
-TIED_DISTANCE = 0.1  # greatest relative distance of tied tables that were rounded differently
+EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FAULTS_NAMED = 8  # in an error message; the rest are counted
+ROWS_COMPARED = 4096  # of two tables at a time
+# Parts of the names that quantized tensors have besides the matrix itself, or in its place.
+QUANTIZED = ("qweight", "qzeros", "scale", "absmax", "quant_map", "quant_state", "packed", "SCB")
 
 COMPARED_FIELDS = (
     "num_layers",
@@ -45,6 +48,17 @@ class WeightTensor:
     file: pathlib.Path
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
+
+
+def same_values(one: WeightTensor, other: WeightTensor) -> bool:
+    """Whether two tables hold the same numbers, whatever type they are stored in."""
+    if one.shape != other.shape:
+        return False
+    a, b = one.read(), other.read()
+    parts = (slice(start, start + ROWS_COMPARED) for start in range(0, len(a), ROWS_COMPARED))
+    return all(
+        np.array_equal(a[part].astype(np.float32), b[part].astype(np.float32)) for part in parts
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,14 +129,14 @@ def list_places(config: ModelConfig) -> list[Place]:
     ]
     biased = "qkv" if config.qkv_bias else ""
     layers += [((ours, "bias"), f"{maps[ours]}.bias", 0) for ours in biased]
-    places = [Place(("trunk", "embedding"), "model.embed_tokens.weight", None, vocabulary=True)]
+    places = [Place(("trunk", "embedding"), EMBEDDING, None, vocabulary=True)]
     places += [
         Place(("trunk", "layers", *path), f"model.layers.{{}}.{name}", inputs)
         for path, name, inputs in layers
     ]
     places += [Place(("trunk", "final_norm", "scale"), "model.norm.weight", 0)]
     if not config.tie_embeddings:
-        places += [Place(("lm_head",), "lm_head.weight", 1, vocabulary=True)]
+        places += [Place(("lm_head",), LM_HEAD, 1, vocabulary=True)]
     return places
 
 
@@ -191,12 +205,13 @@ def check_architecture(weights: Weights, config: ModelConfig) -> None:
 
 def _check_tensors(weights: Weights, places: Sequence[Place], leaves: dict) -> None:
     """Raises ValueError, naming the first faults, for missing, misshapen or unexpected tensors."""
-    faults, known = [], {"lm_head.weight"}
+    faults, missing, known = [], set(), {LM_HEAD}
     for place in places:
         for name, shape in list_file_tensors(place, leaves[place.path].shape):
             known.add(name)
             found = weights.tensors.get(name)
             if found is None:
+                missing.add(name)
                 faults.append(f"{name} {list(shape)} is missing")
                 continue
             smaller_table = (weights.fields["vocab_size"], *shape[1:])
@@ -205,14 +220,43 @@ def _check_tensors(weights: Weights, places: Sequence[Place], leaves: dict) -> N
                 faults.append(
                     f"{name} in {found.file.name} should be {wanted} and is {list(found.shape)}"
                 )
-    for name in sorted(weights.tensors.keys() - known):
-        found = weights.tensors[name]
-        faults.append(f"{name} {list(found.shape)} in {found.file.name} is unexpected")
-    if faults:
-        more = f"; and {len(faults) - FAULTS_NAMED} more" if len(faults) > FAULTS_NAMED else ""
+    extra = sorted(weights.tensors.keys() - known)
+    unexpected = [
+        f"{name} {list(weights.tensors[name].shape)} in {weights.tensors[name].file.name} is "
+        "unexpected"
+        for name in extra
+    ]
+    # Some of both kinds are named: often one explains the other.
+    unfit = max(FAULTS_NAMED // 2, FAULTS_NAMED - len(unexpected))
+    named = [*faults[:unfit], *unexpected][:FAULTS_NAMED]
+    if named:
+        rest = len(faults) + len(unexpected) - len(named)
+        more = f"; and {rest} more" if rest else ""
         raise ValueError(
-            f"the checkpoint {weights.path} does not fit: {'; '.join(faults[:FAULTS_NAMED])}{more}"
+            f"the checkpoint {weights.path} does not fit: {'; '.join(named)}{more}"
+            f"{_advise(weights, missing, extra)}"
         )
+
+
+def _advise(weights: Weights, missing: set[str], extra: Sequence[str]) -> str:
+    """What to do about a folder's tensors that do not fit, where the reason shows."""
+    if weights.path.suffix == ".gguf":
+        return ""
+    if any(part in name for name in extra for part in QUANTIZED):
+        return ". They are quantized: name the model in its original form, or a .gguf file of it"
+    if missing == {LM_HEAD}:
+        return (
+            ". If the embedding is the output table, too, set tie_word_embeddings to true in "
+            "config.json; otherwise the files are those of another kind of model, without the head"
+        )
+    layers = [name.split(".")[2] for name in weights.tensors if name.startswith("model.layers.")]
+    stored = 1 + max((int(layer) for layer in layers if layer.isdecimal()), default=-1)
+    if stored > weights.fields["num_layers"]:
+        return (
+            f". The files hold {stored} layers: correct num_hidden_layers in config.json, or "
+            "remove the files that are out of date"
+        )
+    return ""
 
 
 def _load_leaf(weights: Weights, config: ModelConfig, place: Place, leaf) -> jax.Array:
@@ -245,19 +289,13 @@ def _make_write(sharding):
 
 def _read_table(weights: Weights, config: ModelConfig, place: Place, rows: int) -> np.ndarray:
     """A table over the vocabulary, filled up to `rows`."""
+    output = weights.tensors.get(LM_HEAD)
+    if config.tie_embeddings and output and not same_values(weights.tensors[EMBEDDING], output):
+        raise ValueError(
+            f"{weights.path} holds an {LM_HEAD} that is not its embedding, but "
+            "config.model.tie_embeddings is True: set it to False"
+        )
     table = weights.tensors[place.name].read()
-    # A tied table may be in the files twice, rounded differently.
-    if config.tie_embeddings and "lm_head.weight" in weights.tensors:
-        output = weights.tensors["lm_head.weight"].read()
-        difference = np.linalg.norm((output - table).astype(np.float32))
-        distance = difference / np.linalg.norm(output.astype(np.float32))
-        if not distance <= TIED_DISTANCE:
-            raise ValueError(
-                f"{weights.path} holds an lm_head.weight that is not its embedding (relative "
-                f"distance {distance:.2g}), but config.model.tie_embeddings is True: set it to "
-                "False"
-            )
-        table = output
     if len(table) == rows:
         return table
     mean = table.mean(axis=0, dtype=np.float32).astype(table.dtype)

@@ -33,14 +33,14 @@ SPLITTERS = {  # by tokenizer.ggml.pre
     "qwen2": lambda: _by_pattern(1),
     "llama-bpe": lambda: _by_pattern(3),
 }
-SPLITTERS["default"] = SPLITTERS["gpt-2"]
+SPLITTERS |= dict.fromkeys(("llama3", "llama-v3"), SPLITTERS["llama-bpe"])  # older names
 
 
-def read_gguf_tokenizer(path: pathlib.Path) -> tuple[tokenizers.Tokenizer, str | None, str | None]:
-    """-> (byte-level BPE, its end token, its padding token), from the metadata of a GGUF file.
+def read_gguf_tokenizer(path: pathlib.Path) -> tuple[tokenizers.Tokenizer, list[str], str | None]:
+    """-> (byte-level BPE, its end tokens, its padding token), from the metadata of a GGUF file.
 
-    Raises FileNotFoundError for a missing file, ImportError without the package gguf, ValueError
-    for a tokenizer of another kind.
+    Nothing is guessed. Raises FileNotFoundError for a missing file, ImportError without the package
+    gguf, ValueError for a tokenizer of another kind and for one whose metadata is incomplete.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no tokenizer file {path}")
@@ -48,33 +48,61 @@ def read_gguf_tokenizer(path: pathlib.Path) -> tuple[tokenizers.Tokenizer, str |
         import gguf
     except ImportError as error:
         raise ImportError(f"reading {path} needs the package gguf: pip install gguf") from error
-    # The metadata that describe the tokenizer.
     try:
         fields = gguf.GGUFReader(path).fields
-
-        def read(name: str, *default):
-            key = f"tokenizer.ggml.{name}"
-            return fields[key].contents() if key in fields or not default else default[0]
-
-        kind, splitter = read("model"), read("pre", "default")
+        read = lambda name, *default: _read_field(fields, name, *default)
+        kind, splitter = read("model"), read("pre")
+        if kind != "gpt2" or splitter not in SPLITTERS:
+            raise ValueError(
+                f"its kind is {kind}, {splitter}; supported are gpt2 (byte-level BPE) with "
+                f"{', '.join(SPLITTERS)}"
+            )
+        if read("add_space_prefix", False):
+            raise ValueError("tokenizer.ggml.add_space_prefix is true; only false is supported")
         tokens, types = read("tokens"), read("token_type")
-        merges = [tuple(merge.split(" ")) for merge in read("merges", [])]
-        end, pad = read("eos_token_id", None), read("padding_token_id", None)
-    except (KeyError, ValueError, IndexError) as error:
+        if len(types) != len(tokens) or len(set(tokens)) != len(tokens):
+            raise ValueError(
+                f"it has {len(tokens)} tokens, {len(set(tokens))} of them different, and "
+                f"{len(types)} types"
+            )
+        inner = _make_tokenizer(tokens, types, read("merges"), splitter)
+
+        def name_token(number: int) -> str:
+            if not 0 <= number < len(tokens):
+                raise ValueError(f"token {number} is none of its {len(tokens)} tokens")
+            return tokens[number]
+
+        ends = [read("eos_token_id")]
+        ends += [read(name, None) for name in ("eot_token_id", "eom_token_id")]
+        named = [name_token(number) for number in ends if number is not None]
+        pad = read("padding_token_id", None)
+        return inner, named, None if pad is None else name_token(pad)
+    except Exception as error:  # the libraries raise plain Exception, too
         raise ValueError(
-            f"{path} holds no tokenizer that can be read: {type(error).__name__}: {error}"
+            f"{path} holds no tokenizer that can be read: {error}; name a folder with "
+            "tokenizer.json instead"
         ) from error
-    if kind != "gpt2" or splitter not in SPLITTERS:
-        raise ValueError(
-            f"{path} holds a tokenizer of kind {kind}, {splitter}; supported are gpt2 (byte-level "
-            f"BPE) with {', '.join(SPLITTERS)}: name a folder with tokenizer.json instead"
-        )
-    # Byte-level BPE, cut into words first as its family does.
+
+
+def _read_field(fields: dict, name: str, *default):
+    """The value of tokenizer.ggml.NAME. Raises ValueError if it is missing without a default."""
+    key = f"tokenizer.ggml.{name}"
+    if key in fields:
+        return fields[key].contents()
+    if default:
+        return default[0]
+    raise ValueError(f"it lacks {key}")
+
+
+def _make_tokenizer(
+    tokens: list[str], types: list[int], merges: list[str], splitter: str
+) -> tokenizers.Tokenizer:
+    """Byte-level BPE that cuts a text into words first, as its family does."""
     inner = tokenizers.Tokenizer(
         models.BPE(
             vocab={token: number for number, token in enumerate(tokens)},
-            merges=merges,
-            ignore_merges=splitter == "llama-bpe",
+            merges=[(first, second) for first, second in (merge.split(" ") for merge in merges)],
+            ignore_merges=SPLITTERS[splitter] is SPLITTERS["llama-bpe"],
         )
     )
     if splitter == "qwen2":
@@ -89,5 +117,4 @@ def read_gguf_tokenizer(path: pathlib.Path) -> tuple[tokenizers.Tokenizer, str |
     ]
     inner.add_special_tokens(named(CONTROL))
     inner.add_tokens(named(USER_DEFINED))
-    find_token = lambda number: None if number is None else tokens[number]
-    return inner, find_token(end), find_token(pad)
+    return inner

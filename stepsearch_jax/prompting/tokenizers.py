@@ -13,7 +13,7 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from stepsearch_jax.hub import PARTS, find_model
+from stepsearch_jax.hub import GENERATION, TOKENIZER_FILES, find_model
 from stepsearch_jax.prompting import templates
 from stepsearch_jax.prompting.gguf_tokenizer import read_gguf_tokenizer
 
@@ -21,8 +21,6 @@ END, PAD = "<|endoftext|>", "<|pad|>"
 # Tokens with which checkpoints of the supported families end a text. A base model uses the first,
 # whatever its tokenizer_config names.
 END_TOKENS = (END, "<|im_end|>")
-# The files of a tokenizer that a folder may hold.
-TOKENIZER_FILES = PARTS["tokenizer"]
 # Printable ASCII and newline: the bytes of tags, prompts and observations.
 NEEDED_BYTES = (*range(0x20, 0x7F), 0x0A)
 
@@ -179,14 +177,39 @@ def load_tokenizer(name_or_folder: str, words: Sequence[str]) -> Tokenizer:
     except ValueError as error:
         raise ValueError(f"{settings} is not valid JSON: {error}") from error
     end, pad = (_name_token(config.get(key)) for key in ("eos_token", "pad_token"))
-    return _make_tokenizer(path, inner, end, pad)
+    ends = [*([end] if end else []), *_list_generation_ends(folder / GENERATION, inner)]
+    return _make_tokenizer(path, inner, ends, pad)
+
+
+def _list_generation_ends(file: pathlib.Path, inner: tokenizers.Tokenizer) -> list[str]:
+    """The end tokens that generation_config.json names, if there is such a file.
+
+    A model may have several: Llama 3's instruction-tuned ones have three, of which
+    tokenizer_config.json names one. Raises ValueError for a file that cannot be read, and for a
+    number that is no token.
+    """
+    if not file.is_file():
+        return []
+    try:
+        ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+        named = {i: inner.id_to_token(i) for i in ids}
+    # A number may be none, negative or too large.
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(f"{file} names no end tokens that can be read: {error}") from error
+    if unknown := [i for i, token in named.items() if token is None]:
+        raise ValueError(
+            f"{file}: eos_token_id {unknown[0]} is no token of the tokenizer: correct it, or "
+            "remove it"
+        )
+    return [token for token in named.values() if token is not None]
 
 
 def _make_tokenizer(
-    path: pathlib.Path, inner: tokenizers.Tokenizer, end: str | None, pad: str | None
+    path: pathlib.Path, inner: tokenizers.Tokenizer, ends: Sequence[str], pad: str | None
 ) -> Tokenizer:
     try:
-        return Tokenizer(inner, [token for token in (end, *END_TOKENS) if token], pad or END)
+        return Tokenizer(inner, [*ends, *END_TOKENS], pad or END)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
