@@ -97,7 +97,7 @@ def write_bytes(path: pathlib.Path | epath.Path, raw: bytes) -> None:
     if in_bucket(path):  # buckets store objects whole or not at all
         path.write_bytes(raw)
         return
-    with replacing(path) as temporary:
+    with replacing(pathlib.Path(path)) as temporary:
         temporary.write_bytes(raw)
 
 

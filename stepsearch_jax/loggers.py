@@ -24,7 +24,7 @@ from stepsearch_jax.files import in_bucket, write_text
 # tensorboardX loads torch where it is installed, for tensors that nobody gives it here: 3 seconds.
 _hides_torch = sys.modules.setdefault("torch", None) is None  # pyright: ignore[reportArgumentType]
 try:
-    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
     from tensorboardX.record_writer import RecordWriter
     from tensorboardX.summary import scalar
 finally:
