@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from stepsearch_jax import __version__, signals
+from stepsearch_jax.addresses import hide_login
 from stepsearch_jax.files import CONFIG_FILE, check_buckets
 from stepsearch_jax.search.watchdog import EXIT_CODE
 
@@ -69,7 +70,7 @@ class OneLineParser(argparse.ArgumentParser):
     """Ends with one line and status 2 for flags that are missing or no good."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"stepsearch_jax: {message}; --help lists the flags\n")
+        self.exit(2, f"stepsearch_jax: {hide_login(message)}; --help lists the flags\n")
 
 
 def make_parser(command: str, text: str, *common: str) -> argparse.ArgumentParser:
@@ -173,7 +174,7 @@ def read_config(
         values.set_gnu_getopt()  # a stray argument does not hide the flags behind it
         _, *stray = values(argv)
     except flags.Error as error:  # its last line is the config's own message
-        raise SystemExit(f"stepsearch_jax: {str(error).strip().splitlines()[-1]}") from error
+        raise _end(str(error).strip().splitlines()[-1]) from error
     except (AttributeError, KeyError) as error:
         # ml_collections names only the missing part of the key: find the flag that it is from.
         missing = set(re.findall(r"\w+", str(error)))
@@ -185,20 +186,20 @@ def read_config(
         ]
         if not unknown:
             raise
-        raise SystemExit(
-            f"stepsearch_jax: {unknown[0]}: the config has no such key; configs/base.py lists all "
-            "of them"
+        raise _end(
+            f"{unknown[0]}: the config has no such key; configs/base.py lists all of them"
         ) from error
     except (TypeError, ValueError) as error:  # of ml_collections: a key below a value, or no key
         given = " ".join(overrides)
-        raise SystemExit(
-            f"stepsearch_jax: one of {given} sets nothing ({error}); write --config.key=value"
-        ) from error
+        raise _end(f"one of {given} sets nothing ({error}); write --config.key=value") from error
     if stray:
-        raise SystemExit(
-            f"stepsearch_jax: unexpected argument {stray[0]}; write --config.key=value"
-        )
+        raise _end(f"unexpected argument {stray[0]}; write --config.key=value")
     return values.config
+
+
+def _end(message: str) -> SystemExit:
+    """Ends a command with one line, which shows no password."""
+    return SystemExit(f"stepsearch_jax: {hide_login(message)}")
 
 
 def start_logging() -> None:
@@ -225,7 +226,7 @@ def one_line_errors(after_interrupt: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"stepsearch_jax: {error}") from error
+        raise _end(str(error)) from error
     except KeyboardInterrupt:
         print(f"stepsearch_jax: interrupted; {after_interrupt}", file=sys.stderr)
         raise SystemExit(signals.INTERRUPTED) from None
@@ -273,7 +274,7 @@ def run_guarded(
             signals.leave(EXIT_CODE, message)
         if isinstance(error, jax.errors.JaxRuntimeError):
             raise
-        signals.leave(1, str(error))
+        signals.leave(1, hide_login(str(error)))
     except Exception as error:  # a fault of the program
         if jax.process_count() == 1:
             raise

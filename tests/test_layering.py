@@ -16,6 +16,7 @@ LAYERS = (
     "types",
     "masking",
     "sharding",
+    "addresses",
     "files",
     "hub",
     "loggers",
@@ -43,6 +44,7 @@ LAYERS = (
 COMMANDS = {"train", "evaluate", "ask", "export", "serve", "prepare", "preflight", "benchmark"}
 HOST = {
     "records",
+    "addresses",
     "files",
     "loggers",
     "metrics",
