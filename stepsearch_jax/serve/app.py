@@ -163,6 +163,8 @@ class Service:
         self._engine, self._default_topk, self._limits = engine, default_topk, limits
         self._threads = ThreadPoolExecutor(limits.searches, "serve")
         self._turns = asyncio.Semaphore(limits.searches)
+        # Of long answers so few wait for a turn at a time: short ones pass the others by.
+        self._later_turns = asyncio.Semaphore(limits.searches)
         self._bodies, self._answers = Budget(limits.held_bytes), Budget(limits.held_bytes)
         self._busy = 0  # requests whose answer has not begun
 
@@ -249,15 +251,19 @@ class Service:
 
         A piece that waits for the budget keeps its turn: at most `searches` pieces do not count.
         """
-        loop = asyncio.get_running_loop()
+        loop, is_first = asyncio.get_running_loop(), True
         while not answer.is_whole:
-            async with self._turns:
+            async with contextlib.AsyncExitStack() as turns:
+                if not is_first:
+                    await turns.enter_async_context(self._later_turns)
+                await turns.enter_async_context(self._turns)
                 piece = await loop.run_in_executor(self._threads, answer.make_piece)
                 await self._answers.take(len(piece))
             try:
                 yield piece
             finally:
                 self._answers.free(len(piece))
+            is_first = False
 
     async def _send_answer(
         self,

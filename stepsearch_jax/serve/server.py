@@ -8,6 +8,7 @@ import contextlib
 import os
 import signal
 import socket
+import struct
 import threading
 from collections.abc import Iterator
 
@@ -21,6 +22,7 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 BACKLOG = 2048  # connections that may wait to be accepted
 IDLE_S = 0.5  # from a signal until connections without a request are closed
 POLL_S = 0.05
+DROP = struct.pack("ii", 1, 0)  # of SO_LINGER: what is not sent is dropped
 CLOSING = [(b"connection", b"close")]  # header of every answer after a signal
 
 
@@ -57,7 +59,7 @@ def make_protocol(seconds: float) -> type[AutoHTTPProtocol]:
 
         def connection_made(self, transport: asyncio.Transport) -> None:
             super().connection_made(transport)
-            self.app_state = {**self.app_state, ABORT: transport.abort}
+            self.app_state = {**self.app_state, ABORT: self._reset}
             self._limit_wait()
 
         def connection_lost(self, exc: Exception | None) -> None:
@@ -78,19 +80,27 @@ def make_protocol(seconds: float) -> type[AutoHTTPProtocol]:
                 self._timer.cancel()
             if last is None or last.response_complete:
                 self._timer = self.loop.call_later(
-                    seconds, lambda: self.transport.abort() if self.cycle is last else None
+                    seconds, lambda: self._reset() if self.cycle is last else None
                 )
 
         def pause_writing(self) -> None:
             super().pause_writing()
             self._since = self.loop.time()
-            self._taking = self.loop.call_later(max(self._left, 0.0), self.transport.abort)
+            self._taking = self.loop.call_later(max(self._left, 0.0), self._reset)
 
         def resume_writing(self) -> None:
             super().resume_writing()
             if self._taking:
                 self._taking.cancel()
             self._left -= self.loop.time() - self._since
+
+        def _reset(self) -> None:
+            # Without this the system would keep what the client has not taken.
+            descriptor = self.transport.get_extra_info("socket").fileno()
+            with contextlib.suppress(OSError):  # it is closed
+                with socket.socket(fileno=os.dup(descriptor)) as same:
+                    same.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, DROP)
+            self.transport.abort()
 
     return Protocol
 
