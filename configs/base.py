@@ -109,7 +109,8 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     search.embedding_dtype = "bfloat16"
     search.encode_batch = 64  # dense: texts embedded at a time on each device
     # remote: address of a server (python -m stepsearch_jax.serve, or any other with Search-R1's
-    # /retrieve) that holds the corpus of config.data.
+    # /retrieve) that holds the corpus of config.data. If it needs a login,
+    # http://USER:PASSWORD@HOST; run folders do not keep user and password.
     search.url = ""
     search.attempt_s = 4.0  # remote: time for a request to connect, and again for its answer
     # remote: requests before a search counts as failed. All of them and the pauses between them

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from stepsearch_jax import __version__, signals
+from stepsearch_jax.addresses import hide_login
 from stepsearch_jax.files import (
     CONFIG_FILE,
     WriteError,
@@ -84,7 +85,7 @@ class OneLineParser(argparse.ArgumentParser):
     """Ends with one line and status 2 for flags that are missing or no good."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"stepsearch_jax: {message}; --help lists the flags\n")
+        self.exit(2, f"stepsearch_jax: {hide_login(message)}; --help lists the flags\n")
 
 
 def make_parser(command: str, text: str, *common: str) -> argparse.ArgumentParser:
@@ -188,7 +189,7 @@ def read_config(
         values.set_gnu_getopt()  # a stray argument does not hide the flags behind it
         _, *stray = values(argv)
     except flags.Error as error:  # its last line is the config's own message
-        raise SystemExit(f"stepsearch_jax: {str(error).strip().splitlines()[-1]}") from error
+        raise _end(str(error).strip().splitlines()[-1]) from error
     except (AttributeError, KeyError) as error:
         # ml_collections names only the missing part of the key: find the flag that it is from.
         missing = set(re.findall(r"\w+", str(error)))
@@ -200,20 +201,20 @@ def read_config(
         ]
         if not unknown:
             raise
-        raise SystemExit(
-            f"stepsearch_jax: {unknown[0]}: the config has no such key; configs/base.py lists all "
-            "of them"
+        raise _end(
+            f"{unknown[0]}: the config has no such key; configs/base.py lists all of them"
         ) from error
     except (TypeError, ValueError) as error:  # of ml_collections: a key below a value, or no key
         given = " ".join(overrides)
-        raise SystemExit(
-            f"stepsearch_jax: one of {given} sets nothing ({error}); write --config.key=value"
-        ) from error
+        raise _end(f"one of {given} sets nothing ({error}); write --config.key=value") from error
     if stray:
-        raise SystemExit(
-            f"stepsearch_jax: unexpected argument {stray[0]}; write --config.key=value"
-        )
+        raise _end(f"unexpected argument {stray[0]}; write --config.key=value")
     return values.config
+
+
+def _end(message: str) -> SystemExit:
+    """Ends a command with one line, which shows no password."""
+    return SystemExit(f"stepsearch_jax: {hide_login(message)}")
 
 
 def start_logging() -> None:
@@ -240,7 +241,7 @@ def one_line_errors(after_interrupt: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"stepsearch_jax: {_describe(error)}") from error
+        raise _end(_describe(error)) from error
     except KeyboardInterrupt:
         print(f"stepsearch_jax: interrupted; {after_interrupt}", file=sys.stderr)
         raise SystemExit(signals.INTERRUPTED) from None
@@ -304,5 +305,5 @@ def _describe(error: Exception) -> str:
     """The line about a user's error. Of a disk's fault it names the file, if the error does."""
     cause = find_disk_fault(error)
     if cause is None or isinstance(error, WriteError):
-        return str(error)
+        return hide_login(str(error))
     return describe_disk_fault(getattr(error, "filename", None) or "a file", cause)

@@ -19,6 +19,7 @@ from typing import Any
 
 from etils import epath
 
+from stepsearch_jax.addresses import hide_logins
 from stepsearch_jax.files import in_bucket, write_text
 
 # tensorboardX loads torch where it is installed, for tensors that nobody gives it here: 3 seconds.
@@ -104,7 +105,7 @@ class Wandb:
             resume="allow",
             name=workdir.name,
             dir=str(folder),
-            config=dict(config),
+            config=hide_logins(config),
             settings=wandb.Settings(init_timeout=_WANDB_SECONDS),
         )
 

@@ -17,6 +17,7 @@ LAYERS = (
     "types",
     "masking",
     "sharding",
+    "addresses",
     "files",
     "hub",
     "loggers",
@@ -45,6 +46,7 @@ COMMANDS = {"train", "evaluate", "ask", "export", "serve", "prepare", "preflight
 HOST = {
     "records",
     "words",
+    "addresses",
     "loggers",
     "metrics",
     "data",

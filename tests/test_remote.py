@@ -1,7 +1,9 @@
 """The client of a search server gives the same answers as the index, even if the server is slow,
 fails, lies, goes away, or comes back as another one."""
 
+import base64
 import contextlib
+import dataclasses
 import http.server
 import json
 import socket
@@ -14,13 +16,15 @@ import urllib3
 from test_index import draw_documents, write_corpus
 from test_time_limit import DRIPS, dripping
 
-from stepsearch_jax.benchmark.retrieval import run_server
+from stepsearch_jax.benchmark.serving import run_server
 from stepsearch_jax.data.passages import read_passage
 from stepsearch_jax.data.rows import Row, read_rows
 from stepsearch_jax.prepare.index import index_files
 from stepsearch_jax.records import Document
+from stepsearch_jax.search import contents
 from stepsearch_jax.search.callback import MAX_QUERY_CHARACTERS, SomeFailedError
-from stepsearch_jax.search.remote import MAX_BODY_BYTES, RemoteIndex, open_remote, render_contents
+from stepsearch_jax.search.contents import render_contents
+from stepsearch_jax.search.remote import MAX_BODY_BYTES, RemoteIndex, open_remote
 from stepsearch_jax.words import RECIPE
 
 QUERIES = ["w0é w3é", "w1é", "nothing", "", "w2é w2é w40é"]
@@ -69,9 +73,9 @@ def test_the_client_finds_what_the_index_finds(url, index):
 def test_another_corpus_is_refused(url, index):
     with pytest.raises(ValueError, match="holds the corpus .* but this run needs other"):
         open_client(url, index, corpus="other").check()
-    shifted = documents_of(index)[1:] + documents_of(index)[:1]
-    with pytest.raises(ValueError, match="it holds another corpus"):
-        open_client(url, index, documents=shifted).search(["w0é"], 3)
+    others = [dataclasses.replace(d, text=f"{d.text} x") for d in documents_of(index)]
+    with pytest.raises(ValueError, match="id '.*none of the 300 documents here"):
+        open_client(url, index, documents=others).search(["w0é"], 3)
     with pytest.raises(ValueError, match="is not the address of a search server"):
         open_client("localhost:8000", index)
     for wrong in ({"attempts": 0}, {"batch": 0}, {"attempt_s": 0.0}, {"backoff_s": -1.0}):
@@ -287,7 +291,7 @@ def test_a_document_may_be_sent_in_any_form_of_a_corpus(send):
         )
         assert client.search(["a"], 5)[0].tolist() == [[0, 1, 2, 3, 4]]
         answer["result"][0][3]["document"] = {"id": "3", "contents": "Toys\nwere us"}
-        with pytest.raises(ValueError, match="document 3 of the server is another one than here"):
+        with pytest.raises(ValueError, match="id '3' .*none of the 5 documents here"):
             client.search(["a"], 5)
 
 
@@ -340,13 +344,135 @@ def test_a_server_that_was_restarted_with_another_index_is_noticed(index, health
         assert len(times) == 2  # another attempt would find the same index
 
 
-def test_too_many_documents_are_nonsense(index):
-    one = json.loads(good_answer(index))["result"][0][0]
+# What servers answer that are not ours: the documents of each query, best first, as Search-R1's
+# dense server has them (rows of its corpus), its BM25 server (whose index may hold texts only), …
+PASSAGES = [Document(i, f"Town {i}", f"Town {i} lies on a river.") for i in range(5)]
+shown = lambda d, **more: {"contents": f'"{d.title}"\n{d.text}', **more}
+scored = lambda *documents: [{"document": document, "score": 1.5} for document in documents]
+FOREIGN = {  # name: answer to one query; the ids that are read from it for k = 2
+    "ids": (scored(*(shown(d, id=str(d.id)) for d in PASSAGES[1:3])), [1, 2]),
+    "no ids": (scored(*(shown(d, title=d.title, text=d.text) for d in PASSAGES[1:3])), [1, 2]),
+    "ids from 1": (scored(*(shown(d, id=str(d.id + 1)) for d in PASSAGES[3:])), [3, 4]),
+    "words as ids": (scored(*(shown(d, id=f"wiki_{d.id}") for d in PASSAGES[:2])), [0, 1]),
+    "no scores": ([shown(d, id=d.id) for d in PASSAGES[1:3]], [1, 2]),
+    "null as score": ([{"document": shown(PASSAGES[4], id="4"), "score": None}], [4, -1]),
+    "more than topk": (scored(*(shown(d, id=str(d.id)) for d in PASSAGES)), [0, 1]),
+    "fewer": (scored(shown(PASSAGES[2], id="2")), [2, -1]),
+    "none": ([], [-1, -1]),
+    "thrice": (scored(*[shown(PASSAGES[3], id="3")] * 3, shown(PASSAGES[1], id="1")), [3, 1]),
+    "thrice without ids": (scored(*[shown(PASSAGES[3])] * 3), [3, -1]),
+}
+
+
+def open_passages(url, **changed):
+    options = dict(corpus="hash", attempt_s=2.0, attempts=1, backoff_s=0.0, batch=2)
+    return RemoteIndex(url, documents=PASSAGES, **options | changed)
+
+
+@pytest.mark.parametrize("found,expected", FOREIGN.values(), ids=FOREIGN)
+def test_what_other_servers_answer_is_read(found, expected):
+    answer = json.dumps({"result": [found, found]}).encode()
+    with fake_server(lambda h, n: h.say(200, answer)) as (url, _):
+        ids, scores = open_passages(f"{url}/retrieve").search(["a", "b"], 2)
+    assert ids.tolist() == [expected] * 2
+    has_score = bool(found) and found[0].get("score") is not None
+    assert scores.tolist() == [[1.5 * has_score * (i >= 0) for i in expected]] * 2
+
+
+@pytest.mark.parametrize("identity", [{"id": "wiki_7"}, {"id": "2"}, {}], ids=str)
+def test_an_unknown_document_is_named(identity):
+    answer = {"result": [[{"document": {"contents": "Another\nOne.", **identity}, "score": 1.0}]]}
     with (
-        fake_server(lambda h, n: h.say(200, json.dumps({"result": [[one] * 3]}).encode())) as (
-            url,
-            _,
-        ),
-        pytest.raises(ValueError, match="the form of"),
+        fake_server(lambda h, n: h.say(200, json.dumps(answer).encode())) as (url, _),
+        pytest.raises(ValueError) as raised,
     ):
-        open_client(url, index).search(["a"], 2)
+        open_passages(url).search(["a"], 2)
+    assert repr(identity.get("id", "Another")).strip("'") in str(raised.value)
+
+
+def test_documents_are_listed_once_and_the_end_of_each_step_is_reported(monkeypatch):
+    """By all threads together; of equal documents the first is found."""
+    monkeypatch.setattr(contents, "_LISTED_AT_ONCE", 10)
+    read, reports = [], []
+
+    class Documents(list):
+        def __getitem__(self, row):
+            read.append(row)
+            return super().__getitem__(row)
+
+    documents = Documents(Document(i, f"t{i % 60}", "x") for i in range(100))
+    finder = contents.Finder(documents, lambda: reports.append(1))
+    threads = [threading.Thread(target=finder.find, args=("t7\nx",)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(reports) == 10 and sorted(read[:100]) == list(range(100)) and len(read) == 104
+    assert [finder.find(f'"t{n}" x') for n in (7, 59, 60)] == [7, 59, None]
+
+
+def half_of(sent: bytes):
+    """Says the beginning of an answer and hangs up."""
+
+    def answer(handler):
+        handler.wfile.write(sent)
+        handler.wfile.flush()
+        hang_up(handler)
+
+    return answer
+
+
+HEAD = b"HTTP/1.1 200 OK\r\n"
+HALVES = {
+    "within the body": HEAD + b'\r\n{"result": [[{"docu',
+    "before the body": HEAD + b"\r\n",
+    "within the headers": HEAD + b"Content-Ty",
+    "within a chunk": HEAD + b'Transfer-Encoding: chunked\r\n\r\n40\r\n{"result": [',
+    "between chunks": HEAD + b'Transfer-Encoding: chunked\r\n\r\nc\r\n{"result": [\r\n',
+    "within a size": HEAD + b"Transfer-Encoding: chunked\r\n\r\n4",
+    "of a known length": HEAD + b'Content-Length: 90\r\n\r\n{"result": [',
+    "with nothing": b"",
+    "within the first line": b"HTTP/1.1 2",
+}
+
+
+@pytest.mark.parametrize("sent", HALVES.values(), ids=HALVES)
+def test_half_an_answer_is_asked_for_again(index, sent):
+    with fake_server(
+        lambda h, n: half_of(sent)(h) if n == 0 else h.say(200, good_answer(index))
+    ) as (
+        url,
+        times,
+    ):
+        assert open_client(url, index).search(["a"], 2)[0].tolist() == [[7, -1]]
+        assert len(times) == 2
+
+
+LOGIN = "anna:z%40bra:w%C3%B6rd"  # of which "z@bra:wörd" is the password
+
+
+def test_a_password_is_sent_and_never_shown(index):
+    """Not in the manifest, nor in any error."""
+    seen, status = [], [200]
+
+    def respond(handler, n):
+        seen.append(handler.headers["Authorization"])
+        handler.say(status[0], good_answer(index))
+
+    with fake_server(respond) as (url, _):
+        address = url.replace("://", f"://{LOGIN}@")
+        client = open_client(address, index, attempts=1)
+        assert client.search(["a"], 2)[0].tolist() == [[7, -1]]
+        assert seen == ["Basic " + base64.b64encode("anna:z@bra:wörd".encode()).decode()]
+        texts = [json.dumps(client.describe(2))]
+        assert client.describe(2)["settings"]["url"] == url
+        for status[0] in (401, 404, 500):
+            with pytest.raises((ValueError, urllib3.exceptions.HTTPError)) as raised:
+                client.search(["a"], 2)
+            texts.append(str(raised.value))
+        assert "config.search.url" in texts[1]
+    for wrong in (address, "ftp://anna:z%40bra@host", "http://anna:z/bra@host"):
+        with pytest.raises(ValueError) as raised:
+            open_client(wrong, index, attempts=1).check()
+        texts.append(str(raised.value))
+    assert not [text for text in texts if "anna" in text or "bra" in text]

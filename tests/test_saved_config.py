@@ -5,8 +5,14 @@ import json
 import pytest
 
 from stepsearch_jax import cli
+from stepsearch_jax.addresses import hide_login, hide_logins
 from stepsearch_jax.run.config_file import find_configs, load_config
-from stepsearch_jax.run.folder import to_json
+from stepsearch_jax.run.folder import (
+    check_resumable,
+    to_json,
+    write_beginning,
+    write_config,
+)
 
 CONFIGS = sorted(path.stem for path in find_configs().glob("[!_]*.py"))
 
@@ -60,3 +66,43 @@ def test_a_bucket_that_cannot_be_read_is_one_line(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         parse("--workdir=gs://b/run")
     assert "pip install gcsfs" in capsys.readouterr().err
+
+
+SECRET = "http://anna:z%40bra@search:8000/v1"
+
+
+def test_a_password_is_not_saved(tmp_path):
+    """Nor the user: the address stays. The run resumes with the whole address, or a new one."""
+    config = load_config("atlas_quickstart")
+    config.search.url = SECRET
+    write_config(tmp_path, config)
+    write_beginning(tmp_path, check_resumable(tmp_path, config, {"train": "x"}))
+    (tmp_path / "start").mkdir()
+    check_resumable(tmp_path, config, {"train": "x"})
+    saved = "".join(path.read_text() for path in tmp_path.glob("*.json"))
+    assert '"http://search:8000/v1"' in saved and "anna" not in saved and "bra" not in saved
+    assert load_config(str(tmp_path / "config.json")).search.url == "http://search:8000/v1"
+    assert config.search.url == SECRET  # the run itself uses it
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        f"--config.search.ulr={SECRET}",
+        f"--config.search={SECRET}",
+        f"--config.seed={SECRET}",
+        SECRET,
+    ],
+)
+def test_a_password_is_not_in_errors_about_flags(flag, tmp_path, capsys):
+    with pytest.raises(SystemExit) as raised:
+        parse("--config=atlas_quickstart", f"--workdir={tmp_path}", flag)
+    text = f"{raised.value} {capsys.readouterr().err}"
+    assert "bra" not in text and "anna" not in text and "search:8000" in text
+
+
+def test_addresses_without_a_login_stay():
+    for text in ("http://host/a@b", "gs://bucket/run@2", "no address: a@b", "http://[::1]:80"):
+        assert hide_login(text) == text
+    nested = {"a": ["x http://u:p@h/, https://u@k", 1], "b": (None, True)}
+    assert hide_logins(nested) == {"a": ["x http://h/, https://k", 1], "b": [None, True]}

@@ -148,6 +148,15 @@ def test_gaps_in_the_ids_are_closed():
     ]
 
 
+def test_a_repeated_document_counts_once():
+    """At its best rank, whichever engine returns it."""
+    callback = make_callback(lambda queries: np.array([[1, 1], [-1, 2]]))
+    assert call(callback, [1], [2]) == [
+        ([1, 11, 200, 2, 3], [1, -1], True),
+        ([1, 11, 300, 301, 302, 303, 304, 305, 2, 3], [2, -1], True),
+    ]
+
+
 def test_an_unreadable_query_fails_alone():
     callback = make_callback(lambda queries: np.array([[1, -1]] * len(queries)))
     assert call(callback, [1], [99], None) == [

@@ -19,11 +19,16 @@ import running
 import urllib3
 from test_index import draw_documents, write_corpus
 
-from stepsearch_jax import cli, serve
-from stepsearch_jax.benchmark.retrieval import HOSTILE, measure, render, run_server
+from stepsearch_jax import cli
+from stepsearch_jax.benchmark.retrieval import measure, render
+from stepsearch_jax.benchmark.serving import HOSTILE, run_server
 from stepsearch_jax.prepare.index import index_files
 from stepsearch_jax.search.cache import hash_documents
-from stepsearch_jax.search.remote import render_contents
+from stepsearch_jax.search.contents import render_contents
+from stepsearch_jax.serve import __main__ as serve
+from stepsearch_jax.serve.app import Engine, make_app
+from stepsearch_jax.serve.limits import Limits
+from stepsearch_jax.serve.server import Server, make_protocol
 
 QUERIES = ["w0é w3é", "w1é", "nothing", "", "w2é w2é w40é"]
 
@@ -62,16 +67,9 @@ def post(url, body, **options):
     )
 
 
-def make_limits(transfer_seconds: float) -> serve.Limits:
-    return serve.Limits(
-        body_bytes=1000,
-        transfer_seconds=transfer_seconds,
-        queries=5,
-        query_characters=50,
-        topk=5,
-        searches=1,
-        waiting=1,
-    )
+def make_limits(transfer_seconds: float, **changed) -> Limits:
+    limits = dict(body_bytes=1000, queries=5, query_characters=50, topk=5, searches=1, waiting=1)
+    return Limits(transfer_seconds=transfer_seconds, **limits | dict(held_bytes=1000) | changed)
 
 
 def make_scope(method: str, path: str) -> dict:
@@ -100,6 +98,29 @@ def test_answers_have_search_r1s_form(url, index):
     assert plain == [[entry["document"] for entry in found] for found in answer["result"]]
     default = post(url, {"queries": QUERIES}).json()["result"]  # --topk
     assert [len(found) for found in default] == [3, 3, 0, 0, 3]
+
+
+@pytest.mark.parametrize("asked", [{"topk": 0}, {"topk": None}, {}], ids=str)
+def test_the_servers_own_topk(url, asked):
+    """Search-R1's server reads 0 and null as its own."""
+    assert (
+        post(url, {"queries": ["w0é"], **asked}).json()
+        == post(url, {"queries": ["w0é"], "topk": 3}).json()
+    )
+
+
+def test_requests_of_search_r1s_trainer(url, index):
+    """A turn in which nobody searches, and one in which 512 questions with 5 samples each do."""
+    nothing = post(url, {"queries": [], "topk": 3, "return_scores": True})
+    assert (nothing.status, nothing.json()["result"]) == (200, [])
+    queries = [f"w{n % 40}é w{n // 40}é" for n in range(2560)]
+    answer = post(url, {"queries": queries, "topk": 3, "return_scores": True})
+    assert answer.status == 200 and "Content-Length" not in answer.headers  # in pieces
+    ids, scores = index.search(queries, 3)
+    assert len(answer.json()["result"]) == 2560
+    for found, of_row, scores_of_row in zip(answer.json()["result"], ids, scores, strict=True):
+        assert [int(entry["document"]["id"]) for entry in found] == of_row[of_row >= 0].tolist()
+        assert [entry["score"] for entry in found] == scores_of_row[of_row >= 0].tolist()
 
 
 @pytest.mark.parametrize("body", HOSTILE, ids=lambda body: repr(body[:30]))
@@ -136,7 +157,7 @@ def test_other_requests_and_metrics(url, index):
 def test_a_slow_body_and_too_many_requests(index):
     """In the application itself: 408 for a body that does not come, 503 beyond the limits."""
     limits = make_limits(transfer_seconds=0.2)
-    app = serve.make_app(serve.Engine(index.search, index.documents, index.describe), 3, limits)
+    app = make_app(Engine(index.search, index.documents, index.describe), 3, limits)
 
     async def ask(delay: float) -> int:
         sent = []
@@ -172,7 +193,7 @@ def test_an_index_that_fails_is_reported_and_counted(index):
         return index.search(queries, k)
 
     limits = make_limits(transfer_seconds=1.0)
-    app = serve.make_app(serve.Engine(search, index.documents, index.describe), 3, limits)
+    app = make_app(Engine(search, index.documents, index.describe), 3, limits)
 
     async def ask(method: str, path: str, body: bytes = b"") -> tuple[int, str]:
         sent = []
@@ -269,11 +290,9 @@ def test_ordinary_requests_and_slow_searches_go_on(hasty, index):
         return index.search(queries, k)
 
     limits = make_limits(transfer_seconds=1.0)
-    app = serve.make_app(serve.Engine(search, index.documents, index.describe), 3, limits)
-    port, protocol = running.free_port(), serve.make_protocol(limits.transfer_seconds)
-    server = serve.uvicorn.Server(
-        serve.uvicorn.Config(app, port=port, http=protocol, log_level="warning")
-    )
+    app = make_app(Engine(search, index.documents, index.describe), 3, limits)
+    port, protocol = running.free_port(), make_protocol(limits.transfer_seconds)
+    server = Server(serve.uvicorn.Config(app, port=port, http=protocol, log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -298,6 +317,7 @@ def test_ordinary_requests_and_slow_searches_go_on(hasty, index):
         (["--index=none", "--port=70000"], "--port=70000"),
         (["--index=none", "--topk=101"], "--topk=101"),
         (["--index=none", "--max-queries=0"], "--max-queries=0"),
+        (["--index=none", "--max-held-bytes=9"], "--max-held-bytes=9"),
     ],
 )
 def test_mistakes_on_the_command_line_are_named(flags, message):
@@ -320,8 +340,8 @@ def test_a_port_that_is_taken_is_named_before_anything_is_served(tmp_path, capsy
 def test_the_number_of_documents_is_printed(tmp_path, capsys, monkeypatch):
     # uvicorn's own Config would set up logging.
     monkeypatch.setattr(serve.uvicorn, "Config", lambda *_, **__: None)
-    monkeypatch.setattr(serve.uvicorn.Server, "__init__", lambda *_: None)
-    monkeypatch.setattr(serve.uvicorn.Server, "run", lambda _, sockets: sockets[0].close())
+    monkeypatch.setattr(Server, "__init__", lambda *_: None)
+    monkeypatch.setattr(Server, "run", lambda _, sockets: sockets[0].close())
     for count, printed in ((1, " 1 document at "), (2, " 2 documents at ")):
         corpus = write_corpus(tmp_path / "corpus.jsonl", draw_documents(count, 1))
         index_files([corpus], tmp_path / f"index-{count}", 1.2, 0.75)
@@ -427,3 +447,6 @@ def test_the_benchmark_counts_every_answer(tmp_path):
     assert figures["serve"]["requests"] == 300 and figures["serve"]["hostile"] > 0
     assert "| 2,000 |" in render(figures)
     assert set(figures["serve"]["by_status"]) <= {"400", "413", "408", "closed", "left"}
+    assert figures["serve"]["grown_bytes"] < 100 << 20
+    assert figures["stop"]["status"] == 143 and figures["stop"]["lost"] == 0
+    assert figures["stop"]["answered"] > 100 and figures["stop"]["refused"] == 32

@@ -19,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from stepsearch_jax import words
+from stepsearch_jax.addresses import hide_login
 from stepsearch_jax.prepare.store import Store
 from stepsearch_jax.records import Document
 from stepsearch_jax.search import bm25, postings
@@ -54,7 +55,7 @@ def check_engines(names: Sequence[str], search_config: ml_collections.ConfigDict
         )
     if len(set(read)) < len(read):
         raise ValueError(
-            f"--engines {' '.join(names)}: an engine is named twice; each has one vote"
+            f"--engines {hide_login(' '.join(names))}: an engine is named twice; each has one vote"
         )
 
 
@@ -76,7 +77,7 @@ def _read_engine(name: str) -> tuple:
             return kind, k1, b
     except ValueError:
         pass
-    raise ValueError(f"{name!r} is not an engine; one is {FORMS}")
+    raise ValueError(f"{hide_login(name)!r} is not an engine; one is {FORMS}")
 
 
 def build_engine(
@@ -90,6 +91,7 @@ def build_engine(
     Raises ValueError for a server that does not answer or holds another corpus.
     """
     kind, *settings = _read_engine(name)
+    name = hide_login(name)
     if kind == "remote":
         return _open_remote(name, settings[0], documents, search_config)
     if kind == "dense":

@@ -231,7 +231,7 @@ def _make_split(
     }
 
     # figures and rows
-    figures = measure_votes(questions, written, refused, votes, options.engines)
+    figures = measure_votes(questions, written, refused, votes, [engine.name for engine in engines])
     rows = []
     for i, question in enumerate(questions):
         keys = [kept.get((i, hop), []) for hop in range(len(question.sub_questions))]

@@ -14,6 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from stepsearch_jax.addresses import hide_logins
 from stepsearch_jax.files import CONFIG_FILE, in_bucket, read_json, write_json
 
 RUN_FILE = "run.json"
@@ -191,8 +192,8 @@ def _check(
 
 
 def to_json(config: ConfigDict) -> dict[str, Any]:
-    """The config in the form of config.json."""
-    return json.loads(config.to_json_best_effort())
+    """The config in the form of config.json, without the user and the password of addresses."""
+    return hide_logins(json.loads(config.to_json_best_effort()))
 
 
 def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

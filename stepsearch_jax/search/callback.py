@@ -150,10 +150,11 @@ class SearchCallback:
             if place in failed:
                 failures.update(dict.fromkeys(rows, failed[place]))
                 continue
-            ids = ids[ids >= 0]
+            # A document that was returned several times counts once, at its best rank.
+            ids = list(dict.fromkeys(ids[ids >= 0].tolist()))
             observation = build_observation(
                 self._environment,
-                [self._document_tokens[int(i)] for i in ids],
+                [self._document_tokens[i] for i in ids],
                 self.max_observation_tokens,
             )
             for row in rows:
@@ -190,11 +191,11 @@ def make_search_callback(
     """A search callback for the rollout.
 
     search: q distinct, non-empty queries of at most MAX_QUERY_CHARACTERS -> corpus ids [q, k], best
-    first, -1 = none; SomeFailedError if only some failed. decode_query: token ids -> query, "" for
-    an empty one (which finds nothing and is no failure). document_tokens: corpus id -> token ids.
-    max_observation_tokens: O, the width of an observation. k: D, documents a search. Raises
-    ValueError if the environment's texts do not fit into an observation or have no prefix for each
-    rank.
+    first, -1 = none; a repeated one counts once. SomeFailedError if only some failed. decode_query:
+    token ids -> query, "" for an empty one (which finds nothing and is no failure).
+    document_tokens: corpus id -> token ids. max_observation_tokens: O, the width of an observation.
+    k: D, documents a search. Raises ValueError if the environment's texts do not fit into an
+    observation or have no prefix for each rank.
     """
     if len(environment.ranks) != k:
         raise ValueError(

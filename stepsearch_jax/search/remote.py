@@ -1,26 +1,32 @@
 """Search by a server with Search-R1's /retrieve, such as `python -m stepsearch_jax.serve`: time
 limits, repeated attempts, many queries a request.
 
-The server must hold the same corpus, so that its ids are this program's: a document that it sends
-is compared with the one that has the same id here.
+The server must hold the same corpus. A document that it sends is compared with the one that has the
+same id here; if there is none, or it is another one, it is found by its contents: servers may send
+no ids, or ids of their own. A server may also send no scores, more documents than were asked for,
+or one document several times.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import random
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import urllib3
 from urllib3.util import Url, parse_url
 
+from stepsearch_jax.addresses import hide_login
 from stepsearch_jax.records import Document
 from stepsearch_jax.search.cache import describe_search
 from stepsearch_jax.search.callback import SomeFailedError
+from stepsearch_jax.search.contents import Finder, render_contents, spell
 from stepsearch_jax.search.time_limit import limit_connections, limit_time
 
 MAX_ANSWER_BYTES = 1 << 26
@@ -31,34 +37,46 @@ _SERVER_AT_FAULT = (408, 429, 500, 502, 503, 504)  # worth another attempt
 _QUERY_AT_FAULT = (400, 413)  # perhaps: worth an attempt for each half of the queries
 
 
-def render_contents(document: Document) -> str:
-    """Title and text in one string, as Search-R1's corpora have them: the first line is the title,
-    in quotes, with its line ends as spaces."""
-    return f'"{" ".join(document.title.split())}"\n{document.text}'
-
-
-def _spell(contents: str) -> str:
-    """What two forms of one document have in common: quotes and white space do not count."""
-    return "".join(contents.replace('"', "").split())
-
-
 class _RefusedError(ValueError):
     """A request that the server does not take, perhaps for one of its queries."""
 
 
 def read_address(url: str) -> str:
-    """A server's address in one form; it may end with /retrieve, as Search-R1's does. Raises
-    ValueError for anything that is no address."""
+    """A server's address in one form; it may end with /retrieve, as Search-R1's does, and may hold
+    a user and a password. Raises ValueError, without these, for anything that is no address."""
     try:
         parsed = parse_url(url.rstrip("/").removesuffix("/retrieve"))
     except urllib3.exceptions.LocationParseError:
         parsed = Url()
     if parsed.scheme not in ("http", "https") or not parsed.host or parsed.query or parsed.fragment:
+        shown = hide_login(url).rpartition("@")[2]  # a slash in a password would end a login
         raise ValueError(
-            f"{url!r} is not the address of a search server, such as http://localhost:8000 "
-            "(config.search.url, or an engine remote:URL)"
+            f"{shown!r} is not the address of a search server, such as http://localhost:8000 "
+            "(config.search.url, or an engine remote:URL); signs in a user or password that have a "
+            "meaning in addresses are written as %2F, %40, …"
         )
     return parsed.url.rstrip("/")
+
+
+def _write_headers(address: str) -> dict[str, str]:
+    """Of a request to an address, which may hold a user and a password."""
+    headers = {"Content-Type": "application/json"}
+    if login := parse_url(address).auth:
+        encoded = base64.b64encode(unquote(login).encode()).decode()
+        headers["Authorization"] = f"Basic {encoded}"
+    return headers
+
+
+class _UnknownError(ValueError):
+    """A document that is none of the corpus here."""
+
+
+def _read_number(value: object) -> int:
+    """A server's id as a row of the corpus; -1 if it cannot be one."""
+    try:
+        return int(value)  # type: ignore[call-overload]  # anything may come
+    except (TypeError, ValueError, OverflowError):
+        return -1
 
 
 class RemoteIndex:
@@ -67,8 +85,8 @@ class RemoteIndex:
     documents: the same ones, here; corpus: their hash. attempt_s: time for one attempt's connection
     and again for its answer; attempts: before a search has failed; backoff_s: longest first pause
     between two, doubled each time; batch: queries in one request. ended: is called whenever a
-    request is answered or given up. Raises ValueError for a bad address and for numbers that are
-    too small.
+    request is answered or given up, and often while documents are listed by their contents. Raises
+    ValueError for a bad address and for numbers that are too small.
     """
 
     def __init__(
@@ -87,7 +105,10 @@ class RemoteIndex:
                 f"config.search.attempt_s={attempt_s} must be more than 0, attempts={attempts} and "
                 f"batch={batch} at least 1, and backoff_s={backoff_s} at least 0"
             )
-        self._url, self._documents, self._ended = read_address(url), documents, ended
+        address = read_address(url)
+        self._url, self._headers = hide_login(address), _write_headers(address)
+        self._documents, self._ended = documents, ended
+        self._finder = Finder(documents, ended)
         self._attempt_s, self._attempts, self._backoff_s = attempt_s, attempts, backoff_s
         self._batch = batch
         self._http = limit_connections(urllib3.PoolManager(maxsize=_AT_ONCE, retries=False))
@@ -146,8 +167,8 @@ class RemoteIndex:
         return describe_search(self._about["corpus"], len(self), "remote", k, settings)
 
     def search(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The server's k documents for each of q queries: (ids [q, k] int32, best first, -1 where
-        there are no more; scores [q, k] float32, 0 there).
+        """The server's first k different documents for each of q queries: (ids [q, k] int32, best
+        first, -1 where there are no more; scores [q, k] float32, 0 there and where it sends none).
 
         Raises urllib3's HTTPError when all attempts have failed, ValueError for an answer that
         makes no sense or comes from another index, and SomeFailedError (with the ids) if the server
@@ -191,9 +212,11 @@ class RemoteIndex:
         ids, scores = self._make_empty(len(queries), k)
         try:
             for row, (found, _) in enumerate(zip(answer["result"], queries, strict=True)):
-                for place, entry in enumerate(found):
-                    ids[row, place] = self._read_id(entry["document"])
-                    scores[row, place] = entry["score"]
+                best = self._read_documents(found, k)
+                ids[row, : len(best)] = list(best)
+                scores[row, : len(best)] = list(best.values())
+        except _UnknownError:
+            raise
         except (TypeError, LookupError, AttributeError, ValueError, OverflowError) as error:
             raise ValueError(
                 f"the answer of {self._url} does not have the form of /retrieve "
@@ -205,21 +228,37 @@ class RemoteIndex:
     def _make_empty(queries: int, k: int) -> tuple[np.ndarray, np.ndarray]:
         return np.full((queries, k), -1, np.int32), np.zeros((queries, k), np.float32)
 
-    def _read_id(self, shown: dict) -> int:
-        number = int(shown["id"])
-        if not 0 <= number < len(self._documents):
-            raise ValueError(
-                f"document {number} is none of the {len(self._documents)} of the corpus"
-            )
+    def _read_documents(self, found: list[dict], k: int) -> dict[int, float]:
+        """The first k different documents of one query: id -> score."""
+        best: dict[int, float] = {}
+        for entry in found:
+            if len(best) == k:
+                break
+            has_score = "document" in entry  # without scores there are plain documents
+            row = self._find_document(entry["document"] if has_score else entry)
+            score = entry.get("score") if has_score else None
+            best.setdefault(row, 0.0 if score is None else float(score))
+        return best
+
+    def _find_document(self, shown: dict) -> int:
+        """The id, here, of a document that the server sends."""
         if "contents" in shown:
             sent = shown["contents"]
         else:
-            sent = render_contents(Document(number, shown["title"], shown["text"]))
-        if _spell(sent) != _spell(render_contents(self._documents[number])):
-            raise ValueError(
-                f"document {number} of the server is another one than here: it holds another corpus"
+            sent = render_contents(Document(0, shown["title"], shown["text"]))
+        number = _read_number(shown.get("id"))
+        if 0 <= number < len(self._documents):
+            if spell(sent) == spell(render_contents(self._documents[number])):
+                return number
+        row = self._finder.find(sent)
+        if row is None:
+            name = f"the id {shown['id']!r}" if "id" in shown else "no id"
+            raise _UnknownError(
+                f"the answer of {self._url} holds a document with {name} whose contents "
+                f"({sent[:60]!r}…) are none of the {len(self._documents)} documents here: serve "
+                "the same documents"
             )
-        return number
+        return row
 
     def _repeat(self, method: str, path: str, body: str | None) -> Any:
         """The answer of the first attempt that succeeds. Pauses are random, so that many clients do
@@ -240,7 +279,7 @@ class RemoteIndex:
                 self._url + path,
                 body=body,
                 preload_content=False,
-                headers={"Content-Type": "application/json"},
+                headers=self._headers,
                 timeout=urllib3.Timeout(self._attempt_s),
             )
             try:
@@ -256,6 +295,11 @@ class RemoteIndex:
                 raise
         answer.release_conn()
         message = f"{self._url} answered {answer.status}: {raw[:200].decode(errors='replace')}"
+        if answer.status == 401:
+            message += (
+                "; write config.search.url as http://USER:PASSWORD@HOST (run folders do not keep "
+                "user and password: give it again with every command)"
+            )
         if answer.status in _SERVER_AT_FAULT:
             raise urllib3.exceptions.HTTPError(message)
         if answer.status != 200:
@@ -263,10 +307,14 @@ class RemoteIndex:
         try:
             return json.loads(raw)
         except (ValueError, RecursionError) as error:
-            raise ValueError(
+            message = (
                 f"the answer of {self._url} is not JSON ({error}): "
                 f"{raw[:200].decode(errors='replace')!r}"
-            ) from None
+            )
+        if "Content-Length" not in answer.headers and not answer.chunked:
+            # Its end is that of the connection, which may have come too soon.
+            raise urllib3.exceptions.HTTPError(message)
+        raise ValueError(message)
 
 
 def open_remote(

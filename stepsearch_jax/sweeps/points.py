@@ -16,6 +16,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
+from stepsearch_jax.addresses import hide_logins
 from stepsearch_jax.run.config_file import call_file, define_config
 from stepsearch_jax.run.folder import describe_difference, flatten, to_json
 
@@ -114,7 +115,7 @@ def load_sweeps(files: Sequence[str], config_file: str, common: Sequence[str]) -
                     "and a key of the command line cannot be swept"
                 )
             points = {seed: make_point(method, overrides, seed, where) for seed in seeds}
-            methods.append(Method(method, dict(overrides), points))
+            methods.append(Method(method, hide_logins(overrides), points))
 
         _call_sweep(file, add)
         if not methods:
