@@ -222,12 +222,15 @@ def _read(folder: epath.Path, abstract_tree, remedy: str, partial: bool = False)
                 ),
             )
             jax.block_until_ready(there)
-    except (ValueError, LookupError, TypeError, EOFError, FileNotFoundError) as cause:
+    except Exception as outer:  # orbax wraps what TensorStore raises in bare Exceptions
+        cause = outer
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
         text = f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}"
-        fault, error = _Fault.DAMAGED, Damaged(f"{folder} is damaged ({text})")
-    except OSError as cause:  # which may pass
-        text = " ".join(str(cause).split())[:200]
-        fault, error = _Fault.OTHER, OSError(f"{folder} could not be read ({text}): try again")
+        if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):  # may pass
+            fault, error = _Fault.OTHER, OSError(f"{folder} could not be read ({text}): try again")
+        else:
+            fault, error = _Fault.DAMAGED, Damaged(f"{folder} is damaged ({text})")
     finally:
         if error is not None:
             gc.collect()  # now, while they are not heard; so the cause is not kept, either

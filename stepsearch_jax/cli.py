@@ -237,7 +237,7 @@ def one_line_errors(after_interrupt: str) -> Iterator[None]:
 
     after_interrupt: what the line about a signal says the user can do, or what is lost.
     """
-    signals.begin_work(after_interrupt)
+    signals.begin_work(after_interrupt, tidies_up=True)
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
@@ -260,8 +260,7 @@ def run_guarded(
     """
     start_logging()
     signals.listen()
-    signals.begin_work(after_interrupt)
-    interrupted = signals.INTERRUPTED, f"interrupted; {after_interrupt}"
+    signals.begin_work(after_interrupt, tidies_up=False)
 
     # Imported here: jax takes seconds to load, and --help and wrong flags need not wait for it.
     import jax
@@ -276,16 +275,12 @@ def run_guarded(
         command(config, None if workdir is None else epath.Path(workdir))
         # No process leaves while the first one still writes the results.
         multihost_utils.sync_global_devices("done")
-    except KeyboardInterrupt:
-        signals.leave(*interrupted)
     except (ValueError, OSError, jax.errors.JaxRuntimeError) as error:
-        if "KeyboardInterrupt" in str(error):  # in a callback from the device
-            signals.leave(*interrupted)
         if jax.process_count() > 1:
             message = (
                 f"process {jax.process_index()} of {jax.process_count()} ends: {_describe(error)} "
-                "(when one "
-                "fails, the others lose their connection: see the log of the first to fail)"
+                "(when one fails, the others lose their connection: see the log of the first to "
+                "fail)"
             )
             signals.leave(EXIT_CODE, message)
         if isinstance(error, jax.errors.JaxRuntimeError):

@@ -1,12 +1,14 @@
 """What Ctrl-C (SIGINT), SIGTERM and SIGHUP do: each ends a command with one line.
 
-The exit status is 128 + the signal's number. Ctrl-C raises KeyboardInterrupt in the work, which has
-GRACE_S seconds to end. SIGTERM and SIGHUP end the process at once, except within `deferred`: there
-the first one is only noted, so that training can save its state first.
+The exit status is 128 + the signal's number. A signal ends the process at once, but for two cases:
+within `deferred` the first SIGTERM or SIGHUP is only noted, so that training can save its state
+first; and Ctrl-C raises KeyboardInterrupt in work that has something to tidy up, which has GRACE_S
+seconds for it.
 
 A thread of its own hears the signals. Python's handlers wait until the program on the device
-returns, and their exceptions are lost in callbacks. A signal that was ignored when the process
-began stays ignored, as under nohup. Commands listen before they load libraries.
+returns, and their exceptions are lost in callbacks and finalizers. A signal that was ignored when
+the process began stays ignored, as under nohup. Commands listen before they load libraries, so this
+module loads as little as it can.
 """
 
 from __future__ import annotations
@@ -17,10 +19,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from typing import NoReturn
 
-from stepsearch_jax.search.watchdog import call_off
+TYPE_CHECKING = False  # as typing's, which takes longer to load than all of the above
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import NoReturn
 
 GRACE_S = 5.0  # from Ctrl-C to the end, at the latest
 INTERRUPTED = 128 + signal.SIGINT  # the exit status after Ctrl-C
@@ -54,14 +57,15 @@ def listen() -> None:
     _is_listening = True
 
 
-def begin_work(after: str) -> None:
-    """From now on Ctrl-C raises KeyboardInterrupt.
+def begin_work(after: str, *, tidies_up: bool) -> None:
+    """The work begins.
 
-    after: what the line about a signal says the user can do afterwards, or what is lost.
+    after: what the line about a signal says the user can do afterwards, or what is lost. tidies_up:
+    Ctrl-C raises KeyboardInterrupt from now on.
     """
     global _after
     _after = after
-    if signal.getsignal(signal.SIGINT) is _note:
+    if tidies_up and signal.getsignal(signal.SIGINT) is _note:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -110,7 +114,8 @@ def leave(status: int, message: str) -> NoReturn:
     They would print pages of errors, or crash. A checkpoint that is being saved is lost; the one
     before it stays.
     """
-    call_off()
+    if watchdog := sys.modules.get("stepsearch_jax.search.watchdog"):
+        watchdog.call_off()  # its witness need not say that this process ended
     with contextlib.suppress(OSError, AttributeError):  # a pipe that nobody reads, or no stdout
         sys.stdout.flush()
     _write_line(message)

@@ -188,7 +188,7 @@ def interrupts(bench: Bench, number: int) -> Counts:
     counts, workdir = Counts(), bench.folder / "interrupts" / "run"
     for n in range(number):
         process = bench.start(workdir)
-        time.sleep(0.1 + bench.loading * n / number)
+        time.sleep(0.3 + bench.loading * n / number)
         process.send_signal(signal.SIGINT)
         bench.end(process, counts, workdir, [130], "interrupted")
     bench.finish(counts, workdir)

@@ -62,11 +62,13 @@ def harm(folder: pathlib.Path, damage: str) -> None:
     """Damages the files of a saved tree."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     data = [path for path in files if path.parent.name == "d"]
-    if damage == "flipped":  # one bit of the largest file, which holds the numbers
-        largest = max(data, key=lambda path: path.stat().st_size)
+    largest = max(data, key=lambda path: path.stat().st_size)  # holds the numbers
+    if damage == "flipped":  # one bit
         content = bytearray(largest.read_bytes())
         content[len(content) // 2] ^= 4
         largest.write_bytes(content)
+    elif damage == "halved":  # this file alone: the others say what it should hold
+        os.truncate(largest, largest.stat().st_size // 2)
     elif damage == "cut":
         for path in data:
             path.write_bytes(path.read_bytes()[:10])
@@ -80,7 +82,7 @@ def harm(folder: pathlib.Path, damage: str) -> None:
             path.unlink()
 
 
-DAMAGES = ["flipped", "cut", "empty", "missing", "undescribed", "foreign"]
+DAMAGES = ["flipped", "halved", "cut", "empty", "missing", "undescribed", "foreign"]
 
 
 def make_large_state(number: int):

@@ -213,7 +213,8 @@ def test_every_file_and_key_that_a_page_names_exists(page):
     keys += [
         key
         for key in re.findall(r"`([a-z]\w*\.[a-z]\w*)`", PAGES[page])
-        if key.split(".")[0] in config and not key.endswith((".json", ".jsonl", ".py", ".txt"))
+        if key.split(".")[0] in config
+        and not key.endswith((".json", ".jsonl", ".py", ".txt", ".safetensors"))
     ]
     for key in keys:
         section = config

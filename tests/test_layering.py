@@ -19,12 +19,12 @@ LAYERS = (
     "sharding",
     "addresses",
     "files",
+    "signals",
     "hub",
     "loggers",
     "metrics",
     "data",
     "search",
-    "signals",
     "plugins",
     "prompting",
     "models",
@@ -127,7 +127,9 @@ def check_file(module: str, source: str) -> list[str]:
                 faults.append(f"{where} when it is loaded: only inside a function")
         if library in DEVICE_LIBRARIES and side_of(module) == "host":
             faults.append(f"{where}: a host layer")
-        if library != "stepsearch_jax" or not target:  # the package itself has its version only
+        if library != "stepsearch_jax" or not target:
+            continue
+        if not module:  # the package itself, which loads before all layers
             continue
         if LAYERS.index(layer_of(target)) > LAYERS.index(layer_of(module)):
             faults.append(f"{where}: that layer comes later")

@@ -20,7 +20,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and "SIGINT" not in sys.arg
     signal.signal(signal.SIGINT, signal.default_int_handler)  # tests may run in the background
 signals.listen()
 if sys.argv[1] != "loading":
-    signals.begin_work("the same command goes on")
+    signals.begin_work("the same command goes on", tidies_up=sys.argv[1] == "tidy")
 
 def work():
     print("ready", flush=True)
@@ -32,10 +32,7 @@ if sys.argv[1] == "deferred":
         while not signals.requested():
             time.sleep(0.01)
         print("step", flush=True)
-        try:
-            sys.stdin.readline()  # the state is saved
-        except KeyboardInterrupt:  # as in cli.run_guarded
-            signals.leave(signals.INTERRUPTED, "interrupted")
+        sys.stdin.readline()  # the state is saved
         signals.end(signals.requested(), "all is saved")
 elif sys.argv[1] == "forgotten":
     with signals.deferred():
@@ -43,10 +40,18 @@ elif sys.argv[1] == "forgotten":
         while not signals.requested():
             time.sleep(0.01)
     print("not reached", flush=True)
+elif sys.argv[1] == "tidy":
+    signals.GRACE_S = 1.0
+    try:
+        work()
+    except KeyboardInterrupt:
+        print("tidying up", flush=True)
+        time.sleep(20)
 elif sys.argv[1] == "native":  # holds the interpreter back from Python's own handlers
     import ctypes
     print("ready", flush=True)
-    ctypes.CDLL(None).sleep(20)
+    for _ in range(20):  # a signal wakes it
+        ctypes.CDLL(None).sleep(1)
 else:
     work()
 """
@@ -87,8 +92,16 @@ def test_a_signal_ends_at_once_with_one_line(phase, number):
     assert status == 128 + number and out == [] and len(error) == 1 and number.name in error[0]
 
 
-def test_an_early_interrupt_is_one_line():
-    process = Process("loading")
+def test_work_that_tidies_up_has_some_seconds_for_it():
+    process = Process("tidy")
+    process.send(signal.SIGINT)
+    status, out, error = process.end()
+    assert status == 130 and out == ["tidying up"] and len(error) == 1
+
+
+@pytest.mark.parametrize("phase", ["loading", "work", "deferred"])
+def test_an_interrupt_is_one_line(phase):
+    process = Process(phase)
     process.send(signal.SIGINT)
     status, _, error = process.end()
     assert status == 130 and len(error) == 1
