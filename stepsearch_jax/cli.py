@@ -224,6 +224,8 @@ def start_logging() -> None:
 
     faulthandler.enable(file=2)
     absl_logging.set_verbosity(absl_logging.ERROR)  # orbax warns of its own choices
+    # Errors of orbax's tasks come to the caller as well; here each would fill a page.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logger.setLevel(logging.INFO)

@@ -26,8 +26,13 @@ CONFIG_FILE = "config.json"  # what a run keeps its config in
 
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# What libraries say instead of an error number: C++ code, and NumPy's tofile.
-_NO_ROOM_TEXTS = ("No space left on device", "Disk quota exceeded", " requested and ")
+# What libraries say instead of an error number: C++ code, NumPy's tofile, TFDS.
+_NO_ROOM_TEXTS = (
+    "No space left on device",
+    "Disk quota exceeded",
+    "Not enough disk space",
+    " requested and ",
+)
 _LEFT_S = 24 * 3600.0  # after so long, what another host has not finished is a leftover
 
 

@@ -62,8 +62,9 @@ def test_a_full_disk_leaves_the_file_as_it_was(tmp_path, monkeypatch):
         FULL,
         RuntimeError("RESOURCE_EXHAUSTED: write: [OS error 28: No space left on device]"),
         OSError("8192 requested and 0 written"),  # NumPy's tofile
+        OSError("Not enough disk space. Needed: Unknown size"),  # TFDS
     ],
-    ids=["system", "library", "numpy"],
+    ids=["system", "library", "numpy", "tfds"],
 )
 def test_every_form_of_a_full_disk_names_the_file_once(tmp_path, error):
     with pytest.raises(files.WriteError) as caught:
