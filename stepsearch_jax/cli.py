@@ -320,6 +320,29 @@ def end_after_interrupt(status: int, message: str) -> None:
     threading.Thread(target=wait, name="end after an interrupt", daemon=True).start()
 
 
+def end_at_signals(message: str) -> None:
+    """Has Ctrl-C and SIGTERM end this process at once with one line, also inside native code.
+
+    For commands that have nothing to save. Signals that are ignored stay so. Call it again after
+    loading a library with handlers of its own, such as libtpu's, which print their stack.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    statuses = {number: 128 + number for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in statuses:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def wait() -> None:
+        while True:
+            for number in os.read(reader, 64):
+                if number in statuses:
+                    leave(statuses[number], message)
+
+    threading.Thread(target=wait, name="end at signals", daemon=True).start()
+
+
 def leave(status: int, message: str) -> None:
     """Ends this process at once with one line, without waiting for the device or other threads.
 

@@ -1,6 +1,5 @@
 """The preflight command: its parts on fake devices, and the whole for a slice that is not there."""
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -17,29 +16,13 @@ from stepsearch_jax.preflight import __main__ as preflight
 from stepsearch_jax.preflight import chips, programs, report, verdict
 from stepsearch_jax.preflight.chips import GIB, Chip, describe_slice
 from stepsearch_jax.preflight.costs import Rates
-from stepsearch_jax.preflight.lengths import plan_rollout
 from stepsearch_jax.preflight.programs import Compiled, Memory
-from stepsearch_jax.rollout.state import RolloutSettings
 from stepsearch_jax.run.checks import check_config
 from stepsearch_jax.run.settings import describe_models
 from stepsearch_jax.sharding import AXES
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
-CHIP = Chip(hbm=GIB, rates=Rates(1e9, 1e9, 1e9), accelerator="none", cores=1, axes=2)
-SETTINGS = RolloutSettings(
-    max_turns=3,
-    max_turn_tokens=4,
-    context=40,
-    max_prompt_tokens=10,
-    max_observation_tokens=7,
-    documents=1,
-    top_k=0,
-    top_p=1.0,
-    slots=0,
-    flush_fraction=0.5,
-    prefill_rows=2,
-    prefill_tokens=4,
-)
+CHIP = Chip(GIB, Rates(1e9, 1e9, 1e9), accelerator="none", cores=1, axes=2, ring=16)
 
 
 def make_config(**changes):
@@ -55,42 +38,6 @@ def make_config(**changes):
 def figures():
     """The whole of a tiny run, compiled for four of the fake devices."""
     return preflight.measure(make_config(), "four fakes", CHIP, jax.devices()[:4])
-
-
-# ---- Lengths
-
-
-def test_the_longest_episode_and_its_loops():
-    """Context 40: prompt 10, turns of 4 with observations of 7 up to 21, 32 and 36; after that one
-    no observation fits (36 + 7 > 40): 14 + 7 + 4 + 7 + 4. Eight episodes in four slots: two waves
-    of three outer steps, 12 sampled tokens a wave. Prefill, two rows of four tokens at a time:
-    prompts in 3 chunks (9 tokens), observations in 2 (7 tokens, from the action's last on)."""
-    plan = plan_rollout(SETTINGS, attention_block=8, episodes=8, slots=4)
-    assert (plan.prompt, plan.sampled, plan.searches, plan.observed) == (10, 12, 2, 14)
-    assert (plan.waves, plan.outer_steps) == (2, 6)
-    assert plan.decode_steps == 2 * 12 / 6
-    # Sampled at 10-13, 21-24, 32-35 from the token before each, blocks of 8: 2 2 2 2, 3 3 3 3 and
-    # 4 5 5 5 hold positions up to 9-12, 20-23, 31-34.
-    assert plan.decode_blocks == (4 * 2 + 4 * 3 + 4 + 3 * 5) / 12
-    assert (plan.start_chunks, plan.start_blocks) == (2 * 3, (1 + 1 + 2) / 3)  # up to 3, 7, 8
-    # Observations are read from 13 and 24 on: up to 16, 19 and 27, 30; twice, and the second wave's
-    # prompts.
-    assert plan.prefill_chunks == 2 * (2 * 4 + 3) / 6
-    assert plan.prefill_blocks == (2 * (3 + 3 + 4 + 4) + 1 + 1 + 2) / 11
-
-
-def test_loops_are_known_by_their_functions():
-    plan = plan_rollout(SETTINGS, attention_block=8, episodes=8, slots=4)
-    decode = ("decode_until_wait", "turn", "run_shard", "rollout")
-    prefill = ("_prefill", "read_observations", "turn", "run_shard", "rollout")
-    assert plan.trips(decode) == plan.decode_steps
-    assert plan.trips(("attend_cached", "extend", *decode)) == plan.decode_blocks
-    assert plan.trips(("_prefill", "start_episodes", "_start", "run_shard")) == plan.start_chunks
-    assert plan.trips(("attend_cached", *prefill)) == plan.prefill_blocks
-    assert plan.trips(("run_shard", "rollout")) == plan.outer_steps
-    for unknown in ((), ("attend_cached",), ("spin", "turn", "run_shard")):
-        with pytest.raises(ValueError, match="no trip count is known"):
-            plan.trips(unknown)
 
 
 # ---- The verdict
@@ -113,9 +60,9 @@ def judge(hbm: float, refused: float = 0.0):
         score=Memory(12.0, 3.0, 0.3),
         update=Memory(25.0, 0.25, 0.4),
     )
-    compiled = {phase: Compiled(sizes, "", 0.0, 1.0) for phase, sizes in memory.items()}
+    compiled = {phase: Compiled(sizes, {}, {}, 0.0, 1.0) for phase, sizes in memory.items()}
     if refused:
-        compiled["update"] = Compiled(None, "", refused, 1.0)
+        compiled["update"] = Compiled(None, {}, {}, refused, 1.0)
     return verdict.judge(parts, compiled, hbm)
 
 
@@ -169,7 +116,8 @@ def test_levers_are_sorted_by_what_they_save():
     def judge_large(large: str):
         needs = {phase: 100.0 * GIB if phase == large else 0.0 for phase in programs.PHASES}
         compiled = {
-            phase: Compiled(Memory(need, 0.0, 0.0), "", 0.0, 1.0) for phase, need in needs.items()
+            phase: Compiled(Memory(need, 0.0, 0.0), {}, {}, 0.0, 1.0)
+            for phase, need in needs.items()
         }
         return verdict.judge(sizes, compiled, GIB)
 
@@ -327,7 +275,6 @@ def test_a_missing_libtpu_is_named_with_its_requirements(monkeypatch):
     "change,complaint",
     [
         ({"model.vocab_size": 0}, "model.vocab_size is 0.*embedding"),
-        ({"rollout.search": "host"}, "rollout.search is 'host'"),
         ({"mesh.fsdp": 3}, "mesh data x fsdp x tensor = 1 x 3 x 2 .* devices"),
         ({"mesh.fsdp": 1, "mesh.tensor": 4}, "kv head"),
         ({"rollout.slots": 3}, "rollout.slots=3"),
@@ -426,7 +373,7 @@ def test_the_argument_of_the_real_config():
 
 def test_chips_hold_less_than_their_nominal_memory():
     assert [chip.hbm / GIB for chip in chips.CHIPS.values()] == [15.75, 95.0, 31.25]
-    assert dataclasses.astuple(chips.CHIPS["v5e"])[1] == (197e12, 819e9, 200e9)
+    assert tuple(chips.CHIPS["v5e"].rates) == (197e12, 819e9, 200e9 / 4, 1.5e9)
 
 
 @pytest.mark.nightly
