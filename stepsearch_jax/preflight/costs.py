@@ -45,7 +45,7 @@ class Collective:
 class Costs:
     """One chip's share of a program.
 
-    seconds: "compute", "HBM", "ICI" -> time in the loop bodies that this bounds (roofline model).
+    seconds: "compute", "HBM", "links" -> time in the loop bodies that this bounds (roofline model).
     modelled_seconds: by the compiler's own cost model, None if it has none: the cycles that it
     estimates for its own operations, and for collectives and Pallas kernels, of which it estimates
     nothing, the bytes that they move. A loop body takes at least its time in the roofline model.
@@ -142,7 +142,7 @@ class _Counter:
         other.
         """
         flops = bytes_moved = launches = modelled = 0.0
-        seconds = dict.fromkeys(("compute", "HBM", "ICI"), 0.0)
+        seconds = dict.fromkeys(("compute", "HBM", "links"), 0.0)
         count, sent = defaultdict(float), defaultdict(float)
         for name, runs in self._runs(within).items():
             own = self._once[name]
@@ -155,13 +155,13 @@ class _Counter:
             times = {
                 "compute": own.flops / rates.flops,
                 "HBM": own.bytes / rates.hbm_bytes,
-                "ICI": sum(size / links for _, size, links in own.collectives) / rates.link_bytes,
+                "links": sum(size / links for _, size, links in own.collectives) / rates.link_bytes,
             }
             slowest = max(times, key=times.get)
             seconds[slowest] += runs * times[slowest]
             if rates.cycles:
                 kernels = own.kernel_bytes / rates.hbm_bytes
-                estimated = own.cycles / rates.cycles + kernels + times["ICI"]
+                estimated = own.cycles / rates.cycles + kernels + times["links"]
                 modelled += runs * max(estimated, times[slowest])
         collectives = {kind: Collective(kind, count[kind], sent[kind]) for kind in sorted(count)}
         return Costs(
