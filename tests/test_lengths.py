@@ -4,13 +4,20 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 import tiny_config
 
-from stepsearch_jax.preflight.lengths import EpisodeLengths, ShardLoops, plan_rollout
+from stepsearch_jax.preflight.lengths import (
+    EpisodeLengths,
+    ShardLoops,
+    plan_rollout,
+    width_fractions,
+)
 from stepsearch_jax.preflight.recorded import read_lengths
+from stepsearch_jax.rl.microbatches import choose_widths, padding_fraction
 from stepsearch_jax.rollout.state import RolloutSettings
 
 SETTINGS = RolloutSettings(
@@ -106,6 +113,19 @@ def test_short_episodes_take_fewer_steps():
     assert mixed.live < longest.live
     assert plan([short, long], 4).steps < plan([long], 4).steps
     assert plan([short], 8).steps == 2
+
+
+@pytest.mark.parametrize("size", [0, 1, 2])
+def test_widths_are_those_of_the_learner(size):
+    """The same padding as the learner's own measure of it, over its two minibatches."""
+    lengths, widths = np.array([9, 60, 17, 33, 64, 12, 50, 40]), choose_widths(64, 4)
+    fractions = width_fractions(lengths, 2, size, widths)
+    computed = len(lengths) * np.dot(fractions, widths)
+    expected = [
+        lengths[part::2].sum() / (1 - padding_fraction(jnp.array(lengths[part::2]), size, widths))
+        for part in range(2)
+    ]
+    assert computed == pytest.approx(sum(map(float, expected)), rel=1e-5)
 
 
 # ---- Files of lengths

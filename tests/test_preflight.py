@@ -252,6 +252,17 @@ def test_the_rollout_follows_its_lengths(figures, measure_again):
 
 
 @pytest.mark.slow
+def test_the_learner_follows_the_widths_of_its_rows(figures):
+    """Rows of 70 tokens run at half of the two widths; the wide branches count no more."""
+    config, short = make_config(**{"rl.width_buckets": 2}), EpisodeLengths(20, ((10, 30), (10, 0)))
+    given = preflight.measure(config, "four fakes", CHIP, jax.devices()[:4], [short])
+    assert given["tokens"] == {"score": 8 * 128, "update": 8 * 128}
+    for phase in ("score", "update"):
+        now, then = (f["phases"][phase]["flops"] for f in (figures, given))
+        assert now / 4 < then < now / 2  # attention falls to a quarter, the rest to a half
+
+
+@pytest.mark.slow
 def test_the_report_shows_everything(figures):
     text = report.render(figures)
     for title in (*report.TITLES.values(), *report.PHASE_TITLES.values(), "fits: "):

@@ -37,6 +37,7 @@ if __name__ == "__main__":  # before the imports that take seconds
 
 import dataclasses
 import logging
+import operator
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -54,6 +55,7 @@ from stepsearch_jax.preflight.hlo import Module
 from stepsearch_jax.preflight.network import Network
 from stepsearch_jax.preflight.programs import Compiled
 from stepsearch_jax.preflight.recorded import read_lengths
+from stepsearch_jax.rl.microbatches import choose_widths
 from stepsearch_jax.run.settings import rollout_settings
 
 logger = logging.getLogger("stepsearch_jax")
@@ -77,7 +79,8 @@ def measure(
     mesh = programs.make_mesh(config, devices)
     parts = programs.describe_parts(config, mesh)
     log = lambda what: logger.info("%s for %s …", what, topology)
-    compiled = programs.compile_programs(config, parts, log)
+    widths = choose_widths(config.rollout.context, config.rl.width_buckets if given else 1)
+    compiled = programs.compile_programs(config, parts, log, len(widths))
     found = verdict.judge(parts.bytes_per_chip(), compiled, chip.hbm)
 
     # Time: the loops that data ends run as often as the episodes make them.
@@ -90,7 +93,12 @@ def measure(
         (rollout_config.slots or episodes) // shards,
         given,
     )
-    model_flops = programs.count_model_flops(config, parts, plan)
+    shares = _share_widths(config, given, widths)
+    tokens = {
+        phase: episodes * sum(map(operator.mul, widths, of_widths))
+        for phase, of_widths in shares.items()
+    }
+    model_flops = programs.count_model_flops(config, parts, plan, tokens)
     network = describe_network(chip, mesh.devices.flatten().tolist())
     phases = {}
     for phase, program in compiled.items():
@@ -100,7 +108,7 @@ def measure(
             need=_with_total(found.needs[phase]),
         )
         if program.memory:
-            count = partial(_count, program, plan, chip, network)
+            count = partial(_count, program, plan, chip, network, shares.get(phase, ()))
             costs, rule = count(), model_flops[phase]
             figures |= dict(
                 flops=costs.flops,
@@ -135,6 +143,7 @@ def measure(
         episodes=episodes,
         assumption=plan.assumption,
         lengths=dataclasses.asdict(plan),
+        tokens=tokens,
         model=dict(parameters=programs.count_parameters(parts.policy), rule=model_flops["rule"]),
         iteration_seconds=total("seconds"),
         iteration_modelled_seconds=total("modelled_seconds"),
@@ -146,12 +155,37 @@ def _sum_known(numbers: Sequence[float | None]) -> float | None:
     return None if None in numbers else sum(numbers)
 
 
+def _share_widths(
+    config: ml_collections.ConfigDict,
+    given: Sequence[lengths.EpisodeLengths],
+    widths: Sequence[int],
+) -> dict[str, list[float]]:
+    """Phase of the learner -> the fraction of its micro-batches that run at each width."""
+    rl_config, rollout_config = config.rl, config.rollout
+    episodes = rollout_config.prompts * rollout_config.group_size
+    totals = [episode.total for episode in lengths.draw_episodes(given, episodes)] if given else []
+    share = lambda minibatches: lengths.width_fractions(
+        totals or [widths[-1]] * episodes, minibatches, rl_config.microbatch_size, widths
+    )
+    return {"score": share(1), "update": share(rl_config.minibatches)}
+
+
 def _count(
-    program: Compiled, plan: lengths.Rollout, chip: Chip | GPU, network: Network, within: str = ""
+    program: Compiled,
+    plan: lengths.Rollout,
+    chip: Chip | GPU,
+    network: Network,
+    widths: Sequence[float],
+    within: str = "",
 ) -> Costs:
-    """The costs of a phase, or of the loops in it that were written in the function `within`."""
+    """The costs of a phase, or of the loops in it that were written in the function `within`.
+
+    widths: fractions of the micro-batches at each width.
+    """
     costs = {
-        name: count_costs(Module(text), plan.trips, chip.rates, network, program.kernels, within)
+        name: count_costs(
+            Module(text), plan.trips, chip.rates, network, program.kernels, within, widths
+        )
         for name, text in program.texts.items()
     }
     return add_costs({name: (found, plan.runs(name)) for name, found in costs.items()})

@@ -12,7 +12,7 @@ import dataclasses
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -61,6 +61,7 @@ class Costs:
 
 
 Trips = Callable[[tuple[str, ...]], float]
+SWITCH = "_switch"  # the function that chooses a width, in rl/microbatches.py
 ANYWHERE = Network(None)
 
 
@@ -71,14 +72,17 @@ def count_costs(
     network: Network = ANYWHERE,
     kernels: Mapping[str, float] | None = None,
     within: str = "",
+    widths: Sequence[float] = (),
 ) -> Costs:
     """Sums over the program, or over its loops that were written in the function `within`.
 
     trips(functions) -> how often a loop runs if the text does not say; functions: the Python
     functions in which the loop was written, innermost first. network: of the program's partitions.
-    kernels: name of a Pallas kernel -> bytes that it moves in one run.
+    kernels: name of a Pallas kernel -> bytes that it moves in one run. widths: how often each
+    branch runs where a program chooses the width of a micro-batch; of other conditionals all
+    branches count.
     """
-    return _Counter(module, trips, network, kernels or {}).costs(rates, within)
+    return _Counter(module, trips, network, kernels or {}, widths).costs(rates, within)
 
 
 def add_costs(parts: Mapping[str, tuple[Costs, float]]) -> Costs:
@@ -125,13 +129,19 @@ class _Counter:
     """Counts what the instructions of one module do."""
 
     def __init__(
-        self, module: Module, trips: Trips, network: Network, kernels: Mapping[str, float]
+        self,
+        module: Module,
+        trips: Trips,
+        network: Network,
+        kernels: Mapping[str, float],
+        widths: Sequence[float],
     ):
         self._module = module
         self._computations = module.computations
         self._trips = trips
         self._network = network
         self._kernels = kernels
+        self._widths = widths
         self._traffic = Traffic(module, kernels)
 
     def costs(self, rates: Rates, within: str) -> Costs:
@@ -187,11 +197,18 @@ class _Counter:
                         stated = self._trips(functions)
                     visit(i.body, times * stated, counts or functions[:1] == (within,))
                 elif i.opcode in ("call", "conditional", "async-start"):
-                    for called in i.called:
-                        visit(called, times, counts)
+                    for called, share in zip(i.called, self._shares(i)):
+                        visit(called, times * share, counts)
 
         visit(self._module.entry, 1.0, not within)
         return runs
+
+    def _shares(self, i: Instruction) -> Sequence[float]:
+        """How often each computation runs that an instruction calls."""
+        if i.opcode == "conditional" and len(i.called) == len(self._widths):
+            if SWITCH in self._module.functions(i):
+                return self._widths
+        return [1.0] * len(i.called)
 
     @cached_property
     def _once(self) -> dict[str, _Once]:

@@ -110,6 +110,27 @@ def longest_episode(settings: RolloutSettings) -> EpisodeLengths:
     return EpisodeLengths(settings.max_prompt_tokens, tuple(turns))
 
 
+def draw_episodes(lengths: Sequence[EpisodeLengths], number: int) -> list[EpisodeLengths]:
+    """So many of the given episodes, equally spread over them in the order of their lengths."""
+    ordered = sorted(lengths, key=lambda episode: episode.total)
+    return [ordered[int((n + 0.5) / number * len(ordered))] for n in range(number)]
+
+
+def width_fractions(
+    lengths: Sequence[int], minibatches: int, size: int, widths: Sequence[int]
+) -> list[float]:
+    """The fraction of micro-batches that run at each width (`rl/microbatches.py`).
+
+    lengths: tokens of all rows; size: rows of a micro-batch, 0 = a whole minibatch.
+    """
+    counts = np.zeros(len(widths))
+    for part in range(minibatches):
+        rows = np.sort(np.array(lengths)[part::minibatches])
+        longest = rows.reshape(max(1, len(rows) // size) if size else 1, -1)[:, -1]
+        counts += np.bincount(np.searchsorted(widths, longest), minlength=len(widths))
+    return (counts / counts.sum()).tolist()
+
+
 def plan_rollout(
     settings: RolloutSettings,
     attention_block: int,
@@ -119,17 +140,15 @@ def plan_rollout(
 ) -> Rollout:
     """The loops of one shard with so many episodes and slots.
 
-    lengths: episodes of which the shard's are drawn, equally spread over them in the order of
-    their lengths; none: every episode is the longest that the config allows.
+    lengths: episodes of which the shard's are drawn (`draw_episodes`); none: every episode is the
+    longest that the config allows.
     """
-    longest = longest_episode(settings)
     if lengths:
-        ordered = sorted(lengths, key=lambda episode: episode.total)
-        drawn = [ordered[int((n + 0.5) / episodes * len(ordered))] for n in range(episodes)]
+        drawn = draw_episodes(lengths, episodes)
         drawn = [drawn[n] for n in np.random.default_rng(0).permutation(episodes)]
         assumption = f"episodes as long as the {len(lengths)} given ones"
     else:
-        drawn = [longest] * episodes
+        drawn = [longest_episode(settings)] * episodes
         assumption = "every episode is the longest that the config allows"
     shard = ShardLoops(settings, attention_block, drawn, slots)
     shard.run()

@@ -193,16 +193,19 @@ def _place(tree, mesh: Mesh, spec: PartitionSpec):
 
 
 def compile_programs(
-    config: ml_collections.ConfigDict, parts: Parts, log: Callable[[str], None]
+    config: ml_collections.ConfigDict,
+    parts: Parts,
+    log: Callable[[str], None],
+    width_buckets: int = 1,
 ) -> dict[str, Compiled]:
     """Phase -> its program, compiled for the mesh of `parts`.
 
-    log: called before each compilation, which takes minutes.
+    log: called before each compilation, which takes minutes. width_buckets: of micro-batches; if
+    all rows count as the longest, the greatest width is the only one that runs.
     """
     mesh, rollout_config = parts.mesh, config.rollout
     model, rollout_model = describe_models(config, round_vocabulary(config.model.vocab_size))
-    # All rows count as the longest, so the greatest width is the only one that runs.
-    settings = dataclasses.replace(learner_settings(config), width_buckets=1)
+    settings = dataclasses.replace(learner_settings(config), width_buckets=width_buckets)
     optimizers = make_optimizers(config, config.iterations)
     compiled = {}
 
@@ -372,25 +375,24 @@ def count_parameters(tree) -> int:
 
 
 def count_model_flops(
-    config: ml_collections.ConfigDict, parts: Parts, plan: Rollout
+    config: ml_collections.ConfigDict, parts: Parts, plan: Rollout, tokens: dict[str, float]
 ) -> dict[str, Any]:
     """Phase -> operations of all chips by the rule of thumb; "rule" -> that rule in words.
 
-    The rule, for each parameter that multiplies and each token: 2 forward, 4 more backward, and 2
-    more if layers are recomputed (6·N·D, or 8·N·D). Tables from which rows are only looked up do
-    not count.
+    tokens: phase of the learner -> tokens that it computes, padding included. The rule, for each
+    parameter that multiplies and each token: 2 forward, 4 more backward, and 2 more if layers are
+    recomputed (6·N·D, or 8·N·D). Tables from which rows are only looked up do not count.
     """
     looked_up = round_vocabulary(config.model.vocab_size) * config.model.embed_dim
     policy = count_parameters(parts.policy) - (0 if config.model.tie_embeddings else looked_up)
     value = count_parameters(parts.value) - looked_up if parts.value is not None else 0
     episodes = config.rollout.prompts * config.rollout.group_size
-    tokens = episodes * config.rollout.context
     each = 8 if config.model.remat == "layers" else 6
     passes = policy * (2 if config.rl.old_logprobs == "learner" else 1) + value
     return {
         "copy": 0,
         "rollout": 2 * policy * episodes * plan.episode_tokens,
-        "score": 2 * tokens * passes,
-        "update": each * tokens * config.rl.ppo_epochs * (policy + value),
+        "score": 2 * tokens["score"] * passes,
+        "update": each * tokens["update"] * config.rl.ppo_epochs * (policy + value),
         "rule": f"{each}·N·D (update), 2·N·D (each pass, rollout)",
     }

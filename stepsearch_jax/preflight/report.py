@@ -55,8 +55,9 @@ def render(figures: dict) -> str:
     lines += [
         "",
         f"One iteration: {figures['episodes']} episodes; {figures['assumption']}.",
-        "  Learner: all rows at the full context. Seconds at the chip's peak rates, and by the "
-        "compiler's own cost model; host time (search, rewards, data) is in neither.",
+        f"  Learner: rows of {figures['tokens']['update'] / figures['episodes']:,.0f} tokens on "
+        "average, padding included. Seconds at the chip's peak rates, and by the compiler's own "
+        "cost model; host time (search, rewards, data) is in neither.",
         f"  {'on each chip':<24}{'TFLOP':>10}{'of model':>10}{'TB of HBM':>11}{'GB sent':>9}"
         f"{'launches':>11}{'at peak':>9}{'cost model':>12}  bound by",
     ]
