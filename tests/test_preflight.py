@@ -451,7 +451,7 @@ def test_a_run_that_fits_a_slice(run_for_a_slice, tmp_path):
     run = run_for_a_slice
     done = run(f"--json={tmp_path / 'figures.json'}")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert " minutes, " in done.stdout.splitlines()[-1]
+    assert "minutes at peak, " in done.stdout.splitlines()[-1]
     assert "compiling the update for v5e:2x2" in done.stderr and "fits: " in done.stdout
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["hbm"] == 15.75 * GIB and figures["mesh"] == [1, 2, 2]
@@ -461,6 +461,23 @@ def test_a_run_that_fits_a_slice(run_for_a_slice, tmp_path):
     wrong = run("--config.mesh.tensor=4", "--config.mesh.fsdp=1")
     assert wrong.returncode == 1 and "kv head" in wrong.stderr
     assert len(wrong.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("search", ["callback", "host"])
+def test_a_run_that_fits_a_gpu(monkeypatch, tmp_path, search):
+    """Compiled without one, callback left out; memory is what jax takes by default."""
+    pytest.importorskip(
+        "jax_cuda12_plugin",
+        reason="compiling for GPUs needs pip install -r requirements-cuda-preflight.txt",
+    )
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    config = make_config(**{"mesh.fsdp": 1, "mesh.tensor": 1, "rollout.search": search})
+    found = preflight.measure(config, "h100:1", *describe_slice("h100:1"))
+    assert found["fits"] and found["hbm"] == 0.75 * 85e9
+    assert found["iteration_seconds"] > 0 and found["iteration_modelled_seconds"] is None
+    assert 1 < found["phases"]["update"]["model_ratio"] < 3
+    assert found["phases"]["rollout"]["step"]["bytes"] > found["parts"]["rollout_copy"]
 
 
 # ---- The real models

@@ -35,7 +35,6 @@ def count_rollout(version: str, within: str = "") -> Costs:
     return count_costs(module, plan().trips, RATES, within=within)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("version", VERSIONS)
 def test_every_step_reads_all_weights_and_all_live_keys(version):
     """On a chip: half of Qwen2.5-3B's 3.086e9 parameters, 2 bytes each, the table of words among
@@ -49,7 +48,6 @@ def test_every_step_reads_all_weights_and_all_live_keys(version):
     assert step.bytes < count_rollout(version).bytes
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("version", VERSIONS)
 def test_two_chips_share_each_sum(version):
     """In pairs of chips an all-reduce sends each array once: of 36 layers two, [rows, 2048] in
@@ -61,7 +59,6 @@ def test_two_chips_share_each_sum(version):
     assert costs["all-reduce"].bytes == pytest.approx(sums, rel=0.01)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_compilers_cost_model_is_slower_than_peak(version):
     costs = count_rollout(version)
@@ -89,7 +86,6 @@ def refuse(functions):
     raise AssertionError(f"asked for the loop of {functions}")
 
 
-@pytest.mark.slow
 def test_both_versions_of_jax_compile_to_the_same_costs():
     old, new = (count_rollout(version) for version in VERSIONS)
     assert new.flops == pytest.approx(old.flops, rel=0.02)

@@ -104,7 +104,7 @@ def render(figures: dict) -> str:
     if (seconds := figures["iteration_seconds"]) is not None:
         modelled = figures["iteration_modelled_seconds"]
         by_model = "" if modelled is None else f", {modelled / 60:.2f} by the cost model"
-        lines.append(f"an iteration takes at least {seconds / 60:.2f} minutes{by_model}")
+        lines.append(f"an iteration takes {seconds / 60:.2f} minutes at peak{by_model}")
     if not figures["fits"]:
         lines.append("What would help, most first (estimated, not compiled; GiB saved a chip):")
         lines += [

@@ -2,9 +2,10 @@
 
     python tests/golden/make_hlo.py        # with libtpu; minutes
 
-The rollout of configs/musique_qwen2_5.py:3b,v5e:4x4 and the update of :0.5b,v5e:4x4, each named
-after the version of jax that is installed. What preflight does not read is cut from the text: names
-of files, operations and layouts' tiles, and the compiler's settings but for its estimated cycles.
+The rollout of configs/musique_qwen2_5.py:3b,v5e:4x4 and the update of a tiny model for v5e:2x2,
+each named after the version of jax that is installed. What preflight does not read is cut from the
+text: names of files and operations, layouts, and the compiler's settings but for its estimated
+cycles.
 """
 
 import gzip
@@ -41,20 +42,31 @@ def write(name: str, text: str) -> None:
 
 
 def main() -> None:
-    sys.path[:0] = [str(REPO)]
+    sys.path[:0] = [str(REPO), str(REPO / "tests")]
     import jax
+    import tiny_config
 
     from configs import musique_qwen2_5
     from stepsearch_jax.preflight import programs
     from stepsearch_jax.preflight.chips import describe_slice
 
+    tiny = tiny_config.get_config("unused")
+    tiny.mesh.data, tiny.mesh.fsdp, tiny.mesh.tensor = 1, 2, 2
+    tiny.model.vocab_size, tiny.model.embed_dim, tiny.model.ffn_dim = 1024, 64, 128
+    tiny.model.dtype = tiny.rollout.dtype = "bfloat16"
+    tiny.model.tie_embeddings = True
+    tiny.rollout.slots, tiny.rl.microbatch_size = 4, 2
+
     version = ".".join(jax.__version__.split(".")[:2])
-    _, devices = describe_slice("v5e:4x4")
-    for size, phase in (("3b", "rollout"), ("0.5b", "update")):
-        config = musique_qwen2_5.get_config(f"{size},v5e:4x4")
+    for name, place, config in (
+        ("rollout-3b", "v5e:4x4", musique_qwen2_5.get_config("3b,v5e:4x4")),
+        ("update-tiny", "v5e:2x2", tiny),
+    ):
+        _, devices = describe_slice(place)
         parts = programs.describe_parts(config, programs.make_mesh(config, devices))
         compiled = programs.compile_programs(config, parts, print)
-        write(f"{phase}-{size}-jax{version}", compiled[phase].texts[phase])
+        phase = name.split("-")[0]
+        write(f"{name}-jax{version}", compiled[phase].texts[phase])
 
 
 if __name__ == "__main__":
