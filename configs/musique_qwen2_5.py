@@ -8,9 +8,9 @@ Run it on every host of the slice. data.path: a folder with the official files; 
 the model as published (config.json, *.safetensors); prompt.tokenizer: a folder with its
 tokenizer.json, usually the same.
 
-The argument after the colon is a size (0.5b, 1.5b, 3b or 7b), then, in any order, the slice to run
-on (SLICES below; default: the smallest v5e slice that holds the model) and `reference`, to compute
-what the released code computes.
+The argument after the colon is a size (0.5b, 1.5b, 3b or 7b), then, in any order, the slice or GPUs
+to run on (PLACES below; default: the smallest v5e slice that holds the model) and `reference`, to
+compute what the released code computes.
 
 The algorithm's numbers are the paper's appendix B, the defaults of base.py. This command computes,
 without a TPU, whether a run fits, and the least time of an iteration:
@@ -32,6 +32,8 @@ SIZES = {
     "7b": (28, 3584, 28, 4, 128, 18944, False, 152064),
 }
 SLICES = {"v5e:4x4": 16, "v5e:8x8": 64, "v5p:2x2x4": 16, "v6e:4x4": 16}  # chips
+GPUS = {"h100:1": 1, "h100:8": 8, "a100:1": 1, "a100:8": 8}  # of one host
+PLACES = SLICES | GPUS
 # Tensor shards (of heads, ffn and vocabulary), at most as many as kv heads. Parameters, optimiser
 # state and rows are sharded over all other chips (fsdp). get_config takes more tensor shards if a
 # minibatch has fewer rows than there are such chips.
@@ -49,13 +51,13 @@ def get_config(argument: str = "3b") -> ml_collections.ConfigDict:
         )
     preset, place = "paper", SMALLEST[size]
     for word in words:
-        if word in SLICES:
+        if word in PLACES:
             place = word
         elif word in base.VARIANTS:
             preset = word
         else:
             raise ValueError(
-                f"configs/musique_qwen2_5.py:{argument}: {word} is no slice ({', '.join(SLICES)}) "
+                f"configs/musique_qwen2_5.py:{argument}: {word} is no slice ({', '.join(PLACES)}) "
                 f"and no preset ({', '.join(base.VARIANTS)})"
             )
 
@@ -81,8 +83,10 @@ def get_config(argument: str = "3b") -> ml_collections.ConfigDict:
     config.prompt.tokenizer = model.checkpoint
 
     mesh = config.mesh
-    mesh.tensor = max(TENSOR[size], SLICES[place] * config.rl.minibatches // config.rollout.prompts)
-    mesh.data, mesh.fsdp = 1, SLICES[place] // mesh.tensor
+    chips = PLACES[place]
+    mesh.tensor = max(TENSOR[size], chips * config.rl.minibatches // config.rollout.prompts)
+    mesh.tensor = min(mesh.tensor, chips)
+    mesh.data, mesh.fsdp = 1, chips // mesh.tensor
 
     config.rollout.dtype = "bfloat16"
     # All 256 episodes at a time: a decode step reads all parameters, for one episode or for many.

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY)]
 
-from configs.musique_qwen2_5 import SIZES, SLICES
+from configs.musique_qwen2_5 import PLACES, SIZES, SLICES
 from stepsearch_jax.files import read_json
 from stepsearch_jax.metrics import progress
 
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--slices", default=",".join(SLICES), help="default: %(default)s")
     options = parser.parse_args(arguments)
     sizes, slices = options.sizes.split(","), options.slices.split(",")
-    for name, given, known in (("sizes", sizes, SIZES), ("slices", slices, SLICES)):
+    for name, given, known in (("sizes", sizes, SIZES), ("slices", slices, PLACES)):
         if unknown := [word for word in given if word not in known]:
             parser.error(f"--{name}: {unknown[0]} is not known, only {', '.join(known)}")
 

@@ -234,12 +234,12 @@ def start_logging() -> None:
 
 
 @contextlib.contextmanager
-def one_line_errors(after_interrupt: str) -> Iterator[None]:
+def one_line_errors(after_interrupt: str, *, tidies_up: bool = True) -> Iterator[None]:
     """Ends a command with one line (SystemExit): status 1 for user errors, 130 for Ctrl-C.
 
-    after_interrupt: what the line about a signal says the user can do, or what is lost.
+    after_interrupt, tidies_up: as in `signals.begin_work`.
     """
-    signals.begin_work(after_interrupt, tidies_up=True)
+    signals.begin_work(after_interrupt, tidies_up=tidies_up)
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
@@ -274,6 +274,8 @@ def run_guarded(
     try:
         check_buckets(str(workdir), config.sft.checkpoint)
         start_jax(config)
+        jax.devices()  # loads the device's own library
+        signals.take_back()
         command(config, None if workdir is None else epath.Path(workdir))
         # No process leaves while the first one still writes the results.
         multihost_utils.sync_global_devices("done")

@@ -69,6 +69,15 @@ def begin_work(after: str, *, tidies_up: bool) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def take_back() -> None:
+    """Hears the signals again after a library has put handlers of its own in their place, as libtpu
+    does, whose handlers print their stack."""
+    for number in (signal.SIGINT, *_ENDING):
+        handler = signal.getsignal(number)
+        if handler in (_note, signal.default_int_handler):
+            signal.signal(number, handler)
+
+
 def raise_at_each() -> None:
     """From now on each signal raises KeyboardInterrupt, and the process has all the time it wants:
     for commands that wait for others."""

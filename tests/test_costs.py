@@ -9,10 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from jax.sharding import Mesh, PartitionSpec
 
-from stepsearch_jax.preflight.costs import Rates, count_costs
+from stepsearch_jax.preflight.costs import Rates, add_costs, count_costs
 from stepsearch_jax.preflight.hlo import Array, Module
+from stepsearch_jax.preflight.kernels import count_kernel_bytes
+from stepsearch_jax.preflight.network import Network
 
 RATES = Rates(1e12, 1e12, 1e12)
 
@@ -216,15 +219,133 @@ def test_texts_of_tpu_programs():
         "all-gather": (5, 5 * 256 * 7),
         "reduce-scatter": (5, 5 * 192),
     }
-    assert found.seconds == {"compute": 0, "HBM": 5 * each + 8, "ICI": 0}
+    assert found.seconds == {"compute": 0, "HBM": 5 * each + 8, "links": 0}
     slow_links = count_costs(Module(TPU_TEXT), refuse, Rates(1e9, 1e9, 1.0))
-    assert slow_links.seconds["ICI"] == 5 * (256 * 7 + 192)
+    assert slow_links.seconds["links"] == 5 * (256 * 7 + 192)
+
+
+# A table of 64 x 32 numbers (4096 bytes) behind two nested fusions that only rename it, of which a
+# convolution reads all and a slice reads a row; another table of which only the slice is read.
+NESTED_TEXT = """\
+HloModule jit_g, is_scheduled=true
+
+%rename (param_0.1: bf16[64,32]) -> bf16[32,64] {
+  %param_0.1 = bf16[64,32]{1,0} parameter(0)
+  ROOT %renamed = bf16[32,64]{0,1} bitcast(%param_0.1)
+}
+
+%rename_again (param_0.2: bf16[64,32]) -> bf16[32,64] {
+  %param_0.2 = bf16[64,32]{1,0} parameter(0)
+  ROOT %inner = bf16[32,64]{0,1} fusion(%param_0.2), kind=kLoop, calls=%rename
+}
+
+%multiply (param_0.3: bf16[64,32], param_1.3: bf16[16,32]) -> bf16[16,64] {
+  %param_0.3 = bf16[64,32]{1,0} parameter(0)
+  %param_1.3 = bf16[16,32]{1,0:S(1)} parameter(1)
+  %table = bf16[32,64]{0,1} fusion(%param_0.3), kind=kLoop, calls=%rename_again
+  ROOT %products = bf16[16,64]{1,0} convolution(%param_1.3, %table), dim_labels=bf_io->bf
+}
+
+%pick (param_0.4: bf16[64,32], param_1.4: s32[]) -> bf16[32,1] {
+  %param_0.4 = bf16[64,32]{1,0} parameter(0)
+  %param_1.4 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %columns = bf16[32,64]{0,1} fusion(%param_0.4), kind=kLoop, calls=%rename_again
+  ROOT %row = bf16[32,1]{0,1} dynamic-slice(%columns, %zero, %param_1.4), dynamic_slice_sizes={32,1}
+}
+
+ENTRY %main (table.1: bf16[64,32], x.1: bf16[16,32], n.1: s32[]) -> bf16[16,64] {
+  %table.1 = bf16[64,32]{1,0} parameter(0)
+  %x.1 = bf16[16,32]{1,0:S(1)} parameter(1)
+  %n.1 = s32[]{:S(2)} parameter(2)
+  %row.1 = bf16[32,1]{0,1:S(1)} fusion(%table.1, %n.1), kind=kLoop, calls=%pick, backend_config={"estimated_cycles":"40"}
+  %kernel.7 = bf16[16,32]{1,0:S(1)} custom-call(%x.1, %table.1), custom_call_target="tpu_custom_call"
+  ROOT %out = bf16[16,64]{1,0:S(1)} fusion(%table.1, %x.1), kind=kOutput, calls=%multiply, backend_config={"flags":[],"window_config":{"estimated_cycles":"60"}}
+}
+"""  # noqa: E501
+
+
+def test_operands_behind_nested_fusions_are_read():
+    """The whole table by the product, one row of 32 by the slice, and nothing written to memory;
+    the kernel's two blocks of 512 bytes are known from its call."""
+    module, kernels = Module(NESTED_TEXT), {"kernel": 1024.0}
+    found = count_costs(module, refuse, Rates(1e9, 1.0, 1e9), kernels=kernels)
+    assert found.bytes == 64 * 32 * 2 + 32 * 2 + 1024
+    assert found.launches == 3
+    assert found.modelled_seconds is None  # without a clock
+    # Of a kernel that is not known all operands are read.
+    unknown = count_costs(module, refuse, Rates(1e9, 1.0, 1e9))
+    assert unknown.bytes == found.bytes - 1024 + 64 * 32 * 2
+
+
+def test_the_cost_model_adds_cycles_and_what_has_none():
+    """100 cycles, and the kernel's 1024 bytes; but never less than the roofline's time."""
+    module, kernels = Module(NESTED_TEXT), {"kernel": 1024.0}
+    count = lambda rates: count_costs(module, refuse, rates, kernels=kernels)
+    assert count(Rates(1e9, 1e9, 1e9, 10.0)).modelled_seconds == pytest.approx(10 + 1024e-9)
+    slow = count(Rates(1e9, 1.0, 1e9, 1e9))
+    assert slow.modelled_seconds == slow.seconds["HBM"] == slow.bytes
+
+
+def test_collectives_take_the_links_that_they_can_use():
+    """16 chips in a line: two groups of 8, of every second chip each, share its links, and groups
+    of 4 neighbours have their own. Closed to a ring it carries twice as much for the large ones."""
+    seconds = lambda **links: count_costs(
+        Module(TPU_TEXT), refuse, Rates(1e9, 1e9, 1.0), **links
+    ).seconds["links"]
+    places = [(place,) for place in range(16)]
+    assert seconds(network=Network(places, (False,))) == 5 * (256 * 7 / (1 / 2) + 192)
+    assert seconds(network=Network(places, (True,))) == 5 * (256 * 7 / (2 / 2) + 192)
+    assert seconds() == 5 * (256 * 7 + 192)  # behind a switch
+
+
+def test_a_kernels_blocks_are_counted_as_often_as_they_change():
+    """A grid of 8 x 2: 8 blocks of x that stay for two steps, 16 blocks of y and of the result; a
+    vmap doubles all."""
+
+    def multiply_blocks(x, y, out):
+        out[...] = x[...] @ y[...]
+
+    def run(x, y):
+        call = pl.pallas_call(
+            multiply_blocks,
+            grid=(8, 2),
+            in_specs=[
+                pl.BlockSpec((32, 256), lambda i, j: (i, 0)),
+                pl.BlockSpec((256, 128), lambda i, j: (0, j)),
+            ],
+            out_specs=pl.BlockSpec((32, 128), lambda i, j: (i, j)),
+            out_shape=jax.ShapeDtypeStruct((256, 256), jnp.float32),
+            name="blocks",
+        )
+        return jax.lax.scan(lambda x, _: (call(x, y), None), x, length=3)[0]
+
+    x = jnp.ones((256, 256))
+    each = 4 * (8 * 32 * 256 + 16 * 256 * 128 + 16 * 32 * 128)
+    assert count_kernel_bytes(jax.make_jaxpr(jax.jit(run))(x, x).jaxpr) == {"blocks": each}
+    several = jax.make_jaxpr(jax.vmap(run))(x[None] * jnp.ones((2, 1, 1)), jnp.ones((2, 256, 256)))
+    assert count_kernel_bytes(several.jaxpr) == {"blocks": 2 * each}
 
 
 def test_the_functions_of_a_loop_are_named_innermost_first():
     text = TPU_TEXT.replace("constant(12)", "iota()")  # the bound is no constant any more
     trips = lambda functions: 3.0 if functions == ("spin", "<module>") else refuse(functions)
     assert count_costs(Module(text), trips, RATES).flops == 3 * 3 * 2 * 16 * 32 * 64
+
+
+def test_the_loops_of_one_function_are_counted_alone():
+    """And programs that follow each other add up, each as often as it runs."""
+    text = TPU_TEXT.replace("constant(12)", "iota()")
+    count = lambda within: count_costs(
+        Module(text), lambda functions: 3.0, Rates(1e9, 1.0, 1e9), within=within
+    )
+    whole, loop, nothing = count(""), count("spin"), count("walk")
+    assert whole.bytes == loop.bytes + 8 and loop.flops == whole.flops
+    assert nothing.flops == nothing.bytes == nothing.launches == 0
+    both = add_costs({"once": (loop, 1), "often": (whole, 10)})
+    assert both.bytes == loop.bytes + 10 * whole.bytes
+    assert both.collectives["all-gather"].count == 11 * 3
+    assert both.seconds["HBM"] == loop.seconds["HBM"] + 10 * whole.seconds["HBM"]
 
 
 def test_sizes_of_arrays():

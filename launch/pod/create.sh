@@ -31,7 +31,7 @@ esac
 read_state tpu-vm MISSING
 found=$state
 if [[ $found == READY ]]; then
-  echo "$NAME is ready"
+  report "$NAME is ready"
   exit
 fi
 case $found in
@@ -71,4 +71,4 @@ while true; do
   fi
   sleep "$POLL_S"
 done
-echo "$NAME is ready"
+report "$NAME is ready"

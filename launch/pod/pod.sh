@@ -25,6 +25,9 @@ require() {
   fi
 }
 
+# Prints what happened; nothing in a dry run, in which nothing happens.
+report() { if [[ ${DRY_RUN:-0} != 1 ]]; then echo "$*"; fi; }
+
 # gcloud compute tpus WORDS, in our project and zone; it asks nothing.
 tpus() { run gcloud compute tpus "$@" --project="$PROJECT" --zone="$ZONE" --quiet; }
 

@@ -49,7 +49,7 @@ set_up() { bash launch/pod/setup.sh ${copies[@]+"${copies[@]}"}; }
 # Runs the training on all hosts and waits -> its exit status.
 train() {
   if [[ ${DRY_RUN:-0} != 1 ]]; then mkdir -p "$logs/$attempt"; fi
-  echo "training on $NAME; logs: $logs/$attempt"
+  report "training on $NAME; logs: $logs/$attempt"
   set -m  # a process group of its own, which the trap can end
   on_all_hosts --output-directory="$logs/$attempt" -- bash launch/pod/host.sh train "$attempt" "$config" "$workdir" "${flags[@]}" &
   child=$!

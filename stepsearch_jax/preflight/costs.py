@@ -12,21 +12,26 @@ import dataclasses
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 
-from stepsearch_jax.preflight.hlo import Array, Instruction, Module, find_root, parameter_number
+from stepsearch_jax.preflight.hlo import Array, Instruction, Module
+from stepsearch_jax.preflight.network import Network, read_groups
+from stepsearch_jax.preflight.traffic import FREE, Traffic
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# These move nothing themselves; of fusions and calls the inside counts.
-FREE = {
-    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "opt-barrier"),
-    *("while", "conditional", "call", "fusion", "async-start", "async-update"),
-    *("after-all", "partition-id", "replica-id"),
-}
+
+
+class Rates(NamedTuple):
+    """Peak figures of a chip, each for one second."""
+
+    flops: float
+    hbm_bytes: float
+    link_bytes: float  # over one link to another chip, in one direction
+    cycles: float = 0.0  # of its clock; 0: its compiler estimates no cycles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,104 +45,188 @@ class Collective:
 class Costs:
     """One chip's share of a program.
 
-    seconds: "compute", "HBM", "ICI" -> time in the loop bodies that this bounds (roofline model).
+    seconds: "compute", "HBM", "links" -> time in the loop bodies that this bounds (roofline model).
+    modelled_seconds: by the compiler's own cost model, None if it has none: the cycles that it
+    estimates for its own operations, and for collectives and Pallas kernels, of which it estimates
+    nothing, the bytes that they move. A loop body takes at least its time in the roofline model.
+    launches: operations that the chip starts, one after another.
     """
 
     flops: float
     bytes: float
     collectives: dict[str, Collective]
     seconds: dict[str, float]
-
-
-class Rates(NamedTuple):
-    """Peak figures of a chip, each for one second."""
-
-    flops: float
-    hbm_bytes: float
-    ici_bytes: float
+    modelled_seconds: float | None
+    launches: float
 
 
 Trips = Callable[[tuple[str, ...]], float]
+SWITCH = "_switch"  # the function that chooses a width, in rl/microbatches.py
+ANYWHERE = Network(None)
 
 
-def count_costs(module: Module, trips: Trips, rates: Rates) -> Costs:
-    """Sums over the program.
+def count_costs(
+    module: Module,
+    trips: Trips,
+    rates: Rates,
+    network: Network = ANYWHERE,
+    kernels: Mapping[str, float] | None = None,
+    within: str = "",
+    widths: Sequence[float] = (),
+) -> Costs:
+    """Sums over the program, or over its loops that were written in the function `within`.
 
     trips(functions) -> how often a loop runs if the text does not say; functions: the Python
-    functions in which the loop was written, innermost first.
+    functions in which the loop was written, innermost first. network: of the program's partitions.
+    kernels: name of a Pallas kernel -> bytes that it moves in one run. widths: how often each
+    branch runs where a program chooses the width of a micro-batch; of other conditionals all
+    branches count.
     """
-    return _Counter(module, trips).costs(rates)
+    return _Counter(module, trips, network, kernels or {}, widths).costs(rates, within)
+
+
+def add_costs(parts: Mapping[str, tuple[Costs, float]]) -> Costs:
+    """The sum of several programs, each (its costs, how often it runs)."""
+    total = lambda of: sum(times * of(costs) for costs, times in parts.values())
+    kinds = sorted({kind for costs, _ in parts.values() for kind in costs.collectives})
+    none = Collective("", 0, 0)
+    bounds = {bound for costs, _ in parts.values() for bound in costs.seconds}
+    modelled = [costs.modelled_seconds for costs, _ in parts.values()]
+    return Costs(
+        flops=total(lambda costs: costs.flops),
+        bytes=total(lambda costs: costs.bytes),
+        collectives={
+            kind: Collective(
+                kind,
+                total(lambda costs, kind=kind: costs.collectives.get(kind, none).count),
+                total(lambda costs, kind=kind: costs.collectives.get(kind, none).bytes),
+            )
+            for kind in kinds
+        },
+        seconds={bound: total(lambda costs, bound=bound: costs.seconds[bound]) for bound in bounds},
+        modelled_seconds=None if None in modelled else total(lambda c: c.modelled_seconds),
+        launches=total(lambda costs: costs.launches),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Once:
+    """One run of a computation, without the loops in it.
+
+    collectives: (kind, bytes sent, links that carry them) each. kernel_bytes: the part of `bytes`
+    that Pallas kernels move.
+    """
+
+    flops: float
+    bytes: float
+    collectives: list[tuple[str, float, float]]
+    cycles: float
+    kernel_bytes: float
+    launches: int
 
 
 class _Counter:
     """Counts what the instructions of one module do."""
 
-    def __init__(self, module: Module, trips: Trips):
+    def __init__(
+        self,
+        module: Module,
+        trips: Trips,
+        network: Network,
+        kernels: Mapping[str, float],
+        widths: Sequence[float],
+    ):
         self._module = module
         self._computations = module.computations
         self._trips = trips
+        self._network = network
+        self._kernels = kernels
+        self._widths = widths
+        self._traffic = Traffic(module, kernels)
 
-    def costs(self, rates: Rates) -> Costs:
-        """Sums over the program.
+    def costs(self, rates: Rates, within: str) -> Costs:
+        """Sums over the program or the loops of a function.
 
         A loop body takes as long as the busiest of matrix units, memory and links: these three
-        work at the same time, loop bodies one after another.
+        work at the same time, loop bodies one after another. Collectives of one body follow each
+        other.
         """
-        flops = bytes_moved = 0.0
-        seconds = dict.fromkeys(("compute", "HBM", "ICI"), 0.0)
+        flops = bytes_moved = launches = modelled = 0.0
+        seconds = dict.fromkeys(("compute", "HBM", "links"), 0.0)
         count, sent = defaultdict(float), defaultdict(float)
-        for name, runs in self._runs().items():
-            own_flops, own_bytes, collectives = self._once[name]
-            flops += runs * own_flops
-            bytes_moved += runs * own_bytes
-            for kind, size in collectives:
+        for name, runs in self._runs(within).items():
+            own = self._once[name]
+            flops += runs * own.flops
+            bytes_moved += runs * own.bytes
+            launches += runs * own.launches
+            for kind, size, _ in own.collectives:
                 count[kind] += runs
                 sent[kind] += runs * size
             times = {
-                "compute": own_flops / rates.flops,
-                "HBM": own_bytes / rates.hbm_bytes,
-                "ICI": sum(size for _, size in collectives) / rates.ici_bytes,
+                "compute": own.flops / rates.flops,
+                "HBM": own.bytes / rates.hbm_bytes,
+                "links": sum(size / links for _, size, links in own.collectives) / rates.link_bytes,
             }
             slowest = max(times, key=times.get)
             seconds[slowest] += runs * times[slowest]
+            if rates.cycles:
+                kernels = own.kernel_bytes / rates.hbm_bytes
+                estimated = own.cycles / rates.cycles + kernels + times["links"]
+                modelled += runs * max(estimated, times[slowest])
         collectives = {kind: Collective(kind, count[kind], sent[kind]) for kind in sorted(count)}
-        return Costs(flops, bytes_moved, collectives, seconds)
+        return Costs(
+            flops, bytes_moved, collectives, seconds, modelled if rates.cycles else None, launches
+        )
 
-    def _runs(self) -> dict[str, float]:
-        """Computation -> how often it runs; those inside fusions are left out."""
+    def _runs(self, within: str) -> dict[str, float]:
+        """Computation -> how often it runs; those inside fusions are left out.
+
+        within: the function whose loops count, with all that runs in them; "" for the program.
+        """
         runs: dict[str, float] = defaultdict(float)
 
-        def visit(name: str, times: float) -> None:
-            runs[name] += times
+        def visit(name: str, times: float, counts: bool) -> None:
+            if counts:
+                runs[name] += times
             computation = self._computations[name]
             for i in computation.values():
                 if i.opcode == "while":
                     stated = self._module.trip_count(i, computation)
+                    functions = self._module.functions(i)
                     if stated is None:
-                        stated = self._trips(self._module.functions(i))
-                    visit(i.body, times * stated)
+                        stated = self._trips(functions)
+                    visit(i.body, times * stated, counts or functions[:1] == (within,))
                 elif i.opcode in ("call", "conditional", "async-start"):
-                    for called in i.called:
-                        visit(called, times)
+                    for called, share in zip(i.called, self._shares(i)):
+                        visit(called, times * share, counts)
 
-        visit(self._module.entry, 1.0)
+        visit(self._module.entry, 1.0, not within)
         return runs
 
-    @cached_property
-    def _once(self) -> dict[str, tuple[float, float, list[tuple[str, float]]]]:
-        """Computation -> its costs in one run, without those of the loops in it.
+    def _shares(self, i: Instruction) -> Sequence[float]:
+        """How often each computation runs that an instruction calls."""
+        if i.opcode == "conditional" and len(i.called) == len(self._widths):
+            if SWITCH in self._module.functions(i):
+                return self._widths
+        return [1.0] * len(i.called)
 
-        The costs: floating-point operations, bytes to and from memory, (kind, bytes sent) of each
-        collective.
-        """
-        return {
-            name: (
-                sum(map(self._flops, self._inside(name))),
-                sum(self._traffic(i, computation) for i in computation.values()),
-                [found for i in self._inside(name) if (found := self._collective(i))],
-            )
-            for name, computation in self._computations.items()
-        }
+    @cached_property
+    def _once(self) -> dict[str, _Once]:
+        """Computation -> its costs in one run, without those of the loops in it."""
+        return {name: self._count(name) for name in self._computations}
+
+    def _count(self, name: str) -> _Once:
+        computation = self._computations[name]
+        own, inside = list(computation.values()), self._inside(name)
+        kernels = [i for i in own if i.kernel in self._kernels]
+        return _Once(
+            flops=sum(map(self._flops, inside)),
+            bytes=sum(self._traffic.count(i, computation) for i in own),
+            collectives=[found for i in inside if (found := self._collective(i))],
+            cycles=sum(i.estimated_cycles for i in own),
+            kernel_bytes=sum(self._kernels[i.kernel] for i in kernels),
+            launches=sum(map(_is_launched, own)),
+        )
 
     def _inside(self, name: str) -> list[Instruction]:
         """The instructions of a computation and of the fusions in it, at any depth."""
@@ -157,8 +246,8 @@ class _Counter:
             return _convolution_flops(i, self._operand(i, 0).dims, self._operand(i, 1).dims)
         return 0
 
-    def _collective(self, i: Instruction) -> tuple[str, float] | None:
-        """-> (kind, bytes that one chip sends in a ring)."""
+    def _collective(self, i: Instruction) -> tuple[str, float, float] | None:
+        """-> (kind, bytes that one chip sends in a ring, links that carry them)."""
         kind = i.opcode.removesuffix("-start")
         fusion = self._fusion_of.get(i.name, "")
         if kind not in COLLECTIVES:
@@ -169,21 +258,18 @@ class _Counter:
             others = self._computations[fusion].values()
             if not any("AsyncCollectiveStart" in other.attributes for other in others):
                 return None
-        if found := re.search(r"replica_groups=\[\d+,(\d+)\]", i.attributes):
-            size = int(found[1])
-        elif found := re.search(r"replica_groups=\{\{([\d,]+)\}", i.attributes):
-            size = len(found[1].split(","))
-        else:
-            size = self._module.partitions
+        groups = read_groups(i.attributes, self._module.partitions)
+        size = self._module.partitions if groups is None else groups.shape[1]
+        links = 1.0 if groups is None else self._network.links(groups)
         given = sum(self._module.home[i.name][name].result[0].bytes for name in i.operands)
         if kind == "collective-permute":
-            return kind, given
+            return kind, given, links
         if kind == "all-gather":
-            return kind, given * (size - 1)
+            return kind, given * (size - 1), links
         share = given * (size - 1) / size
         if kind == "all-reduce" and "all-reduce-scatter" not in fusion:
-            return kind, 2 * share  # a reduce-scatter and an all-gather
-        return "reduce-scatter" if kind == "all-reduce" else kind, share
+            return kind, 2 * share, links  # a reduce-scatter and an all-gather
+        return "reduce-scatter" if kind == "all-reduce" else kind, share, links
 
     @cached_property
     def _fusion_of(self) -> dict[str, str]:
@@ -197,81 +283,9 @@ class _Counter:
         fused = {called for i in everything if i.opcode == "fusion" for called in i.called}
         return {name: called for called in fused for name in self._computations[called]}
 
-    # ---- Memory traffic
 
-    def _traffic(self, i: Instruction, computation: dict[str, Instruction]) -> float:
-        """Bytes that one instruction reads from memory and writes to it.
-
-        Slices and in-place writes touch the part that they name, not the whole array.
-        """
-        arrays = [computation[name].result for name in i.operands if name in computation]
-        in_hbm = [len(a) == 1 and a[0].in_hbm for a in arrays]
-        if i.opcode == "fusion":
-            called = i.called[0]
-            written = zip(self._written_bytes(called), i.result)
-            reads = sum(
-                self._read_bytes(called, number) for number, hbm in enumerate(in_hbm) if hbm
-            )
-            return reads + sum(size for size, out in written if out.in_hbm)
-        if i.opcode in FREE or i.opcode.endswith("-done"):
-            return 0
-        sizes = [a[0].bytes if hbm else 0 for a, hbm in zip(arrays, in_hbm)]
-        if i.opcode in ("dynamic-slice", "gather"):
-            return i.result[0].bytes * ((in_hbm[0] if in_hbm else 0) + i.result[0].in_hbm)
-        if i.opcode == "dynamic-update-slice":
-            return 2 * arrays[1][0].bytes if i.result[0].in_hbm else 0
-        if i.opcode == "scatter":
-            return 2 * arrays[-1][0].bytes if i.result[0].in_hbm else 0
-        if i.opcode == "copy-start":
-            return sizes[0] + (i.result[0].bytes if i.result[0].in_hbm else 0)
-        if i.opcode.endswith("-start"):  # its result names the operand as well
-            return sum(sizes) + max((a.bytes for a in i.result if a.in_hbm), default=0)
-        return sum(sizes) + sum(a.bytes for a in i.result if a.in_hbm)
-
-    def _read_bytes(self, name: str, number: int) -> float:
-        """Bytes that a fusion reads of its operand `number`."""
-        computation = self._computations[name]
-        parameters = (i for i in computation.values() if i.opcode == "parameter")
-        parameter = next((i for i in parameters if parameter_number(i) == number), None)
-        return self._read_of(computation, parameter) if parameter else 0
-
-    def _read_of(self, computation: dict[str, Instruction], source: Instruction) -> float:
-        """Bytes of `source` that the other instructions of its computation read."""
-        total = 0.0
-        for user in computation.values():
-            for place, operand in enumerate(user.operands):
-                if operand != source.name:
-                    continue
-                if user.opcode in ("dynamic-slice", "gather") and place == 0:
-                    total += user.result[0].bytes
-                elif user.opcode in ("dynamic-update-slice", "scatter") and place == 0:
-                    continue  # written in place
-                elif user.opcode == "bitcast":
-                    total += self._read_of(computation, user)
-                elif user.opcode == "fusion":
-                    total += self._read_bytes(user.called[0], place)
-                else:
-                    total += source.result[0].bytes
-        return min(total, source.result[0].bytes)
-
-    def _written_bytes(self, name: str) -> list[float]:
-        """Bytes that a fusion writes to each of its results."""
-        computation = self._computations[name]
-
-        def written(i: Instruction) -> list[float]:
-            if i.opcode == "tuple":
-                return [b for operand in i.operands for b in written(computation[operand])[:1]]
-            if i.opcode == "bitcast":
-                return written(computation[i.operands[0]])
-            if i.opcode == "fusion":
-                return self._written_bytes(i.called[0])
-            if i.opcode == "dynamic-update-slice":
-                return [computation[i.operands[1]].result[0].bytes]
-            if i.opcode == "scatter":
-                return [computation[i.operands[-1]].result[0].bytes]
-            return [a.bytes for a in i.result]
-
-        return written(find_root(computation))
+def _is_launched(i: Instruction) -> bool:
+    return i.opcode == "fusion" or not (i.opcode in FREE or i.opcode.endswith("-done"))
 
 
 def _convolution_flops(i: Instruction, lhs: tuple[int, ...], rhs: tuple[int, ...]) -> float:

@@ -75,6 +75,18 @@ class Instruction(NamedTuple):
         return names
 
     @property
+    def kernel(self) -> str:
+        """The name of the Pallas kernel that this instruction runs, "" if it runs none."""
+        if self.opcode != "custom-call" or "tpu_custom_call" not in self.attributes:
+            return ""
+        return re.sub(r"\.\d+$", "", self.name)
+
+    @property
+    def estimated_cycles(self) -> float:
+        """What the compiler's cost model says of one run, 0 if it says nothing."""
+        return float(self.attribute(r'"estimated_cycles":"?(\d+)') or 0)
+
+    @property
     def condition(self) -> str | None:
         """The computation that a loop evaluates before each of its runs."""
         return self.attribute(r"condition=%?([\w.-]+)")

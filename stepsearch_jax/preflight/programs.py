@@ -12,18 +12,25 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from jax.experimental import io_callback
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stepsearch_jax import sharding
 from stepsearch_jax.models.attention import make_cache
 from stepsearch_jax.models.transformer import Policy, Value
+from stepsearch_jax.preflight.kernels import count_kernel_bytes
 from stepsearch_jax.preflight.lengths import Rollout
 from stepsearch_jax.prompting.tags import make_tag_automaton
 from stepsearch_jax.prompting.templates import encode_environment
 from stepsearch_jax.rl import learner
 from stepsearch_jax.rl.model_state import describe_model_state, describe_params
-from stepsearch_jax.rollout.programs import make_rollout, make_rollout_copy
-from stepsearch_jax.rollout.state import Environment, Prompts
+from stepsearch_jax.rollout.programs import (
+    HostPrograms,
+    make_host_programs,
+    make_rollout,
+    make_rollout_copy,
+)
+from stepsearch_jax.rollout.state import Environment, Observations, Prompts, RolloutSettings
 from stepsearch_jax.run.checks import check_config, check_sampling
 from stepsearch_jax.run.settings import (
     describe_models,
@@ -48,10 +55,14 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """One program. memory is None if the compiler refused it because a chip cannot hold it."""
+    """The program of one phase, or its programs, which run one after another.
+
+    memory is None if the compiler refused one because a chip cannot hold it.
+    """
 
     memory: Memory | None
-    text: str  # optimised HLO, "" if refused
+    texts: dict[str, str]  # name -> optimised HLO, of a rollout those of `HostPrograms`
+    kernels: dict[str, float]  # Pallas kernel -> bytes that it moves in one run
     refused: float  # bytes that the refusal names, arguments included
     seconds: float  # that compiling took
 
@@ -98,11 +109,6 @@ def make_mesh(config: ml_collections.ConfigDict, devices) -> Mesh:
     Raises ValueError as `train.py` does.
     """
     mesh_config, model_config = config.mesh, config.model
-    if config.rollout.search != "callback":
-        raise ValueError(
-            f"config.rollout.search is {config.rollout.search!r}; preflight compiles only the one "
-            'program of "callback"'
-        )
     if not model_config.vocab_size:
         raise ValueError(
             "config.model.vocab_size is 0, which means the tokenizer's size, but preflight reads "
@@ -187,38 +193,27 @@ def _place(tree, mesh: Mesh, spec: PartitionSpec):
 
 
 def compile_programs(
-    config: ml_collections.ConfigDict, parts: Parts, log: Callable[[str], None]
+    config: ml_collections.ConfigDict,
+    parts: Parts,
+    log: Callable[[str], None],
+    width_buckets: int = 1,
 ) -> dict[str, Compiled]:
     """Phase -> its program, compiled for the mesh of `parts`.
 
-    log: called before each compilation, which takes minutes.
+    log: called before each compilation, which takes minutes. width_buckets: of micro-batches; if
+    all rows count as the longest, the greatest width is the only one that runs.
     """
     mesh, rollout_config = parts.mesh, config.rollout
     model, rollout_model = describe_models(config, round_vocabulary(config.model.vocab_size))
-    # All rows count as the longest, so the greatest width is the only one that runs.
-    settings = dataclasses.replace(learner_settings(config), width_buckets=1)
+    settings = dataclasses.replace(learner_settings(config), width_buckets=width_buckets)
     optimizers = make_optimizers(config, config.iterations)
     compiled = {}
 
     def compile_one(phase: str, function, *arguments):
         """-> the shardings of the results; None if the compiler refused the program."""
         log(f"compiling the {phase}")
-        begun = time.perf_counter()
-        try:
-            program = function.lower(*arguments).compile()
-        except jax.errors.JaxRuntimeError as error:
-            if (needed := read_refusal(str(error))) is None:
-                raise
-            compiled[phase] = Compiled(None, "", needed, time.perf_counter() - begun)
-            return None
-        analysis = program.memory_analysis()
-        memory = Memory(
-            temporaries=analysis.temp_size_in_bytes,
-            fresh=analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
-            code=analysis.generated_code_size_in_bytes,
-        )
-        compiled[phase] = Compiled(memory, program.as_text(), 0, time.perf_counter() - begun)
-        return program.output_shardings
+        compiled[phase], places = _compile(phase, function, *arguments)
+        return places
 
     # The learner's parameters as the rollout reads them.
     shardings = jax.tree.map(lambda x: x.sharding, parts.rollout_copy)
@@ -227,8 +222,6 @@ def compile_programs(
     # Episodes. The search is never called.
     episodes = rollout_config.prompts * rollout_config.group_size
     specs = jax.tree.map(lambda place: place.spec, shardings)
-    search = lambda *question: question
-    rollout = make_rollout(rollout_model, rollout_settings(config), mesh, specs, search, "callback")
     row = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(
         (episodes, *shape), dtype, sharding=NamedSharding(mesh, sharding.ROWS)
     )
@@ -239,7 +232,23 @@ def compile_programs(
         PartitionSpec(),
     )
     arguments = (parts.rollout_copy, parts.environment, prompts, row(), row(), key, scalar)
-    compile_one("rollout", rollout, *arguments)
+    rollout = make_rollout(
+        rollout_model,
+        rollout_settings(config),
+        mesh,
+        specs,
+        lambda *question: question,
+        "callback",
+        call=io_callback if mesh.devices.flat[0].platform != "gpu" else _call_nobody,
+    )
+    if rollout_config.search == "host":
+        log("compiling the rollout")
+        programs = make_host_programs(rollout_model, rollout_settings(config), mesh, specs)
+        compiled["rollout"] = _compile_host_rollout(
+            programs, rollout_settings(config), mesh, *arguments
+        )
+    else:
+        compile_one("rollout", rollout, *arguments)
     trajectory = _place(jax.eval_shape(rollout, *arguments)[0], mesh, sharding.ROWS)
 
     # Scores of the whole rollout, at its greatest length.
@@ -253,15 +262,102 @@ def compile_programs(
     arguments = (state, parts.reference, trajectory, *rewards)
     found = compile_one("score", build_batch, *arguments)
     batch = jax.eval_shape(build_batch, *arguments)[0]
-    if found is None:
-        batch = _place(batch, mesh, sharding.ROWS)
-    else:
-        put = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-        batch = jax.tree.map(put, batch, found[0])
+    batch = _place(batch, mesh, sharding.ROWS) if found is None else _put(batch, found[0])
 
     # Optimiser steps.
     compile_one("update", learner.make_update(model, settings, *optimizers), state, batch, scalar)
     return compiled
+
+
+def _put(shapes, places):
+    """Shapes with the shardings of a tree like theirs."""
+    put = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+    return jax.tree.map(put, shapes, places)
+
+
+def _call_nobody(_, result, packed, **__):
+    """In the place of a callback, which cannot be compiled for CUDA devices that are not there."""
+    return jnp.zeros(result.shape, result.dtype) + packed.sum()
+
+
+def _compile(name: str, function, *arguments) -> tuple[Compiled, Any]:
+    """One jitted function -> (its program, shardings of its results or None if it is refused)."""
+    begun = time.perf_counter()
+    traced = function.trace(*arguments)
+    try:
+        program = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if (needed := read_refusal(str(error))) is None:
+            raise
+        return Compiled(None, {}, {}, needed, time.perf_counter() - begun), None
+    analysis = program.memory_analysis()
+    memory = Memory(
+        temporaries=analysis.temp_size_in_bytes,
+        fresh=analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
+        code=analysis.generated_code_size_in_bytes,
+    )
+    kernels, seconds = count_kernel_bytes(traced.jaxpr.jaxpr), time.perf_counter() - begun
+    compiled = Compiled(memory, {name: program.as_text()}, kernels, 0, seconds)
+    return compiled, program.output_shardings
+
+
+def _compile_host_rollout(
+    programs: HostPrograms,
+    settings: RolloutSettings,
+    mesh: Mesh,
+    params,
+    environment,
+    prompts: Prompts,
+    group_ids,
+    question_ids,
+    key,
+    temperature,
+) -> Compiled:
+    """The programs of a rollout whose search runs between them, as one phase.
+
+    The state with the cache is the first one's result and an argument of the others; its memory
+    counts among the temporaries.
+    """
+    given = (params, environment, prompts)
+    state = jax.eval_shape(programs.start, *given)
+    rows = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(
+        (*state.phase.shape, *shape), dtype, sharding=NamedSharding(mesh, sharding.ROWS)
+    )
+    observations = Observations(
+        rows(settings.max_observation_tokens), rows(), rows(settings.documents), rows(dtype=bool)
+    )
+    first, places = _compile("start", programs.start, *given)
+    if places is None:
+        return first
+    state = _put(state, places)
+    held, found = count_bytes(state), {"start": first}
+    for name, arguments in (
+        ("decode", (*given, key, temperature, state)),
+        ("read_observations", (*given, observations, state)),
+        ("finish", (state, prompts, group_ids, question_ids)),
+    ):
+        found[name], _ = _compile(name, getattr(programs, name), *arguments)
+    seconds = sum(program.seconds for program in found.values())
+    memories = {name: program.memory for name, program in found.items()}
+    if None in memories.values():
+        refused = max(program.refused for program in found.values())
+        return Compiled(None, {}, {}, refused, seconds)
+    trajectory, _ = jax.eval_shape(programs.finish, state, prompts, group_ids, question_ids)
+    memory = Memory(
+        temporaries=max(
+            memory.temporaries + memory.fresh + (held if name != "start" else 0)
+            for name, memory in memories.items()
+        ),
+        fresh=count_bytes(_place(trajectory, mesh, sharding.ROWS)),
+        code=sum(memory.code for memory in memories.values()),
+    )
+    return Compiled(
+        memory,
+        {name: program.texts[name] for name, program in found.items()},
+        {kernel: size for program in found.values() for kernel, size in program.kernels.items()},
+        0,
+        seconds,
+    )
 
 
 def read_refusal(message: str) -> float | None:
@@ -279,25 +375,24 @@ def count_parameters(tree) -> int:
 
 
 def count_model_flops(
-    config: ml_collections.ConfigDict, parts: Parts, plan: Rollout
+    config: ml_collections.ConfigDict, parts: Parts, plan: Rollout, tokens: dict[str, float]
 ) -> dict[str, Any]:
     """Phase -> operations of all chips by the rule of thumb; "rule" -> that rule in words.
 
-    The rule, for each parameter that multiplies and each token: 2 forward, 4 more backward, and 2
-    more if layers are recomputed (6·N·D, or 8·N·D). Tables from which rows are only looked up do
-    not count.
+    tokens: phase of the learner -> tokens that it computes, padding included. The rule, for each
+    parameter that multiplies and each token: 2 forward, 4 more backward, and 2 more if layers are
+    recomputed (6·N·D, or 8·N·D). Tables from which rows are only looked up do not count.
     """
     looked_up = round_vocabulary(config.model.vocab_size) * config.model.embed_dim
     policy = count_parameters(parts.policy) - (0 if config.model.tie_embeddings else looked_up)
     value = count_parameters(parts.value) - looked_up if parts.value is not None else 0
     episodes = config.rollout.prompts * config.rollout.group_size
-    tokens = episodes * config.rollout.context
     each = 8 if config.model.remat == "layers" else 6
     passes = policy * (2 if config.rl.old_logprobs == "learner" else 1) + value
     return {
         "copy": 0,
         "rollout": 2 * policy * episodes * plan.episode_tokens,
-        "score": 2 * tokens * passes,
-        "update": each * tokens * config.rl.ppo_epochs * (policy + value),
+        "score": 2 * tokens["score"] * passes,
+        "update": each * tokens["update"] * config.rl.ppo_epochs * (policy + value),
         "rule": f"{each}·N·D (update), 2·N·D (each pass, rollout)",
     }

@@ -55,25 +55,36 @@ def render(figures: dict) -> str:
     lines += [
         "",
         f"One iteration: {figures['episodes']} episodes; {figures['assumption']}.",
-        "  Learner: all rows at the full context. Seconds at the chip's peak rates, host time "
-        "(search, rewards, data) not in them.",
+        f"  Learner: rows of {figures['tokens']['update'] / figures['episodes']:,.0f} tokens on "
+        "average, padding included. Seconds at the chip's peak rates, and by the compiler's own "
+        "cost model; host time (search, rewards, data) is in neither.",
         f"  {'on each chip':<24}{'TFLOP':>10}{'of model':>10}{'TB of HBM':>11}{'GB sent':>9}"
-        f"{'seconds':>9}  bound by",
+        f"{'launches':>11}{'at peak':>9}{'cost model':>12}  bound by",
     ]
     for name, phase in compiled.items():
         ratio = f"{phase['model_ratio']:.2f}" if phase["model_ratio"] else "-"
         sent = sum(collective["bytes"] for collective in phase["collectives"].values())
         lines.append(
             f"  {PHASE_TITLES[name]:<24}{phase['flops'] / 1e12:10.1f}{ratio:>10}"
-            f"{phase['bytes'] / 1e12:11.3f}{sent / 1e9:9.1f}{phase['seconds']:9.2f}"
-            f"  {phase['bound']}"
+            f"{phase['bytes'] / 1e12:11.3f}{sent / 1e9:9.1f}{phase['launches']:11,.0f}"
+            f"{phase['seconds']:9.2f}{_number(phase['modelled_seconds'], 12)}  {phase['bound']}"
         )
-    if (seconds := figures["iteration_seconds"]) is not None:
-        lines.append(f"  {'iteration':<64}{seconds:9.2f}  = {seconds / 60:.2f} minutes")
+    if figures["iteration_seconds"] is not None:
+        lines.append(
+            f"  {'iteration':<75}{figures['iteration_seconds']:9.2f}"
+            f"{_number(figures['iteration_modelled_seconds'], 12)}"
+        )
     lines.append(
         f"  of model: matrix products counted in the program / {model['rule']}; attention, which "
         "that leaves out, makes it larger than 1"
     )
+    if step := phases["rollout"].get("step"):
+        lines.append(
+            f"  a decode step: {1e3 * step['seconds']:.2f} ms at peak, "
+            f"{_number(step['modelled_seconds'], 0, 1e3)} ms by the cost model, "
+            f"{step['bytes'] / 1e9:.2f} GB of HBM, {step['launches']:,.0f} launches; "
+            f"{figures['lengths']['steps']:,.0f} steps"
+        )
 
     lines += ["", "Collectives of one chip (runs, GB sent)"]
     for name, phase in compiled.items():
@@ -90,6 +101,10 @@ def render(figures: dict) -> str:
         f"{'fits' if figures['fits'] else 'does not fit'}: the {PHASE_TITLES[worst]} needs most, "
         f"{_gib(figures, worst)} of {hbm} GiB a chip",
     ]
+    if (seconds := figures["iteration_seconds"]) is not None:
+        modelled = figures["iteration_modelled_seconds"]
+        by_model = "" if modelled is None else f", {modelled / 60:.2f} by the cost model"
+        lines.append(f"an iteration takes {seconds / 60:.2f} minutes at peak{by_model}")
     if not figures["fits"]:
         lines.append("What would help, most first (estimated, not compiled; GiB saved a chip):")
         lines += [
@@ -103,8 +118,9 @@ def render_table(rows: Mapping[str, Sequence[dict]]) -> str:
     """Model name -> its figures (`preflight.measure`), one of each slice: one Markdown table."""
     lines = [
         "| model | slice | mesh data x fsdp x tensor | fits | GiB a chip: copy, rollout, scoring, "
-        "update | of | seconds: rollout, scoring, update | minutes an iteration |",
-        "|" + "---|" * 8,
+        "update | of | seconds at peak: rollout, scoring, update | cost model | launches a step | "
+        "minutes an iteration: at peak, cost model |",
+        "|" + "---|" * 10,
     ]
     for model, slices in rows.items():
         for figures in slices:
@@ -121,12 +137,23 @@ def _table_cells(figures: dict) -> tuple[str, ...]:
         fits = "no" + (f": {levers[0]['change']}" if levers else "")
     needs = {name: _gib(figures, name) for name in PHASE_TITLES}
     needs[figures["worst"]] = f"**{needs[figures['worst']]}**"
-    seconds, minutes = "refused by the compiler", "-"
+    seconds, modelled, launches, minutes = "refused by the compiler", "-", "-", "-"
     if figures["iteration_seconds"] is not None:
         timed = [phases[name] for name in ("rollout", "score", "update")]
         seconds = ", ".join(f"{phase['seconds']:.1f} ({phase['bound']})" for phase in timed)
-        minutes = f"{figures['iteration_seconds'] / 60:.2f}"
-    return fits, ", ".join(needs.values()), f"{figures['hbm'] / GIB:.2f}", seconds, minutes
+        modelled = ", ".join(_number(phase["modelled_seconds"], 0, digits=1) for phase in timed)
+        launches = f"{phases['rollout']['step']['launches']:,.0f}"
+        minutes = ", ".join(
+            _number(figures[kind], 0, 1 / 60)
+            for kind in ("iteration_seconds", "iteration_modelled_seconds")
+        )
+    memory = ", ".join(needs.values()), f"{figures['hbm'] / GIB:.2f}"
+    return fits, *memory, seconds, modelled, launches, minutes
+
+
+def _number(value: float | None, width: int, scale: float = 1.0, digits: int = 2) -> str:
+    text = "-" if value is None else f"{scale * value:.{digits}f}"
+    return f"{text:>{width}}" if width else text
 
 
 def _mesh(figures: dict) -> str:

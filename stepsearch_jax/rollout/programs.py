@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,7 @@ def make_rollout(
     param_specs,
     search: Search,
     mode: str,
+    call: Callable = io_callback,
 ):
     """Makes the function that runs whole episodes. mode: "callback" or "host".
 
@@ -54,6 +56,8 @@ def make_rollout(
 
     params: sharded by `param_specs` (the rollout layout: only over `tensor`); environment:
     replicated; prompts, group_ids, question_ids: rows over the mesh; temperature: 0 = greedy.
+    call: how the program of "callback" calls the host; another one than jax's compiles for devices
+    that are not there.
     Trajectory: rows over the mesh. counters: [shards, 3] int32, decode steps, flushes and prefilled
     tokens of each shard. Raises ValueError for a mesh whose tensor axis does not divide the model's
     sizes or whose shards cannot share the slots evenly, and for an unknown mode.
@@ -75,10 +79,10 @@ def make_rollout(
             f"config.rollout.slots={settings.slots} cannot be shared out among {row_shards(mesh)} "
             "mesh shards (mesh.data x mesh.fsdp)"
         )
-    policy = Policy(config.place_on(mesh))
     check_choice("rollout.search", mode)
-    make = {"callback": _make_callback_rollout, "host": _make_host_rollout}
-    return make[mode](policy, settings, mesh, param_specs, search)
+    if mode == "host":
+        return _make_host_rollout(config, settings, mesh, param_specs, search)
+    return _make_callback_rollout(config, settings, mesh, param_specs, search, call)
 
 
 def make_rollout_copy(config: ModelConfig, places):
@@ -115,9 +119,15 @@ def _shard(mesh: Mesh, function, in_specs, out_specs):
 
 
 def _make_callback_rollout(
-    policy: Policy, settings: RolloutSettings, mesh: Mesh, param_specs, search: Search
+    config: ModelConfig,
+    settings: RolloutSettings,
+    mesh: Mesh,
+    param_specs,
+    search: Search,
+    call: Callable,
 ):
     """One program: every shard alternates the halves and calls the host in between."""
+    policy = Policy(config.place_on(mesh))
 
     def search_on_host(tokens, length, wanted) -> Observations:
         # Arguments and results are packed into one array each (`_search_packed`).
@@ -125,16 +135,16 @@ def _make_callback_rollout(
         shape = (tokens.shape[0], width + settings.documents + 2)
         result = jax.ShapeDtypeStruct(shape, jnp.int32)
         on_host = partial(_search_packed, search)
-        call = lambda packed: io_callback(on_host, result, packed, ordered=False)
+        search_rows = lambda packed: call(on_host, result, packed, ordered=False)
         flags = wanted[:, None].astype(jnp.int32)
         packed = jnp.concatenate([tokens, length[:, None], flags], axis=1)
         if tensor_axis is None:
-            found = call(packed)
+            found = search_rows(packed)
         else:
             # One call per row shard: its other tensor slices get the result as a sum with zeros.
             first = jax.lax.axis_index(tensor_axis) == 0
             nothing = lambda _: jnp.zeros(result.shape, result.dtype)
-            found = jax.lax.psum(jax.lax.cond(first, call, nothing, packed), tensor_axis)
+            found = jax.lax.psum(jax.lax.cond(first, search_rows, nothing, packed), tensor_axis)
         return Observations(
             tokens=found[:, :width],
             length=found[:, width],
@@ -169,10 +179,24 @@ def _make_callback_rollout(
     return rollout
 
 
-def _make_host_rollout(
-    policy: Policy, settings: RolloutSettings, mesh: Mesh, param_specs, search: Search
-):
-    """Several programs, which Python alternates with the search."""
+class HostPrograms(NamedTuple):
+    """The jitted programs of a rollout with search "host", in the order of their first run."""
+
+    start: Any  # (params, environment, prompts) -> EpisodeState
+    # (params, environment, prompts, key, temperature, state) -> (EpisodeState, queries as in
+    # `episode.read_queries`, whether an episode runs or waits [] bool); donates the state
+    decode: Any
+    # (params, environment, prompts, observations, state) -> EpisodeState; donates the state
+    read_observations: Any
+    # (state, prompts, group_ids, question_ids) -> (Trajectory, counters); donates the state
+    finish: Any
+
+
+def make_host_programs(
+    config: ModelConfig, settings: RolloutSettings, mesh: Mesh, param_specs
+) -> HostPrograms:
+    """The programs that Python alternates with the search; the arguments are `make_rollout`'s."""
+    policy = Policy(config.place_on(mesh))
     # Each step of a shard.
     states, whole = _state_specs(policy.config), PartitionSpec()
     start_shards = _shard(
@@ -195,9 +219,6 @@ def _make_host_rollout(
     unfinished_shards = _shard(mesh, is_unfinished, (ROWS, states), ROWS)
 
     # The programs.
-    start = jax.jit(start_shards)
-    read_observations = jax.jit(read_shards, donate_argnums=4)
-
     @partial(jax.jit, donate_argnums=5)
     def decode(params, environment, prompts, key, temperature, state):
         state = decode_shards(params, environment, prompts, key, temperature, state)
@@ -206,6 +227,18 @@ def _make_host_rollout(
     @partial(jax.jit, donate_argnums=0)
     def finish(state, prompts, group_ids, question_ids):
         return to_trajectory(state.record, prompts, group_ids, question_ids), state.counters
+
+    read_observations = jax.jit(read_shards, donate_argnums=4)
+    return HostPrograms(jax.jit(start_shards), decode, read_observations, finish)
+
+
+def _make_host_rollout(
+    config: ModelConfig, settings: RolloutSettings, mesh: Mesh, param_specs, search: Search
+):
+    """Several programs, which Python alternates with the search."""
+    start, decode, read_observations, finish = make_host_programs(
+        config, settings, mesh, param_specs
+    )
 
     def rollout(params, environment, prompts, group_ids, question_ids, key, temperature):
         state = start(params, environment, prompts)

@@ -70,6 +70,7 @@ def rollout_metrics(rollout: Collected, step_reward: str) -> dict[str, float]:
         "finished": rows.finished,
         "truncated": rows.truncated,
         "length": rows.length,
+        "prompt_length": rows.prompt_length,
         "gold_known": measures.gold_known,
     }
     own = np.array([np.mean(column) for column in columns.values()])
