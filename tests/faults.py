@@ -130,8 +130,12 @@ class Bench:
         expected, got = (running.final_state(run, ITERATIONS) for run in (self.whole, workdir))
         if other := [name for name in expected if not np.array_equal(expected[name], got[name])]:
             return f"the state differs in {other[:3]}"
-        if read_rows(self.whole) != read_rows(workdir):
-            return "the metrics differ"
+        rows, other = read_rows(self.whole), read_rows(workdir)
+        if len(rows) != len(other):
+            return f"metrics.jsonl has {len(other)} rows instead of {len(rows)}"
+        for row, got in zip(rows, other):
+            if names := [name for name in row | got if row.get(name) != got.get(name)]:
+                return f"metrics of iteration {row['iteration']} differ: {names[:4]}"
         for name in ("evaluation.json", "transcripts.jsonl"):
             if (self.whole / name).read_text() != (workdir / name).read_text():
                 return f"{name} differs"
