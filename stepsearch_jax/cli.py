@@ -279,6 +279,11 @@ def run_guarded(
         command(config, None if workdir is None else epath.Path(workdir))
         # No process leaves while the first one still writes the results.
         multihost_utils.sync_global_devices("done")
+    except SystemExit as error:  # all processes end together, with a line
+        if jax.process_count() > 1 or not isinstance(error.code, str):
+            raise
+        # At once: orbax may be saving in the background, which would fail with a page.
+        signals.leave(1, hide_login(error.code.removeprefix("stepsearch_jax: ")))
     except (ValueError, OSError, jax.errors.JaxRuntimeError) as error:
         if jax.process_count() > 1:
             message = (
