@@ -97,7 +97,11 @@ def test_both_in_a_run(config, folder):
 
 def test_metrics_and_report_use_the_name(config, folder):
     scores = build_system(config, ["validation"]).score([SHORT])
-    rows = type("Rows", (), {name: np.zeros(1) for name in ("finished", "truncated", "length")})
+    rows = type(
+        "Rows",
+        (),
+        {name: np.zeros(1) for name in ("finished", "truncated", "length", "prompt_length")},
+    )
     searches = type("Counts", (), {"failed": 0, "seconds": 0.0})
     rollout = Collected(None, rows, [SHORT], scores, np.zeros((1, 3)), searches)
     assert "reward/answer_found" in rollout_metrics(rollout, "my_rewards:answer_found")
