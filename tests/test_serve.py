@@ -302,8 +302,9 @@ def test_ordinary_requests_and_slow_searches_go_on(hasty, index):
             # The second request is there before the first is answered.
             client.sendall((head + b'{"queries": ["a"]}') * 2)
             answered = b""
-            while part := client.recv(1 << 16):
-                answered += part
+            with contextlib.suppress(ConnectionError):  # it is cut off when it stays idle
+                while part := client.recv(1 << 16):
+                    answered += part
         assert answered.count(b"HTTP/1.1 200") == 2
     finally:
         server.should_exit = True
