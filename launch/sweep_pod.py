@@ -29,11 +29,6 @@ from typing import IO
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "launch")]
 
-from stepsearch_jax import cli, signals
-
-if __name__ == "__main__":
-    cli.begin_command()
-
 # What table and figure read.
 FILES = ("config.json", "run.json", "evaluation.json", "metrics.jsonl")
 VARIABLES = ("PROJECT", "ZONE", "ACCELERATOR", "VERSION")
@@ -178,5 +173,8 @@ if __name__ == "__main__":
     os.chdir(REPOSITORY)
     if sys.argv[1:2] == [POINT]:
         sys.exit(run_point(sys.argv[2].split(","), sys.argv[3], sys.argv[4:]))
+    from stepsearch_jax import cli, signals  # the processes of the points need none of it
+
+    cli.begin_command()
     signals.raise_at_each()  # each ends the runs, too
     sys.exit(main(sys.argv[1:]))
