@@ -220,6 +220,38 @@ def test_large_requests_take_turns_with_small_ones(index):
     asyncio.run(run())
 
 
+def test_short_requests_pass_many_long_answers_by(index):
+    """Of twenty answers under way only few wait for a turn before a request that comes later."""
+    asked, are_reading = [], asyncio.Event()
+
+    def search(queries, k):
+        asked.append(len(queries))
+        time.sleep(0.001 * are_reading.is_set())
+        return index.search(queries, k)
+
+    limits = make_limits(5.0, **(LIMITS | {"searches": 1}), held_bytes=1 << 23)
+    app = make_app(make_engine(index, search), 3, limits)
+
+    async def run():
+        clients = [Client(app) for _ in range(20)]
+        for client in clients:
+            client.reads.clear()
+        tasks = [asyncio.create_task(client.ask(LONG)) for client in clients]
+        await settle()
+        before = len(asked)
+        are_reading.set()
+        for client in clients:
+            client.reads.set()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        await Client(app).ask(SHORT)
+        assert len(asked) - before < 20 * 2
+        are_reading.clear()
+        await asyncio.gather(*tasks)
+
+    asyncio.run(run())
+
+
 def test_long_bodies_share_a_budget(index):
     """Beyond it they are refused, to come again; short ones always get through."""
     limits = make_limits(5.0, **LIMITS, held_bytes=1 << 20)

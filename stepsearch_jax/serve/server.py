@@ -80,7 +80,7 @@ def make_protocol(seconds: float) -> type[AutoHTTPProtocol]:
                 self._timer.cancel()
             if last is None or last.response_complete:
                 self._timer = self.loop.call_later(
-                    seconds, lambda: self._reset() if self.cycle is last else None
+                    seconds, lambda: self.transport.abort() if self.cycle is last else None
                 )
 
         def pause_writing(self) -> None:
