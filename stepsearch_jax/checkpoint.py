@@ -31,6 +31,10 @@ class Damaged(ValueError):
     """A checkpoint whose files are cut, missing or changed."""
 
 
+# What orbax and TensorStore raise for files that are cut, missing or changed.
+_OF_DAMAGE = (ValueError, LookupError, TypeError, EOFError, FileNotFoundError)
+
+
 class _Fault(enum.IntEnum):
     """What reading a checkpoint met, the gravest last."""
 
@@ -229,8 +233,10 @@ def _read(folder: epath.Path, abstract_tree, remedy: str, partial: bool = False)
         text = f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}"
         if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):  # may pass
             fault, error = _Fault.OTHER, OSError(f"{folder} could not be read ({text}): try again")
-        else:
+        elif isinstance(cause, _OF_DAMAGE):
             fault, error = _Fault.DAMAGED, Damaged(f"{folder} is damaged ({text})")
+        else:  # no memory, for example
+            raise
     finally:
         if error is not None:
             gc.collect()  # now, while they are not heard; so the cause is not kept, either

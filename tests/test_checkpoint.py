@@ -183,6 +183,25 @@ def test_numbers_that_are_not_finite_are_never_written(tmp_path):
     assert not checkpoint.has_params(tmp_path / "start")
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: no memory")])
+def test_a_lack_of_memory_is_no_damage(tmp_path, monkeypatch, error):
+    """A whole checkpoint must keep its place."""
+
+    def refuse(*_, **__):
+        raise Exception("while reading") from error
+
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=3)
+    for number in (1, 2):
+        checkpoints.save(number, make_state(number))
+    checkpoints.close()
+    monkeypatch.setattr(checkpoint.ocp.PyTreeCheckpointHandler, "restore", refuse)
+    again = checkpoint.Checkpoints(tmp_path, keep=3)
+    with pytest.raises(Exception, match="while reading"):
+        again.restore_newest(abstract_state(make_state(0)), set_aside=True)
+    again.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+
+
 def test_a_disk_that_fails_for_a_moment_is_no_damage(tmp_path, monkeypatch):
     checkpoint.save_params(tmp_path / "start", make_state(1))
 
