@@ -39,6 +39,7 @@ from stepsearch_jax.search.remote import render_contents
 
 LIMIT_S = 120.0  # a process that has not ended so long after its fault hangs
 ITERATIONS, EVERY = 24, 2
+SHORT = 12  # iterations of the short form
 ENDS_IN = 300.0  # seconds, for a run without a fault
 OF_PROCESS = ("seconds/", "speed/", "compiled_programs")  # metrics that a restart changes
 
@@ -57,8 +58,8 @@ class Counts:
 class Bench:
     """A folder with prepared data, a policy to start from, and the run without faults."""
 
-    def __init__(self, folder: pathlib.Path):
-        self.folder, self.random = folder, random.Random(0)
+    def __init__(self, folder: pathlib.Path, iterations: int):
+        self.folder, self.iterations, self.random = folder, iterations, random.Random(0)
         self.getbasetemp = lambda: folder  # as pytest's tmp_path_factory
         self.cache = running.shared_cache(self)
         self.policy = running.searching_start(self)
@@ -69,7 +70,6 @@ class Bench:
             time.sleep(0.1)
         self.loading = time.monotonic() - begin  # until the first iteration ends
         assert process.wait(ENDS_IN) == 0, self.read_log(self.whole)
-        self.duration = time.monotonic() - begin
 
     def start(self, workdir: pathlib.Path, *options: str, cache=None) -> subprocess.Popen:
         """Starts or resumes the run in `workdir`; its output is in the file beside it."""
@@ -79,7 +79,7 @@ class Bench:
                 *("-m", "stepsearch_jax.train", f"--workdir={workdir}"),
                 f"--config=tests/tiny_config.py:{cache or self.cache}",
                 f"--config.sft.checkpoint={self.policy}",
-                f"--config.iterations={ITERATIONS}",
+                f"--config.iterations={self.iterations}",
                 f"--config.checkpoint.every={EVERY}",
                 *options,
             ],
@@ -127,7 +127,7 @@ class Bench:
 
     def compare(self, workdir: pathlib.Path) -> str:
         """What of a finished run differs from the one without faults; "" if nothing."""
-        expected, got = (running.final_state(run, ITERATIONS) for run in (self.whole, workdir))
+        expected, got = (running.final_state(run, self.iterations) for run in (self.whole, workdir))
         if other := [name for name in expected if not np.array_equal(expected[name], got[name])]:
             return f"the state differs in {other[:3]}"
         rows, other = read_rows(self.whole), read_rows(workdir)
@@ -241,7 +241,7 @@ def damage(bench: Bench, number: int) -> Counts:
         newest = workdir / "checkpoints" / str(max(numbers))
         files = [path for path in newest.rglob("d/*") if path.is_file()]
         spoil(max(files, key=lambda path: path.stat().st_size))
-        process, reached = bench.start(workdir), more_rows(workdir, 0)
+        process = bench.start(workdir)
         counts.faults += 1
         wait_for(lambda: "iteration" in bench.read_log(workdir), process)
         if "continuing from checkpoint" not in bench.read_log(workdir):
@@ -283,7 +283,7 @@ def disks(bench: Bench, number: int) -> Counts:
             "checkpoint": lambda: (workdir / "checkpoints" / "2").is_dir(),
             "data": lambda: True,
             "iteration": more_rows(workdir, 6),
-            "end": lambda: count_rows(workdir) == ITERATIONS,
+            "end": lambda: count_rows(workdir) == bench.iterations,
         }
         for name, reached in list(moments.items())[:number]:
             cache = disk / f"cache-{name}" if name == "data" else None
@@ -458,7 +458,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"{', '.join(sorted(unknown))}: kinds are {', '.join(names)}")
     failed = False
     with tempfile.TemporaryDirectory(prefix="stepsearch-faults-") as folder:
-        bench = Bench(pathlib.Path(folder))
+        bench = Bench(pathlib.Path(folder), SHORT if options.short else ITERATIONS)
         print(f"{'kind':12}{'faults':>8}{'hangs':>8}{'silent':>8}{'lost':>8}{'seconds':>9}")
         for kind, numbers in KINDS.items():
             if options.kinds and kind.__name__ not in options.kinds:
