@@ -170,7 +170,7 @@ def naming_failures(path: os.PathLike) -> Iterator[None]:
 
 def describe_disk_fault(path: os.PathLike, cause: str) -> str:
     """What to say about a file that could not be written. cause: from `find_disk_fault`."""
-    return f"{path} could not be written ({cause}): mend that, and run the same command again"
+    return f"{path} could not be written ({cause}): fix that, and run the same command again"
 
 
 def find_disk_fault(error: BaseException | None) -> str | None:

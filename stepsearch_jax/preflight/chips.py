@@ -56,20 +56,20 @@ CHIPS = {
 }
 
 
-def _describe_gpu(
+def _make_gpu(
     name: str,
-    *,
     memory: float,  # bytes
-    bandwidth: float,  # bytes a second
+    rates: Rates,
+    *,
     ghz: float,
     cores: int,
     fpus: int,  # of one core
     shared: int,  # bytes of a core that its blocks share
     cache: int,  # bytes, L2
     capability: int,
-) -> str:
-    """GpuTargetConfigProto of a GPU with this compute capability."""
-    return f"""
+) -> GPU:
+    """A GPU with this compute capability."""
+    description = f"""
 gpu_device_info {{
   threads_per_block_limit: 1024
   threads_per_warp: 32
@@ -81,7 +81,7 @@ gpu_device_info {{
   block_dim_limit_x: 2147483647
   block_dim_limit_y: 65535
   block_dim_limit_z: 65535
-  memory_bandwidth: {bandwidth:.0f}
+  memory_bandwidth: {rates.hbm_bytes:.0f}
   l2_cache_size: {cache}
   clock_rate_ghz: {ghz}
   device_memory_size: {memory:.0f}
@@ -94,41 +94,34 @@ platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 8 }}
 device_description_str: "{name}"
 """
+    return GPU(memory, rates, description)
 
 
 # The SXM boards with 80 GB. Rates: NVIDIA's data sheets: bfloat16 without sparsity, HBM, and
 # NVLink in one direction, half of the 900 and 600 GB/s. Sizes: the CUDA C++ programming guide's
 # table of compute capabilities.
 GPUS = {
-    "h100": GPU(
+    "h100": _make_gpu(
+        "NVIDIA H100 80GB HBM3",
         85e9,
         Rates(989e12, 3352e9, 450e9),
-        _describe_gpu(
-            "NVIDIA H100 80GB HBM3",
-            memory=85e9,
-            bandwidth=3352e9,
-            ghz=1.98,
-            cores=132,
-            fpus=128,
-            shared=228 << 10,
-            cache=50 << 20,
-            capability=9,
-        ),
+        ghz=1.98,
+        cores=132,
+        fpus=128,
+        shared=228 << 10,
+        cache=50 << 20,
+        capability=9,
     ),
-    "a100": GPU(
+    "a100": _make_gpu(
+        "NVIDIA A100-SXM4-80GB",
         85e9,
         Rates(312e12, 2039e9, 300e9),
-        _describe_gpu(
-            "NVIDIA A100-SXM4-80GB",
-            memory=85e9,
-            bandwidth=2039e9,
-            ghz=1.41,
-            cores=108,
-            fpus=64,
-            shared=164 << 10,
-            cache=40 << 20,
-            capability=8,
-        ),
+        ghz=1.41,
+        cores=108,
+        fpus=64,
+        shared=164 << 10,
+        cache=40 << 20,
+        capability=8,
     ),
 }
 
