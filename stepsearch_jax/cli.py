@@ -224,13 +224,21 @@ def start_logging() -> None:
 
     faulthandler.enable(file=2)
     absl_logging.set_verbosity(absl_logging.ERROR)  # orbax warns of its own choices
-    # Errors of orbax's tasks come to the caller as well; here each would fill a page.
+    # Errors of orbax's threads and tasks come to the caller as well; here each would fill a page.
+    logging.getLogger("absl").addFilter(_shorten)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     logger.propagate = False
+
+
+def _shorten(record: logging.LogRecord) -> bool:
+    """A filter that leaves one line of a message, and no traceback."""
+    record.msg, record.args = " ".join(record.getMessage().split())[:300], ()
+    record.exc_info = record.exc_text = None
+    return True
 
 
 @contextlib.contextmanager

@@ -181,3 +181,23 @@ def test_help_is_printed_in_any_locale(module):
         capture_output=True,
     )
     assert done.returncode == 0 and b"config" in done.stdout and not done.stderr
+
+
+PAGES_OF_LIBRARIES = """
+from absl import logging
+from stepsearch_jax import cli
+
+cli.start_logging()
+try:
+    raise ValueError("no room")
+except ValueError:
+    logging.exception("a save failed, %d of 2\\n%s", 1, "details " * 500)
+"""
+
+
+def test_an_error_that_a_library_logs_is_one_line():
+    done = subprocess.run(
+        [sys.executable, "-c", PAGES_OF_LIBRARIES], capture_output=True, text=True, timeout=50
+    )
+    assert done.returncode == 0 and "a save failed, 1 of 2 details" in done.stderr
+    assert done.stderr.count("\n") == 1 and len(done.stderr) < 500
